@@ -1,0 +1,20 @@
+"""prune-lab: one command trains, prunes and fine-tunes neural networks."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(run_dir):
+    """Return the finished network of a run as a plain module in eval mode, on the CPU.
+
+    Args:
+        run_dir: directory of a finished run (holds model.json and model.safetensors).
+
+    Raises:
+        ConfigError: no finished model there, or the files do not fit together.
+    """
+    from prune_lab.saved_model import load_model
+
+    return load_model(run_dir)

@@ -1,0 +1,194 @@
+"""The options of a run, one dataclass per group, checked after Hydra has composed them. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
+
+from prune_lab import datasets, models
+from prune_lab.schema import ConfigError, Count, Fraction, Index, NonNegative, OpenFraction, Positive, Range, parse
+
+Momentum = Annotated[float, Range(0, 1, open_high=True)]
+
+
+@dataclass(frozen=True)
+class PhaseSchedule:
+    """How long one phase trains and with which learning rate. Epochs, milestones and warm-up count epochs."""
+
+    epochs: Index
+    lr: Positive
+    policy: Literal["constant", "step", "cosine", "linear"]
+    milestones: list[Positive]
+    gamma: Positive
+    warmup_epochs: NonNegative
+    final_lr: NonNegative
+
+    def check(self, path: str) -> None:
+        if self.milestones != sorted(self.milestones):
+            raise ConfigError(f"{path}.milestones must rise, got {self.milestones}")
+        if self.policy == "step" and self.epochs and any(m >= self.epochs for m in self.milestones):
+            raise ConfigError(f"{path}.milestones must lie before epoch {self.epochs}, got {self.milestones}")
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise ConfigError(f"{path}.warmup_epochs must be below {path}.epochs={self.epochs}, got {self.warmup_epochs:g}")
+        if self.final_lr > self.lr:
+            raise ConfigError(f"{path}.final_lr must not exceed {path}.lr={self.lr:g}, got {self.final_lr:g}")
+
+    def stretched(self, factor: float) -> PhaseSchedule:
+        """Return the schedule `factor` times as long; epochs are rounded, a phase that is there keeps at least one."""
+        return replace(
+            self,
+            epochs=max(1, round(self.epochs * factor)) if self.epochs else 0,
+            milestones=[milestone * factor for milestone in self.milestones],
+            warmup_epochs=self.warmup_epochs * factor,
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    name: str
+    batch_size: Count
+    multiplier: Positive
+    label_smoothing: Momentum
+    train: PhaseSchedule
+    finetune: PhaseSchedule
+
+    def phase(self, name: str) -> PhaseSchedule:
+        """Return the block `name` with the multiplier applied."""
+        return getattr(self, name).stretched(self.multiplier)
+
+
+@dataclass(frozen=True)
+class SGDConfig:
+    name: Literal["sgd"]
+    momentum: Momentum
+    nesterov: bool
+    weight_decay: NonNegative
+    decay_norm_and_bias: bool
+
+    def check(self, path: str) -> None:
+        if self.nesterov and self.momentum == 0:
+            raise ConfigError(f"{path}.nesterov=true needs {path}.momentum > 0")
+
+
+@dataclass(frozen=True)
+class AdamConfig:
+    name: Literal["adam", "adamw"]
+    beta1: Momentum
+    beta2: Momentum
+    eps: Positive
+    weight_decay: NonNegative
+    decay_norm_and_bias: bool
+
+
+OPTIMIZERS = {"sgd": SGDConfig, "adam": AdamConfig, "adamw": AdamConfig}
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    device: str
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    channels_last: bool | Literal["auto"]
+    compile: bool
+    accumulate: Count
+    clip_norm: Positive | None
+    ema_decay: OpenFraction | None
+    sync_bn: bool
+    eval_batch_size: Count
+    eval_interval: Count
+    checkpoint_interval_s: Positive
+    threads: Count | None
+    limit_train_batches: Count | None
+    limit_eval_batches: Count | None
+
+    def check(self, path: str) -> None:
+        if self.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+            raise ConfigError(f"{path}.device={self.device} is not allowed; allowed: auto, cpu, cuda, cuda:N, mps")
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    wandb: Literal["auto", "online", "offline", "disabled"]
+    project: str
+    entity: str | None
+    tags: list[str]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything one run is told. `method` is an instance of the method's class, not yet attached to a model."""
+
+    model: Any
+    dataset: Any
+    method: Any
+    schedule: ScheduleConfig
+    optimizer: SGDConfig | AdamConfig
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    seed: int
+    output_dir: str
+    dry_run: bool
+    resolved: dict
+
+
+@dataclass(frozen=True)
+class _Root:
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    method: dict[str, Any]
+    schedule: ScheduleConfig
+    optimizer: dict[str, Any]
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    seed: Index
+    output_dir: str
+    dry_run: bool
+
+
+def check(node: Mapping[str, Any]) -> RunConfig:
+    """Return the checked options of a run.
+
+    Args:
+        node: the composed configuration as plain containers, interpolations resolved.
+
+    Raises:
+        ConfigError: the first wrong option, in one line.
+    """
+    root = parse(_Root, node, "")
+    return RunConfig(
+        model=models.parse_config(root.model),
+        dataset=datasets.parse_config(root.dataset),
+        method=_method(root.method),
+        schedule=root.schedule,
+        optimizer=_optimizer(root.optimizer),
+        trainer=root.trainer,
+        logger=root.logger,
+        seed=root.seed,
+        output_dir=root.output_dir,
+        dry_run=root.dry_run,
+        resolved=dict(node),
+    )
+
+
+def _optimizer(node: Mapping[str, Any]) -> SGDConfig | AdamConfig:
+    if node.get("name") not in OPTIMIZERS:
+        raise ConfigError(f"optimizer.name={node.get('name')} is not allowed; allowed: {', '.join(OPTIMIZERS)}")
+    return parse(OPTIMIZERS[node["name"]], node, "optimizer")
+
+
+def _method(node: Mapping[str, Any]) -> Any:
+    target = node.get("_target_")
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"method._target_ must name a class such as prune_lab.methods.rigl.RigL, got {target}")
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        method_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"method._target_={target} cannot be imported: {error}") from error
+    options = {key: value for key, value in node.items() if key != "_target_"}
+    return method_class(parse(method_class.Config, options, "method"))
+
+
+__all__ = ["AdamConfig", "ConfigError", "Fraction", "LoggerConfig", "PhaseSchedule", "RunConfig", "SGDConfig", "ScheduleConfig",
+           "TrainerConfig", "check"]

@@ -1,0 +1,129 @@
+"""What a method may do: the hooks the loop and the pipeline call. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prune_lab.context import Context
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a user should know about a method; `prune-lab list methods` prints it."""
+
+    summary: str
+    """one line: what is pruned, when, by which rule"""
+    paper: str
+    """authors, year, title, identifier"""
+    acts: str
+    """where in the run it acts"""
+    eligible: str
+    """which tensors it may prune"""
+    cost: str
+    """extra memory and time over dense training"""
+    differences: str
+    """known differences from the official code and how they are set"""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One link of a method's chain."""
+
+    name: str
+    """unique in the chain; the value of `phase` in metrics.jsonl"""
+    hook: str
+    """"train" runs the training loop; anything else names the method's function that does the work, such as "prune" """
+    schedule: str | None
+    """block of the schedule that says how long and with which learning rate; None for phases without steps"""
+    active: bool
+    """False: the method does nothing here, so that every method shares the finished phase"""
+
+
+TRAIN_DENSE = Phase("train", "train", "train", active=False)
+TRAIN = Phase("train", "train", "train", active=True)
+PRUNE = Phase("prune", "prune", None, active=True)
+FINETUNE = Phase("finetune", "train", "finetune", active=True)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Options every method has."""
+
+    name: str
+    """the method's name as in method=NAME"""
+
+
+class Method:
+    """A method without any effect: dense training. Others override the hooks they use.
+
+    One instance lives through one phase. What must survive a checkpoint goes into `state_dict`.
+    """
+
+    Config: type = MethodConfig
+    card: Card
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def chain(self) -> tuple[Phase, ...]:
+        """Return the phases of a run in order."""
+        return (TRAIN_DENSE,)
+
+    def requested_sparsity(self) -> float | None:
+        """Return the target over eligible weights, or None for a method without one."""
+        return None
+
+    def adapt_model(self, config: Any, *, num_classes: int, image_size: int) -> Any:
+        """Return the model options to build; a method that changes the architecture from the start changes them."""
+        return config
+
+    def setup(self, context: Context) -> None:
+        """Prepare an active phase: masks, buffers. Called once, before any checkpoint is restored."""
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Return whether `after_backward` reads gradients of pruned weights at `step` (counted in the cost)."""
+        return False
+
+    def after_backward(self, context: Context, step: int) -> bool:
+        """Act on `param.grad`: averaged over processes and micro-batches, unscaled, before clipping, never masked.
+
+        Returns:
+            True to let the optimizer take its step on this batch, False to leave it out.
+        """
+        return True
+
+    def after_step(self, context: Context, step: int) -> None:
+        """Act after the optimizer step (also when it was left out) and before the masks are applied."""
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return figures for the epoch's record."""
+        return {}
+
+    def prune(self, context: Context) -> None:
+        """Do the work of a phase of kind "prune"."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Return the plain module to keep: zeros baked in already, channels physically removed here."""
+        return model
+
+    def budget(self, context: Context, step: int) -> dict[str, int] | None:
+        """Return kept weights per parameter in force after `step` of the training phase, where known beforehand.
+
+        None: the layer shares depend on trained weights. The dry run counts costs from this.
+        """
+        return {}
+
+    def paper_train_ratio(self, context: Context) -> float | None:
+        """Return the training cost over dense training by the paper's own formula, if it has one."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on; tensors, numbers, strings and containers only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""

@@ -1,0 +1,159 @@
+"""Checked options: plain mappings into dataclasses, with one-line errors that name the option as typed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A wrong option or input of the user. The message is one line and needs no traceback."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Allowed interval of a number; `open_low` and `open_high` exclude the end points."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def contains(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        left = "(" if self.open_low or self.low == -math.inf else "["
+        right = ")" if self.open_high or self.high == math.inf else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+
+Positive = Annotated[float, Range(0, open_low=True)]
+NonNegative = Annotated[float, Range(0)]
+OpenFraction = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
+Fraction = Annotated[float, Range(0, 1)]
+Count = Annotated[int, Range(1)]
+Index = Annotated[int, Range(0)]
+
+
+def suggestion(name: str, allowed: Iterable[str]) -> str:
+    """Return ` (did you mean 'x'?)` for the nearest of `allowed`, or an empty string."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
+    """Return `cls` built from `node` after checking names, types and ranges.
+
+    Args:
+        cls: a dataclass. Every field must be in `node`: YAML files hold the values, dataclasses the rules.
+            A nested dataclass is parsed likewise. If `cls` has a method `check(path)`, it is called last and
+            may raise ConfigError for rules across fields.
+        node: plain mapping, such as OmegaConf.to_container(cfg, resolve=True).
+        path: dotted name of the node as the user types it, "" at the root.
+
+    Raises:
+        ConfigError: unknown or missing key, wrong type, NaN, value out of range.
+    """
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{path} must be a group of options, got {node!r}")
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [field.name for field in fields(cls)]
+    for key in node:
+        if key not in names:
+            raise ConfigError(
+                f"unknown option {_join(path, key)}{suggestion(str(key), names)}; "
+                f"allowed under {path or 'the top level'}: {', '.join(names)}"
+            )
+    values = {}
+    for field in fields(cls):
+        if field.name in node:
+            values[field.name] = coerce(hints[field.name], node[field.name], _join(path, field.name))
+        elif field.default is MISSING and field.default_factory is MISSING:
+            raise ConfigError(f"missing option {_join(path, field.name)}")
+    config = cls(**values)
+    if hasattr(config, "check"):
+        config.check(path)
+    return config
+
+
+def coerce(hint: Any, value: Any, path: str) -> Any:
+    """Return `value` as the type `hint` asks for, or raise ConfigError naming `path`."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        base, *rules = typing.get_args(hint)
+        result = coerce(base, value, path)
+        for rule in rules:
+            if isinstance(rule, Range) and result is not None and not rule.contains(result):
+                raise ConfigError(f"{path} must lie in {rule}, got {value}")
+        return result
+    if origin in (Union, types.UnionType):
+        return _coerce_union(typing.get_args(hint), value, path)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value in allowed and not isinstance(value, bool):
+            return value
+        names = [str(choice) for choice in allowed]
+        raise ConfigError(f"{path}={_show(value)} is not allowed{suggestion(str(value), names)}; allowed: {', '.join(names)}")
+    if origin in (list, tuple):
+        return _coerce_list(typing.get_args(hint)[0], value, path)
+    if origin is dict:
+        item = typing.get_args(hint)[1]
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path} must be a mapping, got {_show(value)}")
+        return {key: coerce(item, entry, _join(path, key)) for key, entry in value.items()}
+    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+        return parse(hint, value, path)
+    return _coerce_scalar(hint, value, path)
+
+
+def _coerce_union(options: tuple, value: Any, path: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    kept = [option for option in options if option is not type(None)]
+    for option in kept[:-1]:
+        try:
+            return coerce(option, value, path)
+        except ConfigError:
+            continue
+    return coerce(kept[-1], value, path)
+
+
+def _coerce_list(item: Any, value: Any, path: str) -> list:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigError(f"{path} must be a list such as [a,b], got {_show(value)}")
+    return [coerce(item, entry, f"{path}[{index}]") for index, entry in enumerate(value)]
+
+
+def _coerce_scalar(hint: Any, value: Any, path: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is bool and isinstance(value, bool):
+        return value
+    if hint is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if math.isnan(value) or math.isinf(value):
+            raise ConfigError(f"{path} must be a finite number, got {value}")
+        return float(value)
+    if hint is str and isinstance(value, str):
+        return value
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    raise ConfigError(f"{path} must be {words.get(hint, hint)}, got {_show(value)}")
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
