@@ -1,0 +1,30 @@
+"""Networks by name: options without torch, then plain modules."""
+
+from prune_lab.models.catalog import build, describe, from_description, names, parse_config
+from prune_lab.models.configs import (
+    ExternalConfig,
+    MobileNetConfig,
+    ModelConfig,
+    ResNetCifarConfig,
+    ResNetConfig,
+    VggConfig,
+    WideResNetConfig,
+)
+from prune_lab.models.weights import load_weights, weights_digest
+
+__all__ = [
+    "ExternalConfig",
+    "MobileNetConfig",
+    "ModelConfig",
+    "ResNetCifarConfig",
+    "ResNetConfig",
+    "VggConfig",
+    "WideResNetConfig",
+    "build",
+    "describe",
+    "from_description",
+    "load_weights",
+    "names",
+    "parse_config",
+    "weights_digest",
+]

@@ -1,0 +1,94 @@
+"""Table of the models: from a name to checked options and to a built network. Torch-free until `build`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from prune_lab.models import configs
+from prune_lab.models.configs import ExternalConfig, ModelConfig
+from prune_lab.schema import ConfigError, parse, suggestion
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Family -> names, options, module with `build`. Modules are imported on `build` only.
+_FAMILIES = (
+    (configs.RESNET_CIFAR_NAMES, configs.ResNetCifarConfig, "resnet_cifar"),
+    (configs.RESNET_NAMES, configs.ResNetConfig, "resnet"),
+    (configs.VGG_NAMES, configs.VggConfig, "vgg"),
+    (configs.MOBILENET_NAMES, configs.MobileNetConfig, "mobilenet"),
+    (configs.WIDE_RESNET_NAMES, configs.WideResNetConfig, "wide_resnet"),
+)
+_CONFIGS: dict[str, type[ModelConfig]] = {name: config for names, config, _ in _FAMILIES for name in names}
+_MODULES: dict[type[ModelConfig], str] = {config: module for _, config, module in _FAMILIES}
+_MODULES[ExternalConfig] = "external"
+
+
+def names() -> list[str]:
+    """Return the names of our own models, in the order of the table (torchvision and timm have many more)."""
+    return list(_CONFIGS)
+
+
+def parse_config(node: Mapping[str, Any]) -> ModelConfig:
+    """Return the checked options of the group `model`. Imports no torch.
+
+    A node with the key `source` is a torchvision or timm model; whether that library has the name is
+    checked in `build`.
+
+    Raises:
+        ConfigError: unknown model, unknown or missing option, value out of range.
+    """
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"model must be a group of options, got {node!r}")
+    if "source" in node:
+        return parse(ExternalConfig, node, "model")
+    name = node.get("name")
+    if name not in _CONFIGS:
+        raise ConfigError(
+            f"model.name={name} is not a model{suggestion(str(name), _CONFIGS)}; allowed: {', '.join(_CONFIGS)}; "
+            "any torchvision or timm classifier: model=torchvision model.name=..."
+        )
+    return parse(_CONFIGS[name], node, "model")
+
+
+def build(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
+    """Return the network of `config` with fresh weights drawn from torch's global generator.
+
+    Args:
+        config: from `parse_config`. Weights are not loaded here, see `load_weights`.
+        num_classes: number of outputs.
+        image_size: height and width of the square RGB images, px.
+
+    Returns:
+        Module from images [N, 3, image_size, image_size] to logits [N, num_classes].
+
+    Raises:
+        ConfigError: a torchvision or timm name that does not exist there.
+    """
+    module = importlib.import_module(f"prune_lab.models.{_MODULES[type(config)]}")
+    return module.build(config, num_classes=num_classes, image_size=image_size)
+
+
+def describe(config: ModelConfig, num_classes: int, image_size: int) -> dict[str, Any]:
+    """Return a JSON-able dict from which `from_description` builds the same architecture."""
+    options = asdict(config)
+    if options["weights"] != "torchvision":
+        # The weights travel beside the description; a path would mean nothing on another machine.
+        options["weights"] = None
+    return {"model": options, "num_classes": num_classes, "image_size": image_size}
+
+
+def from_description(description: Mapping[str, Any]) -> nn.Module:
+    """Return the network of a `describe` dict with fresh weights.
+
+    Raises:
+        ConfigError: the description is incomplete or holds options that do not exist.
+    """
+    missing = [key for key in ("model", "num_classes", "image_size") if key not in description]
+    if missing:
+        raise ConfigError(f"the model description lacks {', '.join(missing)}")
+    config = parse_config(description["model"])
+    return build(config, num_classes=description["num_classes"], image_size=description["image_size"])
