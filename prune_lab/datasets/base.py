@@ -1,0 +1,115 @@
+"""What every data set offers to the loop, and the options all data sets share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+
+from prune_lab.schema import ConfigError, Count, Index, Positive, Range
+
+if TYPE_CHECKING:
+    import torch
+
+Split = Literal["val", "test"]
+
+
+@dataclass(frozen=True)
+class BatchFormat:
+    """Where and how the images of a batch are handed out."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Floating-point type of the images, normally the training type."""
+    channels_last: bool
+    """Memory format of the images; their shape is [b, 3, H, W] in both cases."""
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """Sizes that the model and the plan depend on."""
+
+    num_classes: int
+    image_size: int
+    """Height and width in pixels."""
+    num_train: int
+    """Images trained on, after the held-out validation images are taken out."""
+    num_eval: int
+    """Images of the split that runs are evaluated on (`Dataset.eval_split`)."""
+
+
+class Dataset(Protocol):
+    """Batches of normalised images [b, 3, H, W] and int64 labels [b] on the training device."""
+
+    info: DatasetInfo
+    fingerprint: str
+    """Hash of everything about the data that can change a result: images, labels, split, preparation."""
+    eval_split: Split
+    """"val" where training images are held out, otherwise "test"."""
+
+    def num_batches(self, batch_size: int) -> int:
+        """Return the batches of one epoch; the last partial batch is dropped."""
+
+    def train_batches(
+        self, *, epoch: int, batch_size: int, start: int, seed: int, rank: int, world_size: int
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield this rank's shard of the global batches `start`, `start` + 1, ... of `epoch`.
+
+        Order and augmentation depend on `seed`, `epoch` and the position in the epoch only, so the shards
+        of all ranks put together are the batch of a single process.
+
+        Raises:
+            ConfigError: `batch_size` exceeds the training images or is no multiple of `world_size`.
+        """
+
+    def eval_batches(
+        self, split: Split, batch_size: int, *, rank: int, world_size: int
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield every image of `split` exactly once over all ranks, in a fixed order, not augmented.
+
+        Raises:
+            ConfigError: `split` is "val" and no training images are held out.
+        """
+
+    def close(self) -> None:
+        """Release workers and memory."""
+
+
+@dataclass(frozen=True)
+class CommonConfig:
+    """Options of every data set (values: conf/dataset/*.yaml)."""
+
+    name: str
+    kind: str
+    image_size: Count
+    """Height and width in pixels."""
+    validation: Annotated[float, Range(0, 1, open_high=True)]
+    """Fraction of the training images held out, stratified by class."""
+    validation_seed: Index
+    """Chooses which images are held out; independent of the run's seed."""
+    augment: bool
+    mean: list[float]
+    """Per channel, pixels scaled to [0, 1]."""
+    std: list[Positive]
+
+    def check(self, path: str) -> None:
+        for option in ("mean", "std"):
+            values = getattr(self, option)
+            if len(values) != 3:
+                raise ConfigError(f"{path}.{option} must hold 3 numbers (one per channel), got {values}")
+
+    def info(self, *, num_classes: int, num_train_images: int, num_test_images: int) -> DatasetInfo:
+        """Return the sizes after `validation` of `num_train_images` is held out."""
+        num_held_out = round(self.validation * num_train_images)
+        num_eval = num_held_out if self.validation > 0 else num_test_images
+        return DatasetInfo(num_classes, self.image_size, num_train_images - num_held_out, num_eval)
+
+
+@dataclass(frozen=True)
+class InMemoryConfig(CommonConfig):
+    """Options of the data sets that fit into the memory of the training device."""
+
+    crop_padding: Index
+    """Black pixels added on each side before a random crop of `image_size`; 0: no random crop."""
+    flip: bool
+    """Mirror half of the training images."""

@@ -1,0 +1,106 @@
+"""Decoded images on disk: written once and atomically, verified on every read, rebuilt when damaged."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from prune_lab.datasets.in_memory import ImageArrays, hash_arrays
+from prune_lab.schema import ConfigError
+
+log = logging.getLogger(__name__)
+
+Decoded = dict
+"""{"classes": names, "train_images", "train_labels", "test_images", "test_labels": arrays}."""
+
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+# Part of every key: raise it when decoding or file format changes.
+_FORMAT = 1
+
+
+def cached(source: Path, cache_dir: Path, *, name: str, decode: Callable[[], Decoded]) -> ImageArrays:
+    """Return the arrays of `source`, decoding it only if `cache_dir` has no sound copy.
+
+    Args:
+        source: file or folder; its path, sizes and modification times identify the entry.
+        name: readable beginning of the entry's folder name.
+        decode: called at most once. Processes that want the same entry wait for the first one.
+
+    Raises:
+        ConfigError: `cache_dir` cannot be written, or from `decode`.
+    """
+    entry = cache_dir / f"{name}-{_source_key(source)}"
+    with _locked(entry):
+        arrays = _read(entry)
+        if arrays is None:
+            log.info("decoding %s once into %s", source, entry)
+            _write(entry, decode())
+            arrays = _read(entry)
+    if arrays is None:
+        raise ConfigError(f"dataset.cache_dir={cache_dir}: {entry.name} differs from what was just written")
+    return arrays
+
+
+def _source_key(source: Path) -> str:
+    digest = hashlib.sha256(f"{_FORMAT} {source.resolve()}".encode())
+    paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+    for path in paths:
+        stat = path.stat()
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _locked(entry: Path) -> Iterator[None]:
+    """Hold the entry's lock; the system releases it if the process dies."""
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(entry.with_name(entry.name + ".lock"), "w")
+    except OSError as error:
+        raise ConfigError(f"dataset.cache_dir={entry.parent} cannot be written: {error.strerror}") from error
+    with handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _write(entry: Path, decoded: Decoded) -> None:
+    """Write to a temporary folder and rename it, so that a killed process leaves no half entry."""
+    unfinished = entry.with_name(entry.name + ".tmp")
+    try:
+        for leftover in (unfinished, entry):
+            shutil.rmtree(leftover, ignore_errors=True)
+        unfinished.mkdir()
+        for name in _ARRAYS:
+            np.save(unfinished / f"{name}.npy", decoded[name])
+        meta = {"classes": decoded["classes"], "sha256": {name: hash_arrays(decoded[name]) for name in _ARRAYS}}
+        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1))
+        os.rename(unfinished, entry)
+    except OSError as error:
+        raise ConfigError(f"dataset.cache_dir={entry.parent} cannot be written: {error.strerror}") from error
+
+
+def _read(entry: Path) -> ImageArrays | None:
+    """Return the arrays (memory-mapped), or None after a note if the entry is missing or damaged."""
+    if not entry.exists():
+        return None
+    try:
+        meta = json.loads((entry / "meta.json").read_text())
+        arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
+        damaged = [name for name in _ARRAYS if hash_arrays(arrays[name]) != meta["sha256"][name]]
+        content = hashlib.sha256(json.dumps(meta["sha256"], sort_keys=True).encode()).hexdigest()
+        num_classes = len(meta["classes"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        damaged = [str(error)]
+    if damaged:
+        log.warning("the cached images in %s are damaged (%s); decoding again", entry, ", ".join(damaged))
+        return None
+    return ImageArrays(*arrays.values(), num_classes, content)

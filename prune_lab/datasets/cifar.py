@@ -1,0 +1,72 @@
+"""CIFAR-10 and CIFAR-100 from the published files or from a folder (or tar) of images, decoded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from prune_lab.datasets.base import BatchFormat, DatasetInfo, InMemoryConfig
+from prune_lab.schema import ConfigError, Count
+
+
+@dataclass(frozen=True)
+class Config(InMemoryConfig):
+    """Options of conf/dataset/cifar10.yaml and cifar100.yaml."""
+
+    archive: Literal["cifar10", "cifar100"]
+    """Whose URL and checksums count."""
+    root: str
+    cache_dir: str
+    download: bool
+    num_classes: Count
+    num_train: Count
+    num_test: Count
+
+
+def describe(config: Config) -> DatasetInfo:
+    """Return the sizes that the options state; `load` checks them against the images."""
+    return config.info(
+        num_classes=config.num_classes, num_train_images=config.num_train, num_test_images=config.num_test
+    )
+
+
+def load(config: Config, fmt: BatchFormat):
+    """Return the data set; the first call decodes it into `cache_dir`, later ones read the arrays.
+
+    Raises:
+        ConfigError: nothing at `root`, or files that are incomplete, damaged or not as published.
+    """
+    from prune_lab.datasets import cache, cifar_files, image_files
+    from prune_lab.datasets.in_memory import InMemoryDataset
+
+    source = cifar_files.find_source(config.root, config.archive, download=config.download)
+
+    def decode() -> cache.Decoded:
+        if cifar_files.is_published(source, config.archive):
+            decoded = cifar_files.read_published(source, config.archive)
+        else:
+            decoded = image_files.decode_folder_or_tar(source, image_size=config.image_size)
+        _check_counts(config, decoded, source)
+        return decoded
+
+    arrays = cache.cached(source, Path(config.cache_dir).expanduser(), name=config.archive, decode=decode)
+    return InMemoryDataset(config, arrays, fmt)
+
+
+def _check_counts(config: Config, decoded: dict, source: Path) -> None:
+    found = {
+        "num_classes": len(decoded["classes"]),
+        "num_train": len(decoded["train_labels"]),
+        "num_test": len(decoded["test_labels"]),
+    }
+    for option, count in found.items():
+        expected = getattr(config, option)
+        if count != expected:
+            raise ConfigError(
+                f"{source} holds {option} = {count}, but dataset.{option} is {expected}; "
+                "expected layout: train/CLASS/*.jpg|png and test/CLASS/*.jpg|png"
+            )
+    size = decoded["train_images"].shape[1]
+    if size != config.image_size:
+        raise ConfigError(f"{source} holds images of {size} pixels, but dataset.image_size is {config.image_size}")
