@@ -1,0 +1,62 @@
+"""Classifiers of torchvision and timm by name, unmodified."""
+
+from __future__ import annotations
+
+import difflib
+from types import ModuleType
+
+import torchvision
+from torch import nn
+
+from prune_lab.models.configs import ExternalConfig
+from prune_lab.schema import ConfigError
+
+_NUM_NEAREST = 3
+# Their training output is a tuple with the auxiliary classifiers unless these are left out.
+_WITH_AUXILIARY = ("googlenet", "inception_v3")
+
+
+def build(config: ExternalConfig, *, num_classes: int, image_size: int) -> nn.Module:
+    """Return the network with fresh weights, whatever the image size.
+
+    Raises:
+        ConfigError: the library does not have the name, or timm is asked for and not installed.
+    """
+    available = torchvision.models.list_models(module=torchvision.models)
+    if config.source != "timm" and config.name in available:
+        return _build_torchvision(config, num_classes=num_classes)
+    if config.source == "torchvision":
+        raise ConfigError(f"model.name={config.name} is not a torchvision classifier{_nearest(config.name, available)}")
+    timm = _import_timm(config, available)
+    known = timm.list_models()
+    if config.name not in known and not timm.is_model(config.name):
+        library = "timm" if config.source == "timm" else "torchvision or timm"
+        names = known if config.source == "timm" else available + known
+        raise ConfigError(f"model.name={config.name} is not a {library} classifier{_nearest(config.name, names)}")
+    return timm.create_model(config.name, pretrained=False, num_classes=num_classes)
+
+
+def _build_torchvision(config: ExternalConfig, *, num_classes: int) -> nn.Module:
+    extra = {}
+    if config.name in _WITH_AUXILIARY:
+        # The official weights of these two expect images normalised in another way; transform_input converts.
+        extra = {"aux_logits": False, "init_weights": True, "transform_input": config.weights == "torchvision"}
+    return torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
+
+
+def _import_timm(config: ExternalConfig, available: list[str]) -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        if config.source == "timm":
+            raise ConfigError("model.source=timm needs the package timm: pip install timm") from error
+        raise ConfigError(
+            f"model.name={config.name} is not a torchvision classifier{_nearest(config.name, available)}; "
+            "for timm's models install the package timm: pip install timm"
+        ) from error
+    return timm
+
+
+def _nearest(name: str, available: list[str]) -> str:
+    near = difflib.get_close_matches(name, list(dict.fromkeys(available)), n=_NUM_NEAREST, cutoff=0.5)
+    return f" (nearest: {', '.join(near)})" if near else ""
