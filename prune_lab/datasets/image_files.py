@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import lzma
+import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from PIL import Image
 from prune_lab.schema import ConfigError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+READ_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for missing, truncated and broken files."""
 LAYOUT = "train/CLASS/*.jpg|png and test/CLASS/*.jpg|png"
 
 
@@ -55,7 +58,7 @@ def _decode(content: bytes, name: str, image_size: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(content)) as image:
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except READ_ERRORS as error:
         raise ConfigError(f"{name} is not a readable image: {' '.join(str(error).split())}") from error
     if pixels.shape[:2] != (image_size, image_size):
         height, width = pixels.shape[:2]

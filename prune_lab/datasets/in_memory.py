@@ -128,9 +128,8 @@ class Windows:
         self._width = width = size + 2 * padding
         pixels = torch.from_numpy(images).to(fmt.device).permute(0, 3, 1, 2)
         memory_format = torch.channels_last if fmt.channels_last else torch.contiguous_format
-        canvas = torch.zeros(
-            (1 + flip) * self._num_images, 3, width, width, dtype=torch.uint8, device=fmt.device
-        ).contiguous(memory_format=memory_format)
+        shape = ((1 + flip) * self._num_images, 3, width, width)
+        canvas = torch.empty(shape, dtype=torch.uint8, device=fmt.device, memory_format=memory_format).zero_()
         inner = slice(padding, padding + size)
         canvas[: self._num_images, :, inner, inner] = pixels
         if flip:

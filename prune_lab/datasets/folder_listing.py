@@ -1,0 +1,139 @@
+"""Which image files a folder data set holds, and whether they are the ones that were expected."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from prune_lab.datasets.image_files import IMAGE_SUFFIXES
+from prune_lab.schema import ConfigError
+
+if TYPE_CHECKING:
+    from prune_lab.datasets.imagefolder import Config
+
+ANNOTATIONS = "val_annotations.txt"
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Images of one split, sorted by class and path."""
+
+    folder: Path
+    classes: list[str]
+    paths: np.ndarray
+    """Byte strings [N], relative to `folder`. One flat array: worker processes share its memory, whereas a
+    list of a million texts is copied piece by piece by reference counting."""
+    labels: np.ndarray
+    """int64 [N]."""
+    sizes: np.ndarray
+    """File sizes in bytes, int64 [N]."""
+
+
+def list_splits(config: Config) -> tuple[Listing, Listing]:
+    """Return the training and test images.
+
+    Raises:
+        ConfigError: no such folder, images without class folders, an empty class, a class that training does
+            not know, or other counts than `config` states.
+    """
+    root = Path(config.root).expanduser()
+    if not (root / "train").is_dir():
+        what = "is a file (unpack it first)" if root.is_file() else "holds no folder train"
+        raise ConfigError(
+            f"dataset.root={config.root} {what}; expected layout: train/CLASS/*.jpg|png and "
+            f"{config.test_folder or 'val'}/CLASS/*.jpg|png, then dataset.root=/path/to/folder"
+        )
+    classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+    train = _list_split(root / "train", classes)
+    test = _list_split(_test_folder(config, root), classes)
+    _check(config, train, test)
+    return train, test
+
+
+def _test_folder(config: Config, root: Path) -> Path:
+    names = [config.test_folder] if config.test_folder else ["test", "val"]
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    raise ConfigError(f"dataset.root={config.root} holds no folder {' or '.join(names)} (CLASS/*.jpg|png) to test on")
+
+
+def _list_split(folder: Path, classes: list[str]) -> Listing:
+    annotations = folder / ANNOTATIONS
+    found = _annotated(folder, annotations) if annotations.is_file() else _by_class_folder(folder)
+    index = {name: i for i, name in enumerate(classes)}
+    rows = []
+    for class_name, path, size in found:
+        if class_name not in index:
+            raise ConfigError(f"{folder} holds the class {class_name}, which {folder.parent / 'train'} does not")
+        rows.append((index[class_name], os.fsencode(path), size))
+    rows.sort()
+    labels, paths, sizes = zip(*rows, strict=True) if rows else ((), (), ())
+    return Listing(
+        folder, classes, np.array(paths, dtype=np.bytes_), np.array(labels, dtype=np.int64), np.array(sizes, np.int64)
+    )
+
+
+def _by_class_folder(folder: Path) -> Iterator[tuple[str, str, int]]:
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            for path, size in _images_below(entry.path):
+                yield entry.name, os.path.relpath(path, folder), size
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            raise ConfigError(
+                f"{folder} holds images without class folders ({entry.name}); "
+                f"sort them into {folder}/CLASS/, with the class names of the folder train"
+            )
+
+
+def _images_below(folder: str) -> Iterator[tuple[str, int]]:
+    for entry in os.scandir(folder):
+        if entry.is_dir():
+            yield from _images_below(entry.path)
+        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("._"):
+            yield entry.path, entry.stat().st_size
+
+
+def _annotated(folder: Path, annotations: Path) -> Iterator[tuple[str, str, int]]:
+    """Tiny ImageNet's own layout: images/NAME and a table with NAME and class in its first two columns."""
+    class_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.count("\t") >= 1)
+    for path, size in _images_below(str(folder)):
+        name = os.path.basename(path)
+        if name not in class_of:
+            raise ConfigError(f"{annotations} does not name the class of {path}")
+        yield class_of[name], os.path.relpath(path, folder), size
+
+
+def _check(config: Config, train: Listing, test: Listing) -> None:
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    for name, count in zip(train.classes, counts, strict=True):
+        if not count:
+            raise ConfigError(f"the class folder {train.folder / name} holds no image")
+    if not len(train.labels) or not len(test.labels):
+        empty = test if len(train.labels) else train
+        raise ConfigError(f"{empty.folder} holds no image; expected layout: CLASS/*.jpg|png")
+    if config.num_classes not in (None, len(train.classes)):
+        raise ConfigError(
+            f"{train.folder} holds {len(train.classes)} classes, but dataset.num_classes is {config.num_classes}; "
+            f"for this subset: dataset.num_classes={len(train.classes)} dataset.check_counts=false"
+        )
+    if not config.check_counts:
+        return
+    for option, listing in (("expect_train", train), ("expect_test", test)):
+        expected, found = getattr(config, option), len(listing.labels)
+        if expected not in (None, found):
+            raise ConfigError(
+                f"{listing.folder} holds {found} images, but dataset.{option} is {expected}; "
+                "for a subset: dataset.check_counts=false"
+            )
+    num_tested = len(np.unique(test.labels))
+    if num_tested != len(train.classes):
+        raise ConfigError(
+            f"{test.folder} holds {num_tested} of the {len(train.classes)} classes; "
+            "for a subset: dataset.check_counts=false"
+        )

@@ -1,0 +1,70 @@
+"""Image folders that are read during training: ImageNet, Tiny ImageNet and any train/CLASS/*, val/CLASS/*."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from prune_lab.datasets.base import BatchFormat, CommonConfig, DatasetInfo
+from prune_lab.schema import ConfigError, Count, Index, Range
+
+
+@dataclass(frozen=True)
+class Config(CommonConfig):
+    """Options of conf/dataset/imagefolder.yaml, imagenet.yaml and tiny_imagenet.yaml."""
+
+    root: str
+    test_folder: str | None
+    """null: test where there is one, otherwise val."""
+    num_classes: Count | None
+    """null: as many as there are folders."""
+    expect_train: Count | None
+    expect_test: Count | None
+    check_counts: bool
+    min_scale: Annotated[float, Range(0, 1, open_low=True)]
+    """Least area of a random crop, as a fraction of the image."""
+    flip: bool
+    crop_ratio: Annotated[float, Range(0, 1, open_low=True)]
+    """Evaluation: side of the central crop over the shorter side of the resized image."""
+    workers: Index
+    """Processes that decode, at most one per core; 0: in the training process."""
+
+
+def describe(config: Config) -> DatasetInfo:
+    """Return the sizes from the options if they state all three, otherwise from the folders.
+
+    Raises:
+        ConfigError: the options leave a size open and the folders are not there.
+    """
+    from prune_lab.datasets import folder_listing
+
+    stated = (config.num_classes, config.expect_train, config.expect_test)
+    is_stated = None not in stated
+    if is_stated and (config.check_counts or not (Path(config.root).expanduser() / "train").is_dir()):
+        return _info(config, *stated)
+    try:
+        train, test = folder_listing.list_splits(config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}; without the images state dataset.num_classes, dataset.expect_train and dataset.expect_test"
+        ) from error
+    return _info(config, len(train.classes), len(train.labels), len(test.labels))
+
+
+def load(config: Config, fmt: BatchFormat):
+    """Return the data set, which lists the files now and reads them batch by batch.
+
+    Raises:
+        ConfigError: folders missing or not laid out as expected, or other counts than the options state.
+    """
+    from prune_lab.datasets.folder_listing import list_splits
+    from prune_lab.datasets.stream import StreamDataset
+
+    train, test = list_splits(config)
+    info = _info(config, len(train.classes), len(train.labels), len(test.labels))
+    return StreamDataset(config, info, train, test, fmt)
+
+
+def _info(config: Config, num_classes: int, num_train: int, num_test: int) -> DatasetInfo:
+    return config.info(num_classes=num_classes, num_train_images=num_train, num_test_images=num_test)
