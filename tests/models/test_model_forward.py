@@ -1,4 +1,4 @@
-"""Every model computes: shapes, gradients, tracing, small widths, memory formats, rebuilding, same seed same weights."""
+"""Every model computes: shapes, gradients, tracing, memory formats, small widths, rebuilding from a description."""
 
 from __future__ import annotations
 

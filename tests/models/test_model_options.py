@@ -23,7 +23,7 @@ def test_one_yaml_per_model():
 def test_yaml_holds_every_field_with_a_comment(group):
     options = node(group, **({"name": "resnext50_32x4d"} if group == "torchvision" else {}))
     config = models.parse_config(options)
-    assert list(options) == [field.name for field in fields(config)]
+    assert sorted(options) == sorted(field.name for field in fields(config))
     lines = (REPO / "conf" / "model" / f"{group}.yaml").read_text().splitlines()
     assert lines[0].startswith("# ")
     assert all("  # " in line for line in lines[1:])
@@ -34,7 +34,7 @@ def test_yaml_holds_every_field_with_a_comment(group):
 @pytest.mark.parametrize(
     "group, changes, message",
     [
-        ("resnet20", {"name": "resnet21"}, "model.name=resnet21 is not a model (did you mean 'resnet20'?)"),
+        ("resnet20", {"name": "resnet111"}, "model.name=resnet111 is not a model (did you mean 'resnet110'?)"),
         ("resnet20", {"shortcut": "C"}, "model.shortcut=C is not allowed; allowed: A, B"),
         ("resnet20", {"width": 0}, "model.width must lie in (0, inf), got 0"),
         ("resnet20", {"wdith": 1.0}, "unknown option model.wdith (did you mean 'width'?)"),

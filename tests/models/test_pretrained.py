@@ -49,7 +49,7 @@ def test_accuracy(shared_folder, test_images, name, file, accuracy):
     images, labels = test_images
     num_correct = 0
     with torch.inference_mode():
-        for batch, target in zip(images.split(500), labels.split(500), strict=True):
+        for batch, target in zip(images.split(100), labels.split(100), strict=True):
             batch = batch.contiguous(memory_format=torch.channels_last)
             num_correct += int((model(batch).argmax(1) == target).sum())
     # One network evaluated by two codes: only the order of float additions may move an image or two.
