@@ -1,0 +1,66 @@
+"""Text and JSON files that are written whole or not at all. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` under a temporary name and a rename; readers see the old or the new file.
+
+    Raises:
+        OSError: the disk refused; the temporary file is removed and `path` is as before.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON; numbers that are not finite become null (see `jsonable`)."""
+    write_text(path, json.dumps(jsonable(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON.
+    """
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def jsonable(value: Any) -> Any:
+    """Return `value` as containers, texts and numbers that JSON can hold.
+
+    NaN and infinities become None: JSON has no such numbers, and a reader must not fail on them. Numbers with an
+    `item()` method (NumPy, torch) become Python numbers, paths become texts.
+
+    Raises:
+        TypeError: a value of any other type.
+    """
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(entry) for entry in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "item"):
+        return jsonable(value.item())
+    raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")

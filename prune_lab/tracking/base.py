@@ -1,0 +1,113 @@
+"""What a run reports, and to whom: the sink protocol and the tracker that feeds several sinks. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """Identity of one run, as every sink gets it."""
+
+    run_dir: Path
+    run_id: str
+    """unique and stable: the same command has the same id, so that a copy elsewhere is continued, not doubled"""
+    name: str
+    group: str
+    """the same for runs that differ in nothing but the seed"""
+    tags: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    """resolved options as plain containers"""
+    plan: list[dict[str, Any]] = field(default_factory=list)
+    """phases in order: {name, epochs, ...}"""
+
+
+class Sink(Protocol):
+    """One place where a run is reported. Calls come in the order start, the middle ones in any order, finish.
+
+    `message` and `progress` may come before `start`, or without it for a run that turns out to be done already.
+    """
+
+    def start(self, info: RunInfo) -> None:
+        """Begin the run, or begin it again after an interruption; all its records follow, those before it included."""
+
+    def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
+        """Take one record: `phase`, `epoch`, `global_step`, then flat keys.
+
+        Args:
+            replayed: it was measured by an earlier call of the same run or by another run that shares the phase.
+        """
+
+    def layers(self, rows: list[dict[str, Any]]) -> None:
+        """Take the per-layer table."""
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        """Take the flat end result."""
+
+    def message(self, text: str) -> None:
+        """Take one line for the reader."""
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        """Take the position, `done` of `total` optimizer steps, within the phase `text`."""
+
+    def finish(self, status: str, error: str | None) -> None:
+        """End the run: `finished`, `failed` or `interrupted`; `error` is one line."""
+
+
+class BaseSink:
+    """Ignores everything; sinks override what they use."""
+
+    def start(self, info: RunInfo) -> None: ...
+    def log(self, record: dict[str, Any], *, replayed: bool = False) -> None: ...
+    def layers(self, rows: list[dict[str, Any]]) -> None: ...
+    def summary(self, summary: dict[str, Any]) -> None: ...
+    def message(self, text: str) -> None: ...
+    def progress(self, done: int, total: int, text: str) -> None: ...
+    def finish(self, status: str, error: str | None) -> None: ...
+
+
+class Tracker:
+    """Hands every call to its sinks in order: local files first, then copies elsewhere.
+
+    An error of a local sink (a full disk) is the caller's to handle. An error of a copy is reported once, in one
+    line, and that copy gets nothing more: it can be made again from the local files, so it never stops a run.
+    """
+
+    def __init__(self, local: Iterable[Sink] = (), *, copies: Iterable[Sink] = ()) -> None:
+        self._local = list(local)
+        self._copies = list(copies)
+
+    def start(self, info: RunInfo) -> None:
+        self._each(lambda sink: sink.start(info))
+
+    def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
+        self._each(lambda sink: sink.log(record, replayed=replayed))
+
+    def layers(self, rows: list[dict[str, Any]]) -> None:
+        self._each(lambda sink: sink.layers(rows))
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        self._each(lambda sink: sink.summary(summary))
+
+    def message(self, text: str) -> None:
+        self._each(lambda sink: sink.message(text))
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        self._each(lambda sink: sink.progress(done, total, text))
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        self._each(lambda sink: sink.finish(status, error))
+
+    def _each(self, call: Callable[[Sink], None]) -> None:
+        for sink in self._local:
+            call(sink)
+        for sink in list(self._copies):
+            try:
+                call(sink)
+            except Exception as error:  # whatever goes wrong there: a copy must not stop training
+                self._copies.remove(sink)
+                reason = str(error).strip().splitlines() or [""]
+                self.message(f"{type(sink).__name__} stopped ({type(error).__name__}: {reason[0]}); the run goes on")

@@ -1,0 +1,180 @@
+"""What a run shows while it works: rich on a terminal, one plain line per epoch elsewhere, the same in log.txt."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from prune_lab.tracking.base import BaseSink, RunInfo
+from prune_lab.tracking.lines import epoch_line, plan_lines, summary_lines, summary_rows, to_ascii
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+def console(stream: TextIO | None = None) -> BaseSink:
+    """Return the sink that fits `stream` (default: standard output)."""
+    stream = sys.stdout if stream is None else stream
+    if stream.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        return RichConsole(stream)
+    return PlainConsole(stream)
+
+
+class _Lines(BaseSink):
+    """Turns every call into lines of text for `_write`."""
+
+    def __init__(self) -> None:
+        self._epochs: dict[str, int] = {}
+
+    def _write(self, line: str) -> None:
+        raise NotImplementedError
+
+    def start(self, info: RunInfo) -> None:
+        self._epochs = {phase["name"]: phase.get("epochs") or 0 for phase in info.plan}
+        for line in plan_lines(info):
+            self._write(line)
+
+    def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
+        if not replayed:
+            self._write(epoch_line(record, self._epochs))
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        for line in summary_lines(summary):
+            self._write(line)
+
+    def message(self, text: str) -> None:
+        self._write(text)
+
+    def finish(self, status: str, error: str | None) -> None:
+        self._write(status + (f": {error}" if error else ""))
+
+
+class PlainConsole(_Lines):
+    """Flushed ASCII lines. When the reader has gone (a closed pipe) it falls silent and the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream: TextIO | None = stream
+
+    def _write(self, line: str) -> None:
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(to_ascii(line) + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            _silence(self._stream)
+            self._stream = None
+
+
+class LogFile(_Lines):
+    """Appends the lines to log.txt in the run directory, with the time; lines before `start` wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._file: TextIO | None = None
+        self._waiting: list[str] = []
+
+    def start(self, info: RunInfo) -> None:
+        self._file = open(info.run_dir / "log.txt", "a", encoding="ascii", buffering=1)
+        for line in self._waiting:
+            self._file.write(line)
+        self._waiting.clear()
+        super().start(info)
+
+    def _write(self, line: str) -> None:
+        stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {to_ascii(line)}\n"
+        if self._file is None:
+            self._waiting.append(stamped)
+        else:
+            self._file.write(stamped)
+
+    def finish(self, status: str, error: str | None) -> None:
+        super().finish(status, error)
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class RichConsole(_Lines):
+    """Epoch lines scroll above a live bar with speed and remaining time of the phase; a table ends the run."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+
+        super().__init__()
+        self._console = Console(file=stream, highlight=False)
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._phase: str | None = None
+        self._batch_size: int | None = None
+
+    def start(self, info: RunInfo) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        super().start(info)
+        self._batch_size = info.config.get("schedule", {}).get("batch_size")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+        )
+        self._progress = Progress(*columns, console=self._console, transient=True)
+
+    def progress(self, done: int, total: int, text: str) -> None:
+        if self._progress is None:
+            return
+        if self._task is None or text != self._phase:
+            self._begin(done, total, text)
+        task = self._progress.tasks[0]
+        speed = task.speed or 0.0
+        shown = f"{speed * self._batch_size:.0f} img/s" if self._batch_size else f"{speed:.1f} steps/s"
+        self._progress.update(self._task, completed=done, speed=shown if speed else "")
+
+    def _begin(self, done: int, total: int, text: str) -> None:
+        """Give the phase `text` a fresh bar: speed counts from `done`, where a resumed phase stands."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(to_ascii(text), total=total, completed=done, speed="")
+        self._phase = text
+        self._progress.start()
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        from rich import box
+        from rich.table import Table
+
+        self._stop()
+        table = Table(box=box.ASCII, show_header=False)
+        for name, text in summary_rows(summary):
+            table.add_row(to_ascii(name), to_ascii(text))
+        self._print(table)
+
+    def finish(self, status: str, error: str | None) -> None:
+        self._stop()
+        super().finish(status, error)
+
+    def _stop(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _write(self, line: str) -> None:
+        self._print(to_ascii(line))
+
+    def _print(self, what: Any) -> None:
+        try:
+            self._console.print(what, markup=False, soft_wrap=isinstance(what, str))
+        except (OSError, ValueError):  # the terminal has gone
+            self._console.quiet = True
+
+
+def _silence(stream: TextIO) -> None:
+    """Point `stream` nowhere, so that the interpreter's last flush does not fail on what is still buffered."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except (OSError, ValueError):
+        pass  # not a real file

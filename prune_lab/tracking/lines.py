@@ -1,0 +1,117 @@
+"""Records and results as plain ASCII text: one line per epoch, a few at the start and the end. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prune_lab.tracking.base import RunInfo
+
+
+def to_ascii(text: str) -> str:
+    """Return `text` with other characters escaped, so that no terminal or locale can fail on it."""
+    return text.encode("ascii", "backslashreplace").decode("ascii")
+
+
+def plan_lines(info: RunInfo) -> list[str]:
+    """Return the run's name, its phases and its directory."""
+    phases = " -> ".join(_phase(phase) for phase in info.plan)
+    return [f"run {info.name}", *([f"plan: {phases}"] if phases else []), f"directory: {info.run_dir}"]
+
+
+def _phase(phase: dict[str, Any]) -> str:
+    epochs = phase.get("epochs")
+    notes = [f"{epochs} epochs" if epochs != 1 else "1 epoch"] if epochs else []
+    notes += ["reused"] if phase.get("reused") else []
+    return f"{phase['name']} ({', '.join(notes)})" if notes else str(phase["name"])
+
+
+_EPOCH_PARTS: list[tuple[str, str, Callable[[Any], str]]] = [
+    ("train/loss", "loss", "{:.4f}".format),
+    ("train/top1", "top1", "{:.2f}".format),
+    ("eval/loss", "eval loss", "{:.4f}".format),
+    ("eval/top1", "eval top1", "{:.2f}".format),
+    ("sparsity", "sparsity", "{:.4f}".format),
+    ("lr", "lr", "{:.2e}".format),
+    ("time/epoch_s", "s", "{:.1f}".format),
+    ("time/images_per_s", "img/s", "{:.0f}".format),
+]
+
+
+def epoch_line(record: dict[str, Any], epochs: dict[str, int]) -> str:
+    """Return one line for a record; keys it lacks are left out.
+
+    Args:
+        epochs: planned epochs of each phase.
+    """
+    phase = record.get("phase", "?")
+    total = epochs.get(phase)
+    parts = [f"{phase} {record.get('epoch', '?')}" + (f"/{total}" if total else "")]
+    for key, label, show in _EPOCH_PARTS:
+        value = record.get(key)
+        if value is not None:
+            parts.append(f"{label} {show(value)}")
+    return "  ".join(parts)
+
+
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (what, how much) for the end of a run, from the flat keys of summary.json; missing ones are left out."""
+    get = summary.get
+    rows = [
+        ("top-1", _join(_percent(get("final/top1")), _delta(get("delta/top1"), get("dense/top1")))),
+        ("top-5", _percent(get("final/top5"))),
+        ("sparsity", _requested(get("sparsity/achieved"), get("sparsity/requested"))),
+        ("parameters", _of(get("params/nonzero"), get("params/dense"), "nonzero")),
+        ("MACs per image", _of(get("macs/inference"), get("macs/dense"), "")),
+        ("training MACs", _of(get("macs/train"), get("macs/train_dense"), "")),
+        ("wall time", None if get("time/wall_s") is None else duration(get("time/wall_s"))),
+    ]
+    return [(name, text) for name, text in rows if text]
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    return [f"{name:15} {text}" for name, text in summary_rows(summary)]
+
+
+def duration(seconds: float) -> str:
+    """Return `seconds` as 1.5 s, 2 min 03 s or 4 h 05 min."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def quantity(value: float) -> str:
+    """Return a count with three digits and a unit prefix: 4.09 G."""
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * size:
+            return f"{value / size:.3g} {prefix}"
+    return f"{value:g}"
+
+
+def _percent(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f} %"
+
+
+def _delta(delta: float | None, dense: float | None) -> str | None:
+    return None if delta is None or dense is None else f"({delta:+.2f} against {dense:.2f} % dense)"
+
+
+def _requested(achieved: float | None, requested: float | None) -> str | None:
+    if achieved is None:
+        return None
+    return f"{achieved:.6g}" + ("" if requested is None else f" (requested {requested:.6g})")
+
+
+def _of(value: float | None, dense: float | None, word: str) -> str | None:
+    if value is None:
+        return None
+    text = _join(quantity(value), word)
+    return text if not dense else f"{text} ({value / dense:.2%} of {quantity(dense)} dense)"
+
+
+def _join(*parts: str | None) -> str | None:
+    kept = [part for part in parts if part]
+    return " ".join(kept) if kept else None
