@@ -32,13 +32,19 @@ def describe(config: Config) -> DatasetInfo:
 
 
 def load(config: Config, fmt: BatchFormat):
-    """Return the data set; the first call decodes it into `cache_dir`, later ones read the arrays.
+    """Return the data set; raises as `read`."""
+    from prune_lab.datasets.in_memory import InMemoryDataset
+
+    return InMemoryDataset(config, read(config), fmt)
+
+
+def read(config: Config):
+    """Return the ImageArrays; the first call decodes them into `cache_dir`, later ones map them into memory.
 
     Raises:
         ConfigError: nothing at `root`, or files that are incomplete, damaged or not as published.
     """
     from prune_lab.datasets import cache, cifar_files, image_files
-    from prune_lab.datasets.in_memory import InMemoryDataset
 
     source = cifar_files.find_source(config.root, config.archive, download=config.download)
 
@@ -50,8 +56,7 @@ def load(config: Config, fmt: BatchFormat):
         _check_counts(config, decoded, source)
         return decoded
 
-    arrays = cache.cached(source, Path(config.cache_dir).expanduser(), name=config.archive, decode=decode)
-    return InMemoryDataset(config, arrays, fmt)
+    return cache.cached(source, Path(config.cache_dir).expanduser(), name=config.archive, decode=decode)
 
 
 def _check_counts(config: Config, decoded: dict, source: Path) -> None:

@@ -158,18 +158,19 @@ def _check_md5(content: bytes, expected: str, path: Path) -> None:
 class _PlainDataUnpickler(pickle.Unpickler):
     """Builds containers, numbers, bytes and numpy arrays; a pickle that names anything else is refused."""
 
+    # The published files were written with an old numpy; the module of this function has moved since.
+    _RECONSTRUCT = np.empty(0).__reduce__()[0]
     _ALLOWED = {
-        # The published files were written with an old numpy; its module has moved since.
-        ("numpy.core.multiarray", "_reconstruct"): lambda: np._core.multiarray._reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): lambda: np._core.multiarray._reconstruct,
-        ("numpy", "ndarray"): lambda: np.ndarray,
-        ("numpy", "dtype"): lambda: np.dtype,
+        ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+        ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
     }
 
     def find_class(self, module: str, name: str):
         if (module, name) not in self._ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self._ALLOWED[module, name]()
+        return self._ALLOWED[module, name]
 
 
 def _unpickle(content: bytes, name: str) -> dict:

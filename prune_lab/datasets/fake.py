@@ -30,8 +30,15 @@ def describe(config: Config) -> DatasetInfo:
 
 
 def load(config: Config, fmt: BatchFormat):
-    """Return random images; image i has label i mod num_classes, so that classes have equal size."""
-    from prune_lab.datasets.in_memory import ImageArrays, InMemoryDataset, hash_arrays
+    """Return the data set."""
+    from prune_lab.datasets.in_memory import InMemoryDataset
+
+    return InMemoryDataset(config, read(config), fmt)
+
+
+def read(config: Config):
+    """Return random ImageArrays; image i has label i mod num_classes, so that classes have equal size."""
+    from prune_lab.datasets.in_memory import ImageArrays, hash_arrays
     from prune_lab.seeding import generator
 
     parts = []
@@ -40,4 +47,4 @@ def load(config: Config, fmt: BatchFormat):
         source = generator(config.content_seed, "fake", split)
         parts.append(torch.randint(0, 256, shape, dtype=torch.uint8, generator=source).numpy())
         parts.append((torch.arange(num_images) % config.num_classes).numpy())
-    return InMemoryDataset(config, ImageArrays(*parts, config.num_classes, hash_arrays(*parts)), fmt)
+    return ImageArrays(*parts, config.num_classes, hash_arrays(*parts))

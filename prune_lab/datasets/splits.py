@@ -61,7 +61,7 @@ def count_batches(num_images: int, batch_size: int) -> int:
         ConfigError: not even one batch is full.
     """
     if not 1 <= batch_size <= num_images:
-        raise ConfigError(f"the batch size must lie in [1, {num_images}] (training images), got {batch_size}")
+        raise ConfigError(f"schedule.batch_size must lie in [1, {num_images}] (training images), got {batch_size}")
     return num_images // batch_size
 
 
@@ -72,7 +72,7 @@ def batch_shard(batch_size: int, *, rank: int, world_size: int) -> slice:
         ConfigError: ranks would get shards of different size, and their averaged gradients a wrong weight.
     """
     if batch_size % world_size:
-        raise ConfigError(f"the batch size must be a multiple of the {world_size} processes, got {batch_size}")
+        raise ConfigError(f"schedule.batch_size must be a multiple of the {world_size} processes, got {batch_size}")
     size = batch_size // world_size
     return slice(rank * size, (rank + 1) * size)
 
