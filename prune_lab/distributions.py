@@ -1,0 +1,185 @@
+"""How a budget of kept weights is shared among layers: exact integers, no tensors."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import yaml
+
+from prune_lab.schema import ConfigError, suggestion
+
+
+@dataclass(frozen=True)
+class LayerSize:
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def num_keep_total(num_weights: int, sparsity: float) -> int:
+    """Return round((1 - sparsity) * num_weights), halves to even, in exact decimal arithmetic.
+
+    In floating point 1 - 0.9 is 0.09999999999999998; the sparsity is taken as the decimal that was typed.
+    """
+    return round((1 - Fraction(repr(sparsity))) * num_weights)
+
+
+def allocate(
+    distribution: str,
+    layers: Sequence[LayerSize],
+    num_keep: int,
+    *,
+    first_layer: str = "sparse",
+    power: float = 1.0,
+) -> dict[str, int]:
+    """Return kept weights per layer; they add up to `num_keep` and every layer keeps at least one.
+
+    Args:
+        distribution: "uniform", "er" or "erk". Raw density of a layer: 1, (n_in + n_out) / (n_in n_out) or (sum of
+            the dimensions) / (product of the dimensions), to the power `power`.
+        first_layer: "sparse", or "dense_compensated": the first layer stays dense and the others pay for it.
+
+    Layers whose density would pass 1 are made dense one at a time, largest first, and the rest is solved again.
+
+    Raises:
+        ConfigError: the budget cannot be met; the message gives the largest reachable sparsity.
+
+    Source: Evci et al. 2020, section 3(1), arXiv 1911.11134; saturation as in google-research/rigl.
+    """
+    forced = {layers[0].name} if first_layer == "dense_compensated" else set()
+    total = sum(layer.size for layer in layers)
+    least = sum(layer.size if layer.name in forced else 1 for layer in layers)
+    if num_keep < least:
+        raise _unreachable(total, least, "every layer must keep a weight" + (", the first one all" if forced else ""))
+    raw = {layer.name: _raw_density(distribution, layer.shape) ** power for layer in layers}
+    targets = _saturated(layers, num_keep, raw=raw, forced=forced)
+    return largest_remainder(targets, {layer.name: layer.size for layer in layers}, num_keep)
+
+
+def _raw_density(distribution: str, shape: tuple[int, ...]) -> float:
+    if distribution == "uniform":
+        return 1.0
+    dims = shape[:2] if distribution == "er" else shape
+    return sum(dims) / math.prod(dims)
+
+
+def _saturated(
+    layers: Sequence[LayerSize], num_keep: int, *, raw: Mapping[str, float], forced: set[str]
+) -> dict[str, float]:
+    """Return real-valued kept weights per layer: eps * raw * size, dense layers paid for by the rest."""
+    dense = set(forced)
+    while True:
+        free = [layer for layer in layers if layer.name not in dense]
+        left = num_keep - sum(layer.size for layer in layers if layer.name in dense)
+        divisor = sum(raw[layer.name] * layer.size for layer in free)
+        if not free or divisor == 0:
+            break
+        eps = left / divisor
+        highest = max(raw[layer.name] for layer in free)
+        if eps * highest <= 1:
+            break
+        dense |= {layer.name for layer in free if raw[layer.name] == highest}
+    return {
+        layer.name: float(layer.size) if layer.name in dense else eps * raw[layer.name] * layer.size for layer in layers
+    }
+
+
+def largest_remainder(targets: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, int]:
+    """Return integers near `targets` with sum `total`, each in [1, size].
+
+    Floors first; what is missing goes to the largest fractional parts, ties in layer order.
+
+    Raises:
+        ConfigError: a layer's target rounds to 0 kept weights.
+    """
+    counts = {name: min(sizes[name], math.floor(target + 1e-9)) for name, target in targets.items()}
+    order = sorted(targets, key=lambda name: counts[name] - targets[name])  # stable: ties keep layer order
+    missing = total - sum(counts.values())
+    while missing > 0:
+        for name in order:
+            if missing and counts[name] < sizes[name]:
+                counts[name] += 1
+                missing -= 1
+    empty = [name for name, count in counts.items() if count == 0]
+    if empty:
+        # In proportion, this layer reaches one weight when the whole budget is 1 / target times as large.
+        wanted = math.ceil(total / max(targets[empty[0]], 1e-9))
+        raise _unreachable(sum(sizes.values()), min(wanted, sum(sizes.values())), f"{empty[0]} would keep no weight")
+    return counts
+
+
+def _unreachable(total: int, least: int, why: str) -> ConfigError:
+    return ConfigError(
+        f"method.sparsity is out of reach: {why}; the reachable maximum is about {1 - least / total:.6g} for this model, "
+        "method.distribution and method.first_layer"
+    )
+
+
+def clamp_counts(
+    wanted: Mapping[str, int], *, low: Mapping[str, int], high: Mapping[str, int], total: int
+) -> dict[str, int]:
+    """Return `wanted` moved into [low, high] per layer, with the sum brought to `total` in layer order.
+
+    Raises:
+        ValueError: `total` lies outside the sums of `low` and `high`.
+    """
+    if not sum(low.values()) <= total <= sum(high.values()):
+        raise ValueError(f"no counts between {sum(low.values())} and {sum(high.values())} add up to {total}")
+    counts = {name: min(max(count, low[name]), high[name]) for name, count in wanted.items()}
+    for name in counts:
+        missing = total - sum(counts.values())
+        counts[name] = min(max(counts[name] + missing, low[name]), high[name])
+    return counts
+
+
+def load_densities(path: str, names: Mapping[str, str]) -> dict[str, float]:
+    """Return parameter -> density read from a YAML or JSON file of layer name -> density in (0, 1].
+
+    Args:
+        names: layer name -> parameter of every eligible layer; the file must name all of them and no other.
+
+    Raises:
+        ConfigError: missing or unreadable file, names that do not match, density out of range.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"method.densities={path} cannot be read: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"method.densities={path} must hold a mapping of layer name to density")
+    for name in content:
+        if name not in names:
+            raise ConfigError(f"method.densities={path}: {name} is no eligible layer{suggestion(str(name), names)}")
+    missing = [name for name in names if name not in content]
+    if missing:
+        raise ConfigError(f"method.densities={path}: no density for {', '.join(missing[:3])} ({len(missing)} missing)")
+    for name, value in content.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+            raise ConfigError(f"method.densities={path}: {name} must lie in (0, 1], got {value}")
+    return {names[name]: float(content[name]) for name in names}
+
+
+def file_counts(layers: Sequence[LayerSize], densities: Mapping[str, float], *, sparsity: float) -> dict[str, int]:
+    """Return kept weights per layer from a file's densities, adding up to the budget of `sparsity`.
+
+    Raises:
+        ConfigError: the densities ask for another sparsity than `sparsity` (by more than 0.001).
+    """
+    sizes = {layer.name: layer.size for layer in layers}
+    total = sum(sizes.values())
+    targets = {name: densities[name] * size for name, size in sizes.items()}
+    asked = 1 - sum(targets.values()) / total
+    if abs(asked - sparsity) > 1e-3:
+        raise ConfigError(f"method.densities asks for sparsity {asked:.6g}, method.sparsity for {sparsity:g}; make them agree")
+    budget = num_keep_total(total, sparsity)
+    factor = budget / sum(targets.values())  # at most a thousandth: densities in a file are rounded
+    return largest_remainder({name: min(target * factor, sizes[name]) for name, target in targets.items()}, sizes, budget)

@@ -1,0 +1,85 @@
+"""Which weights may be pruned, and why the others may not."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from prune_lab.schema import ConfigError, suggestion
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution or linear layer."""
+
+    name: str
+    """module path, such as layer1.0.conv1"""
+    parameter: str
+    """path of its weight, such as layer1.0.conv1.weight"""
+    kind: str
+    """conv, depthwise conv, grouped conv or linear"""
+    shape: tuple[int, ...]
+    eligible: bool
+    reason: str
+    """why it is not eligible; empty if it is"""
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def layer_kind(module: nn.Module) -> str | None:
+    """Return the kind of a layer with weights that MACs are counted for, None for every other module."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if not isinstance(module, nn.Conv2d):
+        return None
+    if module.groups == 1:
+        return "conv"
+    return "depthwise conv" if module.groups == module.in_channels else "grouped conv"
+
+
+def select_layers(
+    model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = (), dense_first: bool = False
+) -> list[Layer]:
+    """Return every conv and linear layer of `model` in definition order; a shared weight is listed once.
+
+    Args:
+        include: patterns (* and ?) of module paths to prune although they are dense by default (depthwise).
+        exclude: patterns of module paths to keep dense; wins over include.
+        dense_first: keep the first layer dense and out of the budget.
+
+    Raises:
+        ConfigError: a pattern matches no layer, or nothing is left to prune.
+    """
+    found = [(name, module) for name, module in model.named_modules() if layer_kind(module)]
+    names = [name for name, _ in found]
+    for option, patterns in (("method.include", include), ("method.exclude", exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(f"{option}: {pattern!r} matches no layer{suggestion(pattern, names)}; see dry_run=true")
+    layers, seen = [], set()
+    for index, (name, module) in enumerate(found):
+        if id(module.weight) in seen:
+            continue
+        seen.add(id(module.weight))
+        kind = layer_kind(module)
+        reason = _reason(name, kind, include=include, exclude=exclude, first=dense_first and index == 0)
+        layers.append(Layer(name, f"{name}.weight", kind, tuple(module.weight.shape), not reason, reason))
+    if not any(layer.eligible for layer in layers):
+        raise ConfigError("method.exclude leaves no layer to prune" if layers else "the model has no layer to prune")
+    return layers
+
+
+def _reason(name: str, kind: str, *, include: Sequence[str], exclude: Sequence[str], first: bool) -> str:
+    if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+        return "kept dense by method.exclude"
+    if first:
+        return "first layer kept dense (method.first_layer)"
+    if kind == "depthwise conv" and not any(fnmatch.fnmatch(name, pattern) for pattern in include):
+        return "depthwise convolutions are kept dense (RigL 4.1.2)"
+    return ""

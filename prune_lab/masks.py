@@ -1,0 +1,201 @@
+"""Masks: exact selections of weights, and the set of masks that keeps pruned weights at zero."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) -> Tensor:
+    """Return a bool mask shaped like `score` with exactly `num_keep` True: the highest scores among `candidates`.
+
+    Ties go to the lower index in row-major order, whatever the memory format, so every process chooses alike.
+
+    Args:
+        score: any shape, higher is kept first.
+        num_keep: 0 <= num_keep <= number of candidates.
+        candidates: bool, shaped like `score`; None: all positions.
+
+    Raises:
+        ValueError: NaN among the candidates, or fewer candidates than `num_keep`.
+    """
+    flat = score.detach().reshape(-1)
+    index = None if candidates is None else candidates.reshape(-1).nonzero().squeeze(1)
+    pool = flat if index is None else flat[index]
+    if not 0 <= num_keep <= len(pool):
+        raise ValueError(f"cannot keep {num_keep} of {len(pool)} candidates")
+    if torch.isnan(pool).any():
+        raise ValueError("score is NaN at a candidate position")
+    chosen = _top_positions(pool, num_keep)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[chosen if index is None else index[chosen]] = True
+    return mask.view(score.shape)
+
+
+def _top_positions(pool: Tensor, num_keep: int) -> Tensor:
+    """Return the positions of the `num_keep` highest values, ties by position.
+
+    The threshold is found by selection; a full index sort of 2.4 M values takes 3-4 times as long.
+    """
+    if num_keep == 0:
+        return pool.new_empty(0, dtype=torch.long)
+    if num_keep == len(pool):
+        return torch.arange(num_keep, device=pool.device)
+    threshold = _kth_largest(pool, num_keep)
+    above = pool > threshold
+    ties = (pool == threshold).nonzero().squeeze(1)[: num_keep - int(above.sum())]
+    return torch.cat([above.nonzero().squeeze(1), ties])
+
+
+def _kth_largest(pool: Tensor, k: int) -> Tensor:
+    if pool.device.type == "cpu":
+        # NumPy's introselect is the fastest selection on a CPU.
+        import numpy
+
+        values = pool.float().numpy() if pool.dtype in (torch.bfloat16, torch.float16) else pool.numpy()
+        position = len(pool) - k
+        return torch.as_tensor(numpy.partition(values, position)[position])
+    return pool.kthvalue(len(pool) - k + 1).values
+
+
+def keep_top_global(
+    scores: Mapping[str, Tensor], num_keep: int, *, candidates: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return masks with `num_keep` True over all layers together; ties go to the earlier layer, then the lower index."""
+    flat = torch.cat([score.detach().reshape(-1) for score in scores.values()])
+    pool = None if candidates is None else torch.cat([candidates[name].reshape(-1) for name in scores])
+    parts = keep_top(flat, num_keep, candidates=pool).split([score.numel() for score in scores.values()])
+    return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
+
+
+def random_mask(shape: tuple[int, ...], num_keep: int, generator: torch.Generator) -> Tensor:
+    """Return a bool mask of `shape` with exactly `num_keep` True, every choice equally likely."""
+    return keep_top(torch.rand(shape, generator=generator, dtype=torch.float64), num_keep)
+
+
+def grow(kept: Tensor, score: Tensor, num_total: int) -> Tensor:
+    """Return `kept` joined with the highest-scoring other positions, `num_total` True in all.
+
+    Positions dropped a moment ago are candidates like all others.
+
+    Source: Evci et al. 2020, algorithm 1, arXiv 1911.11134.
+    """
+    return kept | keep_top(score, num_total - int(kept.sum()), candidates=~kept)
+
+
+def keep_by_sign(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """Return `mask` without floor(fraction * count) weights nearest to zero on each side of zero.
+
+    Kept weights that are exactly zero (just grown) count as positive.
+
+    Source: Mocanu et al. 2018, arXiv 1707.04780.
+    """
+    kept = torch.zeros_like(mask)
+    for side in (mask & (weight >= 0), mask & (weight < 0)):
+        count = int(side.sum())
+        kept |= keep_top(weight.abs(), count - int(fraction * count), candidates=side)
+    return kept
+
+
+class MaskSet:
+    """The masks of a network, True = kept, keyed by parameter path.
+
+    Masks take the memory format of their weights, so that one fused multiplication applies them all.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+        """Take `masks` for `parameters`.
+
+        Raises:
+            ValueError: names that do not match, wrong shape, or a mask that is not bool.
+        """
+        if set(parameters) != set(masks):
+            raise ValueError(f"masks and parameters differ: {sorted(set(parameters) ^ set(masks))}")
+        self._parameters = dict(parameters)
+        self.masks: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        for name, mask in masks.items():
+            self.replace(name, mask)
+
+    def replace(self, name: str, mask: Tensor) -> None:
+        """Take a new mask for parameter `name`; the weights follow at the next `apply`."""
+        if name not in self._parameters:
+            raise ValueError(f"no parameter {name} under masks")
+        weight = self._parameters[name]
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            raise ValueError(f"mask of {name} must be bool of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+        self.masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+        self._counts[name] = int(mask.sum())
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Zero every pruned weight in place."""
+        torch._foreach_mul_([self._parameters[name] for name in self.masks], list(self.masks.values()))
+
+    @torch.no_grad()
+    def apply_to(self, parameters: Mapping[str, Tensor]) -> None:
+        """Zero the pruned positions of a copy of the network, such as a moving average."""
+        torch._foreach_mul_([parameters[name] for name in self.masks], list(self.masks.values()))
+
+    def masked_grads(self) -> dict[str, Tensor]:
+        """Return copies of the gradients with zeros at pruned positions."""
+        named = {name: mask for name, mask in self.masks.items() if self._parameters[name].grad is not None}
+        grads = torch._foreach_mul([self._parameters[name].grad for name in named], list(named.values()))
+        return dict(zip(named, grads, strict=True))
+
+    def counts(self) -> dict[str, int]:
+        """Return kept weights per parameter; known on the host, so asking costs nothing."""
+        return dict(self._counts)
+
+    @property
+    def num_kept(self) -> int:
+        return sum(self._counts.values())
+
+    @property
+    def num_weights(self) -> int:
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def density(self) -> float:
+        return self.num_kept / self.num_weights
+
+    def digest(self) -> str:
+        """Return a hash of all masks in row-major order."""
+        hasher = hashlib.sha256()
+        for name, mask in self.masks.items():
+            hasher.update(name.encode())
+            hasher.update(mask.contiguous().cpu().numpy().tobytes())
+        return hasher.hexdigest()
+
+    @torch.no_grad()
+    def zero_state(self, optimizer: torch.optim.Optimizer, positions: Mapping[str, Tensor]) -> None:
+        """Zero the optimizer's state (momentum, both Adam moments) at `positions`; step counters stay.
+
+        Raises:
+            ValueError: the optimizer keeps a tensor of another shape for a weight, whose meaning is unknown.
+        """
+        for name, where in positions.items():
+            parameter = self._parameters[name]
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not torch.is_tensor(value) or value.numel() == 1:
+                    continue
+                if value.shape != parameter.shape:
+                    raise ValueError(f"optimizer state {key} of {name} has shape {tuple(value.shape)}: cannot reset it")
+                value.masked_fill_(where, 0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.masks)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back masks.
+
+        Raises:
+            ValueError: names or shapes differ from the present ones.
+        """
+        if set(state) != set(self.masks):
+            raise ValueError(f"masks in the file are for other parameters: {sorted(set(state) ^ set(self.masks))}")
+        for name, mask in state.items():
+            self.replace(name, mask)

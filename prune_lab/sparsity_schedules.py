@@ -1,0 +1,39 @@
+"""When masks change and by how much, as pure functions of the step."""
+
+from __future__ import annotations
+
+import math
+
+_POWERS = {"linear": 1, "cubic": 3}
+
+
+def drop_fraction(step: int, *, alpha: float, begin: int, end: int, shape: str) -> float:
+    """Return the fraction of a layer's kept weights that the update at `step` moves.
+
+    alpha at `begin`; 0 at `end` unless shape is "constant". Shapes: constant, cosine, linear, cubic (inverse power 3).
+
+    Source: Evci et al. 2020, section 3(2) and appendix G, arXiv 1911.11134.
+    """
+    if shape == "constant":
+        return alpha
+    progress = (step - begin) / (end - begin)
+    if shape == "cosine":
+        return alpha / 2 * (1 + math.cos(math.pi * progress))
+    return alpha * (1 - progress) ** _POWERS[shape]
+
+
+def cubic_sparsity(step: int, *, begin: int, end: int, initial: float, final: float) -> float:
+    """Return the sparsity in force at `step`: `initial` before `begin`, exactly `final` from `end` on.
+
+    Source: Zhu, Gupta 2017, section 3, arXiv 1710.01878.
+    """
+    if step >= end:
+        return final
+    if step < begin:
+        return initial
+    return final + (initial - final) * (1 - (step - begin) / (end - begin)) ** 3
+
+
+def update_steps(begin: int, end: int, interval: int) -> range:
+    """Return begin, begin + interval, ... below `end` (Evci et al. 2020, algorithm 1, where step 0 counts)."""
+    return range(begin, max(begin, end), interval)
