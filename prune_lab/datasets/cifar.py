@@ -70,7 +70,7 @@ def _check_counts(config: Config, decoded: dict, source: Path) -> None:
         if count != expected:
             raise ConfigError(
                 f"{source} holds {option} = {count}, but dataset.{option} is {expected}; "
-                "expected layout: train/CLASS/*.jpg|png and test/CLASS/*.jpg|png"
+                "expected layout: train/CLASS/*.jpg|png and test/CLASS/*.jpg|png, and a tar that is not cut short"
             )
     size = decoded["train_images"].shape[1]
     if size != config.image_size:

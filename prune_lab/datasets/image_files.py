@@ -37,11 +37,11 @@ def decode_folder_or_tar(source: Path, *, image_size: int) -> dict:
     splits: dict[str, dict[tuple[str, str], bytes]] = {"train": {}, "test": {}}
     for split, class_name, file_name, content in entries:
         splits[split][class_name, file_name] = content
-    classes = sorted({class_name for class_name, _ in splits["train"]})
-    if not classes or classes != sorted({class_name for class_name, _ in splits["test"]}):
+    classes, test_classes = (sorted({class_name for class_name, _ in splits[name]}) for name in ("train", "test"))
+    if not classes or classes != test_classes:
         raise ConfigError(
             f"{source} must hold the same classes in train and test, got {len(classes)} classes in train and "
-            f"{len({name for name, _ in splits['test']})} in test; expected layout: {LAYOUT}"
+            f"{len(test_classes)} in test; expected layout: {LAYOUT}, and a tar that is not cut short"
         )
     decoded = {"classes": classes}
     for split, contents in splits.items():

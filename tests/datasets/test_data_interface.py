@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from data_helpers import FORMAT, REPO, assert_equal_batches, evaluate, make, node, train
+from data_helpers import CONF, FORMAT, REPO, assert_equal_batches, evaluate, make, node, train
 
 from prune_lab.datasets import BatchFormat, describe, identity, load, parse_config
 from prune_lab.datasets.splits import held_out_counts
@@ -201,6 +201,16 @@ def test_wrong_options_are_refused_in_one_line(name, change, message):
     with pytest.raises(ConfigError, match=message) as caught:
         parse_config(node(name, **change))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_data_set_file_is_complete_and_commented(path):
+    config = parse_config(node(path.stem))
+    assert config.name == path.stem
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    for above, line in zip(lines, lines[1:], strict=False):
+        assert "#" in line or above.startswith("#"), f"no comment: {line}"
 
 
 def test_options_and_sizes_need_no_torch():
