@@ -76,7 +76,8 @@ class StreamDataset:
         num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         loader = torch.utils.data.DataLoader(
             reader,
-            batch_sampler=batches,
+            # NumPy, because tensors would travel to the workers through shared-memory files.
+            batch_sampler=[batch.numpy() for batch in batches],
             collate_fn=_pass_through,
             num_workers=min(self._config.workers, len(batches), num_cores),
             pin_memory=self._fmt.device.type == "cuda",
@@ -100,10 +101,10 @@ class _Reader(torch.utils.data.Dataset):
     def __init__(self, config: Config, listing: Listing, draw: tuple[int, int] | None) -> None:
         self._config, self._listing, self._draw = config, listing, draw
 
-    def __getitems__(self, indices: Tensor) -> tuple[Tensor, Tensor, str]:
+    def __getitems__(self, indices: np.ndarray) -> tuple[Tensor, Tensor, str]:
         size = self._config.image_size
         pixels = np.empty((len(indices), size, size, 3), dtype=np.uint8)
-        labels = torch.from_numpy(self._listing.labels[indices.numpy()])
+        labels = torch.from_numpy(self._listing.labels[indices])
         for row, index in zip(pixels, indices.tolist(), strict=True):
             path = self._listing.folder / os.fsdecode(self._listing.paths[index])
             try:
