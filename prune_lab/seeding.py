@@ -1,6 +1,8 @@
-"""Random draws by name: every generator is keyed, so nothing has to be saved and all processes draw alike."""
+"""Keyed randomness: every draw names what it is for, so there is no generator state to save or restore.
 
-from __future__ import annotations
+A generator is made from the run's seed and a few keys ("augment", epoch, batch). The same keys give the same numbers
+in every process, on every platform and after a resume, and two different keys give independent streams.
+"""
 
 import hashlib
 import random
@@ -8,22 +10,28 @@ import sys
 
 import torch
 
+HASH_BITS = 63  # torch and numpy take non-negative seeds that fit a signed 64-bit integer
+
 
 def stable_hash(*keys: object) -> int:
-    """Return 63 bits that depend on the printed form of `keys` only; Python's own hash is salted per process."""
+    """Return a 63-bit integer from the keys' `repr`; unlike `hash`, it is the same in every process.
+
+    Keys should be strings, integers, floats, booleans, None or tuples of them: their `repr` is stable.
+    """
     digest = hashlib.sha256(repr(keys).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(digest[:8], "big") >> (64 - HASH_BITS)
 
 
 def generator(seed: int, *keys: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """Return a fresh generator for the draw that `keys` name, for example ("order", epoch)."""
+    """Return a fresh torch generator on `device` whose stream depends on `seed` and `keys` only."""
     return torch.Generator(device=device).manual_seed(stable_hash(seed, *keys))
 
 
 def seed_everything(seed: int, *keys: object) -> None:
-    """Set the global generators of Python, NumPy (if it is loaded) and torch."""
+    """Seed the global generators of Python, torch (all devices) and, where it is imported, numpy."""
     value = stable_hash(seed, *keys)
     random.seed(value)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(value % 2**32)
     torch.manual_seed(value)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(value % 2**32)  # numpy's legacy generator takes 32 bits
