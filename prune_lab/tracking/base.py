@@ -1,4 +1,4 @@
-"""What a run reports, and to whom: the sink protocol and the tracker that feeds several sinks. Torch-free."""
+"""What a run reports, and to whom: the sink protocol and the tracker that feeds several sinks."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class Sink(Protocol):
     `message` and `progress` may come before `start`, or without it for a run that turns out to be done already.
     """
 
+    label: str
+    """how messages name the sink"""
+
     def start(self, info: RunInfo) -> None:
         """Begin the run, or begin it again after an interruption; all its records follow, those before it included."""
 
@@ -60,6 +63,9 @@ class Sink(Protocol):
 class BaseSink:
     """Ignores everything; sinks override what they use."""
 
+    label = "files"
+    """how messages name the sink"""
+
     def start(self, info: RunInfo) -> None: ...
     def log(self, record: dict[str, Any], *, replayed: bool = False) -> None: ...
     def layers(self, rows: list[dict[str, Any]]) -> None: ...
@@ -76,9 +82,13 @@ class Tracker:
     line, and that copy gets nothing more: it can be made again from the local files, so it never stops a run.
     """
 
-    def __init__(self, local: Iterable[Sink] = (), *, copies: Iterable[Sink] = ()) -> None:
+    def __init__(self, local: Iterable[Sink] = ()) -> None:
         self._local = list(local)
-        self._copies = list(copies)
+        self._copies: list[Sink] = []
+
+    def add_copy(self, sink: Sink) -> None:
+        """Add a sink whose errors do not matter to the run."""
+        self._copies.append(sink)
 
     def start(self, info: RunInfo) -> None:
         self._each(lambda sink: sink.start(info))
@@ -99,15 +109,30 @@ class Tracker:
         self._each(lambda sink: sink.progress(done, total, text))
 
     def finish(self, status: str, error: str | None = None) -> None:
-        self._each(lambda sink: sink.finish(status, error))
+        """End the run in every sink, even if one of the local ones fails; its error is raised at the end."""
+        failures = []
+        for sink in self._local:
+            try:
+                sink.finish(status, error)
+            except OSError as failure:
+                failures.append(failure)
+        self._copy(lambda sink: sink.finish(status, error))
+        if failures:
+            raise failures[0]
 
     def _each(self, call: Callable[[Sink], None]) -> None:
         for sink in self._local:
             call(sink)
+        self._copy(call)
+
+    def _copy(self, call: Callable[[Sink], None]) -> None:
         for sink in list(self._copies):
             try:
                 call(sink)
-            except Exception as error:  # whatever goes wrong there: a copy must not stop training
+            except Exception as error:  # whatever goes wrong there, a copy must not stop training
                 self._copies.remove(sink)
-                reason = str(error).strip().splitlines() or [""]
-                self.message(f"{type(sink).__name__} stopped ({type(error).__name__}: {reason[0]}); the run goes on")
+                reason = " ".join(str(error).split()) or type(error).__name__
+                self.message(
+                    f"{sink.label} copy stopped: {reason}. The run goes on; its files are complete, "
+                    "and prune-lab wandb-sync sends them later"
+                )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prune_lab.tracking.base import BaseSink, RunInfo
@@ -74,28 +75,19 @@ class LogFile(_Lines):
 
     def __init__(self) -> None:
         super().__init__()
-        self._file: TextIO | None = None
+        self._path: Path | None = None
         self._waiting: list[str] = []
 
     def start(self, info: RunInfo) -> None:
-        self._file = open(info.run_dir / "log.txt", "a", encoding="ascii", buffering=1)
-        for line in self._waiting:
-            self._file.write(line)
-        self._waiting.clear()
+        self._path = info.run_dir / "log.txt"
         super().start(info)
 
     def _write(self, line: str) -> None:
-        stamped = f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {to_ascii(line)}\n"
-        if self._file is None:
-            self._waiting.append(stamped)
-        else:
-            self._file.write(stamped)
-
-    def finish(self, status: str, error: str | None) -> None:
-        super().finish(status, error)
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._waiting.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {to_ascii(line)}\n")
+        if self._path is not None:
+            with open(self._path, "a", encoding="ascii") as file:  # opened anew: lines may come after `finish`
+                file.writelines(self._waiting)
+            self._waiting.clear()
 
 
 class RichConsole(_Lines):

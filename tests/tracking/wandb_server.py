@@ -1,0 +1,182 @@
+"""A server on 127.0.0.1 that speaks as much of W&B's protocol as one run needs, and remembers what it was sent."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+ENTITY = "tester"
+API_KEY = "k" * 40
+
+
+@dataclass
+class StoredRun:
+    """One run as the server knows it."""
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    """groupName, displayName, tags and so on, as last sent"""
+    config: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    summary: dict[str, Any] = field(default_factory=dict)
+    exit_code: int | None = None
+
+
+class WandbServer:
+    """Answers while the `with` block runs. `mode` may change at any time: ok, error (500 to all) or hang."""
+
+    def __init__(self) -> None:
+        self.mode = "ok"
+        self.runs: dict[str, StoredRun] = {}
+        self.uploads: dict[str, bytes] = {}
+        self.operations: list[str] = []
+        self.stopped = threading.Event()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+
+    def __enter__(self) -> WandbServer:
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopped.set()
+        self._http.shutdown()
+        self._http.server_close()
+
+    def answer(self, path: str, body: bytes) -> Any:
+        """Return the JSON answer to a POST or PUT."""
+        if path == "/graphql":
+            request = json.loads(body)
+            return {"data": self._graphql(request["query"], request.get("variables") or {})}
+        if path.endswith("/file_stream"):
+            self._file_stream(self.runs[path.split("/")[4]], json.loads(body))
+        elif path.startswith("/upload/"):
+            self.uploads[path.removeprefix("/upload/")] = body
+        return {}
+
+    def _graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
+        for name in ("upsertBucket", "createRunFiles", "createArtifact(", "createArtifactManifest", "createArtifactFiles",
+                     "commitArtifact", "updateArtifactManifest", "bucket(", "viewer"):
+            if name in query:
+                self.operations.append(name)
+                return getattr(self, "_" + name.rstrip("("))(variables)
+        self.operations.append(" ".join(query.split())[:200])
+        return {"project": None} if "artifactType" in query else {}
+
+    def _viewer(self, _: dict) -> dict:
+        return {"viewer": {"id": "v", "entity": ENTITY, "username": "u", "email": "", "flags": "{}", "teams": {"edges": []}}}
+
+    def _bucket(self, variables: dict) -> dict:
+        """Return what a resuming client asks for: nothing for a new run, else its last line and line counts."""
+        run = self.runs.get(variables["name"])
+        if run is None:
+            return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": ENTITY}, "bucket": None}}
+        tail = json.dumps([json.dumps(line) for line in run.history[-1:]])
+        bucket = {
+            "id": "b",
+            "name": variables["name"],
+            "summaryMetrics": json.dumps(run.summary),
+            "displayName": run.fields.get("displayName"),
+            "logLineCount": 0,
+            "historyLineCount": len(run.history),
+            "eventsLineCount": 0,
+            "historyTail": tail,
+            "eventsTail": "[]",
+            "config": json.dumps(run.config),
+            "tags": run.fields.get("tags"),
+            "notes": None,
+            "wandbConfig": json.dumps({"t": 1}),
+        }
+        return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": ENTITY}, "bucket": bucket}}
+
+    def _upsertBucket(self, variables: dict) -> dict:  # noqa: N802 the protocol's name
+        inserted = variables["name"] not in self.runs
+        run = self.runs.setdefault(variables["name"], StoredRun())
+        run.fields |= {key: value for key, value in variables.items() if value is not None}
+        if variables.get("config"):
+            run.config = json.loads(variables["config"])
+        project = {"id": "p", "name": run.fields["project"], "entity": {"id": "e", "name": ENTITY}}
+        bucket = {
+            "id": "b",
+            "name": variables["name"],
+            "displayName": run.fields.get("displayName"),
+            "description": None,
+            "config": json.dumps(run.config),
+            "sweepName": None,
+            "historyLineCount": len(run.history),
+            "project": project,
+        }
+        return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+
+    def _createRunFiles(self, variables: dict) -> dict:  # noqa: N802
+        files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
+        return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+
+    def _createArtifact(self, variables: dict) -> dict:  # noqa: N802
+        sequence = {"id": "s", "latestArtifact": None}
+        return {"createArtifact": {"artifact": {"id": "a", "state": "PENDING", "artifactSequence": sequence}}}
+
+    def _createArtifactManifest(self, variables: dict) -> dict:  # noqa: N802
+        file = {"id": "f", "name": "m", "displayName": "m", "uploadUrl": f"{self.url}/upload/manifest", "uploadHeaders": []}
+        return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
+
+    def _updateArtifactManifest(self, variables: dict) -> dict:  # noqa: N802
+        answer = self._createArtifactManifest(variables)
+        return {"updateArtifactManifest": answer["createArtifactManifest"]}
+
+    def _createArtifactFiles(self, variables: dict) -> dict:  # noqa: N802
+        edges = []
+        for spec in variables["input"]["artifactFiles"]:
+            url = f"{self.url}/upload/artifact/{spec['name']}"
+            node = {"id": "f", "name": spec["name"], "displayName": spec["name"], "uploadUrl": url, "uploadHeaders": [],
+                    "storagePath": spec["name"], "uploadMultipartUrls": None, "artifact": {"id": "a"}}
+            edges.append({"node": node})
+        return {"createArtifactFiles": {"files": {"edges": edges}}}
+
+    def _commitArtifact(self, variables: dict) -> dict:  # noqa: N802
+        return {"commitArtifact": {"artifact": {"id": "a", "digest": "d"}}}
+
+    @staticmethod
+    def _file_stream(run: StoredRun, body: dict[str, Any]) -> None:
+        for name, chunk in body.get("files", {}).items():
+            lines = [json.loads(line) for line in chunk["content"]]
+            if name == "wandb-history.jsonl":
+                run.history[chunk["offset"] :] = lines
+            elif name == "wandb-summary.json":
+                run.summary = lines[-1]
+        if body.get("complete"):
+            run.exit_code = body["exitcode"]
+
+
+def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def _serve(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            while server.mode == "hang" and not server.stopped.is_set():
+                time.sleep(0.05)
+            status = 500 if server.mode != "ok" else 200
+            answer = json.dumps(server.answer(self.path, body) if status == 200 else {}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_GET = do_POST = do_PUT = _serve
+
+        def handle(self) -> None:
+            try:
+                super().handle()
+            except OSError:
+                pass  # the client went away
+
+    return Handler
