@@ -21,11 +21,12 @@ _FINISH_TIMEOUT_S = 20.0
 
 
 def open_tracker(
-    logger: LoggerConfig, *, init_timeout_s: float = _INIT_TIMEOUT_S, finish_timeout_s: float = _FINISH_TIMEOUT_S
+    logger: LoggerConfig | None = None, *, init_timeout_s: float = _INIT_TIMEOUT_S, finish_timeout_s: float = _FINISH_TIMEOUT_S
 ) -> Tracker:
     """Return a tracker with every sink of a run, for its main process; other processes use an empty `Tracker()`.
 
     Args:
+        logger: options of the W&B copy; None: no copy. Its tags are the caller's to put into `RunInfo.tags`.
         init_timeout_s: how long W&B may take to begin; nobody waits for it.
         finish_timeout_s: how long the end of the run may wait for what W&B has not been sent yet.
 
@@ -33,14 +34,12 @@ def open_tracker(
         ConfigError: logger.wandb=online without a key.
     """
     tracker = Tracker([JsonFiles(), LogFile(), console()])
-    mode = resolve_mode(logger.wandb)
-    if mode == "disabled":
+    if logger is None or (mode := resolve_mode(logger.wandb)) == "disabled":
         return tracker
     sink = WandbSink(
         mode=mode,
         project=logger.project,
         entity=logger.entity,
-        tags=logger.tags,
         report=lambda text: copy.notice(text),
         init_timeout_s=init_timeout_s,
         finish_timeout_s=finish_timeout_s,

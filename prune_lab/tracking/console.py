@@ -38,8 +38,9 @@ class _Lines(BaseSink):
             self._write(line)
 
     def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
-        if not replayed:
-            self._write(epoch_line(record, self._epochs))
+        line = None if replayed else epoch_line(record, self._epochs)
+        if line is not None:
+            self._write(line)
 
     def summary(self, summary: dict[str, Any]) -> None:
         for line in summary_lines(summary):

@@ -38,8 +38,8 @@ _EPOCH_PARTS: list[tuple[str, str, Callable[[Any], str]]] = [
 ]
 
 
-def epoch_line(record: dict[str, Any], epochs: dict[str, int]) -> str:
-    """Return one line for a record; keys it lacks are left out.
+def epoch_line(record: dict[str, Any], epochs: dict[str, int]) -> str | None:
+    """Return one line for a record, without keys it lacks; None for a record without any key that is shown.
 
     Args:
         epochs: planned epochs of each phase.
@@ -51,7 +51,7 @@ def epoch_line(record: dict[str, Any], epochs: dict[str, int]) -> str:
         value = record.get(key)
         if value is not None:
             parts.append(f"{label} {show(value)}")
-    return "  ".join(parts)
+    return "  ".join(parts) if len(parts) > 1 else None
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -57,7 +57,6 @@ def refill(
         mode=mode,
         project=project or logger.get("project") or "prune-lab",
         entity=entity or logger.get("entity"),
-        tags=logger.get("tags") or [],
         report=report,
         init_timeout_s=timeout_s,
         finish_timeout_s=timeout_s,

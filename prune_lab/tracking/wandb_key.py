@@ -42,7 +42,8 @@ def resolve_mode(setting: str, environ: Mapping[str, str] = os.environ) -> Mode:
         return "online" if configured else "offline"
     if mode == "online" and not configured:
         raise ConfigError(
-            "logger.wandb=online needs a W&B key (wandb login, or WANDB_API_KEY); allowed without one: auto, offline, disabled"
+            "logger.wandb=online needs a W&B key (wandb login, or WANDB_API_KEY); "
+            "allowed without one: auto, offline, disabled"
         )
     return mode
 

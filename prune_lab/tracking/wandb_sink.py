@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,6 @@ class WandbSink(BaseSink):
         mode: Mode,
         project: str,
         entity: str | None,
-        tags: Iterable[str],
         report: Callable[[str], None],
         init_timeout_s: float,
         finish_timeout_s: float,
@@ -45,7 +44,6 @@ class WandbSink(BaseSink):
         self._mode = mode
         self._project = project
         self._entity = entity
-        self._tags = list(tags)
         self._report = report
         self._init_timeout_s = init_timeout_s
         self._finish_timeout_s = finish_timeout_s
@@ -69,7 +67,7 @@ class WandbSink(BaseSink):
             resume="allow" if self._mode == "online" else None,
             name=info.name,
             group=info.group,
-            tags=[tag[:_MAX_TAG] for tag in dict.fromkeys([*info.tags, *self._tags])],
+            tags=[tag[:_MAX_TAG] for tag in dict.fromkeys(info.tags)],
             config=jsonable(info.config),
             dir=info.run_dir,
             save_code=False,
