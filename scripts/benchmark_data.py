@@ -51,6 +51,8 @@ class PilImages(torch.utils.data.Dataset):
 
 def main() -> None:
     options = _parse_arguments()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     overrides = {"root": options.root} if options.root else {"num_train": 50_000, "num_test": 1_000}
     name = "cifar10" if options.root else "fake"
     node = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), overrides)
@@ -84,6 +86,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--root", help="CIFAR-10 files; without it, random images")
     parser.add_argument("--device", default="cpu", help="where the batches are needed (default: cpu)")
     parser.add_argument("--workers", type=int, default=2, help="processes of the DataLoader (default: 2)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's choice)")
     parser.add_argument("--rounds", type=int, default=5, help="timed epochs per path, after one warm-up (default: 5)")
     return parser.parse_args()
 
