@@ -21,7 +21,10 @@ _FINISH_TIMEOUT_S = 20.0
 
 
 def open_tracker(
-    logger: LoggerConfig | None = None, *, init_timeout_s: float = _INIT_TIMEOUT_S, finish_timeout_s: float = _FINISH_TIMEOUT_S
+    logger: LoggerConfig | None = None,
+    *,
+    init_timeout_s: float = _INIT_TIMEOUT_S,
+    finish_timeout_s: float = _FINISH_TIMEOUT_S,
 ) -> Tracker:
     """Return a tracker with every sink of a run, for its main process; other processes use an empty `Tracker()`.
 
