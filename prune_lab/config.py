@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from prune_lab import datasets, models
-from prune_lab.schema import ConfigError, Count, Fraction, Index, NonNegative, OpenFraction, Positive, Range, parse
+from prune_lab.schema import ConfigError, Count, Index, Momentum, NonNegative, OpenFraction, Positive, parse
 
-Momentum = Annotated[float, Range(0, 1, open_high=True)]
+
 
 
 @dataclass(frozen=True)
@@ -190,5 +190,5 @@ def _method(node: Mapping[str, Any]) -> Any:
     return method_class(parse(method_class.Config, options, "method"))
 
 
-__all__ = ["AdamConfig", "ConfigError", "Fraction", "LoggerConfig", "PhaseSchedule", "RunConfig", "SGDConfig", "ScheduleConfig",
+__all__ = ["AdamConfig", "ConfigError", "LoggerConfig", "PhaseSchedule", "RunConfig", "SGDConfig", "ScheduleConfig",
            "TrainerConfig", "check"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -59,9 +59,26 @@ def allocate(
     least = sum(layer.size if layer.name in forced else 1 for layer in layers)
     if num_keep < least:
         raise _unreachable(total, least, "every layer must keep a weight" + (", the first one all" if forced else ""))
-    raw = {layer.name: _raw_density(distribution, layer.shape) ** power for layer in layers}
-    targets = _saturated(layers, num_keep, raw=raw, forced=forced)
-    return largest_remainder(targets, {layer.name: layer.size for layer in layers}, num_keep)
+    raw = {layer.name: _raw_density(distribution, layer.shape) for layer in layers}
+    sizes = {layer.name: layer.size for layer in layers}
+
+    def solve(budget: int) -> dict[str, int]:
+        return largest_remainder(_saturated(layers, budget, raw=raw, power=power, forced=forced), sizes, budget)
+
+    counts = solve(num_keep)
+    empty = [name for name, count in counts.items() if count == 0]
+    if empty:
+        least = _least_budget(lambda budget: all(solve(budget).values()), num_keep, total)
+        raise _unreachable(total, least, f"{empty[0]} would keep no weight")
+    return counts
+
+
+def _least_budget(feasible: Callable[[int], bool], low: int, high: int) -> int:
+    """Return by bisection a feasible budget whose predecessor is not; `low` is not feasible, `high` is."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if feasible(middle) else (middle, high)
+    return high
 
 
 def _raw_density(distribution: str, shape: tuple[int, ...]) -> float:
@@ -72,34 +89,34 @@ def _raw_density(distribution: str, shape: tuple[int, ...]) -> float:
 
 
 def _saturated(
-    layers: Sequence[LayerSize], num_keep: int, *, raw: Mapping[str, float], forced: set[str]
+    layers: Sequence[LayerSize], num_keep: int, *, raw: Mapping[str, float], power: float, forced: set[str]
 ) -> dict[str, float]:
-    """Return real-valued kept weights per layer: eps * raw * size, dense layers paid for by the rest."""
-    dense = set(forced)
-    while True:
-        free = [layer for layer in layers if layer.name not in dense]
-        left = num_keep - sum(layer.size for layer in layers if layer.name in dense)
-        divisor = sum(raw[layer.name] * layer.size for layer in free)
-        if not free or divisor == 0:
-            break
-        eps = left / divisor
+    """Return real-valued kept weights per layer: eps * raw**power * size, dense layers paid for by the rest."""
+    targets = {layer.name: float(layer.size) for layer in layers}
+    free = [layer for layer in layers if layer.name not in forced]
+    left = num_keep - sum(layer.size for layer in layers if layer.name in forced)
+    while free:
         highest = max(raw[layer.name] for layer in free)
-        if eps * highest <= 1:
-            break
-        dense |= {layer.name for layer in free if raw[layer.name] == highest}
-    return {
-        layer.name: float(layer.size) if layer.name in dense else eps * raw[layer.name] * layer.size for layer in layers
-    }
+        # Relative to the highest, so that no power makes every share vanish; eps is then that layer's density.
+        share = {layer.name: (raw[layer.name] / highest) ** power for layer in free}
+        eps = left / sum(share[layer.name] * layer.size for layer in free)
+        if eps <= 1:
+            return targets | {layer.name: eps * share[layer.name] * layer.size for layer in free}
+        left -= sum(layer.size for layer in free if raw[layer.name] == highest)
+        free = [layer for layer in free if raw[layer.name] < highest]
+    return targets
 
 
 def largest_remainder(targets: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, int]:
-    """Return integers near `targets` with sum `total`, each in [1, size].
+    """Return integers near `targets` with sum `total`, each in [0, size].
 
     Floors first; what is missing goes to the largest fractional parts, ties in layer order.
 
     Raises:
-        ConfigError: a layer's target rounds to 0 kept weights.
+        ValueError: `total` exceeds the sum of `sizes`.
     """
+    if total > sum(sizes.values()):
+        raise ValueError(f"cannot keep {total} of {sum(sizes.values())} weights")
     counts = {name: min(sizes[name], math.floor(target + 1e-9)) for name, target in targets.items()}
     order = sorted(targets, key=lambda name: counts[name] - targets[name])  # stable: ties keep layer order
     missing = total - sum(counts.values())
@@ -108,17 +125,13 @@ def largest_remainder(targets: Mapping[str, float], sizes: Mapping[str, int], to
             if missing and counts[name] < sizes[name]:
                 counts[name] += 1
                 missing -= 1
-    empty = [name for name, count in counts.items() if count == 0]
-    if empty:
-        # In proportion, this layer reaches one weight when the whole budget is 1 / target times as large.
-        wanted = math.ceil(total / max(targets[empty[0]], 1e-9))
-        raise _unreachable(sum(sizes.values()), min(wanted, sum(sizes.values())), f"{empty[0]} would keep no weight")
     return counts
 
 
 def _unreachable(total: int, least: int, why: str) -> ConfigError:
+    highest = math.floor(1e6 * (1 - least / total)) / 1e6  # rounded down: the printed figure must work when typed
     return ConfigError(
-        f"method.sparsity is out of reach: {why}; the reachable maximum is about {1 - least / total:.6g} for this model, "
+        f"method.sparsity is out of reach: {why}; the reachable maximum is {highest} for this model, "
         "method.distribution and method.first_layer"
     )
 
@@ -172,14 +185,22 @@ def file_counts(layers: Sequence[LayerSize], densities: Mapping[str, float], *, 
     """Return kept weights per layer from a file's densities, adding up to the budget of `sparsity`.
 
     Raises:
-        ConfigError: the densities ask for another sparsity than `sparsity` (by more than 0.001).
+        ConfigError: the densities ask for another sparsity than `sparsity` (by more than 0.001), or for no weight at
+            all in a layer.
     """
     sizes = {layer.name: layer.size for layer in layers}
     total = sum(sizes.values())
     targets = {name: densities[name] * size for name, size in sizes.items()}
     asked = 1 - sum(targets.values()) / total
     if abs(asked - sparsity) > 1e-3:
-        raise ConfigError(f"method.densities asks for sparsity {asked:.6g}, method.sparsity for {sparsity:g}; make them agree")
+        raise ConfigError(
+            f"method.densities asks for sparsity {asked:.6g}, method.sparsity for {sparsity:g}; make them agree"
+        )
     budget = num_keep_total(total, sparsity)
     factor = budget / sum(targets.values())  # at most a thousandth: densities in a file are rounded
-    return largest_remainder({name: min(target * factor, sizes[name]) for name, target in targets.items()}, sizes, budget)
+    near = {name: min(target * factor, sizes[name]) for name, target in targets.items()}
+    counts = largest_remainder(near, sizes, budget)
+    empty = [name for name, count in counts.items() if count == 0]
+    if empty:
+        raise ConfigError(f"method.densities: {empty[0]} would keep no weight; raise its density")
+    return counts

@@ -61,7 +61,9 @@ def select_layers(
     for option, patterns in (("method.include", include), ("method.exclude", exclude)):
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
-                raise ConfigError(f"{option}: {pattern!r} matches no layer{suggestion(pattern, names)}; see dry_run=true")
+                near = suggestion(pattern, names)
+                raise ConfigError(f"{option}: {pattern!r} matches no layer{near}; see dry_run=true")
+    path_of = {id(parameter): path for path, parameter in model.named_parameters()}  # one path per shared weight
     layers, seen = [], set()
     for index, (name, module) in enumerate(found):
         if id(module.weight) in seen:
@@ -69,7 +71,7 @@ def select_layers(
         seen.add(id(module.weight))
         kind = layer_kind(module)
         reason = _reason(name, kind, include=include, exclude=exclude, first=dense_first and index == 0)
-        layers.append(Layer(name, f"{name}.weight", kind, tuple(module.weight.shape), not reason, reason))
+        layers.append(Layer(name, path_of[id(module.weight)], kind, tuple(module.weight.shape), not reason, reason))
     if not any(layer.eligible for layer in layers):
         raise ConfigError("method.exclude leaves no layer to prune" if layers else "the model has no layer to prune")
     return layers

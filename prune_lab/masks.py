@@ -23,31 +23,29 @@ def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) 
         ValueError: NaN among the candidates, or fewer candidates than `num_keep`.
     """
     flat = score.detach().reshape(-1)
-    index = None if candidates is None else candidates.reshape(-1).nonzero().squeeze(1)
-    pool = flat if index is None else flat[index]
+    where = None if candidates is None else candidates.reshape(-1)
+    pool = flat if where is None else _select(flat, where)
     if not 0 <= num_keep <= len(pool):
         raise ValueError(f"cannot keep {num_keep} of {len(pool)} candidates")
     if torch.isnan(pool).any():
         raise ValueError("score is NaN at a candidate position")
-    chosen = _top_positions(pool, num_keep)
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    mask[chosen if index is None else index[chosen]] = True
+    if num_keep == 0:
+        return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
+    # The threshold is found by selection: a full index sort of 2.4 M values takes 3-4 times as long.
+    threshold = _kth_largest(pool, num_keep)
+    mask, ties = flat > threshold, flat == threshold
+    if where is not None:
+        mask &= where
+        ties &= where
+    mask[ties.nonzero().squeeze(1)[: num_keep - int(torch.count_nonzero(mask))]] = True
     return mask.view(score.shape)
 
 
-def _top_positions(pool: Tensor, num_keep: int) -> Tensor:
-    """Return the positions of the `num_keep` highest values, ties by position.
-
-    The threshold is found by selection; a full index sort of 2.4 M values takes 3-4 times as long.
-    """
-    if num_keep == 0:
-        return pool.new_empty(0, dtype=torch.long)
-    if num_keep == len(pool):
-        return torch.arange(num_keep, device=pool.device)
-    threshold = _kth_largest(pool, num_keep)
-    above = pool > threshold
-    ties = (pool == threshold).nonzero().squeeze(1)[: num_keep - int(above.sum())]
-    return torch.cat([above.nonzero().squeeze(1), ties])
+def _select(values: Tensor, where: Tensor) -> Tensor:
+    """Return the values at True positions; NumPy's selection is several times faster than torch's on a CPU."""
+    if values.device.type != "cpu" or values.dtype == torch.bfloat16:
+        return values[where]
+    return torch.from_numpy(values.numpy()[where.numpy()])
 
 
 def _kth_largest(pool: Tensor, k: int) -> Tensor:
@@ -64,7 +62,7 @@ def _kth_largest(pool: Tensor, k: int) -> Tensor:
 def keep_top_global(
     scores: Mapping[str, Tensor], num_keep: int, *, candidates: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return masks with `num_keep` True over all layers together; ties go to the earlier layer, then the lower index."""
+    """Return masks with `num_keep` True over all layers together; ties: earlier layer, then lower index."""
     flat = torch.cat([score.detach().reshape(-1) for score in scores.values()])
     pool = None if candidates is None else torch.cat([candidates[name].reshape(-1) for name in scores])
     parts = keep_top(flat, num_keep, candidates=pool).split([score.numel() for score in scores.values()])
@@ -83,7 +81,7 @@ def grow(kept: Tensor, score: Tensor, num_total: int) -> Tensor:
 
     Source: Evci et al. 2020, algorithm 1, arXiv 1911.11134.
     """
-    return kept | keep_top(score, num_total - int(kept.sum()), candidates=~kept)
+    return kept | keep_top(score, num_total - int(torch.count_nonzero(kept)), candidates=~kept)
 
 
 def keep_by_sign(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
@@ -126,9 +124,10 @@ class MaskSet:
             raise ValueError(f"no parameter {name} under masks")
         weight = self._parameters[name]
         if mask.dtype != torch.bool or mask.shape != weight.shape:
-            raise ValueError(f"mask of {name} must be bool of shape {tuple(weight.shape)}, got {mask.dtype} {tuple(mask.shape)}")
+            wanted, got = tuple(weight.shape), tuple(mask.shape)
+            raise ValueError(f"mask of {name} must be bool of shape {wanted}, got {mask.dtype} {got}")
         self.masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
-        self._counts[name] = int(mask.sum())
+        self._counts[name] = int(torch.count_nonzero(mask))
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -180,11 +179,10 @@ class MaskSet:
         for name, where in positions.items():
             parameter = self._parameters[name]
             for key, value in optimizer.state.get(parameter, {}).items():
-                if not torch.is_tensor(value) or value.numel() == 1:
-                    continue
-                if value.shape != parameter.shape:
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    value.masked_fill_(where, 0)
+                elif torch.is_tensor(value) and value.numel() != 1:
                     raise ValueError(f"optimizer state {key} of {name} has shape {tuple(value.shape)}: cannot reset it")
-                value.masked_fill_(where, 0)
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.masks)

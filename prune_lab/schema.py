@@ -40,6 +40,7 @@ class Range:
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 OpenFraction = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
+Momentum = Annotated[float, Range(0, 1, open_high=True)]
 Fraction = Annotated[float, Range(0, 1)]
 Count = Annotated[int, Range(1)]
 Index = Annotated[int, Range(0)]

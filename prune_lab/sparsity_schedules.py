@@ -10,13 +10,14 @@ _POWERS = {"linear": 1, "cubic": 3}
 def drop_fraction(step: int, *, alpha: float, begin: int, end: int, shape: str) -> float:
     """Return the fraction of a layer's kept weights that the update at `step` moves.
 
-    alpha at `begin`; 0 at `end` unless shape is "constant". Shapes: constant, cosine, linear, cubic (inverse power 3).
+    alpha up to `begin`; 0 from `end` on unless shape is "constant". Shapes: constant, cosine, linear, cubic (inverse
+    power 3). An update may come after `end` when an fp16 overflow postponed it.
 
     Source: Evci et al. 2020, section 3(2) and appendix G, arXiv 1911.11134.
     """
     if shape == "constant":
         return alpha
-    progress = (step - begin) / (end - begin)
+    progress = min(max((step - begin) / (end - begin), 0.0), 1.0)
     if shape == "cosine":
         return alpha / 2 * (1 + math.cos(math.pi * progress))
     return alpha * (1 - progress) ** _POWERS[shape]

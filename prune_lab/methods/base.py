@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.lazy import lazy_import
+
 if TYPE_CHECKING:
     from torch import nn
 
     from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+
+eligibility = lazy_import("prune_lab.eligibility")
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,10 @@ class Method:
     def adapt_model(self, config: Any, *, num_classes: int, image_size: int) -> Any:
         """Return the model options to build; a method that changes the architecture from the start changes them."""
         return config
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """Return every conv and linear layer with its eligibility; sparsity is counted over the eligible ones."""
+        return eligibility.select_layers(model)
 
     def setup(self, context: Context) -> None:
         """Prepare an active phase: masks, buffers. Called once, before any checkpoint is restored."""

@@ -1,0 +1,83 @@
+"""What a method sees of the run it works in: the model, its masks, its optimizer, the clock and the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_lab import distributed
+from prune_lab.accounting import LayerCost, TrainingCost, dense_macs, sparse_macs
+from prune_lab.eligibility import Layer
+from prune_lab.masks import MaskSet
+from prune_lab.seeding import generator
+
+
+@dataclass
+class Context:
+    """One phase at work. Methods read all of it and change `model` and masks only through the functions below."""
+
+    model: nn.Module
+    costs: list[LayerCost]
+    """dense cost per conv and linear layer, in model order"""
+    layers: list[Layer]
+    """eligibility of every conv and linear layer, by the method's rule"""
+    phase: str
+    seed: int
+    total_steps: int
+    """optimizer steps of the phase, 0 for a phase without training"""
+    steps_per_epoch: int
+    multiplier: float
+    """schedule.multiplier, for methods that state their schedule in absolute steps"""
+    masks: MaskSet | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    cost: TrainingCost = field(default_factory=TrainingCost)
+    report: Callable[[str], None] = lambda text: None
+    amp_scaled: bool = False
+    """True under fp16, where a gradient may overflow and the step is then skipped"""
+    forward_macs: int = 0
+    """MACs per image of the network as it is masked now"""
+
+    def __post_init__(self) -> None:
+        self.forward_macs = self.dense_macs if self.masks is None else self._count()
+
+    @property
+    def dense_macs(self) -> int:
+        return dense_macs(self.costs)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def eligible(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.eligible]
+
+    def generator(self, *keys: Any) -> torch.Generator:
+        """Return a generator keyed by the seed, the phase and `keys`: the same draws on every process."""
+        return generator(self.seed, self.phase, *keys)
+
+    def install_masks(self, masks: dict[str, Tensor]) -> None:
+        """Take `masks` (parameter path -> bool, True = kept) as the network's masks and zero the rest."""
+        named = self.parameters()
+        self.masks = MaskSet({name: named[name] for name in masks}, masks)
+        self.commit()
+
+    def commit(self) -> None:
+        """Make changed masks count: weights zeroed, cost recounted, processes compared.
+
+        Raises:
+            RuntimeError: masks differ between processes.
+        """
+        self.masks.apply()
+        self.forward_macs = self._count()
+        if distributed.world_size() > 1:
+            distributed.assert_same(self.masks.digest(), "masks")
+
+    def _count(self) -> int:
+        return sparse_macs(self.costs, self.masks.counts())

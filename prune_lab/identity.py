@@ -1,0 +1,81 @@
+"""Names of phases and runs: hashes of exactly what can change their results. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prune_lab import datasets, models
+from prune_lab.config import PhaseSchedule, RunConfig
+from prune_lab.methods.base import Phase
+
+FORMAT = 1
+"""Raised when the meaning of stored results changes; older phases are then left alone and done anew."""
+
+_SPEED_ONLY = {"device", "precision", "channels_last", "compile", "checkpoint_interval_s", "threads", "eval_batch_size"}
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    phase: Phase
+    key: str
+    schedule: PhaseSchedule | None
+    inputs: dict[str, Any]
+
+
+def plan(config: RunConfig, *, model: Any, fingerprint: str, numerics: dict, world_size: int) -> list[PlannedPhase]:
+    """Return the phases of a run with their keys; a key covers its inputs and the key of the phase before.
+
+    Args:
+        model: options of the network that is built, after the method adapted them.
+        fingerprint: content hash of the data set.
+        numerics: resolved precision, memory format and kind of device.
+    """
+    shared = {
+        "format": FORMAT,
+        "seed": config.seed,
+        "model": _without(asdict(model), {"weights"}) | {"weights": models.weights_digest(model)},
+        "dataset": datasets.identity(config.dataset) | {"fingerprint": fingerprint},
+        "eval_batches": config.trainer.limit_eval_batches,
+    }
+    training = _without(asdict(config.trainer), _SPEED_ONLY) | {"numerics": numerics, "world_size": world_size}
+    planned, previous = [], None
+    for phase in config.method.chain():
+        inputs = shared | {"phase": asdict(phase), "previous": previous}
+        schedule = config.schedule.phase(phase.schedule) if phase.schedule else None
+        if schedule is not None:
+            inputs["schedule"] = asdict(schedule) | {
+                "batch_size": config.schedule.batch_size,
+                "label_smoothing": config.schedule.label_smoothing,
+            }
+            inputs["optimizer"] = asdict(config.optimizer)
+            inputs["trainer"] = training
+        if phase.active:
+            inputs["method"] = asdict(config.method.config) | {"multiplier": config.schedule.multiplier}
+        previous = digest(inputs)
+        planned.append(PlannedPhase(phase, previous, schedule, inputs))
+    return planned
+
+
+def digest(value: Any) -> str:
+    """Return 32 hexadecimal digits that depend on `value` only (JSON-able containers)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def run_key(planned: list[PlannedPhase], config: RunConfig) -> str:
+    """Return the key of the whole run: its last phase and the method that asked for it."""
+    return digest([planned[-1].key, asdict(config.method.config)])
+
+
+def group_key(config: RunConfig) -> str:
+    """Return a name shared by runs that differ in nothing but the seed and where they log."""
+    resolved = {key: value for key, value in config.resolved.items() if key not in ("seed", "logger", "output_dir", "dry_run")}
+    resolved["dataset"] = datasets.identity(config.dataset)
+    return f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-{digest(resolved)[:8]}"
+
+
+def _without(mapping: dict, names: set[str]) -> dict:
+    return {key: value for key, value in mapping.items() if key not in names}

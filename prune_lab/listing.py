@@ -1,0 +1,38 @@
+"""prune-lab list: what can be chosen, read from the YAML files and the methods' cards. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from prune_lab.cli import conf_dir
+from prune_lab.overrides import choices
+from prune_lab.schema import ConfigError, suggestion
+
+WHAT = {"models": "model", "datasets": "dataset", "methods": "method", "schedules": "schedule", "experiments": "experiment",
+        "optimizers": "optimizer"}
+
+
+def main(arguments: list[str]) -> int:
+    """Print the choices of one group, a line each: name and what it is."""
+    if len(arguments) != 1 or arguments[0] not in WHAT:
+        typed = arguments[0] if arguments else ""
+        raise ConfigError(f"prune-lab list {typed}: give one of {', '.join(WHAT)}{suggestion(typed, WHAT)}")
+    group = WHAT[arguments[0]]
+    for name in choices(conf_dir(), group):
+        path = conf_dir() / group / f"{name}.yaml"
+        print(f"{name:22} {_card(path) if group == 'method' else _first_comment(path)}".rstrip())
+    return 0
+
+
+def _first_comment(path: Path) -> str:
+    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    return next((line for line in lines if line and not line.startswith("@package")), "")
+
+
+def _card(path: Path) -> str:
+    from hydra.utils import get_class
+
+    card = get_class(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]).card
+    return f"{card.summary} [{card.paper}]"

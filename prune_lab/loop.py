@@ -1,0 +1,328 @@
+"""The only training loop and the only evaluation loop. They know methods by their hooks, never by name."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prune_lab import distributed
+from prune_lab.checkpoint import CheckpointPair
+from prune_lab.config import PhaseSchedule, TrainerConfig
+from prune_lab.context import Context
+from prune_lab.methods.base import Method
+from prune_lab.numerics import Numerics
+from prune_lab.optim import learning_rate, set_learning_rate
+from prune_lab.seeding import stable_hash
+
+_NEVER = 2**62
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; a checkpoint has been written."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became infinite or NaN."""
+
+
+@dataclass
+class Progress:
+    """Position in a phase: `batch` batches of `epoch` are done, `step` steps in all."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    wall_s: float = 0.0
+
+
+@dataclass
+class Training:
+    """All that one training phase moves forward; `state_dict` is what a checkpoint holds."""
+
+    context: Context
+    method: Method
+    dataset: Any
+    schedule: PhaseSchedule
+    batch_size: int
+    label_smoothing: float
+    trainer: TrainerConfig
+    numerics: Numerics
+    forward: Callable[[Tensor], Tensor]
+    """the model, perhaps compiled and wrapped for data parallelism"""
+    data_seed: int
+    checkpoints: CheckpointPair
+    record: Callable[[dict], None]
+    show: Callable[[int, int, str], None]
+    stop: Callable[[], bool]
+    scaler: torch.amp.GradScaler
+    ema: torch.optim.swa_utils.AveragedModel | None = None
+    progress: Progress = field(default_factory=Progress)
+    clock: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        device = self.numerics.torch_device
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
+        self.first_bad = torch.tensor(_NEVER, device=device)  # step of the first non-finite loss
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that counts: the moving average if there is one."""
+        return self.context.model if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; with several processes all must call it. Random draws are keyed: no generator is kept."""
+        context = self.context
+        return {
+            "model": context.model.state_dict(),
+            "optimizer": context.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "masks": None if context.masks is None else context.masks.state_dict(),
+            "method": self.method.state_dict(),
+            "progress": vars(self.progress).copy(),
+            "sums": distributed.total(self.sums.clone()),
+            "cost": context.cost.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        context = self.context
+        context.model.load_state_dict(state["model"])
+        context.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if state["masks"] is not None:
+            context.masks.load_state_dict(state["masks"])
+            context.commit()
+        self.method.load_state_dict(state["method"])
+        self.progress = Progress(**state["progress"])
+        self.sums.copy_(state["sums"] if distributed.is_main() else torch.zeros_like(self.sums))
+        context.cost.load_state_dict(state["cost"])
+
+
+def fit(training: Training) -> None:
+    """Train to the end of the phase, from wherever `training.progress` stands.
+
+    Raises:
+        Interrupted: after a checkpoint, when `training.stop()` says so.
+        NonFiniteLoss: naming phase, epoch, step and the last good checkpoint.
+    """
+    progress = training.progress
+    while progress.epoch < training.schedule.epochs:
+        started, first = time.monotonic(), progress.batch
+        _train_epoch(training)
+        seconds = time.monotonic() - started
+        images = (progress.batch - first) * training.batch_size
+        _end_epoch(training, seconds=seconds, images_per_s=images / max(seconds, 1e-9))
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        training.sums.zero_()
+        save_checkpoint(training)
+        if training.stop():
+            raise Interrupted
+
+
+def _train_epoch(training: Training) -> None:
+    progress, steps = training.progress, training.context.steps_per_epoch
+    training.context.model.train()
+    sync_every = 1 if training.numerics.torch_device.type == "cpu" else 50  # reading the loss stalls a GPU
+    last_saved = time.monotonic()
+    batches = iter(
+        training.dataset.train_batches(
+            epoch=progress.epoch,
+            batch_size=training.batch_size,
+            start=progress.batch,
+            seed=training.data_seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+    )
+    while progress.batch < steps:
+        train_step(training, *next(batches))
+        progress.batch += 1
+        progress.step += 1
+        if progress.step % sync_every == 0:
+            check_finite(training)
+            training.show(progress.step, training.context.total_steps, training.context.phase)
+        if _agreed(training, progress.step, time.monotonic() - last_saved > training.trainer.checkpoint_interval_s):
+            save_checkpoint(training)
+            last_saved = time.monotonic()
+        if _agreed(training, progress.step, training.stop()):
+            save_checkpoint(training)
+            raise Interrupted
+    check_finite(training)
+
+
+def _agreed(training: Training, step: int, flag: bool) -> bool:
+    """Return whether to act on `flag` now: at once on one process, every tenth step together on several."""
+    if distributed.world_size() == 1:
+        return flag
+    return step % 10 == 0 and distributed.any_rank(flag, training.numerics.torch_device)
+
+
+def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
+    """Do one step: forward and backward over the micro-batches, the method, the optimizer, the masks."""
+    context, method, step = training.context, training.method, training.progress.step
+    torch.manual_seed(stable_hash(training.data_seed, "step", step, distributed.rank()))  # dropout
+    set_learning_rate(context.optimizer, learning_rate(training.schedule, step, context.steps_per_epoch))
+    context.optimizer.zero_grad(set_to_none=True)
+    forward_macs = context.forward_macs
+    dense_gradient = method.needs_dense_gradient(step)
+    _forward_backward(training, images, labels)
+    training.scaler.unscale_(context.optimizer)
+    if method.after_backward(context, step):
+        _clip(training)
+        training.scaler.step(context.optimizer)
+    training.scaler.update()
+    method.after_step(context, step)
+    if context.masks is not None:
+        context.masks.apply()
+    if training.ema is not None:
+        training.ema.update_parameters(context.model)
+    context.cost.add(
+        len(images) * distributed.world_size(), forward_macs, context.dense_macs if dense_gradient else None
+    )
+
+
+def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> None:
+    chunks = training.trainer.accumulate
+    size = len(images) // chunks
+    for index in range(chunks):
+        part = slice(index * size, (index + 1) * size)
+        last = index == chunks - 1
+        with training.forward.no_sync() if hasattr(training.forward, "no_sync") and not last else contextlib.nullcontext():
+            with training.numerics.autocast():
+                logits = training.forward(images[part]).float()
+            loss = F.cross_entropy(logits, labels[part], label_smoothing=training.label_smoothing)
+            training.scaler.scale(loss / chunks).backward()
+        _count(training, loss.detach(), logits.detach(), labels[part])
+
+
+def _count(training: Training, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Add to the epoch's sums on the device; nothing is read back here."""
+    training.sums[0] += loss * len(labels)
+    training.sums[1] += (logits.argmax(1) == labels).sum()
+    training.sums[2] += len(labels)
+    here = torch.where(torch.isfinite(loss), _NEVER, training.progress.step)
+    training.first_bad = torch.minimum(training.first_bad, here)
+
+
+def _clip(training: Training) -> None:
+    """Scale gradients so that the norm over kept weights is at most clip_norm; pruned ones do not count."""
+    limit = training.trainer.clip_norm
+    if limit is None:
+        return
+    masks = training.context.masks
+    masked = {} if masks is None else masks.masked_grads()
+    named = training.context.model.named_parameters()
+    counted = [masked.get(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(counted)
+    torch.nn.utils.clip_grads_with_norm_(training.context.model.parameters(), limit, norm)
+
+
+def check_finite(training: Training) -> None:
+    """Raise NonFiniteLoss if any loss so far was infinite or NaN (on any process)."""
+    bad = training.first_bad
+    if distributed.world_size() > 1:
+        bad = bad.clone()
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
+    step = int(bad)
+    if step == _NEVER:
+        return
+    kept = training.checkpoints.last_good()
+    raise NonFiniteLoss(
+        f"loss is not finite in phase {training.context.phase}, epoch {training.progress.epoch}, step {step}; "
+        f"last good checkpoint: {kept if kept else 'none'}; lower schedule.{training.context.phase}.lr or use trainer.clip_norm"
+    )
+
+
+def save_checkpoint(training: Training) -> None:
+    """Write a checkpoint from the main process; it is only ever written with finite losses."""
+    check_finite(training)
+    training.progress.wall_s += time.monotonic() - training.clock
+    training.clock = time.monotonic()
+    state = training.state_dict()
+    if distributed.is_main():
+        training.checkpoints.save(state)
+    distributed.barrier()
+
+
+def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> None:
+    context, progress = training.context, training.progress
+    loss, correct, images = distributed.total(training.sums.clone()).tolist()
+    row = {
+        "phase": context.phase,
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "lr": context.optimizer.param_groups[0]["lr"],
+        "train/loss": loss / images,
+        "train/top1": 100 * correct / images,
+        "macs/inference": context.forward_macs,
+        "macs/train": context.cost.total,
+        "time/epoch_s": seconds,
+        "time/images_per_s": images_per_s,
+    }
+    if context.masks is not None:
+        row["sparsity"] = 1 - context.masks.density
+    row |= training.method.end_epoch(context, progress.epoch)
+    last = progress.epoch + 1 == training.schedule.epochs
+    if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:
+        result = evaluate(training.evaluated, training, numerics=training.numerics)
+        row |= {f"eval/{key}": value for key, value in result.items()}
+    training.record(row)
+
+
+def evaluate(model: nn.Module, training: Training, *, numerics: Numerics) -> dict[str, float]:
+    """Return loss and percent top-1 and top-5 of the training's evaluation split (see `measure`)."""
+    def stop() -> None:
+        if distributed.world_size() == 1 and training.stop():
+            save_checkpoint(training)
+            raise Interrupted
+
+    return measure(model, training.dataset, training.dataset.eval_split, numerics=numerics, trainer=training.trainer, poll=stop)
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    dataset: Any,
+    split: str,
+    *,
+    numerics: Numerics,
+    trainer: TrainerConfig,
+    poll: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Return loss, top1 and top5 (percent) over every image of `split`, each counted once over all processes.
+
+    Args:
+        model: maps [N, 3, H, W] to [N, classes]; put into eval mode and back.
+        split: "val" or "test".
+        numerics: precision of the forward pass; logits are compared in fp32.
+        poll: called between batches; may raise to stop.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=numerics.torch_device)
+    batches = dataset.eval_batches(
+        split, trainer.eval_batch_size, rank=distributed.rank(), world_size=distributed.world_size()
+    )
+    for index, (images, labels) in enumerate(batches):
+        if trainer.limit_eval_batches is not None and index >= trainer.limit_eval_batches:
+            break
+        with numerics.autocast():
+            logits = model(images).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += best[:, 0].sum()
+        sums[2] += best.sum()
+        sums[3] += len(labels)
+        poll()
+    model.train(was_training)
+    loss, top1, top5, images = distributed.total(sums).tolist()
+    return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}

@@ -1,0 +1,16 @@
+"""Dense training: the reference every method is measured against."""
+
+from __future__ import annotations
+
+from prune_lab.methods.base import Card, Method
+
+
+class Dense(Method):
+    card = Card(
+        summary="dense training, nothing pruned; the finished phase is shared with every dense-to-sparse method",
+        paper="none",
+        acts="nowhere",
+        eligible="none",
+        cost="none",
+        differences="none",
+    )

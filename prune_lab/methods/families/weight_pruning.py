@@ -1,0 +1,90 @@
+"""Methods that zero single weights under a budget: options, eligible layers, exact counts per layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Method, MethodConfig
+from prune_lab.schema import ConfigError, NonNegative, OpenFraction
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+
+distributions = lazy_import("prune_lab.distributions")
+eligibility = lazy_import("prune_lab.eligibility")
+
+
+@dataclass(frozen=True)
+class WeightPruningConfig(MethodConfig):
+    sparsity: OpenFraction
+    """fraction of zero weights among eligible weights at the end"""
+    distribution: Literal["uniform", "er", "erk", "file", "global"]
+    """how the kept weights are shared among layers"""
+    first_layer: Literal["auto", "sparse", "dense_uncompensated", "dense_compensated"]
+    """the first layer; auto: dense and outside the budget with uniform (RigL 3(1)), sparse otherwise"""
+    power: NonNegative
+    """er and erk: exponent of the density rule; 0 is uniform, 1 the published one"""
+    densities: str | None
+    """file: YAML or JSON with a density per layer"""
+    include: list[str]
+    """layer patterns to prune although they are dense by default (depthwise convolutions)"""
+    exclude: list[str]
+    """layer patterns to keep dense and out of the budget"""
+
+    def check(self, path: str) -> None:
+        if (self.distribution == "file") != (self.densities is not None):
+            raise ConfigError(f"{path}.densities=FILE goes with {path}.distribution=file, got {self.distribution}")
+        if self.distribution == "global" and self.first_layer.startswith("dense"):
+            raise ConfigError(f"{path}.first_layer={self.first_layer} needs a budget per layer; use {path}.exclude with global")
+
+    @property
+    def first_layer_rule(self) -> str:
+        if self.first_layer == "auto":
+            return "dense_uncompensated" if self.distribution == "uniform" else "sparse"
+        return self.first_layer
+
+
+class WeightPruning(Method):
+    """Base of the methods whose target is `method.sparsity` over single weights."""
+
+    Config = WeightPruningConfig
+
+    def requested_sparsity(self) -> float:
+        return self.config.sparsity
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        return eligibility.select_layers(
+            model,
+            include=self.config.include,
+            exclude=self.config.exclude,
+            dense_first=self.config.first_layer_rule == "dense_uncompensated",
+        )
+
+    def total(self, context: Context, sparsity: float) -> int:
+        """Return the kept weights over all eligible layers at `sparsity`."""
+        return distributions.num_keep_total(sum(layer.size for layer in context.eligible()), sparsity)
+
+    def allocate(self, context: Context, sparsity: float) -> dict[str, int]:
+        """Return kept weights per parameter; they add up to `total` exactly.
+
+        Raises:
+            ConfigError: no such layout exists; the message gives the reachable maximum.
+        """
+        config = self.config
+        layers = [distributions.LayerSize(layer.parameter, layer.shape) for layer in context.eligible()]
+        if config.distribution == "file":
+            names = {layer.name: layer.parameter for layer in context.eligible()}
+            densities = distributions.load_densities(config.densities, names)
+            return distributions.file_counts(layers, densities, sparsity=config.sparsity)
+        first_layer = "dense_compensated" if config.first_layer_rule == "dense_compensated" else "sparse"
+        return distributions.allocate(
+            config.distribution, layers, self.total(context, sparsity), first_layer=first_layer, power=config.power
+        )
+
+    def budget(self, context: Context, step: int) -> dict[str, int] | None:
+        return None if self.config.distribution == "global" else self.allocate(context, self.config.sparsity)

@@ -1,0 +1,128 @@
+"""Gradual magnitude pruning: sparsity rises along a cubic while the network trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import TRAIN, Card, Phase
+from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruningConfig
+from prune_lab.schema import ConfigError, Count, Fraction, Range
+
+if TYPE_CHECKING:
+    from prune_lab.context import Context
+
+torch = lazy_import("torch")
+masks = lazy_import("prune_lab.masks")
+schedules = lazy_import("prune_lab.sparsity_schedules")
+distributions = lazy_import("prune_lab.distributions")
+
+
+@dataclass(frozen=True)
+class GMPConfig(WeightPruningConfig):
+    initial_sparsity: Annotated[float, Range(0, 1, open_high=True)]
+    """sparsity at the first cut"""
+    begin: Fraction
+    """fraction of the training at which the ramp starts"""
+    end: Fraction
+    """fraction of the training at which the target is reached"""
+    num_cuts: Count
+    """cuts after the first one, evenly spaced; the last one reaches the target exactly"""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        if self.end <= self.begin:
+            raise ConfigError(f"{path}.end must exceed {path}.begin={self.begin:g}, got {self.end:g}")
+        if self.initial_sparsity >= self.sparsity:
+            raise ConfigError(
+                f"{path}.initial_sparsity must be below {path}.sparsity={self.sparsity:g}, got {self.initial_sparsity:g}"
+            )
+        if self.distribution == "file":
+            raise ConfigError(f"{path}.distribution=file gives one layout, not a ramp; allowed: uniform, er, erk, global")
+
+
+class GMP(WeightPruning):
+    Config = GMPConfig
+    card = Card(
+        summary="train dense and cut the smallest weights step by step along a cubic (per layer or globally)",
+        paper="Zhu, Gupta 2017, To prune, or not to prune, arXiv 1710.01878; ramp positions as in the RigL paper's runs",
+        acts="during training, from method.begin to method.end of it",
+        eligible="weights of convolutions and linear layers; depthwise ones only if included",
+        cost="one bool per weight; one selection per layer and cut",
+        differences="masks only shrink: a removed weight and its optimizer state are zero from then on. The target is "
+        "reached exactly at the last cut",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.cuts: dict[int, int | dict[str, int]] = {}
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (TRAIN,)
+
+    def setup(self, context: Context) -> None:
+        self.cuts = self.planned_cuts(context)
+        named = context.parameters()
+        whole = {
+            layer.parameter: torch.ones_like(named[layer.parameter], dtype=torch.bool) for layer in context.eligible()
+        }
+        context.install_masks(whole)
+        steps = list(self.cuts)
+        context.report(f"cuts: {len(steps)}, from step {steps[0]} to {steps[-1]} of {context.total_steps}")
+
+    def planned_cuts(self, context: Context) -> dict[int, int | dict[str, int]]:
+        """Return step -> weights to keep from then on: a total with distribution=global, else counts per layer.
+
+        Raises:
+            ConfigError: the ramp has fewer steps than cuts.
+        """
+        config = self.config
+        first, last = round(config.begin * context.total_steps), round(config.end * context.total_steps)
+        last = min(last, context.total_steps - 1)
+        if last - first < config.num_cuts:
+            raise ConfigError(
+                f"method.num_cuts={config.num_cuts} does not fit the ramp of {max(last - first, 0)} steps (method.begin to "
+                f"method.end of {context.total_steps} steps); lower it or lengthen the schedule"
+            )
+        steps = [first + round(index * (last - first) / config.num_cuts) for index in range(config.num_cuts + 1)]
+        levels = [
+            schedules.cubic_sparsity(
+                index, begin=0, end=config.num_cuts, initial=config.initial_sparsity, final=config.sparsity
+            )
+            for index in range(config.num_cuts + 1)
+        ]
+        if config.distribution == "global":
+            return {step: self.total(context, level) for step, level in zip(steps, levels, strict=True)}
+        return dict(zip(steps, self._nested(context, levels), strict=True))
+
+    def _nested(self, context: Context, levels: list[float]) -> list[dict[str, int]]:
+        """Return counts per layer at each level: totals exact, no layer ever growing or passing below its end."""
+        final = self.allocate(context, levels[-1])
+        counts, above = [], {layer.parameter: layer.size for layer in context.eligible()}
+        for level in levels[:-1]:
+            wanted = self.allocate(context, level) if level > 0 else above
+            above = distributions.clamp_counts(wanted, low=final, high=above, total=self.total(context, level))
+            counts.append(above)
+        return [*counts, final]
+
+    def after_step(self, context: Context, step: int) -> None:
+        keep = self.cuts.get(step)
+        if keep is None:
+            return
+        named, old = context.parameters(), dict(context.masks.masks)
+        scores = {name: named[name].detach().abs() for name in old}
+        if isinstance(keep, int):
+            new = masks.keep_top_global(scores, keep, candidates=old)
+        else:
+            new = {name: masks.keep_top(score, keep[name], candidates=old[name]) for name, score in scores.items()}
+        for name, mask in new.items():
+            context.masks.replace(name, mask)
+        context.masks.zero_state(context.optimizer, {name: old[name] & ~mask for name, mask in new.items()})
+        context.commit()
+
+    def budget(self, context: Context, step: int) -> dict[str, int] | None:
+        if self.config.distribution == "global":
+            return None
+        done = [at for at in (self.cuts or self.planned_cuts(context)) if at <= step]
+        return self.cuts[done[-1]] if done and self.cuts else {}

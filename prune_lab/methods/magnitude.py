@@ -1,0 +1,40 @@
+"""One-shot magnitude pruning of a trained network, then fine-tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import FINETUNE, PRUNE, TRAIN_DENSE, Card, Phase
+from prune_lab.methods.families.weight_pruning import WeightPruning
+
+if TYPE_CHECKING:
+    from prune_lab.context import Context
+
+masks = lazy_import("prune_lab.masks")
+
+
+class Magnitude(WeightPruning):
+    card = Card(
+        summary="train dense, cut the smallest weights once (per layer or globally), fine-tune",
+        paper="Han, Pool, Tran, Dally 2015, Learning both Weights and Connections for Efficient Neural Networks, "
+        "arXiv 1506.02626 (one of its prune and retrain rounds)",
+        acts="once, between dense training and fine-tuning",
+        eligible="weights of convolutions and linear layers; depthwise ones only if included",
+        cost="one bool per weight while fine-tuning; no extra time",
+        differences="ranks by exact index, ties by position, so the kept count is exact",
+    )
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (TRAIN_DENSE, PRUNE, FINETUNE)
+
+    def prune(self, context: Context) -> None:
+        """Keep the largest |w|: of each layer its budget, or of all layers together with distribution=global."""
+        named = context.parameters()
+        scores = {layer.parameter: named[layer.parameter].detach().abs() for layer in context.eligible()}
+        if self.config.distribution == "global":
+            kept = masks.keep_top_global(scores, self.total(context, self.config.sparsity))
+        else:
+            counts = self.allocate(context, self.config.sparsity)
+            kept = {name: masks.keep_top(score, counts[name]) for name, score in scores.items()}
+        context.install_masks(kept)

@@ -1,0 +1,71 @@
+"""A narrower dense network with as many parameters (or MACs) as a sparse one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import TRAIN, Card, Method, MethodConfig, Phase
+from prune_lab.schema import ConfigError, OpenFraction
+
+torch = lazy_import("torch")
+accounting = lazy_import("prune_lab.accounting")
+models = lazy_import("prune_lab.models")
+
+
+@dataclass(frozen=True)
+class SmallDenseConfig(MethodConfig):
+    sparsity: OpenFraction
+    """the narrow network keeps 1 - sparsity of the cost of the full one"""
+    match: Literal["params", "macs"]
+    """the cost that is matched, counted on the built networks"""
+    tolerance: OpenFraction
+    """largest allowed difference from the wanted cost, as a fraction of it"""
+
+
+class SmallDense(Method):
+    Config = SmallDenseConfig
+    card = Card(
+        summary="one factor on all widths, chosen so that parameters or MACs match a sparse network's",
+        paper="baseline of Evci et al. 2020, Rigging the Lottery, arXiv 1911.11134",
+        acts="before training: the network is built narrower",
+        eligible="none; there are no masks",
+        cost="that of the narrow network",
+        differences="the factor is found by bisection on real counts (the paper's notebooks use fixed factors and count one "
+        "bit per position for the mask; a reproduction takes sqrt(density))",
+    )
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (TRAIN,)
+
+    def adapt_model(self, config: Any, *, num_classes: int, image_size: int) -> Any:
+        """Return `config` with the width whose real cost comes nearest to the wanted one.
+
+        Raises:
+            ConfigError: the model's widths are fixed, or none comes within method.tolerance.
+        """
+        def cost(width: float) -> int:
+            return self._cost(replace(config, width=width), num_classes=num_classes, image_size=image_size)
+
+        wanted = (1 - self.config.sparsity) * cost(config.width)
+        low, high = 0.0, config.width
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(middle) < wanted else (low, middle)
+        width = round(min((low, high), key=lambda factor: abs(cost(factor) - wanted)), 9)
+        reached = cost(width) / wanted
+        if abs(reached - 1) > self.config.tolerance:
+            raise ConfigError(
+                f"method.sparsity={self.config.sparsity:g}: the nearest width of {config.name} ({width:g}) has {reached:.3f} "
+                f"times the wanted {self.config.match}, outside method.tolerance={self.config.tolerance:g}"
+            )
+        return replace(config, width=width)
+
+    def _cost(self, config: Any, *, num_classes: int, image_size: int) -> int:
+        with torch.device("meta"):
+            model = models.build(config, num_classes=num_classes, image_size=image_size)
+        if self.config.match == "params":
+            return accounting.count_parameters(model)
+        return accounting.dense_macs(accounting.profile(model, image_size))
+

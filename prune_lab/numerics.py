@@ -1,0 +1,81 @@
+"""Where and in which number format a run computes: `auto` options resolved for this machine."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import asdict, dataclass
+
+import torch
+
+from prune_lab.config import TrainerConfig
+from prune_lab.schema import ConfigError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Numerics:
+    device: str
+    precision: str
+    channels_last: bool
+    compile: bool
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES[self.precision]
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def autocast(self):
+        """Return a context in which matrix work runs in the chosen precision; the rest stays in fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.torch_device.type, self.dtype)
+
+    def identity(self) -> dict:
+        """Return what can change results: the kind of device, not its number."""
+        return {**asdict(self), "device": self.torch_device.type}
+
+
+def resolve(config: TrainerConfig, *, local_rank: int = 0) -> Numerics:
+    """Return the options with every `auto` replaced by what was measured to be fastest.
+
+    Measured on two AVX-512/AMX cores, ResNet-20 training step: bf16 with channels_last 2.3x of contiguous fp32,
+    bf16 alone 2.0x; channels_last alone 0.94x (VGG16) to 1.57x (MobileNetV2), so it goes with bf16 only.
+
+    Raises:
+        ConfigError: the device is not there or cannot compute in the precision.
+    """
+    device = _device(config.device, local_rank)
+    precision = config.precision
+    if precision == "auto":
+        precision = "bf16" if _has_bf16(device) else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("trainer.precision=fp16 needs a GPU; allowed on a CPU: fp32, bf16")
+    channels_last = precision != "fp32" if config.channels_last == "auto" else config.channels_last
+    return Numerics(str(device), precision, channels_last, config.compile)
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"trainer.device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("trainer.device=mps: not available on this machine")
+    return device
+
+
+def _has_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() and torch.cpu._is_avx512_bf16_supported()

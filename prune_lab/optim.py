@@ -1,0 +1,54 @@
+"""Optimizers, parameter groups and learning rates; the learning rate is a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from prune_lab.config import AdamConfig, PhaseSchedule, SGDConfig
+
+
+def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
+    """Return the optimizer over all parameters of `model`; vectors go undecayed if the options say so."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.decay_norm_and_bias:
+        groups = [{"params": trained}]
+    else:
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1]},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+    groups = [group for group in groups if group["params"]]
+    # One fused kernel per step where it exists; a loop over layers otherwise dominates small networks.
+    common = {"lr": 0.0, "weight_decay": config.weight_decay, "fused": trained[0].device.type in ("cpu", "cuda")}
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(groups, betas=(config.beta1, config.beta2), eps=config.eps, **common)
+
+
+def learning_rate(schedule: PhaseSchedule, step: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of optimizer step `step` (from 0).
+
+    Warm-up rises linearly and reaches the peak at its end; cosine and linear fall from there to `final_lr`,
+    which the step after the last one would have.
+    """
+    epoch = step / steps_per_epoch
+    if epoch < schedule.warmup_epochs:
+        return schedule.lr * (step + 1) / max(1.0, schedule.warmup_epochs * steps_per_epoch)
+    if schedule.policy == "step":
+        # Exact step counts: 0.1 epochs of 7 steps must not depend on how the division rounds.
+        passed = sum(step >= round(milestone * steps_per_epoch) for milestone in schedule.milestones)
+        return schedule.lr * schedule.gamma**passed
+    if schedule.policy == "constant":
+        return schedule.lr
+    progress = (epoch - schedule.warmup_epochs) / (schedule.epochs - schedule.warmup_epochs)
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if schedule.policy == "cosine" else 1 - progress
+    return schedule.final_lr + (schedule.lr - schedule.final_lr) * remaining
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = value

@@ -1,0 +1,182 @@
+"""One phase at work: from the result of the phase before to this phase's result and figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from prune_lab import distributed, models
+from prune_lab.accounting import profile
+from prune_lab.checkpoint import CheckpointPair
+from prune_lab.config import RunConfig
+from prune_lab.context import Context
+from prune_lab.identity import PlannedPhase
+from prune_lab.loop import Progress, Training, fit, measure
+from prune_lab.methods.base import Method, MethodConfig
+from prune_lab.models.weights import load_weights
+from prune_lab.numerics import Numerics
+from prune_lab.optim import build_optimizer
+from prune_lab.schema import ConfigError
+from prune_lab.seeding import seed_everything, stable_hash
+
+
+@dataclass
+class Job:
+    """What a phase is made from, and where it reports to."""
+
+    config: RunConfig
+    model_config: Any
+    planned: PlannedPhase
+    dataset: Any
+    numerics: Numerics
+    previous: dict[str, Any] | None
+    checkpoints: CheckpointPair
+    resumed: dict[str, Any] | None
+    """checkpoint to go on from"""
+    record: Callable[[dict], None]
+    show: Callable[[int, int, str], None]
+    report: Callable[[str], None]
+    stop: Callable[[], bool]
+
+    @property
+    def method(self) -> Method:
+        """The run's method in its active phases, plain dense training otherwise."""
+        return self.config.method if self.planned.phase.active else Method(MethodConfig("dense"))
+
+
+def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Do the phase and return (result tensors, figures).
+
+    Raises:
+        Interrupted, NonFiniteLoss: see loop.fit.
+        ConfigError: options that only prove wrong on the real model or data.
+    """
+    context = open_context(job)
+    method, phase = job.method, job.planned.phase
+    started, model = time.monotonic(), context.model
+    progress = Progress()
+    if phase.hook == "train":
+        training = open_training(job, context)
+        method.setup(context)
+        if job.resumed is not None:
+            training.load_state_dict(job.resumed)
+            started -= training.progress.wall_s
+        fit(training)
+        model, progress = training.evaluated, training.progress
+    else:
+        method.setup(context)
+        getattr(method, phase.hook)(context)
+    exact = Numerics(job.numerics.device, "fp32", job.numerics.channels_last, False)
+    scores = measure(model, job.dataset, job.dataset.eval_split, numerics=exact, trainer=job.config.trainer)
+    figures = scores | {
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "macs_train": context.cost.total,
+        "macs_inference": context.forward_macs,
+        "wall_s": time.monotonic() - started,
+        "paper_train_ratio": method.paper_train_ratio(context),
+    }
+    result = {
+        "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        "masks": None if context.masks is None else {k: v.cpu() for k, v in context.masks.state_dict().items()},
+        "method": method.state_dict(),
+    }
+    return result, figures
+
+
+def open_context(job: Job) -> Context:
+    """Return the phase's model, masks and costs: fresh weights in the first phase, the previous result later."""
+    config, info = job.config, job.dataset.info
+    model = build_model(job.model_config, num_classes=info.num_classes, image_size=info.image_size, seed=config.seed)
+    if job.previous is None:
+        load_weights(model, job.model_config)
+    else:
+        model.load_state_dict(job.previous["model"])
+    costs = profile(model, info.image_size)
+    model = distributed.join_batch_norm(model, job.numerics.torch_device) if config.trainer.sync_bn else model
+    model.to(job.numerics.torch_device, memory_format=job.numerics.memory_format)
+    steps = 0
+    if job.planned.schedule is not None:
+        steps = steps_per_epoch(job)
+    context = Context(
+        model=model,
+        costs=costs,
+        layers=config.method.layers(model),
+        phase=job.planned.phase.name,
+        seed=config.seed,
+        total_steps=steps * job.planned.schedule.epochs if steps else 0,
+        steps_per_epoch=steps,
+        multiplier=config.schedule.multiplier,
+        report=job.report,
+        amp_scaled=job.numerics.precision == "fp16",
+    )
+    if job.previous is not None and job.previous["masks"] is not None:
+        context.install_masks({name: mask.to(context.device) for name, mask in job.previous["masks"].items()})
+    if job.previous is not None and job.planned.phase.active:
+        job.method.load_state_dict(job.previous["method"])
+    return context
+
+
+def build_model(model_config: Any, *, num_classes: int, image_size: int, seed: int) -> nn.Module:
+    """Return the freshly initialised network of `seed`, on the CPU."""
+    seed_everything(seed, "init")
+    return models.build(model_config, num_classes=num_classes, image_size=image_size)
+
+
+def steps_per_epoch(job: Job) -> int:
+    """Return optimizer steps per epoch.
+
+    Raises:
+        ConfigError: the batch does not fit the data, the processes or the micro-batches.
+    """
+    batch, trainer = job.config.schedule.batch_size, job.config.trainer
+    parts = distributed.world_size() * trainer.accumulate
+    if batch % parts:
+        raise ConfigError(
+            f"schedule.batch_size={batch} must be a multiple of processes x trainer.accumulate = "
+            f"{distributed.world_size()} x {trainer.accumulate}"
+        )
+    steps = job.dataset.num_batches(batch)
+    if steps == 0:
+        raise ConfigError(
+            f"schedule.batch_size={batch} exceeds the {job.dataset.info.num_train} training images of {job.config.dataset.name}"
+        )
+    return steps if trainer.limit_train_batches is None else min(steps, trainer.limit_train_batches)
+
+
+def open_training(job: Job, context: Context) -> Training:
+    """Return the loop's state for a training phase, with a fresh optimizer."""
+    config, numerics = job.config, job.numerics
+    context.optimizer = build_optimizer(context.model, config.optimizer)
+    forward = context.model
+    if distributed.world_size() > 1:
+        forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
+    if numerics.compile:
+        forward = torch.compile(forward)
+    ema = None
+    if config.trainer.ema_decay is not None:
+        average = torch.optim.swa_utils.get_ema_multi_avg_fn(config.trainer.ema_decay)
+        ema = torch.optim.swa_utils.AveragedModel(context.model, multi_avg_fn=average, use_buffers=True)
+    return Training(
+        context=context,
+        method=job.method,
+        dataset=job.dataset,
+        schedule=job.planned.schedule,
+        batch_size=config.schedule.batch_size,
+        label_smoothing=config.schedule.label_smoothing,
+        trainer=config.trainer,
+        numerics=numerics,
+        forward=forward,
+        data_seed=stable_hash(config.seed, context.phase) % 2**31,
+        checkpoints=job.checkpoints,
+        record=job.record,
+        show=job.show,
+        stop=job.stop,
+        scaler=torch.amp.GradScaler(numerics.torch_device.type, enabled=numerics.precision == "fp16"),
+        ema=ema,
+    )

@@ -1,0 +1,200 @@
+"""From checked options to a finished run: plan the phases, reuse, resume or do each, leave the results."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_lab import datasets, distributed, identity, numerics, results
+from prune_lab.checkpoint import SaveError
+from prune_lab.config import RunConfig
+from prune_lab.datasets import BatchFormat
+from prune_lab.loop import Interrupted, NonFiniteLoss
+from prune_lab.numerics import Numerics
+from prune_lab.phases import Job, perform
+from prune_lab.schema import ConfigError
+from prune_lab.signals import StopFlag, stop_flag
+from prune_lab.store import PhaseStore, lock
+from prune_lab.tracking import Tracker
+from prune_lab.tracking.lines import summary_lines
+
+
+@dataclass
+class Run:
+    """One run while it is under way, on every process alike; only the main process writes."""
+
+    config: RunConfig
+    model_config: Any
+    dataset: Any
+    numerics: Numerics
+    planned: list[identity.PlannedPhase]
+    folder: results.RunFolder
+    tracker: Tracker
+    stop: StopFlag
+    outcomes: list[dict] = field(default_factory=list)
+    images_done: int = 0
+    train_s: float = 0.0
+    step_offset: int = 0
+    macs_offset: int = 0
+
+    def poll(self) -> None:
+        if self.stop():
+            raise Interrupted
+
+
+def run(config: RunConfig) -> int:
+    """Carry out one run and return the exit code: 0 finished, 1 failed, 128 + signal interrupted.
+
+    Raises:
+        ConfigError: wrong options or data, before the run directory is touched.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    arithmetic = numerics.resolve(config.trainer, local_rank=local_rank)
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    distributed.start(arithmetic.torch_device)
+    try:
+        return _run(config, arithmetic)
+    finally:
+        distributed.stop()
+
+
+def _run(config: RunConfig, arithmetic: Numerics) -> int:
+    info = datasets.describe(config.dataset)
+    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    model_config = config.method.adapt_model(config.model, **sizes)
+    # fp32 images on every device: autocast rounds them where it pays, exact evaluation needs them unrounded.
+    dataset = datasets.load(config.dataset, BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last))
+    planned = identity.plan(
+        config,
+        model=model_config,
+        fingerprint=dataset.fingerprint,
+        numerics=arithmetic.identity(),
+        world_size=distributed.world_size(),
+    )
+    folder = results.RunFolder.of(config, planned)
+    with stop_flag() as stop:
+        run = Run(config, model_config, dataset, arithmetic, planned, folder, folder.tracker(config), stop)
+        try:
+            if not distributed.is_main():
+                return _guarded(run)
+            with lock(folder.directory / ".lock", what=str(folder.directory), report=run.tracker.message, poll=run.poll):
+                return _guarded(run)
+        except Interrupted:
+            return stop.exit_code
+        finally:
+            dataset.close()
+
+
+def _guarded(run: Run) -> int:
+    """Do the run and turn every way it can end into a status, one line and an exit code."""
+    done = distributed.share(run.folder.finished() if distributed.is_main() else None)
+    if done is not None:
+        run.tracker.message(f"done already: {run.folder.directory}")
+        _show(run, done)
+        return 0
+    try:
+        return _carry_out(run)
+    except Interrupted:
+        run.tracker.finish("interrupted", "stopped by a signal; the same command goes on")
+        return run.stop.exit_code
+    except (ConfigError, NonFiniteLoss, SaveError) as error:
+        run.tracker.finish("failed", str(error))
+        return 1
+    except BaseException as error:
+        run.folder.crash(run.tracker, error)
+        raise
+
+
+def _carry_out(run: Run) -> int:
+    started = time.monotonic()
+    run.folder.start(run.tracker, run.config, run.planned)
+    previous = None
+    for planned in run.planned:
+        previous, figures = _obtain(run, planned, previous)
+        run.outcomes.append(figures)
+        run.step_offset += figures["steps"]
+        run.macs_offset += figures["macs_train"]
+    results.complete(run, previous, wall_s=time.monotonic() - started)
+    return 0
+
+
+def _obtain(run: Run, planned: identity.PlannedPhase, previous: dict | None) -> tuple[dict, dict]:
+    """Return (result, figures) of a phase: stored already, or done now by whoever holds its lock."""
+    store = PhaseStore(Path(run.config.output_dir), planned.key, run.tracker.message)
+    if not distributed.is_main():
+        return _obtain_locked(run, planned, previous, store)
+    with store.lock(what=f"phase {planned.phase.name} ({planned.key[:8]})", poll=run.poll):
+        return _obtain_locked(run, planned, previous, store)
+
+
+def _obtain_locked(
+    run: Run, planned: identity.PlannedPhase, previous: dict | None, store: PhaseStore
+) -> tuple[dict, dict]:
+    figures = distributed.share(store.finished() if distributed.is_main() else None)
+    result = distributed.share(store.result() if distributed.is_main() and figures else None)
+    if result is not None:
+        if distributed.is_main():
+            for record in store.records():
+                run.tracker.log(_absolute(run, record), replayed=True)
+        run.tracker.message(f"phase {planned.phase.name}: reused ({planned.key[:8]})")
+        return result, figures | {"reused": True}
+    resumed = distributed.share(store.checkpoints.load() if distributed.is_main() else None)
+    done = resumed["progress"]["step"] if resumed else 0
+    if distributed.is_main():
+        for record in store.keep_records(done if resumed else -1):
+            run.tracker.log(_absolute(run, record), replayed=True)
+    if resumed:
+        run.tracker.message(f"phase {planned.phase.name}: resumed at step {done}")
+    started = time.monotonic()
+    result, figures = perform(_job(run, planned, previous, store, resumed))
+    if figures["steps"]:
+        run.images_done += (figures["steps"] - done) * run.config.schedule.batch_size
+        run.train_s += time.monotonic() - started
+    if distributed.is_main():
+        store.finish(result, figures, planned.inputs)
+    distributed.barrier()
+    return result, figures | {"reused": False}
+
+
+def _job(
+    run: Run, planned: identity.PlannedPhase, previous: dict | None, store: PhaseStore, resumed: dict | None
+) -> Job:
+    def record(row: dict) -> None:
+        if distributed.is_main():
+            store.append(row)
+            run.tracker.log(_absolute(run, row))
+
+    return Job(
+        config=run.config,
+        model_config=run.model_config,
+        planned=planned,
+        dataset=run.dataset,
+        numerics=run.numerics,
+        previous=previous,
+        checkpoints=store.checkpoints,
+        resumed=resumed,
+        record=record,
+        show=run.tracker.progress,
+        report=run.tracker.message,
+        stop=run.stop,
+    )
+
+
+def _absolute(run: Run, row: dict) -> dict:
+    """Return a phase's record with steps and MACs counted over the whole run."""
+    row = dict(row)
+    row["global_step"] = row.pop("step") + run.step_offset
+    row["macs/train"] = row["macs/train"] + run.macs_offset
+    first = ("phase", "epoch", "global_step")
+    return {key: row[key] for key in first} | {key: value for key, value in row.items() if key not in first}
+
+
+def _show(run: Run, summary: dict) -> None:
+    for line in summary_lines(summary):
+        run.tracker.message(line)

@@ -1,0 +1,228 @@
+"""What a run leaves behind: its directory, its finished network, its summary."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import traceback
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from prune_lab import __version__, distributed, models
+from prune_lab.accounting import count_parameters, dense_macs, layer_table, profile, sparse_macs
+from prune_lab.config import RunConfig
+from prune_lab.distributions import num_keep_total
+from prune_lab.files import read_json, write_json, write_text
+from prune_lab.identity import PlannedPhase, group_key, run_key
+from prune_lab.loop import measure
+from prune_lab.numerics import Numerics
+from prune_lab.phases import build_model
+from prune_lab.saved_model import save_model
+from prune_lab.schema import ConfigError
+from prune_lab.tracking import RunInfo, Tracker, open_tracker
+
+if TYPE_CHECKING:
+    from prune_lab.pipeline import Run
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The directory outputs/<dataset>-<model>-<method>-s<seed>-<hash8> of one run."""
+
+    directory: Path
+    key: str
+    group: str
+
+    @classmethod
+    def of(cls, config: RunConfig, planned: list[PlannedPhase]) -> RunFolder:
+        key = run_key(planned, config)
+        name = f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-s{config.seed}-{key[:8]}"
+        return cls(Path(config.output_dir) / name, key, group_key(config))
+
+    def tracker(self, config: RunConfig) -> Tracker:
+        return open_tracker(config.logger) if distributed.is_main() else Tracker()
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the summary if this very run is finished here.
+
+        Raises:
+            ConfigError: the directory was written by another configuration.
+        """
+        if (self.directory / "run.json").exists():
+            owner = read_json(self.directory / "run.json").get("id")
+            if owner != self.key:
+                raise ConfigError(
+                    f"output_dir: {self.directory} was written by another configuration (run id {owner}, this one is "
+                    f"{self.key}); move it away or choose another output_dir"
+                )
+        try:
+            summary = read_json(self.directory / "summary.json")
+            kept = [self.directory / name for name in ("model.json", "model.safetensors", "metrics.jsonl")]
+            return summary if summary["status"] == "finished" and all(path.exists() for path in kept) else None
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def start(self, tracker: Tracker, config: RunConfig, planned: list[PlannedPhase]) -> None:
+        """Begin or begin again: options on disk, all sinks told."""
+        plan = [
+            {"name": entry.phase.name, "key": entry.key, "epochs": entry.schedule.epochs if entry.schedule else 0}
+            for entry in planned
+        ]
+        if distributed.is_main():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            write_text(self.directory / "config.yaml", yaml.safe_dump(config.resolved, sort_keys=False))
+            (self.directory / "summary.json").unlink(missing_ok=True)
+        tags = [config.dataset.name, config.model.name, config.method.config.name, *config.logger.tags]
+        tracker.start(RunInfo(self.directory, self.key, self.directory.name, self.group, tags, config.resolved, plan))
+        if distributed.is_main():
+            self._link_phases(planned)
+
+    def _link_phases(self, planned: list[PlannedPhase]) -> None:
+        """Show under the run's directory which phases it consists of."""
+        links = self.directory / "phases"
+        links.mkdir(exist_ok=True)
+        for index, entry in enumerate(planned):
+            link = links / f"{index}-{entry.phase.name}"
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path("..") / ".." / "phases" / entry.key)
+
+    def crash(self, tracker: Tracker, error: BaseException) -> None:
+        """Leave the traceback in the log and one line in the status."""
+        if distributed.is_main() and self.directory.exists():
+            with open(self.directory / "log.txt", "a", encoding="utf-8") as log:
+                log.write(traceback.format_exc())
+        tracker.finish("failed", f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+
+
+def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
+    """Finish the network, measure it as it is saved, and write model, layer table and summary.
+
+    Raises:
+        RuntimeError: the achieved sparsity is not the requested one.
+    """
+    config, info = run.config, run.dataset.info
+    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    model = build_model(run.model_config, **sizes, seed=config.seed)
+    model.load_state_dict(result["model"])
+    kept = {name: int(mask.sum()) for name, mask in (result["masks"] or {}).items()}
+    model = config.method.finish(model)
+    layers = config.method.layers(model)
+    check_sparsity(config, layers, kept)
+    exact = Numerics(run.numerics.device, "fp32", run.numerics.channels_last, False)
+    model.to(exact.torch_device, memory_format=exact.memory_format)
+    scores = {"final": measure(model, run.dataset, run.dataset.eval_split, numerics=exact, trainer=config.trainer)}
+    if run.dataset.eval_split == "val":
+        scores["test"] = measure(model, run.dataset, "test", numerics=exact, trainer=config.trainer)
+    costs = profile(model, info.image_size)
+    dense = build_model(config.model, **sizes, seed=config.seed)
+    counts = {
+        **sparsity_counts(layers, kept, config.method.requested_sparsity()),
+        **cost_counts(model, costs, kept, dense=dense, image_size=info.image_size),
+    }
+    if not distributed.is_main():
+        return
+    save_model(model, models.describe(run.model_config, **sizes), run.folder.directory)
+    run.tracker.layers(layer_table(layers, costs, kept))
+    summary = summarise(run, scores, counts, wall_s=wall_s)
+    record = {"phase": "final", "epoch": 0, "global_step": run.step_offset}
+    run.tracker.log(record | {key: value for key, value in summary.items() if key.startswith(("final/", "test/"))})
+    run.tracker.summary(summary)
+    run.tracker.finish("finished", None)
+
+
+def check_sparsity(config: RunConfig, layers: list, kept: dict[str, int]) -> None:
+    requested = config.method.requested_sparsity()
+    if requested is None:
+        return
+    total = sum(layer.size for layer in layers if layer.eligible)
+    achieved = sum(kept.get(layer.parameter, layer.size) for layer in layers if layer.eligible)
+    if achieved != num_keep_total(total, requested):
+        raise RuntimeError(f"kept {achieved} of {total} eligible weights, method.sparsity={requested} asks for "
+                           f"{num_keep_total(total, requested)}")
+
+
+def sparsity_counts(layers: list, kept: dict[str, int], requested: float | None) -> dict[str, Any]:
+    total = sum(layer.size for layer in layers if layer.eligible)
+    achieved = sum(kept.get(layer.parameter, layer.size) for layer in layers if layer.eligible)
+    return {"sparsity/requested": requested, "sparsity/achieved": None if requested is None else 1 - achieved / total}
+
+
+def cost_counts(model: Any, costs: list, kept: dict[str, int], *, dense: Any, image_size: int) -> dict[str, Any]:
+    """Return parameters and MACs of the finished network beside those of the network as configured, dense."""
+    total = count_parameters(model)
+    sizes = {cost.parameter: cost.weights for cost in costs}
+    dense_forward = dense_macs(profile(dense, image_size))
+    forward = sparse_macs(costs, kept)
+    return {
+        "params/dense": count_parameters(dense),
+        "params/total": total,
+        "params/nonzero": total - sum(sizes[name] - count for name, count in kept.items()),
+        "macs/dense": dense_forward,
+        "macs/inference": forward,
+        "macs/inference_ratio": forward / dense_forward,
+    }
+
+
+def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall_s: float) -> dict[str, Any]:
+    """Return the flat summary of design section 7; percentages for accuracies, counts for parameters and MACs."""
+    config, folder = run.config, run.folder
+    dense = [figures for entry, figures in zip(run.planned, run.outcomes, strict=True)
+             if entry.phase.hook == "train" and not entry.phase.active]
+    train = config.schedule.phase("train")
+    per_epoch = run.dataset.num_batches(config.schedule.batch_size)
+    if config.trainer.limit_train_batches is not None:
+        per_epoch = min(per_epoch, config.trainer.limit_train_batches)
+    train_dense = 3 * counts["macs/dense"] * train.epochs * per_epoch * config.schedule.batch_size
+    spent = sum(figures["macs_train"] for figures in run.outcomes)
+    flat = {f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()}
+    return {
+        "status": "finished",
+        "run/id": folder.key,
+        "run/group": folder.group,
+        "run/seed": config.seed,
+        "run/command": " ".join(["prune-lab", *sys.argv[1:]]),
+        "run/device": device_name(run.numerics),
+        "run/versions": versions(),
+        "config/model": config.model.name,
+        "config/dataset": config.dataset.name,
+        "config/method": config.method.config.name,
+        "config/schedule": config.schedule.name,
+        **flat,
+        "dense/top1": dense[0]["top1"] if dense else None,
+        "delta/top1": scores["final"]["top1"] - dense[0]["top1"] if dense else None,
+        **counts,
+        "macs/train": spent,
+        "macs/train_dense": train_dense,
+        "macs/train_ratio": spent / train_dense if train_dense else None,
+        "macs/train_ratio_paper": run.outcomes[-1]["paper_train_ratio"],
+        "phases": [
+            {"name": entry.phase.name, "key": entry.key, "epochs": figures["epochs"], "reused": figures["reused"],
+             "wall_s": figures["wall_s"]}
+            for entry, figures in zip(run.planned, run.outcomes, strict=True)
+        ],
+        "time/wall_s": wall_s,
+        "time/images_per_s": run.images_done / run.train_s if run.train_s else None,
+    }
+
+
+def device_name(numerics: Numerics) -> str:
+    if numerics.torch_device.type == "cuda":
+        return f"{torch.cuda.get_device_name(numerics.torch_device)} ({numerics.precision})"
+    return f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads ({numerics.precision})"
+
+
+def versions() -> dict[str, str]:
+    return {"prune-lab": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "hydra-core": version("hydra-core")}
+
+
+def write_dry_run(directory: Path, summary: dict[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / "dry_run.json", summary)
+
+

@@ -1,0 +1,39 @@
+"""The finished network on disk: a description, and tensors as safetensors; rebuilt from code, never unpickled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from prune_lab import models
+from prune_lab.files import read_json, write_json
+from prune_lab.schema import ConfigError
+
+
+def save_model(model: nn.Module, description: dict[str, Any], run_dir: Path) -> None:
+    """Write model.safetensors and model.json; each file appears whole or not at all."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = run_dir / "model.safetensors.tmp"
+    save_file(tensors, temporary)
+    temporary.replace(run_dir / "model.safetensors")
+    write_json(run_dir / "model.json", description)
+
+
+def load_model(run_dir: str | Path) -> nn.Module:
+    """Return the finished network in eval mode on the CPU.
+
+    Raises:
+        ConfigError: the directory holds no finished model, or tensors do not fit the description.
+    """
+    directory = Path(run_dir)
+    if not (directory / "model.json").exists() or not (directory / "model.safetensors").exists():
+        raise ConfigError(f"{directory} holds no finished model (model.json and model.safetensors)")
+    model = models.from_description(read_json(directory / "model.json"))
+    try:
+        model.load_state_dict(load_file(directory / "model.safetensors"))
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(f"{directory}/model.safetensors does not fit model.json: {str(error).splitlines()[0]}") from error
+    return model.eval()

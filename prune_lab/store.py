@@ -1,0 +1,93 @@
+"""Phases on disk: one directory per key, one writer at a time, finished ones shared by all runs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from prune_lab import checkpoint
+from prune_lab.files import read_json, write_json
+from prune_lab.tracking.jsonl import append_record, read_records, rewrite
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, what: str, report: Callable[[str], None], poll: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock file `path`; it falls with the process, however that ends.
+
+    Args:
+        what: named in the message while another process holds it.
+        poll: called while waiting; may raise to give up.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        waited = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not waited:
+                    report(f"waiting for another process that is working on {what}")
+                waited = True
+                poll()
+                time.sleep(0.5)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+class PhaseStore:
+    """The directory of one phase: `phase.json`, `metrics.jsonl`, `result.pt`, and checkpoints while it is under way."""
+
+    def __init__(self, output_dir: Path, key: str, report: Callable[[str], None]) -> None:
+        self.directory = output_dir / "phases" / key
+        self.key = key
+        self.checkpoints = checkpoint.CheckpointPair(self.directory, report)
+        self._report = report
+
+    def lock(self, *, what: str, poll: Callable[[], None]):
+        return lock(self.directory / "lock", what=what, report=self._report, poll=poll)
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the figures of the finished phase, or None if it is not there or not whole."""
+        path = self.directory / "phase.json"
+        if not path.exists() or not (self.directory / "result.pt").exists():
+            return None
+        return read_json(path).get("figures")
+
+    def result(self) -> dict[str, Any] | None:
+        """Return the finished phase's tensors; a damaged file is reported, removed and counts as not finished."""
+        try:
+            return checkpoint.load(self.directory / "result.pt")
+        except checkpoint.DamagedFile as error:
+            self._report(f"{error}; the phase is done again")
+            (self.directory / "phase.json").unlink(missing_ok=True)
+            (self.directory / "result.pt").unlink()
+            return None
+
+    def finish(self, result: dict[str, Any], figures: dict[str, Any], inputs: dict[str, Any]) -> None:
+        """Store the result; from the last rename on the phase counts as finished."""
+        checkpoint.save(result, self.directory / "result.pt")
+        write_json(self.directory / "phase.json", {"key": self.key, "inputs": inputs, "figures": figures})
+        self.checkpoints.remove()
+
+    def records(self) -> list[dict[str, Any]]:
+        path = self.directory / "metrics.jsonl"
+        return read_records(path) if path.exists() else []
+
+    def keep_records(self, last_step: int) -> list[dict[str, Any]]:
+        """Drop records past `last_step`, which the phase is going to write again; return those kept."""
+        kept = [record for record in self.records() if record["step"] <= last_step]
+        self.directory.mkdir(parents=True, exist_ok=True)
+        rewrite(self.directory / "metrics.jsonl", kept)
+        return kept
+
+
+
+    def append(self, record: dict[str, Any]) -> None:
+        append_record(self.directory / "metrics.jsonl", record)
