@@ -25,12 +25,12 @@ class PlannedPhase:
     inputs: dict[str, Any]
 
 
-def plan(config: RunConfig, *, model: Any, fingerprint: str, numerics: dict, world_size: int) -> list[PlannedPhase]:
+def plan(config: RunConfig, *, model: Any, fingerprint: str | None, numerics: dict, world_size: int) -> list[PlannedPhase]:
     """Return the phases of a run with their keys; a key covers its inputs and the key of the phase before.
 
     Args:
         model: options of the network that is built, after the method adapted them.
-        fingerprint: content hash of the data set.
+        fingerprint: content hash of the data set; None: keys that depend on options alone.
         numerics: resolved precision, memory format and kind of device.
     """
     shared = {

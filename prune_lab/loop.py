@@ -185,6 +185,8 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
         context.masks.apply()
     if training.ema is not None:
         training.ema.update_parameters(context.model)
+        if context.masks is not None:
+            context.masks.apply_to(dict(training.ema.module.named_parameters()))
     context.cost.add(
         len(images) * distributed.world_size(), forward_macs, context.dense_macs if dense_gradient else None
     )

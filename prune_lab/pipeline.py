@@ -70,14 +70,9 @@ def _run(config: RunConfig, arithmetic: Numerics) -> int:
     model_config = config.method.adapt_model(config.model, **sizes)
     # fp32 images on every device: autocast rounds them where it pays, exact evaluation needs them unrounded.
     dataset = datasets.load(config.dataset, BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last))
-    planned = identity.plan(
-        config,
-        model=model_config,
-        fingerprint=dataset.fingerprint,
-        numerics=arithmetic.identity(),
-        world_size=distributed.world_size(),
-    )
-    folder = results.RunFolder.of(config, planned)
+    inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": distributed.world_size()}
+    planned = identity.plan(config, fingerprint=dataset.fingerprint, **inputs)
+    folder = results.RunFolder.of(config, planned, identity.plan(config, fingerprint=None, **inputs))
     with stop_flag() as stop:
         run = Run(config, model_config, dataset, arithmetic, planned, folder, folder.tracker(config), stop)
         try:

@@ -17,7 +17,7 @@ from prune_lab import __version__, distributed, models
 from prune_lab.accounting import count_parameters, dense_macs, layer_table, profile, sparse_macs
 from prune_lab.config import RunConfig
 from prune_lab.distributions import num_keep_total
-from prune_lab.files import read_json, write_json, write_text
+from prune_lab.files import read_json, write_text
 from prune_lab.identity import PlannedPhase, group_key, run_key
 from prune_lab.loop import measure
 from prune_lab.numerics import Numerics
@@ -39,10 +39,16 @@ class RunFolder:
     group: str
 
     @classmethod
-    def of(cls, config: RunConfig, planned: list[PlannedPhase]) -> RunFolder:
-        key = run_key(planned, config)
-        name = f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-s{config.seed}-{key[:8]}"
-        return cls(Path(config.output_dir) / name, key, group_key(config))
+    def of(cls, config: RunConfig, planned: list[PlannedPhase], without_data: list[PlannedPhase]) -> RunFolder:
+        """Return the folder of a run.
+
+        Args:
+            planned: phases, keyed by options and data: the run's identity.
+            without_data: phases keyed by options alone; they name the directory, so that a dry run finds it too.
+        """
+        short = run_key(without_data, config)[:8]
+        name = f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-s{config.seed}-{short}"
+        return cls(Path(config.output_dir) / name, run_key(planned, config), group_key(config))
 
     def tracker(self, config: RunConfig) -> Tracker:
         return open_tracker(config.logger) if distributed.is_main() else Tracker()
@@ -57,8 +63,8 @@ class RunFolder:
             owner = read_json(self.directory / "run.json").get("id")
             if owner != self.key:
                 raise ConfigError(
-                    f"output_dir: {self.directory} was written by another configuration (run id {owner}, this one is "
-                    f"{self.key}); move it away or choose another output_dir"
+                    f"output_dir: {self.directory} was written by another configuration or from other data (run id "
+                    f"{owner}, this one is {self.key}); move it away or choose another output_dir"
                 )
         try:
             summary = read_json(self.directory / "summary.json")
@@ -173,11 +179,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
     config, folder = run.config, run.folder
     dense = [figures for entry, figures in zip(run.planned, run.outcomes, strict=True)
              if entry.phase.hook == "train" and not entry.phase.active]
-    train = config.schedule.phase("train")
-    per_epoch = run.dataset.num_batches(config.schedule.batch_size)
-    if config.trainer.limit_train_batches is not None:
-        per_epoch = min(per_epoch, config.trainer.limit_train_batches)
-    train_dense = 3 * counts["macs/dense"] * train.epochs * per_epoch * config.schedule.batch_size
+    train_dense = dense_training_macs(config, counts["macs/dense"], run.dataset.num_batches(config.schedule.batch_size))
     spent = sum(figures["macs_train"] for figures in run.outcomes)
     flat = {f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()}
     return {
@@ -188,10 +190,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "run/command": " ".join(["prune-lab", *sys.argv[1:]]),
         "run/device": device_name(run.numerics),
         "run/versions": versions(),
-        "config/model": config.model.name,
-        "config/dataset": config.dataset.name,
-        "config/method": config.method.config.name,
-        "config/schedule": config.schedule.name,
+        **choices(config),
         **flat,
         "dense/top1": dense[0]["top1"] if dense else None,
         "delta/top1": scores["final"]["top1"] - dense[0]["top1"] if dense else None,
@@ -210,6 +209,22 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
     }
 
 
+def choices(config: RunConfig) -> dict[str, str]:
+    return {
+        "config/model": config.model.name,
+        "config/dataset": config.dataset.name,
+        "config/method": config.method.config.name,
+        "config/schedule": config.schedule.name,
+    }
+
+
+def dense_training_macs(config: RunConfig, forward: int, steps_per_epoch: int) -> int:
+    """Return the MACs of training the dense network once over the schedule's train phase (3 x forward per image)."""
+    limit = config.trainer.limit_train_batches
+    steps = steps_per_epoch if limit is None else min(steps_per_epoch, limit)
+    return 3 * forward * config.schedule.phase("train").epochs * steps * config.schedule.batch_size
+
+
 def device_name(numerics: Numerics) -> str:
     if numerics.torch_device.type == "cuda":
         return f"{torch.cuda.get_device_name(numerics.torch_device)} ({numerics.precision})"
@@ -219,10 +234,3 @@ def device_name(numerics: Numerics) -> str:
 def versions() -> dict[str, str]:
     return {"prune-lab": __version__, "python": platform.python_version(), "torch": torch.__version__,
             "hydra-core": version("hydra-core")}
-
-
-def write_dry_run(directory: Path, summary: dict[str, Any]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(directory / "dry_run.json", summary)
-
-

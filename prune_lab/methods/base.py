@@ -119,12 +119,13 @@ class Method:
         """Return the plain module to keep: zeros baked in already, channels physically removed here."""
         return model
 
-    def budget(self, context: Context, step: int) -> dict[str, int] | None:
-        """Return kept weights per parameter in force after `step` of the training phase, where known beforehand.
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        """Return (first step, kept weights per parameter) in order: what will be in force in this training phase.
 
-        None: the layer shares depend on trained weights. The dry run counts costs from this.
+        Parameters that are not named are dense. None: layer shares depend on trained weights. Known before training,
+        because budgets are integers; the dry run counts costs from it.
         """
-        return {}
+        return [(0, {})]
 
     def paper_train_ratio(self, context: Context) -> float | None:
         """Return the training cost over dense training by the paper's own formula, if it has one."""

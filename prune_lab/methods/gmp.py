@@ -121,8 +121,7 @@ class GMP(WeightPruning):
         context.masks.zero_state(context.optimizer, {name: old[name] & ~mask for name, mask in new.items()})
         context.commit()
 
-    def budget(self, context: Context, step: int) -> dict[str, int] | None:
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         if self.config.distribution == "global":
             return None
-        done = [at for at in (self.cuts or self.planned_cuts(context)) if at <= step]
-        return self.cuts[done[-1]] if done and self.cuts else {}
+        return [(0, {}), *((step + 1, kept) for step, kept in self.planned_cuts(context).items())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -53,22 +54,43 @@ class _Lines(BaseSink):
         self._write(status + (f": {error}" if error else ""))
 
 
+class _Forgiving:
+    """A stream that falls silent when its reader has gone (a closed pipe, a lost terminal); the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._gone = False
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, call: Callable[[], Any]) -> None:
+        if self._gone:
+            return
+        try:
+            call()
+        except (OSError, ValueError):
+            self._gone = True
+            _silence(self._stream)
+
+
 class PlainConsole(_Lines):
-    """Flushed ASCII lines. When the reader has gone (a closed pipe) it falls silent and the run goes on."""
+    """Flushed ASCII lines."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
-        self._stream: TextIO | None = stream
+        self._stream = _Forgiving(stream)
 
     def _write(self, line: str) -> None:
-        if self._stream is None:
-            return
-        try:
-            self._stream.write(to_ascii(line) + "\n")
-            self._stream.flush()
-        except (OSError, ValueError):
-            _silence(self._stream)
-            self._stream = None
+        self._stream.write(to_ascii(line) + "\n")
+        self._stream.flush()
 
 
 class LogFile(_Lines):
@@ -98,7 +120,7 @@ class RichConsole(_Lines):
         from rich.console import Console
 
         super().__init__()
-        self._console = Console(file=stream, highlight=False)
+        self._console = Console(file=_Forgiving(stream), highlight=False, markup=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._phase: str | None = None
@@ -144,7 +166,7 @@ class RichConsole(_Lines):
         table = Table(box=box.ASCII, show_header=False)
         for name, text in summary_rows(summary):
             table.add_row(to_ascii(name), to_ascii(text))
-        self._print(table)
+        self._console.print(table)
 
     def finish(self, status: str, error: str | None) -> None:
         self._stop()
@@ -156,13 +178,7 @@ class RichConsole(_Lines):
             self._progress = None
 
     def _write(self, line: str) -> None:
-        self._print(to_ascii(line))
-
-    def _print(self, what: Any) -> None:
-        try:
-            self._console.print(what, markup=False, soft_wrap=isinstance(what, str))
-        except (OSError, ValueError):  # the terminal has gone
-            self._console.quiet = True
+        self._console.print(to_ascii(line), soft_wrap=True)
 
 
 def _silence(stream: TextIO) -> None:

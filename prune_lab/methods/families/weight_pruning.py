@@ -86,5 +86,5 @@ class WeightPruning(Method):
             config.distribution, layers, self.total(context, sparsity), first_layer=first_layer, power=config.power
         )
 
-    def budget(self, context: Context, step: int) -> dict[str, int] | None:
-        return None if self.config.distribution == "global" else self.allocate(context, self.config.sparsity)
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        return None if self.config.distribution == "global" else [(0, self.allocate(context, self.config.sparsity))]

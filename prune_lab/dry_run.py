@@ -1,0 +1,164 @@
+"""dry_run=true: the whole run in miniature on random images; prints the plan and what it costs, trains nothing."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_lab import datasets, distributed, identity, numerics, results
+from prune_lab.accounting import TrainingCost, layer_table, profile, sparse_macs
+from prune_lab.checkpoint import CheckpointPair
+from prune_lab.config import RunConfig
+from prune_lab.context import Context
+from prune_lab.files import write_json
+from prune_lab.loop import train_step
+from prune_lab.phases import Job, build_model, open_context, open_training
+from prune_lab.tracking.lines import quantity, summary_lines
+
+_IMAGES = 4
+"""images of the one step per phase: enough for batch norm, little enough for ResNet-50 on a laptop"""
+
+
+class RandomImages:
+    """Stands in for a data set of the same sizes."""
+
+    def __init__(self, info: datasets.DatasetInfo, device: torch.device) -> None:
+        self.info, self._device = info, device
+
+    def num_batches(self, batch_size: int) -> int:
+        return self.info.num_train // batch_size
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.info.image_size
+        images = torch.randn(_IMAGES, 3, size, size, device=self._device)
+        return images, torch.arange(_IMAGES, device=self._device) % self.info.num_classes
+
+
+def dry_run(config: RunConfig) -> int:
+    """Build everything, do one step per phase, print and write `dry_run.json`; return 0.
+
+    Raises:
+        ConfigError: whatever the run itself would refuse, except for missing or damaged data.
+    """
+    arithmetic = numerics.resolve(config.trainer)
+    info = datasets.describe(config.dataset)
+    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    model_config = config.method.adapt_model(config.model, **sizes)
+    planned = identity.plan(
+        config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=distributed.world_size()
+    )
+    folder = results.RunFolder.of(config, planned, planned)
+    dataset, spent, kept, previous = RandomImages(info, arithmetic.torch_device), 0, {}, None
+    for entry in planned:
+        job = _job(config, model_config, entry, dataset, arithmetic, previous)
+        previous, context = _one_step(job)
+        layout = job.method.layout(context)
+        spent = None if spent is None or layout is None else spent + planned_cost(job, context, layout)
+        kept = layout[-1][1] if layout else layout if layout is None else kept
+    model = build_model(model_config, **sizes, seed=config.seed)
+    costs, layers = profile(model, info.image_size), config.method.layers(model)
+    rows = layer_table(layers, costs, kept)
+    summary = _summary(config, folder, planned, model, costs, layers, kept, spent=spent, info=info)
+    _show(folder.directory, planned, rows, summary)
+    folder.directory.mkdir(parents=True, exist_ok=True)
+    write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
+    return 0
+
+
+def _job(config: RunConfig, model_config: Any, entry: Any, dataset: Any, arithmetic: Any, previous: Any) -> Job:
+    nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
+    return Job(
+        config=config,
+        model_config=model_config,
+        planned=entry,
+        dataset=dataset,
+        numerics=arithmetic,
+        previous=previous,
+        checkpoints=nowhere,
+        resumed=None,
+        record=lambda row: None,
+        show=lambda done, total, text: None,
+        report=lambda text: None,
+        stop=lambda: False,
+    )
+
+
+def _one_step(job: Job) -> tuple[dict[str, Any], Context]:
+    """Do the first step of a phase and return what the next phase starts from."""
+    context = open_context(job)
+    if job.planned.phase.hook == "train":
+        training = open_training(job, context)
+        job.method.setup(context)
+        context.model.train()
+        if context.total_steps:
+            train_step(training, *job.dataset.batch())
+    else:
+        job.method.setup(context)
+        getattr(job.method, job.planned.phase.hook)(context)
+    masks = None if context.masks is None else context.masks.state_dict()
+    return {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict()}, context
+
+
+def planned_cost(job: Job, context: Context, layout: list[tuple[int, dict[str, int]]]) -> int:
+    """Return the MACs the phase will spend, from its layouts and the steps that need dense gradients."""
+    cost, batch = TrainingCost(), job.config.schedule.batch_size
+    ends = [start for start, _ in layout[1:]] + [context.total_steps]
+    for (start, kept), end in zip(layout, ends, strict=True):
+        forward = sparse_macs(context.costs, kept)
+        for step in range(start, min(end, context.total_steps)):
+            dense = context.dense_macs if job.method.needs_dense_gradient(step) else None
+            cost.add(batch, forward, dense)
+    return cost.total
+
+
+def _summary(
+    config: RunConfig, folder: results.RunFolder, planned: list, model: Any, costs: list, layers: list,
+    kept: dict[str, int] | None, *, spent: int | None, info: datasets.DatasetInfo,
+) -> dict[str, Any]:
+    dense = build_model(config.model, num_classes=info.num_classes, image_size=info.image_size, seed=config.seed)
+    counts = results.cost_counts(model, costs, kept or {}, dense=dense, image_size=info.image_size)
+    requested = config.method.requested_sparsity()
+    counts |= results.sparsity_counts(layers, kept or {}, requested)
+    if kept is None:  # a global cut: the totals are known, the layout is not
+        total = sum(layer.size for layer in layers if layer.eligible)
+        cut = total - results.num_keep_total(total, requested)
+        counts |= {"macs/inference": None, "macs/inference_ratio": None, "sparsity/achieved": cut / total,
+                   "params/nonzero": counts["params/total"] - cut}
+    train_dense = results.dense_training_macs(config, counts["macs/dense"], info.num_train // config.schedule.batch_size)
+    return {
+        "run/seed": config.seed,
+        "run/group": folder.group,
+        **results.choices(config),
+        **counts,
+        "macs/train": spent,
+        "macs/train_dense": train_dense,
+        "macs/train_ratio": spent / train_dense if spent is not None and train_dense else None,
+        "phases": [
+            {"name": entry.phase.name, "epochs": entry.schedule.epochs if entry.schedule else 0} for entry in planned
+        ],
+    }
+
+
+def _show(directory: Path, planned: list, rows: list[dict], summary: dict[str, Any]) -> None:
+    print(f"dry run of {directory.name}")
+    print("plan: " + " -> ".join(
+        f"{entry.phase.name} ({entry.schedule.epochs} epochs)" if entry.schedule else entry.phase.name for entry in planned
+    ))
+    width = max(len(row["name"]) for row in rows)
+    print(f"{'layer':{width}}  {'kind':14} {'shape':>18} {'density':>8} {'kept':>11} {'MACs dense':>11} {'MACs kept':>11}  why dense")
+    for row in rows:
+        shape = "x".join(map(str, row["shape"]))
+        if row["kept"] is None:
+            kept = ("?", "?", "?")
+        else:
+            kept = (f"{row['density']:.4f}", str(row["kept"]), quantity(row["macs_kept"]))
+        print(f"{row['name']:{width}}  {row['kind']:14} {shape:>18} {kept[0]:>8} {kept[1]:>11} "
+              f"{quantity(row['macs_dense']):>11} {kept[2]:>11}  {row['reason']}".rstrip())
+    if any(row["kept"] is None for row in rows):
+        print("? depends on the trained weights")
+    for line in summary_lines(summary):
+        print(line)
+    print("MAC: multiply-accumulate of conv and linear layers, one image; nothing was trained")
