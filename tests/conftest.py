@@ -1,0 +1,50 @@
+"""What all tests share: one torch thread, no W&B, a cache of their own, the command as a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that share a busy core wait for each other
+os.environ.setdefault("WANDB_MODE", "disabled")
+
+REPO = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """Folder with the shared data and checkpoints; skips the test where there is none."""
+    folder = Path(os.environ.get("PRUNE_LAB_TEST_DATA", REPO.parent / "shared"))
+    if not (folder / "pretrained").is_dir():
+        pytest.skip("no shared data: set PRUNE_LAB_TEST_DATA to a folder with pretrained/ and data/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def child_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment of child processes: this checkout on the path, one thread, no W&B, a cache of their own."""
+    cache = tmp_path_factory.mktemp("cache")
+    path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PRUNE_LAB_CACHE": str(cache)}
+
+
+@pytest.fixture
+def prune_lab(tmp_path: Path, child_environment: dict[str, str]):
+    """Return a function that runs `python -m prune_lab ARGUMENTS` in `tmp_path` and returns the finished process."""
+
+    def call(*arguments: str, timeout: float = 300, cwd: Path = tmp_path) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "prune_lab", *arguments]
+        return subprocess.run(command, cwd=cwd, env=child_environment, capture_output=True, text=True, timeout=timeout)
+
+    return call
+
+
+def only_summary(folder: Path) -> dict:
+    """Return the summary of the only run below `folder`."""
+    (path,) = folder.glob("outputs/*/summary.json")
+    return json.loads(path.read_text())
