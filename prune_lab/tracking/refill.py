@@ -35,7 +35,7 @@ def refill(
     *,
     project: str | None = None,
     entity: str | None = None,
-    suffix: str = "",
+    suffix: str | None = None,
     timeout_s: float = _TIMEOUT_S,
     report: Callable[[str], None] = lambda text: None,
 ) -> Sent:
@@ -46,7 +46,7 @@ def refill(
 
     Args:
         project: W&B project; None: the one in the run's options. Likewise `entity`.
-        suffix: added to the run's id. W&B never frees an id, so a run deleted there needs a new one.
+        suffix: added to the run's id and name after a hyphen. W&B never frees an id, so a run deleted there needs a new one.
 
     Raises:
         ConfigError: no run there, its files cannot be read, no key, or W&B refused.
@@ -68,7 +68,7 @@ def refill(
         raise ConfigError(f"{run_dir}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
-def _read(run_dir: Path, suffix: str) -> tuple[RunInfo, dict[str, Any], dict[str, Any]]:
+def _read(run_dir: Path, suffix: str | None) -> tuple[RunInfo, dict[str, Any], dict[str, Any]]:
     """Return the run's identity, its logger options and its status."""
     try:
         run = read_json(run_dir / "run.json")
@@ -77,10 +77,11 @@ def _read(run_dir: Path, suffix: str) -> tuple[RunInfo, dict[str, Any], dict[str
         raise ConfigError(f"{run_dir} is not the directory of a run (no {Path(error.filename).name})") from error
     except ValueError as error:
         raise ConfigError(f"{run_dir} cannot be read: {error}") from error
+    ending = f"-{suffix}" if suffix else ""
     info = RunInfo(
         run_dir=run_dir,
-        run_id=run["id"] + suffix,
-        name=run["name"] + suffix,
+        run_id=run["id"] + ending,
+        name=run["name"] + ending,
         group=run["group"],
         tags=run["tags"],
         config=run["config"],
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("--project", help="W&B project (default: the run's)")
     parser.add_argument("--entity", help="W&B team or user (default: the run's)")
-    parser.add_argument("--suffix", default="", help="added to the run's id, for a run that was deleted in W&B")
+    parser.add_argument("--suffix", help="added to the run's id, for a run that was deleted in W&B")
     options = parser.parse_args(argv)
     resolve_mode("online")
     num_failed = 0

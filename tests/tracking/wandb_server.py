@@ -32,10 +32,21 @@ class WandbServer:
         self.mode = "ok"
         self.runs: dict[str, StoredRun] = {}
         self.uploads: dict[str, bytes] = {}
-        self.operations: list[str] = []
         self.stopped = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
+        self._answers = {
+            "upsertBucket(": self._upsert_bucket,
+            "createRunFiles(": self._create_run_files,
+            "createArtifact(": self._create_artifact,
+            "createArtifactManifest(": self._create_manifest,
+            "createArtifactFiles(": self._create_artifact_files,
+            "commitArtifact(": lambda _: {"commitArtifact": {"artifact": {"id": "a", "digest": "d"}}},
+            "bucket(": self._bucket,
+            "artifactType": lambda _: {"project": None},
+            "viewer": self._viewer,
+        }
+        """part of the query -> what answers it"""
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def __enter__(self) -> WandbServer:
@@ -59,16 +70,14 @@ class WandbServer:
         return {}
 
     def _graphql(self, query: str, variables: dict[str, Any]) -> dict[str, Any]:
-        for name in ("upsertBucket", "createRunFiles", "createArtifact(", "createArtifactManifest", "createArtifactFiles",
-                     "commitArtifact", "updateArtifactManifest", "bucket(", "viewer"):
+        for name, answer in self._answers.items():
             if name in query:
-                self.operations.append(name)
-                return getattr(self, "_" + name.rstrip("("))(variables)
-        self.operations.append(" ".join(query.split())[:200])
-        return {"project": None} if "artifactType" in query else {}
+                return answer(variables)
+        return {}
 
     def _viewer(self, _: dict) -> dict:
-        return {"viewer": {"id": "v", "entity": ENTITY, "username": "u", "email": "", "flags": "{}", "teams": {"edges": []}}}
+        teams = {"edges": []}
+        return {"viewer": {"id": "v", "entity": ENTITY, "username": "u", "email": "", "flags": "{}", "teams": teams}}
 
     def _bucket(self, variables: dict) -> dict:
         """Return what a resuming client asks for: nothing for a new run, else its last line and line counts."""
@@ -93,7 +102,7 @@ class WandbServer:
         }
         return {"model": {"id": "p", "name": "p", "entity": {"id": "e", "name": ENTITY}, "bucket": bucket}}
 
-    def _upsertBucket(self, variables: dict) -> dict:  # noqa: N802 the protocol's name
+    def _upsert_bucket(self, variables: dict) -> dict:
         inserted = variables["name"] not in self.runs
         run = self.runs.setdefault(variables["name"], StoredRun())
         run.fields |= {key: value for key, value in variables.items() if value is not None}
@@ -112,33 +121,25 @@ class WandbServer:
         }
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
 
-    def _createRunFiles(self, variables: dict) -> dict:  # noqa: N802
+    def _create_run_files(self, variables: dict) -> dict:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
         return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
 
-    def _createArtifact(self, variables: dict) -> dict:  # noqa: N802
+    def _create_artifact(self, variables: dict) -> dict:
         sequence = {"id": "s", "latestArtifact": None}
         return {"createArtifact": {"artifact": {"id": "a", "state": "PENDING", "artifactSequence": sequence}}}
 
-    def _createArtifactManifest(self, variables: dict) -> dict:  # noqa: N802
-        file = {"id": "f", "name": "m", "displayName": "m", "uploadUrl": f"{self.url}/upload/manifest", "uploadHeaders": []}
+    def _create_manifest(self, variables: dict) -> dict:
+        file = {"id": "f", "name": "m", "uploadUrl": f"{self.url}/upload/manifest", "uploadHeaders": []}
         return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
 
-    def _updateArtifactManifest(self, variables: dict) -> dict:  # noqa: N802
-        answer = self._createArtifactManifest(variables)
-        return {"updateArtifactManifest": answer["createArtifactManifest"]}
-
-    def _createArtifactFiles(self, variables: dict) -> dict:  # noqa: N802
+    def _create_artifact_files(self, variables: dict) -> dict:
         edges = []
         for spec in variables["input"]["artifactFiles"]:
             url = f"{self.url}/upload/artifact/{spec['name']}"
-            node = {"id": "f", "name": spec["name"], "displayName": spec["name"], "uploadUrl": url, "uploadHeaders": [],
-                    "storagePath": spec["name"], "uploadMultipartUrls": None, "artifact": {"id": "a"}}
-            edges.append({"node": node})
+            upload = {"uploadUrl": url, "uploadHeaders": [], "uploadMultipartUrls": None}
+            edges.append({"node": {"storagePath": spec["name"], "artifact": {"id": "a"}} | upload})
         return {"createArtifactFiles": {"files": {"edges": edges}}}
-
-    def _commitArtifact(self, variables: dict) -> dict:  # noqa: N802
-        return {"commitArtifact": {"artifact": {"id": "a", "digest": "d"}}}
 
     @staticmethod
     def _file_stream(run: StoredRun, body: dict[str, Any]) -> None:
@@ -161,8 +162,11 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            while server.mode == "hang" and not server.stopped.is_set():
-                time.sleep(0.05)
+            if server.mode == "hang":
+                while server.mode == "hang" and not server.stopped.is_set():
+                    time.sleep(0.05)
+                self.close_connection = True
+                return
             status = 500 if server.mode != "ok" else 200
             answer = json.dumps(server.answer(self.path, body) if status == 200 else {}).encode()
             self.send_response(status)
