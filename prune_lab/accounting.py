@@ -57,13 +57,17 @@ def profile(model: nn.Module, image_size: int, *, channels: int = 3) -> list[Lay
     use = _WeightUse(ghost, weights)
     with torch.no_grad(), use:
         ghost(torch.zeros(1, channels, image_size, image_size, device="meta"))
-    kinds = {f"{name}.weight": layer_kind(module) for name, module in model.named_modules()}
+    kinds = {_weight_path(name): layer_kind(module) for name, module in model.named_modules()}
     costs = []
     for path, positions in use.positions.items():
         shape = tuple(originals[path].shape)
         kind = kinds.get(path) or ("linear" if len(shape) == 2 else "conv")
         costs.append(LayerCost(path.rpartition(".")[0], path, kind, shape, math.prod(shape), positions))
     return costs
+
+
+def _weight_path(module: str) -> str:
+    return f"{module}.weight" if module else "weight"
 
 
 class _WeightUse(TorchDispatchMode):
@@ -84,7 +88,7 @@ class _WeightUse(TorchDispatchMode):
         for name, module in ghost.named_modules():
             if layer_kind(module):
                 module.register_forward_pre_hook(self._enter)
-                module.register_forward_hook(partial(self._leave, path_of[f"{name}.weight"]))
+                module.register_forward_hook(partial(self._leave, path_of[_weight_path(name)]))
 
     def _add(self, path: str, positions: int) -> None:
         self.positions[path] = self.positions.get(path, 0) + positions
