@@ -53,7 +53,7 @@ def dry_run(config: RunConfig) -> int:
     folder = results.RunFolder.of(config, planned, planned)
     dataset, spent, kept, previous = RandomImages(info, arithmetic.torch_device), 0, {}, None
     for entry in planned:
-        job = _job(config, model_config, entry, dataset, arithmetic, previous)
+        job = job_without_files(config, model_config, entry, dataset, arithmetic, previous)
         previous, context = _one_step(job)
         layout = job.method.layout(context)
         spent = None if spent is None or layout is None else spent + planned_cost(job, context, layout)
@@ -68,7 +68,8 @@ def dry_run(config: RunConfig) -> int:
     return 0
 
 
-def _job(config: RunConfig, model_config: Any, entry: Any, dataset: Any, arithmetic: Any, previous: Any) -> Job:
+def job_without_files(config: RunConfig, model_config: Any, entry: Any, dataset: Any, arithmetic: Any, previous: Any) -> Job:
+    """Return a phase that reads and writes no file."""
     nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
     return Job(
         config=config,
