@@ -46,7 +46,7 @@ def refill(
 
     Args:
         project: W&B project; None: the one in the run's options. Likewise `entity`.
-        suffix: added to the run's id and name after a hyphen. W&B never frees an id, so a run deleted there needs a new one.
+        suffix: added to id and name after a hyphen. W&B never frees an id: a run deleted there needs a new one.
 
     Raises:
         ConfigError: no run there, its files cannot be read, no key, or W&B refused.
