@@ -36,22 +36,21 @@ class GMPConfig(WeightPruningConfig):
             raise ConfigError(f"{path}.end must exceed {path}.begin={self.begin:g}, got {self.end:g}")
         if self.initial_sparsity >= self.sparsity:
             raise ConfigError(
-                f"{path}.initial_sparsity must be below {path}.sparsity={self.sparsity:g}, got {self.initial_sparsity:g}"
+                f"{path}.initial_sparsity must be below {path}.sparsity={self.sparsity:g}, "
+                f"got {self.initial_sparsity:g}"
             )
-        if self.distribution == "file":
-            raise ConfigError(f"{path}.distribution=file gives one layout, not a ramp; allowed: uniform, er, erk, global")
 
 
 class GMP(WeightPruning):
     Config = GMPConfig
     card = Card(
         summary="train dense and cut the smallest weights step by step along a cubic (per layer or globally)",
-        paper="Zhu, Gupta 2017, To prune, or not to prune, arXiv 1710.01878; ramp positions as in the RigL paper's runs",
+        paper="Zhu, Gupta 2017, To prune, or not to prune, arXiv 1710.01878; ramp positions as in the RigL paper",
         acts="during training, from method.begin to method.end of it",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="one bool per weight; one selection per layer and cut",
-        differences="masks only shrink: a removed weight and its optimizer state are zero from then on. The target is "
-        "reached exactly at the last cut",
+        differences="masks only shrink: a removed weight stays zero, its optimizer state is zeroed. The target is "
+        "reached exactly at the last cut. distribution=file takes every layer along the cubic to a density of its own",
     )
 
     def __init__(self, config: Any) -> None:
@@ -82,8 +81,8 @@ class GMP(WeightPruning):
         last = min(last, context.total_steps - 1)
         if last - first < config.num_cuts:
             raise ConfigError(
-                f"method.num_cuts={config.num_cuts} does not fit the ramp of {max(last - first, 0)} steps (method.begin to "
-                f"method.end of {context.total_steps} steps); lower it or lengthen the schedule"
+                f"method.num_cuts={config.num_cuts} does not fit the ramp of {max(last - first, 0)} steps "
+                f"(method.begin to method.end of {context.total_steps} steps); lower it or lengthen the schedule"
             )
         steps = [first + round(index * (last - first) / config.num_cuts) for index in range(config.num_cuts + 1)]
         levels = [
@@ -101,10 +100,20 @@ class GMP(WeightPruning):
         final = self.allocate(context, levels[-1])
         counts, above = [], {layer.parameter: layer.size for layer in context.eligible()}
         for level in levels[:-1]:
-            wanted = self.allocate(context, level) if level > 0 else above
+            wanted = self._wanted(context, level, final)
             above = distributions.clamp_counts(wanted, low=final, high=above, total=self.total(context, level))
             counts.append(above)
         return [*counts, final]
+
+    def _wanted(self, context: Context, level: float, final: dict[str, int]) -> dict[str, int]:
+        """Return counts at `level` before they are made nested; with a file each layer goes straight to its own end."""
+        sizes = {layer.parameter: layer.size for layer in context.eligible()}
+        if level == 0:
+            return sizes
+        if self.config.distribution != "file":
+            return self.allocate(context, level)
+        done = level / self.config.sparsity
+        return {name: round(size - (size - final[name]) * done) for name, size in sizes.items()}
 
     def after_step(self, context: Context, step: int) -> None:
         keep = self.cuts.get(step)

@@ -24,8 +24,8 @@ class SET(DropAndGrow):
         acts="during training, after the optimizer step, every method.interval steps until method.end of it",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="one bool per weight; one draw and one selection per layer and update",
-        differences="default is the variant of RigL's tables; the SET paper's own rule is method.drop=by_sign with one update "
-        "per epoch and method.decay=constant. Draws are keyed by seed, layer and step, so all processes agree",
+        differences="default is the variant of RigL's tables; the SET paper's own rule is method.drop=by_sign with one "
+        "update per epoch and method.decay=constant. Draws are keyed by seed, layer and step, so all processes agree",
     )
 
     def after_backward(self, context: Context, step: int) -> bool:

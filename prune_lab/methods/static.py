@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prune_lab.methods.base import Card
 from prune_lab.methods.families.sparse_training import SparseTraining
+
+if TYPE_CHECKING:
+    from prune_lab.context import Context
 
 
 class Static(SparseTraining):
@@ -16,5 +21,5 @@ class Static(SparseTraining):
         differences="counts are exact per layer (public reproductions draw independent bits)",
     )
 
-    def paper_train_ratio(self, context) -> float:
+    def paper_train_ratio(self, context: Context) -> float:
         return context.forward_macs / context.dense_macs

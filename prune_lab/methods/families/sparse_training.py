@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,11 +59,13 @@ class DropAndGrowConfig(SparseTrainingConfig):
     drop: Literal["magnitude", "by_sign"]
     """magnitude: smallest |w|; by_sign: the weakest positives and the weakest negatives apart (SET paper)"""
     regrown: Literal["keep", "zero"]
-    """a weight dropped and grown at once: keeps value and momentum (official code) or restarts at 0 (rigl-reproducibility)"""
+    """a weight dropped and grown at once: keep: value and momentum stay (official code); zero: it restarts at 0
+    (rigl-reproducibility)"""
     skip_step_on_update: bool
     """true: an update replaces the optimizer step of its batch (RigL alg. 1); false: it follows it"""
     reset_state: bool
-    """true: optimizer state of newly grown weights starts at zero (official RigL code)"""
+    """true: optimizer state of newly grown weights starts at zero (official RigL code); false: with what their dense
+    gradients have gathered while they were pruned"""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -101,13 +104,13 @@ class DropAndGrow(SparseTraining):
         steps = schedules.update_steps(config.begin, end, config.interval)
         if len(steps) < 2:
             raise ConfigError(
-                f"method.interval={config.interval} leaves no mask update after the one at step {config.begin}: updates end "
-                f"at step {end} of {context.total_steps}; lower method.interval or lengthen the schedule"
+                f"method.interval={config.interval} leaves no mask update after the one at step {config.begin}: "
+                f"updates end at step {end} of {context.total_steps}; lower method.interval or lengthen the schedule"
             )
         return steps
 
     def end_step(self, context: Context) -> int:
-        return int(self.config.end * context.total_steps)
+        return _floor(self.config.end * context.total_steps)
 
     def moved_fraction(self, context: Context, step: int) -> float:
         config = self.config
@@ -138,7 +141,7 @@ class DropAndGrow(SparseTraining):
         if self.config.drop == "by_sign":
             return masks.keep_by_sign(weight, mask, fraction)
         count = int(mask.sum())
-        return masks.keep_top(weight.abs(), count - int(fraction * count), candidates=mask)
+        return masks.keep_top(weight.abs(), count - _floor(fraction * count), candidates=mask)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         return {"mask/updates": self.num_updates, "mask/moved": self.num_moved}
@@ -150,6 +153,11 @@ class DropAndGrow(SparseTraining):
         self.num_updates, self.num_moved, self.postponed = (
             state["num_updates"], state["num_moved"], state["postponed"],
         )
+
+
+def _floor(product: float) -> int:
+    """Return the floor of a product of options as they were typed: 0.29 * 100 is 28.999999999999996 in binary."""
+    return math.floor(product + 1e-9)
 
 
 def _preview(steps: range) -> str:

@@ -39,8 +39,12 @@ class WeightPruningConfig(MethodConfig):
     def check(self, path: str) -> None:
         if (self.distribution == "file") != (self.densities is not None):
             raise ConfigError(f"{path}.densities=FILE goes with {path}.distribution=file, got {self.distribution}")
+        if self.power != 1 and self.distribution not in ("er", "erk"):
+            raise ConfigError(f"{path}.power={self.power:g} is for er and erk; with {self.distribution} it must be 1")
+        if self.distribution == "file" and self.first_layer == "dense_compensated":
+            raise ConfigError(f"{path}.first_layer=dense_compensated: give density 1 in {path}.densities instead")
         if self.distribution == "global" and self.first_layer.startswith("dense"):
-            raise ConfigError(f"{path}.first_layer={self.first_layer} needs a budget per layer; use {path}.exclude with global")
+            raise ConfigError(f"{path}.first_layer={self.first_layer} needs a budget per layer; use {path}.exclude")
 
     @property
     def first_layer_rule(self) -> str:
@@ -81,7 +85,11 @@ class WeightPruning(Method):
             names = {layer.name: layer.parameter for layer in context.eligible()}
             densities = distributions.load_densities(config.densities, names)
             return distributions.file_counts(layers, densities, sparsity=config.sparsity)
-        first_layer = "dense_compensated" if config.first_layer_rule == "dense_compensated" else "sparse"
+        compensated = config.first_layer_rule == "dense_compensated"
+        if compensated and not context.layers[0].eligible:
+            first = context.layers[0]
+            raise ConfigError(f"method.first_layer=dense_compensated: {first.name} has no budget, {first.reason}")
+        first_layer = "dense_compensated" if compensated else "sparse"
         return distributions.allocate(
             config.distribution, layers, self.total(context, sparsity), first_layer=first_layer, power=config.power
         )
