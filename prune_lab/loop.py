@@ -144,7 +144,11 @@ def _train_epoch(training: Training) -> None:
         )
     )
     while progress.batch < steps:
-        train_step(training, *next(batches))
+        try:
+            train_step(training, *next(batches))
+        except ValueError:
+            check_finite(training)  # a NaN that a method met is better explained by the loss it came from
+            raise
         progress.batch += 1
         progress.step += 1
         if progress.step % sync_every == 0:
