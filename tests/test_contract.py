@@ -1,0 +1,357 @@
+"""What every method must hold, found by its YAML file: a new method is tested without an edit here."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+import typing
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+import torch
+from method_runs import (
+    CONF,
+    NAMES,
+    SHORT,
+    configure,
+    finish,
+    last_result,
+    make,
+    method_class,
+    option_names,
+    run_folder,
+    summary,
+    watch,
+    yaml_node,
+)
+
+from prune_lab import cli, models, pipeline
+from prune_lab.distributions import num_keep_total
+from prune_lab.dry_run import dry_run
+from prune_lab.eligibility import select_layers
+from prune_lab.loop import Training
+from prune_lab.schema import ConfigError, Range, parse
+
+FAMILIES = {
+    "resnet20": ("model.width=0.25",),
+    "resnet18": ("model.width=0.0625",),
+    "vgg16": ("model.width=0.0625",),
+    "mobilenet_v2": ("model.width=0.5",),
+    "mobilenet_v3_small": ("model.width=0.5",),
+    "wrn_16_8": ("model.width=0.0625",),
+}
+
+WITH_SPARSITY = [name for name in NAMES if "sparsity" in option_names(name)]
+WITH_MASKS = [name for name in NAMES if make(name).requested_sparsity() is not None]
+
+
+def choices(name: str, option: str) -> tuple[str, ...]:
+    """Return the allowed values of a Literal option of a method."""
+    return typing.get_args(hints(name).get(option))
+
+
+def hints(name: str) -> dict[str, Any]:
+    return typing.get_type_hints(method_class(name).Config, include_extras=True)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory):
+    """Return a function that gives the directory of an uninterrupted tiny run of a method, done once."""
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            folders[name] = finish(configure(tmp_path_factory.mktemp(name), name, *AWKWARD))
+        return folders[name]
+
+    return get
+
+
+AWKWARD = ("optimizer.nesterov=true", "trainer.ema_decay=0.8", "trainer.accumulate=2", "trainer.clip_norm=1")
+
+
+# Files and declarations
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_yaml_holds_exactly_the_options(name: str) -> None:
+    node = yaml_node(name)
+    assert node["name"] == name
+    assert list(node)[0] == "_target_"
+    assert set(node) - {"_target_"} == option_names(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_of_the_yaml_has_a_comment(name: str) -> None:
+    for line in (CONF / "method" / f"{name}.yaml").read_text().splitlines():
+        assert re.match(r"_target_:|\w+: .*\S\s+# \S", line), line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_literal_values_are_listed_in_the_comment(name: str) -> None:
+    for line in (CONF / "method" / f"{name}.yaml").read_text().splitlines():
+        option, _, comment = line.partition(":")
+        missing = [value for value in choices(name, option) if isinstance(value, str) and value not in comment]
+        assert not missing, f"{line}: {missing}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_is_complete(name: str) -> None:
+    card = method_class(name).card
+    for field in fields(card):
+        text = getattr(card, field.name)
+        assert text and text == " ".join(text.split()) and text.isascii(), field.name
+
+
+def test_modules_of_all_methods_import_no_torch() -> None:
+    modules = sorted({yaml_node(name)["_target_"].rpartition(".")[0] for name in NAMES})
+    code = f"import sys, importlib; [importlib.import_module(m) for m in {modules}]; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONF.parent).returncode == 0
+
+
+# Bad values
+
+
+def bad_values(hint: Any) -> list[Any]:
+    """Return values that the annotation of an option forbids."""
+    if typing.get_origin(hint) is Annotated:
+        base, *rules = typing.get_args(hint)
+        (limits,) = [rule for rule in rules if isinstance(rule, Range)]
+        step = 1 if base is int else 0.1
+        low = [] if limits.low == -math.inf else [limits.low if limits.open_low else limits.low - step]
+        high = [] if limits.high == math.inf else [limits.high if limits.open_high else limits.high + step]
+        return [*low, *high, math.nan, math.inf, "much", None, True, [1]]
+    if typing.get_origin(hint) is Literal:
+        return ["nonsense", None, 7, True]
+    if hint is bool:
+        return ["maybe", 1, None]
+    if typing.get_origin(hint) is list:
+        return ["text", 3, None, [1]]
+    return [3, [1]]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_values_outside_the_annotation_are_refused_by_name(name: str) -> None:
+    cls = method_class(name)
+    node = {key: value for key, value in yaml_node(name).items() if key != "_target_"}
+    parse(cls.Config, node, "method")
+    for option, hint in hints(name).items():
+        for value in bad_values(hint):
+            with pytest.raises(ConfigError, match=rf"method\.{option}\b") as caught:
+                parse(cls.Config, node | {option: value}, "method")
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unknown_and_missing_options_are_refused_by_name(name: str) -> None:
+    cls = method_class(name)
+    node = {key: value for key, value in yaml_node(name).items() if key != "_target_"}
+    with pytest.raises(ConfigError, match=r"unknown option method\.sparsty"):
+        parse(cls.Config, node | {"sparsty": 0.5}, "method")
+    for option in node:
+        with pytest.raises(ConfigError, match=rf"missing option method\.{option}$"):
+            parse(cls.Config, {key: value for key, value in node.items() if key != option}, "method")
+
+
+@pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.1", "nan", "much", "null", "[0.5]"])
+@pytest.mark.parametrize("name", WITH_SPARSITY)
+def test_command_refuses_a_bad_sparsity(name: str, value: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main([f"method={name}", f"method.sparsity={value}"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "method.sparsity" in line
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - set(WITH_SPARSITY)))
+def test_method_without_a_target_refuses_one(name: str, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main([f"method={name}", "method.sparsity=0.5"]) == 1
+    assert "unknown option method.sparsity" in capsys.readouterr().err
+
+
+# Budgets
+
+
+def budgets() -> list[tuple[str, str, float]]:
+    """Return (method, distribution, sparsity) with sparsities that divide no layer evenly."""
+    levels = (0.5, 0.873, 0.9, 0.3337)
+    rows = []
+    for name in WITH_MASKS:
+        for index, distribution in enumerate(choices(name, "distribution") or ("",)):
+            rows.append((name, distribution, levels[index % len(levels)]))
+    return rows
+
+
+def densities_file(path: Path, sparsity: float) -> Path:
+    """Write a file of densities for resnet20, later layers sparser, that meets `sparsity` overall."""
+    node = configure(path.parent, "dense").model
+    layers = select_layers(models.build(node, num_classes=10, image_size=16))
+    raw = {layer.name: 1 - index / len(layers) / 2 for index, layer in enumerate(layers)}
+    total = sum(layer.size for layer in layers)
+    factor = (1 - sparsity) * total / sum(raw[layer.name] * layer.size for layer in layers)
+    path.write_text(json.dumps({name: min(1.0, value * factor) for name, value in raw.items()}))
+    return path
+
+
+@pytest.mark.parametrize(("name", "distribution", "sparsity"), budgets())
+def test_achieved_sparsity_is_the_requested_one(name: str, distribution: str, sparsity: float, tmp_path: Path) -> None:
+    options = [f"method.sparsity={sparsity}", "schedule.train.epochs=2", "schedule.finetune.epochs=1"]
+    if distribution:
+        options.append(f"method.distribution={distribution}")
+    if distribution == "file":
+        options.append(f"method.densities={densities_file(tmp_path / 'densities.json', sparsity)}")
+    config = configure(tmp_path / "outputs", name, *options)
+    folder = finish(config)
+    result = last_result(folder)
+    eligible = sum(mask.numel() for mask in result["masks"].values())
+    kept = num_keep_total(eligible, sparsity)
+    assert sum(int(mask.sum()) for mask in result["masks"].values()) == kept
+    assert all(not result["model"][path][~mask].any() for path, mask in result["masks"].items())
+    written = summary(folder)
+    assert written["sparsity/requested"] == sparsity
+    assert written["sparsity/achieved"] == 1 - kept / eligible
+    assert written["params/nonzero"] == written["params/total"] - eligible + kept
+
+
+# Every step
+
+OPTIMIZERS = {
+    "nesterov": ("optimizer=sgd", "optimizer.nesterov=true", "optimizer.weight_decay=0.1", "trainer.clip_norm=0.1"),
+    "adam": ("optimizer=adam", "optimizer.weight_decay=0.1", "trainer.ema_decay=0.5", "schedule.train.lr=0.01"),
+    "adamw": ("optimizer=adamw", "optimizer.weight_decay=0.3", "trainer.accumulate=2", "schedule.train.lr=0.01"),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", WITH_MASKS)
+def test_pruned_weights_are_zero_after_every_step(
+    name: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def look(training: Training, step: int) -> None:
+        context = training.context
+        named = dict(training.evaluated.named_parameters()), context.parameters()
+        for path, mask in ({} if context.masks is None else context.masks.masks).items():
+            assert all(not parameters[path][~mask].any() for parameters in named), f"{path} after step {step}"
+            assert context.parameters()[path].grad is None or context.parameters()[path].grad[~mask].any() or mask.all()
+        seen.append(0 if context.masks is None else context.masks.num_weights - context.masks.num_kept)
+
+    watch(monkeypatch, look)
+    finish(configure(tmp_path, name, *OPTIMIZERS[optimizer]))
+    assert len(seen) >= 9 and seen[-1] > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_layout_is_what_is_in_force_at_each_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[int] = []
+
+    def look(training: Training, step: int) -> None:
+        layout = training.method.layout(training.context)
+        if layout is None:
+            return
+        # After a step the masks of the next one are in place.
+        in_force = [kept for start, kept in layout if start <= step + 1][-1]
+        counts = {} if training.context.masks is None else training.context.masks.counts()
+        sizes = {path: parameter.numel() for path, parameter in training.context.parameters().items()}
+        assert counts == {path: in_force.get(path, sizes[path]) for path in counts}
+        assert set(in_force) <= set(counts)
+        checked.append(step)
+
+    watch(monkeypatch, look)
+    options = ["method.distribution=uniform"] if "uniform" in choices(name, "distribution") else []
+    finish(configure(tmp_path, name, *options))
+    assert checked
+
+
+# Dry run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dry_run_counts_what_the_run_spends(name: str, finished, tmp_path: Path) -> None:
+    assert dry_run(configure(tmp_path, name, *AWKWARD)) == 0
+    (path,) = tmp_path.glob("*/dry_run.json")
+    folder = finished(name)
+    assert path.parent.name == folder.name
+    planned, real = json.loads(path.read_text()), summary(folder)
+    known = [key for key in planned if key.startswith(("macs/", "params/", "sparsity/")) and planned[key] is not None]
+    assert {key: planned[key] for key in known} == {key: real[key] for key in known}
+    assert {"macs/dense", "params/total", "params/nonzero"} <= set(known)
+
+
+# Resume
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_run_equals_an_uninterrupted_one(
+    name: str, finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = finished(name)
+    steps = [json.loads(line)["global_step"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    stops = set(random.Random(name).sample(range(max(steps)), 3))
+    done: list[int] = []
+
+    def look(training: Training, step: int) -> None:
+        done.append(step)
+        if len(done) - 1 in stops:
+            monkeypatch.setattr(training, "stop", lambda: True)
+
+    watch(monkeypatch, look)
+    codes = []
+    while not codes or codes[-1]:
+        codes.append(pipeline.run(configure(tmp_path, name, *AWKWARD)))
+        assert len(codes) <= 4
+    assert len(codes) == 4 and len(done) == max(steps)
+    resumed = run_folder(configure(tmp_path, name))
+    assert same_files(straight, resumed, "model.safetensors", "model.json", "layers.json")
+    assert without_clock(resumed / "metrics.jsonl") == without_clock(straight / "metrics.jsonl")
+    assert_equal(last_result(resumed), last_result(straight))
+    ours, theirs = summary(resumed), summary(straight)
+    for key in theirs:
+        if not key.startswith("time/") and key not in ("phases", "run/command"):
+            assert ours[key] == theirs[key], key
+
+
+def same_files(one: Path, other: Path, *names: str) -> bool:
+    return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def without_clock(path: Path) -> list[dict]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in record.items() if "time" not in key} for record in records]
+
+
+def assert_equal(one: Any, other: Any, where: str = "result") -> None:
+    """Compare nested containers; tensors bit by bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif torch.is_tensor(one):
+        assert torch.equal(one, other), where
+    else:
+        assert one == other, where
+
+
+# Model families
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_works_on_each_model_family(name: str, family: str, tmp_path: Path) -> None:
+    short = SHORT | {"sparsity": 0.6, "interval": 1, "num_cuts": 1}
+    tiny = (
+        f"model={family}", *FAMILIES[family], "dataset.image_size=32", "schedule.batch_size=4", "dataset.num_test=4",
+        "schedule.train.epochs=1", "schedule.train.warmup_epochs=0", "schedule.finetune.epochs=1",
+        "trainer.limit_train_batches=3",
+    )  # fmt: skip
+    folder = finish(configure(tmp_path, name, *tiny, short=short))
+    written = summary(folder)
+    assert math.isfinite(written["final/loss"])
+    if written["sparsity/requested"] is not None:
+        assert written["sparsity/achieved"] == pytest.approx(0.6, abs=1e-3)
