@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 from prune_lab import __version__
 from prune_lab.schema import ConfigError, suggestion
 
 COMMANDS = ("run", "list", "compare", "wandb-sync")
-_HYDRA_ONLY = ("--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc", "--package", "-p", "--resolve")
-_VALUE_FLAGS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun")
+SWEEP_FLAGS = ("-m", "--multirun")
+_PRINT_FLAGS = ("-c", "--cfg", "-p", "--package", "--resolve")
+_COMPLETION_FLAGS = ("-sc", "--shell-completion")
+_FLAGS_WITH_VALUE = {"-c": ("job", "hydra", "all"), "--cfg": ("job", "hydra", "all"), "-p": None, "--package": None}
+FLAGS = (*SWEEP_FLAGS, *_PRINT_FLAGS, *_COMPLETION_FLAGS)
 
 HELP = """prune-lab {version}: trains, prunes and fine-tunes neural networks, and keeps exact accounts.
 
@@ -20,7 +24,7 @@ HELP = """prune-lab {version}: trains, prunes and fine-tunes neural networks, an
   prune-lab dry_run=true method=rigl model=resnet50         the plan, layer by layer; trains nothing
   prune-lab list models|datasets|methods|schedules|experiments
   prune-lab compare outputs                                 table over seeds of the runs found there
-  prune-lab wandb-sync RUN...                               copy finished runs to W&B from their local files
+  prune-lab wandb-sync RUN...                               send runs to W&B from their local files
 
 Groups (GROUP=CHOICE; single options as GROUP.KEY=VALUE):
 {groups}
@@ -44,12 +48,29 @@ def main(argv: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _dispatch(arguments)
-    except ConfigError as error:
-        print(f"prune-lab: error: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:  # once a run is under way it catches the signal itself and writes a checkpoint
+        print("prune-lab: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        return fail(error)
+
+
+def fail(error: Exception) -> int:
+    """Say in one line what went wrong and return the exit code; a defect's traceback goes before it or into a log."""
+    if isinstance(error, ConfigError):
+        line = str(error)
+    elif isinstance(error, OSError):
+        line = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+    else:
+        line = f"{type(error).__name__}: {error}"
+        if not getattr(error, "__notes__", None):
+            traceback.print_exception(error)
+    line = " ".join([*line.split(), *(f"({note})" for note in getattr(error, "__notes__", ()))])
+    print(f"prune-lab: error: {line}", file=sys.stderr)
+    return 1
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -62,15 +83,16 @@ def _dispatch(arguments: list[str]) -> int:
     first = arguments[0]
     if first in COMMANDS:
         return _command(first, arguments[1:])
-    if first.startswith("-") or "=" in first or first[0] in "+~":
+    if first.startswith(("-", "+", "~")) or "=" in first:
         return _command("run", arguments)
     raise ConfigError(
-        f"unknown command {first}{suggestion(first, COMMANDS)}; allowed: {', '.join(COMMANDS)}, or options such as method=rigl"
+        f"unknown command {first!r}{suggestion(first, COMMANDS)}; allowed: {', '.join(COMMANDS)}, "
+        "or options such as method=rigl"
     )
 
 
 def _command(name: str, arguments: list[str]) -> int:
-    if "-h" in arguments or "--help" in arguments:
+    if name in ("run", "list") and ("-h" in arguments or "--help" in arguments):
         print(help_text(), end="")
         return 0
     if name == "run":
@@ -81,7 +103,10 @@ def _command(name: str, arguments: list[str]) -> int:
         from prune_lab.report import main as command
     else:
         from prune_lab.tracking.refill import main as command
-    return command(arguments)
+    try:
+        return command(arguments)
+    except SystemExit as error:  # argparse after --help
+        return int(error.code or 0)
 
 
 def help_text() -> str:
@@ -93,55 +118,39 @@ def help_text() -> str:
 
 def _run(arguments: list[str]) -> int:
     """Check every job the command asks for, then let Hydra compose and start them one after the other."""
-    for flag in arguments:
-        if flag.split("=")[0] in _VALUE_FLAGS:
-            raise ConfigError(f"{flag.split('=')[0]} is not supported; put recipes under conf/experiment")
-    overrides = [argument for argument in arguments if not argument.startswith("-")]
-    sweep = any(flag in arguments for flag in ("-m", "--multirun"))
-    if not any(flag in arguments for flag in _HYDRA_ONLY):
-        from prune_lab.overrides import compose_checked
+    from prune_lab.overrides import compose_checked
+    from prune_lab.sweep import run_all
 
-        for _ in compose_checked(conf_dir(), overrides, sweep=sweep):
-            pass  # every job of a sweep is checked before the first one starts
-    return _hydra(arguments)
-
-
-def _hydra(arguments: list[str]) -> int:
-    import hydra
-
-    codes: list[int] = []
-
-    def task(node) -> None:
-        codes.append(run_composed(node))
-
-    before, sys.argv = sys.argv, [sys.argv[0], *arguments]
-    try:
-        hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)()
-    except SystemExit as error:
-        return int(error.code or 0)
-    finally:
-        sys.argv = before
-    failed = [code for code in codes if code]
-    if failed and len(codes) > 1:
-        print(f"prune-lab: {len(failed)} of {len(codes)} runs did not finish", file=sys.stderr)
-    return failed[0] if failed else 0
+    if arguments and arguments[0].split("=")[0] in _COMPLETION_FLAGS:
+        return run_all(conf_dir(), arguments)
+    flags, overrides = split_flags(arguments)
+    sweep = any(flag in SWEEP_FLAGS for flag in flags)
+    for _ in compose_checked(conf_dir(), overrides, sweep=sweep):
+        pass  # every job of a sweep is checked before the first one starts
+    return run_all(conf_dir(), arguments)
 
 
-def run_composed(node) -> int:
-    """Run one composed configuration; torch is imported here for the first time."""
-    # Threads of GNU OpenMP wait for each other by spinning. With another program on the same cores that made a ResNet-20
-    # step 10 to 30 times as long; after 10,000 turns of sleep instead 4 times, and as fast as ever on idle cores.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from prune_lab.config import check
-    from prune_lab.overrides import plain
+def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return (flags, overrides) of a `run` command line.
 
-    try:
-        config = check(plain(node))
-        if config.dry_run:
-            from prune_lab.dry_run import dry_run as start
-        else:
-            from prune_lab.pipeline import run as start
-        return start(config)
-    except ConfigError as error:
-        print(f"prune-lab: error: {error}", file=sys.stderr)
-        return 1
+    Raises:
+        ConfigError: unknown flag, or a flag whose value is missing or wrong.
+    """
+    flags, overrides, rest = [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("-"):
+            overrides.append(argument)
+            continue
+        name, equals, value = argument.partition("=")
+        if name not in FLAGS or name in _COMPLETION_FLAGS or (equals and name not in _FLAGS_WITH_VALUE):
+            raise ConfigError(f"unknown flag {argument}{suggestion(name, FLAGS)}; allowed: -m, --cfg job, --version, --help")
+        if name in _FLAGS_WITH_VALUE:
+            value = value if equals else rest.pop(0) if rest else ""
+            allowed = _FLAGS_WITH_VALUE[name]
+            if not value or (allowed and value not in allowed):
+                raise ConfigError(f"{name} needs one of {', '.join(allowed)}" if allowed else f"{name} needs a name")
+        flags.append(name)
+    if not {"-c", "--cfg"} & set(flags) and (alone := [flag for flag in flags if flag in _PRINT_FLAGS]):
+        raise ConfigError(f"{alone[0]} goes with --cfg job")
+    return flags, overrides

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from prune_lab import datasets, models
-from prune_lab.schema import ConfigError, Count, Index, Momentum, NonNegative, OpenFraction, Positive, parse
-
-
+from prune_lab.methods.base import Method
+from prune_lab.schema import (
+    ConfigError,
+    Count,
+    Index,
+    Momentum,
+    Name,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    parse,
+    suggestion,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,7 @@ class PhaseSchedule:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    name: str
+    name: Name
     batch_size: Count
     multiplier: Positive
     label_smoothing: Momentum
@@ -103,8 +116,11 @@ class TrainerConfig:
     limit_eval_batches: Count | None
 
     def check(self, path: str) -> None:
-        if self.device.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
-            raise ConfigError(f"{path}.device={self.device} is not allowed; allowed: auto, cpu, cuda, cuda:N, mps")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            near = suggestion(self.device, ("auto", "cpu", "cuda", "mps"))
+            raise ConfigError(
+                f"{path}.device={self.device!s} is not allowed{near}; allowed: auto, cpu, cuda, cuda:N, mps", f"{path}.device"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,7 @@ def check(node: Mapping[str, Any]) -> RunConfig:
         ConfigError: the first wrong option, in one line.
     """
     root = parse(_Root, node, "")
+    _check_output_dir(root.output_dir)
     return RunConfig(
         model=models.parse_config(root.model),
         dataset=datasets.parse_config(root.dataset),
@@ -171,21 +188,37 @@ def check(node: Mapping[str, Any]) -> RunConfig:
     )
 
 
+def _check_output_dir(name: str) -> None:
+    """Refuse a place where no directory can be made, before the minutes of a run are spent."""
+    if not name.strip():
+        raise ConfigError("output_dir must name a folder, got an empty text", "output_dir")
+    path = Path(name).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output_dir={name}: {there} is a file, no folder", "output_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={name}: no permission to write to {there}", "output_dir")
+
+
 def _optimizer(node: Mapping[str, Any]) -> SGDConfig | AdamConfig:
     if node.get("name") not in OPTIMIZERS:
-        raise ConfigError(f"optimizer.name={node.get('name')} is not allowed; allowed: {', '.join(OPTIMIZERS)}")
+        raise ConfigError(
+            f"optimizer.name={node.get('name')} is not allowed; allowed: {', '.join(OPTIMIZERS)}", "optimizer.name"
+        )
     return parse(OPTIMIZERS[node["name"]], node, "optimizer")
 
 
-def _method(node: Mapping[str, Any]) -> Any:
-    target = node.get("_target_")
+def _method(node: Mapping[str, Any]) -> Method:
+    target, option = node.get("_target_"), "method._target_"
     if not isinstance(target, str) or "." not in target:
-        raise ConfigError(f"method._target_ must name a class such as prune_lab.methods.rigl.RigL, got {target}")
+        raise ConfigError(f"{option} must name a class such as prune_lab.methods.rigl.RigL, got {target}", option)
     module_name, _, class_name = target.rpartition(".")
     try:
         method_class = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"method._target_={target} cannot be imported: {error}") from error
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{option}={target} cannot be imported: {error}", option) from error
+    if not (isinstance(method_class, type) and issubclass(method_class, Method)):
+        raise ConfigError(f"{option}={target} is not a prune_lab.methods.base.Method", option)
     options = {key: value for key, value in node.items() if key != "_target_"}
     return method_class(parse(method_class.Config, options, "method"))
 

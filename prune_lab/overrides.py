@@ -6,16 +6,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prune_lab.config import RunConfig, check
 from prune_lab.schema import ConfigError, suggestion
+
+RECIPES = ("experiment", "debug")
+"""groups whose files set options of other groups"""
 
 
 def compose_checked(conf_dir: Path, overrides: list[str], *, sweep: bool) -> Iterator[RunConfig]:
@@ -24,21 +29,14 @@ def compose_checked(conf_dir: Path, overrides: list[str], *, sweep: bool) -> Ite
     Raises:
         ConfigError: naming the option as typed, the nearest valid name and what is allowed.
     """
-    parsed = parse_overrides(overrides)
-    for override in parsed:
-        _check_name(conf_dir, override)
-        if override.is_sweep_override() and not sweep:
-            raise ConfigError(f"{override.input_line} gives several values: add -m to run them all, or choose one")
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
+        parsed = parse_overrides(overrides)
+        for override in parsed:
+            if override.is_sweep_override() and not sweep:
+                raise ConfigError(f"{override.input_line} gives several values: add -m to run them all, or choose one")
+            _check_name(conf_dir, override)
         for job in _jobs(parsed, sweep=sweep):
             yield _compose_one(conf_dir, job)
-
-
-def parse_overrides(overrides: list[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        raise ConfigError(f"cannot read the option {error.override!r}; write it as name=value") from error
 
 
 def choices(conf_dir: Path, group: str) -> list[str]:
@@ -50,35 +48,67 @@ def groups(conf_dir: Path) -> list[str]:
     return sorted(path.name for path in conf_dir.iterdir() if path.is_dir())
 
 
+def plain(node: Any) -> dict[str, Any]:
+    """Return a composed configuration as plain containers, without Hydra's own part."""
+    container = OmegaConf.to_container(node, resolve=True)
+    return {key: value for key, value in container.items() if key != "hydra"}
+
+
+def parse_overrides(overrides: list[str]) -> list[Override]:
+    """Return the overrides as Hydra reads them; needs an initialised Hydra for `glob(...)`."""
+    try:
+        return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
+    except OverrideParseException as error:
+        name, equals, value = error.override.partition("=")
+        if not equals or not name or not value:
+            raise ConfigError(f"cannot read {error.override!r}; options are written as name=value") from error
+        raise ConfigError(
+            f"cannot read {error.override!r}; a text with special characters needs quotes of its own: "
+            f"""'{name}="{value.strip("'" + '"')}"'"""
+        ) from error
+
+
 def _check_name(conf_dir: Path, override: Override) -> None:
-    key = override.key_or_group
-    if key.startswith("hydra"):
-        return
+    """Refuse what is wrong with an override by itself, whatever the other ones are."""
+    key, line = override.key_or_group, override.input_line
+    if not key:
+        raise ConfigError(f"{line}: the name before = is missing")
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        raise ConfigError(f"{line}: Hydra's own options are fixed; use -m for a sweep and output_dir for the place")
     if key not in groups(conf_dir):
-        if "." not in key and "/" not in key and not (conf_dir / "config.yaml").read_text().count(f"\n{key}:"):
-            known = groups(conf_dir) + ["seed", "output_dir", "dry_run"]
-            raise ConfigError(f"unknown option {key}{suggestion(key, known)}; allowed: {', '.join(known)}")
         return
     allowed = choices(conf_dir, key)
-    for value in _group_values(override):
-        if value == "null" and key in ("experiment", "debug"):
-            continue
+    if override.is_delete():
+        raise ConfigError(f"{line}: a run needs {key}=...; allowed: {', '.join(allowed)}")
+    if override.is_add() or override.is_force_add() or override.package is not None:
+        raise ConfigError(f"{line}: a choice is written {key}=NAME; allowed: {', '.join(allowed)}")
+    for value in _group_values(override, allowed):
+        if value in ("", "null") and key in RECIPES:
+            raise ConfigError(f"{line}: leave {key}=... out to have none; allowed: {', '.join(allowed)}")
         if value not in allowed:
             raise ConfigError(f"{key}={value} is not a choice{suggestion(value, allowed)}; allowed: {', '.join(allowed)}")
 
 
-def _group_values(override: Override) -> list[str]:
-    if override.is_sweep_override():
-        return [str(value) for value in override.sweep_string_iterator()]
+def _group_values(override: Override, allowed: list[str]) -> list[str]:
     value = override.value()
-    if value is None:
-        return ["null"]
-    return [str(entry) for entry in value] if isinstance(value, list) else [str(value)]
+    if isinstance(value, Glob):
+        found = value.filter(allowed)
+        if not found:
+            raise ConfigError(f"{override.input_line} matches nothing; allowed: {', '.join(allowed)}")
+        return found
+    if override.is_sweep_override():
+        return [str(entry) for entry in override.sweep_string_iterator()]
+    if isinstance(value, (list, dict)):
+        raise ConfigError(f"{override.input_line}: one choice at a time; allowed: {', '.join(allowed)}")
+    return ["null" if value is None else str(value)]
 
 
 def _jobs(parsed: list[Override], *, sweep: bool) -> list[list[str]]:
     if not sweep:
         return [[override.input_line for override in parsed]]
+    for override in parsed:
+        if override.is_interval_sweep():
+            raise ConfigError(f"{override.input_line} has no end of values; write a,b,c or range(start,stop,step)")
     return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
 
 
@@ -86,16 +116,25 @@ def _compose_one(conf_dir: Path, overrides: list[str]) -> RunConfig:
     try:
         node = compose("config", overrides)
         return check(plain(node))
-    except ConfigCompositionException as error:
-        raise _explained(conf_dir, overrides, error) from error
-    except (HydraException, OmegaConfBaseException) as error:
+    except ConfigError as error:
+        raise _located(conf_dir, overrides, error) from error
+    except yaml.YAMLError as error:
         raise ConfigError(_one_line(error)) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explained(conf_dir, overrides, error) from error
 
 
-def plain(node: Any) -> dict[str, Any]:
-    """Return a composed configuration as plain containers, without Hydra's own part."""
-    container = OmegaConf.to_container(node, resolve=True)
-    return {key: value for key, value in container.items() if key != "hydra"}
+def _located(conf_dir: Path, overrides: list[str], error: ConfigError) -> ConfigError:
+    """Return `error` with the recipe file that sets its option, unless the command line sets it itself."""
+    parsed = parse_overrides(overrides)
+    if error.option is None or any(override.key_or_group == error.option for override in parsed):
+        return error
+    for override in parsed:
+        if override.key_or_group in RECIPES:
+            name = f"{override.key_or_group}/{override.value()}.yaml"
+            if error.option in _keys(_read(conf_dir / name)):
+                return ConfigError(f"{error} (set in conf/{name})", error.option)
+    return error
 
 
 def _explained(conf_dir: Path, overrides: list[str], error: Exception) -> ConfigError:
@@ -107,23 +146,44 @@ def _explained(conf_dir: Path, overrides: list[str], error: Exception) -> Config
         node = plain(compose("config", others))
     except (HydraException, OmegaConfBaseException):
         return ConfigError(_one_line(error))
-    known = list(_keys(node))
+    known = [key for key in _keys(node) if not key.endswith("_target_")]
     for override in values:
         key = override.key_or_group
         if key not in known and not override.is_add():
-            parent = key.rpartition(".")[0]
-            near = [name for name in known if name.rpartition(".")[0] == parent] or [n for n in known if "." not in n]
-            return ConfigError(f"unknown option {key}{suggestion(key, known)}; allowed: {', '.join(near)}")
+            return ConfigError(_unknown(conf_dir, node, known, key))
     return ConfigError(_one_line(error))
+
+
+def _unknown(conf_dir: Path, node: dict[str, Any], known: list[str], key: str) -> str:
+    """Return the message for an option that does not exist in the composed `node` with the dotted names `known`."""
+    parent, _, last = key.rpartition(".")
+    while parent and parent not in known:
+        parent = parent.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    if parent in groups(conf_dir) and key == f"{parent}.{last}":
+        owners = [name for name in choices(conf_dir, parent) if last in _read(conf_dir / parent / f"{name}.yaml")]
+        if owners:
+            return (
+                f"unknown option {key}: {parent}={node[parent].get('name')} has none, only {parent}={'|'.join(owners)}; "
+                f"allowed: {', '.join(siblings)}"
+            )
+    same_last = [name for name in known if name.rpartition(".")[2] == last]
+    near = f" (did you mean {' or '.join(map(repr, same_last))}?)" if same_last and "." not in key else ""
+    near = near or suggestion(key, same_last) or suggestion(key, siblings) or suggestion(key, known)
+    return f"unknown option {key}{near}; allowed: {', '.join(siblings)}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
 def _keys(node: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in node.items():
-        yield prefix + key
+        yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from _keys(value, f"{prefix}{key}.")
 
 
 def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:4])

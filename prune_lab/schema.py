@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -15,6 +17,11 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A wrong option or input of the user. The message is one line and needs no traceback."""
+
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+        """dotted name of the option, where the error is about a single one"""
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,17 @@ class Range:
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
 
+@dataclass(frozen=True)
+class Word:
+    """Allowed texts: those that can be part of a file name."""
+
+    def contains(self, value: str) -> bool:
+        return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", value) is not None
+
+    def __str__(self) -> str:
+        return "letters, digits and _.+- (it becomes part of a directory's name)"
+
+
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 OpenFraction = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
@@ -44,6 +62,7 @@ Momentum = Annotated[float, Range(0, 1, open_high=True)]
 Fraction = Annotated[float, Range(0, 1)]
 Count = Annotated[int, Range(1)]
 Index = Annotated[int, Range(0)]
+Name = Annotated[str, Word()]
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:
@@ -66,21 +85,22 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
         ConfigError: unknown or missing key, wrong type, NaN, value out of range.
     """
     if not isinstance(node, Mapping):
-        raise ConfigError(f"{path} must be a group of options, got {node!r}")
+        raise ConfigError(f"{path or 'the configuration'} must be a group of options, got {_show(node)}", path)
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
     for key in node:
         if key not in names:
             raise ConfigError(
                 f"unknown option {_join(path, key)}{suggestion(str(key), names)}; "
-                f"allowed under {path or 'the top level'}: {', '.join(names)}"
+                f"allowed under {path or 'the top level'}: {', '.join(names)}",
+                _join(path, key),
             )
     values = {}
     for field in fields(cls):
         if field.name in node:
             values[field.name] = coerce(hints[field.name], node[field.name], _join(path, field.name))
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise ConfigError(f"missing option {_join(path, field.name)}")
+            raise ConfigError(f"missing option {_join(path, field.name)}", _join(path, field.name))
     config = cls(**values)
     if hasattr(config, "check"):
         config.check(path)
@@ -94,23 +114,28 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
         base, *rules = typing.get_args(hint)
         result = coerce(base, value, path)
         for rule in rules:
-            if isinstance(rule, Range) and result is not None and not rule.contains(result):
-                raise ConfigError(f"{path} must lie in {rule}, got {value}")
+            if isinstance(rule, Range) and not rule.contains(result):
+                raise ConfigError(f"{path} must lie in {rule}, got {value}", path)
+            if isinstance(rule, Word) and not rule.contains(result):
+                raise ConfigError(f"{path} must consist of {rule}, got {_show(value)}", path)
         return result
     if origin in (Union, types.UnionType):
         return _coerce_union(typing.get_args(hint), value, path)
     if origin is Literal:
         allowed = typing.get_args(hint)
-        if value in allowed and not isinstance(value, bool):
-            return value
+        for choice in allowed:  # type too: 1.0 and true equal 1
+            if value == choice and type(value) is type(choice):
+                return choice
         names = [str(choice) for choice in allowed]
-        raise ConfigError(f"{path}={_show(value)} is not allowed{suggestion(str(value), names)}; allowed: {', '.join(names)}")
+        raise ConfigError(
+            f"{path}={_show(value)} is not allowed{suggestion(str(value), names)}; allowed: {', '.join(names)}", path
+        )
     if origin in (list, tuple):
         return _coerce_list(typing.get_args(hint)[0], value, path)
     if origin is dict:
         item = typing.get_args(hint)[1]
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a mapping, got {_show(value)}")
+            raise ConfigError(f"{path} must be a group of options, got {_show(value)}", path)
         return {key: coerce(item, entry, _join(path, key)) for key, entry in value.items()}
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         return parse(hint, value, path)
@@ -121,17 +146,24 @@ def _coerce_union(options: tuple, value: Any, path: str) -> Any:
     if value is None and type(None) in options:
         return None
     kept = [option for option in options if option is not type(None)]
+    if bool in kept and isinstance(value, bool):
+        return value
+    last = kept[-1]
     for option in kept[:-1]:
         try:
             return coerce(option, value, path)
         except ConfigError:
             continue
-    return coerce(kept[-1], value, path)
+    if bool in kept and typing.get_origin(last) is Literal:  # one list of everything allowed
+        last = Literal["true", "false", *typing.get_args(last)]  # type: ignore[valid-type]
+        if value in ("true", "false"):
+            raise ConfigError(f"{path} must be written without quotes, got the text {value!r}", path)
+    return coerce(last, value, path)
 
 
 def _coerce_list(item: Any, value: Any, path: str) -> list:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-        raise ConfigError(f"{path} must be a list such as [a,b], got {_show(value)}")
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path} must be a list such as [a,b], got {_show(value)}", path)
     return [coerce(item, entry, f"{path}[{index}]") for index, entry in enumerate(value)]
 
 
@@ -143,16 +175,21 @@ def _coerce_scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is int and isinstance(value, int) and not isinstance(value, bool):
         return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if math.isnan(value) or math.isinf(value):
-            raise ConfigError(f"{path} must be a finite number, got {value}")
+        if not abs(value) <= sys.float_info.max:  # NaN too
+            raise ConfigError(f"{path} must be a finite number, got {value:.6g}", path)
         return float(value)
     if hint is str and isinstance(value, str):
         return value
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    raise ConfigError(f"{path} must be {words.get(hint, hint)}, got {_show(value)}")
+    raise ConfigError(f"{path} must be {words.get(hint, hint)}, got {_show(value)}", path)
 
 
 def _show(value: Any) -> str:
+    """Return `value` on one line as it is written on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return repr(value) if value == "" or "\n" in value else value
     return "null" if value is None else str(value)
 
 
