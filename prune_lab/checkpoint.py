@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+from prune_lab.files import SaveError, write_bytes
+
+__all__ = ["CheckpointPair", "DamagedFile", "SaveError", "load", "save"]
+
 _DIGEST_BYTES = 32
 
 
 class DamagedFile(Exception):
     """The file ends early or its content does not match its checksum."""
-
-
-class SaveError(OSError):
-    """Nothing new could be written, for example on a full disk; older files are untouched."""
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -31,17 +31,7 @@ def save(state: dict[str, Any], path: Path) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     payload = buffer.getbuffer()
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(hashlib.sha256(payload).digest())
-            file.write(payload)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SaveError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    write_bytes(path, hashlib.sha256(payload).digest(), payload)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -64,30 +54,46 @@ class CheckpointPair:
     def __init__(self, directory: Path, report: Callable[[str], None]) -> None:
         self.newest = directory / "checkpoint.pt"
         self.previous = directory / "checkpoint.previous.pt"
+        self._staged = directory / "checkpoint.next.pt"
         self._report = report
 
     def save(self, state: dict[str, Any]) -> None:
-        """Keep the newest as previous, then write. A crash in between leaves `previous` to be found by `load`."""
-        staged = self.newest.with_name("checkpoint.next.pt")
-        save(state, staged)
-        if self.newest.exists():
-            os.replace(self.newest, self.previous)
-        os.replace(staged, self.newest)
+        """Write, then let the newest become the previous one. At every moment `load` finds a whole checkpoint.
+
+        Raises:
+            SaveError: the disk refused; the checkpoints there are as before.
+        """
+        save(state, self._staged)
+        try:
+            if self.newest.exists():
+                os.replace(self.newest, self.previous)
+            os.replace(self._staged, self.newest)
+        except OSError as error:
+            raise SaveError(error.errno, f"cannot write {self.newest}: {error.strerror}") from error
+
+    def _by_age(self) -> tuple[Path, Path, Path]:
+        """Newest first: a staged file that is still there was written last, by a process killed before its renames."""
+        return self._staged, self.newest, self.previous
 
     def load(self) -> dict[str, Any] | None:
         """Return the newest intact checkpoint, or None; a damaged one is reported and passed over."""
-        for path in (self.newest, self.previous):
+        found_damage = False
+        for path in self._by_age():
             try:
                 return load(path)
             except FileNotFoundError:
                 continue
             except DamagedFile as error:
                 self._report(f"{error}; the one before it is used")
+                path.unlink()  # it must neither become the previous one nor be named as good
+                found_damage = True
+        if found_damage:
+            self._report("no checkpoint is left; the phase begins again")
         return None
 
     def last_good(self) -> Path | None:
-        return next((path for path in (self.newest, self.previous) if path.exists()), None)
+        return next((path for path in self._by_age() if path.exists()), None)
 
     def remove(self) -> None:
-        for path in (self.newest, self.previous):
+        for path in self._by_age():
             path.unlink(missing_ok=True)

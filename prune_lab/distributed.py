@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+# The main process may wait for hours while another run works on a phase that both need, and the others wait with it.
+_TIMEOUT = timedelta(days=7)
+
 
 def start(device: torch.device) -> None:
     """Join the process group that torchrun describes in the environment, if any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # objects and barriers travel through the current device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
 
 
 def stop() -> None:
@@ -62,6 +69,20 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(total(torch.tensor(float(flag), device=device)).item())
 
 
+def parallel(model: nn.Module) -> nn.Module:
+    """Return `model` with gradients averaged over all processes; on one process `model` itself."""
+    if not dist.is_initialized():
+        return model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give every rank the buffers of rank 0, which differ where batch norm works on each rank's own images."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def assert_same(digest: str, what: str) -> None:
     """Stop every rank if `digest` differs between them.
 
@@ -83,21 +104,28 @@ class JoinedBatchNorm(nn.BatchNorm2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized():
+        if not dist.is_initialized() or not (self.training or self.running_mean is None):
             return super().forward(x)
         dims = [dim for dim in range(x.dim()) if dim != 1]
-        wide = x.float()
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         count = x.numel() // x.shape[1] * dist.get_world_size()
         mean = all_reduce(wide.sum(dims)) / count
         shape = [1, -1] + [1] * (x.dim() - 2)
         centred = wide - mean.view(shape)
         variance = all_reduce(centred.square().sum(dims)) / count
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        if self.training and self.running_mean is not None:
+            self._follow(mean.detach(), variance.detach() * (count / (count - 1)))
+        scale = torch.rsqrt(variance + self.eps)
+        if not self.affine:
+            return (centred * scale.view(shape)).to(x.dtype)
+        return (centred * (self.weight * scale).view(shape) + self.bias.view(shape)).to(x.dtype)
+
+    def _follow(self, mean: Tensor, variance: Tensor) -> None:
+        """Move the running statistics; momentum None asks for the plain average over all batches."""
+        self.num_batches_tracked.add_(1)
+        fraction = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, fraction)
+        self.running_var.lerp_(variance, fraction)
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Accept what BatchNorm1d and BatchNorm2d accept."""

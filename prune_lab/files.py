@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,22 +10,33 @@ from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` under a temporary name and a rename; readers see the old or the new file.
+class SaveError(OSError):
+    """Nothing new could be written, for example on a full disk; older files are untouched."""
+
+
+def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
+    """Replace `path` by the joined `parts` under a temporary name and a rename; readers see the old or the new file.
 
     Raises:
-        OSError: the disk refused; the temporary file is removed and `path` is as before.
+        SaveError: the disk refused; the temporary file is removed and `path` is as before.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise SaveError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` as UTF-8 (see `write_bytes`)."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,7 +14,11 @@ from prune_lab.methods.base import Phase
 FORMAT = 1
 """Raised when the meaning of stored results changes; older phases are then left alone and done anew."""
 
-_SPEED_ONLY = {"device", "precision", "channels_last", "compile", "checkpoint_interval_s", "threads", "eval_batch_size"}
+# Resolved (`numerics`) or without effect on results; what limits an evaluation is counted in images.
+_NOT_TRAINING = {
+    "device", "precision", "channels_last", "compile", "checkpoint_interval_s", "threads", "eval_batch_size",
+    "limit_eval_batches",
+}
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,9 @@ class PlannedPhase:
     inputs: dict[str, Any]
 
 
-def plan(config: RunConfig, *, model: Any, fingerprint: str | None, numerics: dict, world_size: int) -> list[PlannedPhase]:
+def plan(
+    config: RunConfig, *, model: Any, fingerprint: str | None, numerics: dict, world_size: int
+) -> list[PlannedPhase]:
     """Return the phases of a run with their keys; a key covers its inputs and the key of the phase before.
 
     Args:
@@ -38,9 +44,11 @@ def plan(config: RunConfig, *, model: Any, fingerprint: str | None, numerics: di
         "seed": config.seed,
         "model": _without(asdict(model), {"weights"}) | {"weights": models.weights_digest(model)},
         "dataset": datasets.identity(config.dataset) | {"fingerprint": fingerprint},
-        "eval_batches": config.trainer.limit_eval_batches,
+        "numerics": numerics,
+        "world_size": world_size,
+        "eval_images": _evaluated(config),
     }
-    training = _without(asdict(config.trainer), _SPEED_ONLY) | {"numerics": numerics, "world_size": world_size}
+    training = _without(asdict(config.trainer), _NOT_TRAINING)
     planned, previous = [], None
     for phase in config.method.chain():
         inputs = shared | {"phase": asdict(phase), "previous": previous}
@@ -53,10 +61,16 @@ def plan(config: RunConfig, *, model: Any, fingerprint: str | None, numerics: di
             inputs["optimizer"] = asdict(config.optimizer)
             inputs["trainer"] = training
         if phase.active:
-            inputs["method"] = asdict(config.method.config) | {"multiplier": config.schedule.multiplier}
+            inputs["method"] = config.method.identity() | {"multiplier": config.schedule.multiplier}
         previous = digest(inputs)
         planned.append(PlannedPhase(phase, previous, schedule, inputs))
     return planned
+
+
+def _evaluated(config: RunConfig) -> int | None:
+    """Return how many images an evaluation stops after; None: it uses all, whatever the batch size."""
+    limit = config.trainer.limit_eval_batches
+    return None if limit is None else limit * config.trainer.eval_batch_size
 
 
 def digest(value: Any) -> str:
@@ -67,12 +81,12 @@ def digest(value: Any) -> str:
 
 def run_key(planned: list[PlannedPhase], config: RunConfig) -> str:
     """Return the key of the whole run: its last phase and the method that asked for it."""
-    return digest([planned[-1].key, asdict(config.method.config)])
+    return digest([planned[-1].key, config.method.identity()])
 
 
 def group_key(config: RunConfig) -> str:
     """Return a name shared by runs that differ in nothing but the seed and where they log."""
-    resolved = {key: value for key, value in config.resolved.items() if key not in ("seed", "logger", "output_dir", "dry_run")}
+    resolved = _without(config.resolved, {"seed", "logger", "output_dir", "dry_run"})
     resolved["dataset"] = datasets.identity(config.dataset)
     return f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-{digest(resolved)[:8]}"
 

@@ -98,9 +98,8 @@ class Training:
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
-        if state["masks"] is not None:
-            context.masks.load_state_dict(state["masks"])
-            context.commit()
+        if state["masks"] is not None:  # whether or not `setup` draws masks: a method may prune later
+            context.install_masks(state["masks"])
         self.method.load_state_dict(state["method"])
         self.progress = Progress(**state["progress"])
         self.sums.copy_(state["sums"] if distributed.is_main() else torch.zeros_like(self.sums))
@@ -124,7 +123,7 @@ def fit(training: Training) -> None:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         training.sums.zero_()
         save_checkpoint(training)
-        if training.stop():
+        if distributed.any_rank(training.stop(), training.numerics.torch_device):
             raise Interrupted
 
 
@@ -160,7 +159,7 @@ def _train_epoch(training: Training) -> None:
         if _agreed(training, progress.step, training.stop()):
             save_checkpoint(training)
             raise Interrupted
-    check_finite(training)
+    check_finite(training, weights=True)
 
 
 def _agreed(training: Training, step: int, flag: bool) -> bool:
@@ -202,7 +201,8 @@ def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> Non
     for index in range(chunks):
         part = slice(index * size, (index + 1) * size)
         last = index == chunks - 1
-        with training.forward.no_sync() if hasattr(training.forward, "no_sync") and not last else contextlib.nullcontext():
+        wait = not last and hasattr(training.forward, "no_sync")  # processes exchange gradients once per step
+        with training.forward.no_sync() if wait else contextlib.nullcontext():
             with training.numerics.autocast():
                 logits = training.forward(images[part]).float()
             loss = F.cross_entropy(logits, labels[part], label_smoothing=training.label_smoothing)
@@ -232,25 +232,35 @@ def _clip(training: Training) -> None:
     torch.nn.utils.clip_grads_with_norm_(training.context.model.parameters(), limit, norm)
 
 
-def check_finite(training: Training) -> None:
-    """Raise NonFiniteLoss if any loss so far was infinite or NaN (on any process)."""
-    bad = training.first_bad
+def check_finite(training: Training, *, weights: bool = False) -> None:
+    """Raise NonFiniteLoss if any loss so far was infinite or NaN (on any process).
+
+    Args:
+        weights: look at the weights as well: a gradient that overflows ruins them one step before the loss shows it.
+    """
+    context, bad = training.context, training.first_bad
     if distributed.world_size() > 1:
         bad = bad.clone()
         torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
-    step = int(bad)
+    step, what = int(bad), "loss is"
+    if step == _NEVER and weights and not _all_finite(context.model):
+        step, what = max(training.progress.step - 1, 0), "weights are"
     if step == _NEVER:
         return
     kept = training.checkpoints.last_good()
     raise NonFiniteLoss(
-        f"loss is not finite in phase {training.context.phase}, epoch {training.progress.epoch}, step {step}; "
-        f"last good checkpoint: {kept if kept else 'none'}; lower schedule.{training.context.phase}.lr or use trainer.clip_norm"
+        f"{what} not finite in phase {context.phase}, epoch {step // context.steps_per_epoch + 1}, step {step}; "
+        f"last good checkpoint: {kept if kept else 'none'}; lower schedule.{context.phase}.lr or use trainer.clip_norm"
     )
 
 
+def _all_finite(model: nn.Module) -> bool:
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in model.parameters()]).all())
+
+
 def save_checkpoint(training: Training) -> None:
-    """Write a checkpoint from the main process; it is only ever written with finite losses."""
-    check_finite(training)
+    """Write a checkpoint from the main process; it is only ever written with finite losses and weights."""
+    check_finite(training, weights=True)
     training.progress.wall_s += time.monotonic() - training.clock
     training.clock = time.monotonic()
     state = training.state_dict()
@@ -291,7 +301,9 @@ def evaluate(model: nn.Module, training: Training, *, numerics: Numerics) -> dic
             save_checkpoint(training)
             raise Interrupted
 
-    return measure(model, training.dataset, training.dataset.eval_split, numerics=numerics, trainer=training.trainer, poll=stop)
+    distributed.share_buffers(model)
+    dataset = training.dataset
+    return measure(model, dataset, dataset.eval_split, numerics=numerics, trainer=training.trainer, poll=stop)
 
 
 @torch.no_grad()

@@ -37,7 +37,8 @@ def learning_rate(schedule: PhaseSchedule, step: int, steps_per_epoch: int) -> f
     """
     epoch = step / steps_per_epoch
     if epoch < schedule.warmup_epochs:
-        return schedule.lr * (step + 1) / max(1.0, schedule.warmup_epochs * steps_per_epoch)
+        # A warm-up that ends between two steps must not overshoot.
+        return schedule.lr * min(1.0, (step + 1) / (schedule.warmup_epochs * steps_per_epoch))
     if schedule.policy == "step":
         # Exact step counts: 0.1 epochs of 7 steps must not depend on how the division rounds.
         passed = sum(step >= round(milestone * steps_per_epoch) for milestone in schedule.milestones)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
 from prune_lab.identity import PlannedPhase
-from prune_lab.loop import Progress, Training, fit, measure
+from prune_lab.loop import Interrupted, Progress, Training, fit, measure
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.models.weights import load_weights
 from prune_lab.numerics import Numerics
@@ -43,10 +44,23 @@ class Job:
     report: Callable[[str], None]
     stop: Callable[[], bool]
 
-    @property
+    @cached_property
     def method(self) -> Method:
-        """The run's method in its active phases, plain dense training otherwise."""
-        return self.config.method if self.planned.phase.active else Method(MethodConfig("dense"))
+        """The run's method in its active phases, plain dense training otherwise.
+
+        A new instance for each phase: what a phase does must not depend on whether the one before ran in this process.
+        """
+        return fresh(self.config.method) if self.planned.phase.active else Method(MethodConfig("dense"))
+
+    def poll(self) -> None:
+        """Give up where work can be done again from what is stored; several processes go on together."""
+        if distributed.world_size() == 1 and self.stop():
+            raise Interrupted
+
+
+def fresh(method: Method) -> Method:
+    """Return a new instance of a method with its options and no state."""
+    return type(method)(method.config)
 
 
 def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -63,6 +77,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     if phase.hook == "train":
         training = open_training(job, context)
         method.setup(context)
+        training.ema = moving_average(context.model, job.config.trainer.ema_decay)
         if job.resumed is not None:
             training.load_state_dict(job.resumed)
             started -= training.progress.wall_s
@@ -72,7 +87,8 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         method.setup(context)
         getattr(method, phase.hook)(context)
     exact = Numerics(job.numerics.device, "fp32", job.numerics.channels_last, False)
-    scores = measure(model, job.dataset, job.dataset.eval_split, numerics=exact, trainer=job.config.trainer)
+    trainer = job.config.trainer
+    scores = measure(model, job.dataset, job.dataset.eval_split, numerics=exact, trainer=trainer, poll=job.poll)
     figures = scores | {
         "epochs": progress.epoch,
         "steps": progress.step,
@@ -117,7 +133,7 @@ def open_context(job: Job) -> Context:
     )
     if job.previous is not None and job.previous["masks"] is not None:
         context.install_masks({name: mask.to(context.device) for name, mask in job.previous["masks"].items()})
-    if job.previous is not None and job.planned.phase.active:
+    if job.previous is not None and job.planned.phase.active and job.previous["method"]:
         job.method.load_state_dict(job.previous["method"])
     return context
 
@@ -144,24 +160,19 @@ def steps_per_epoch(job: Job) -> int:
     steps = job.dataset.num_batches(batch)
     if steps == 0:
         raise ConfigError(
-            f"schedule.batch_size={batch} exceeds the {job.dataset.info.num_train} training images of {job.config.dataset.name}"
+            f"schedule.batch_size={batch} exceeds the {job.dataset.info.num_train} training images of "
+            f"{job.config.dataset.name}"
         )
     return steps if trainer.limit_train_batches is None else min(steps, trainer.limit_train_batches)
 
 
 def open_training(job: Job, context: Context) -> Training:
-    """Return the loop's state for a training phase, with a fresh optimizer."""
+    """Return the loop's state for a training phase, with a fresh optimizer and no moving average yet."""
     config, numerics = job.config, job.numerics
     context.optimizer = build_optimizer(context.model, config.optimizer)
-    forward = context.model
-    if distributed.world_size() > 1:
-        forward = nn.parallel.DistributedDataParallel(forward, broadcast_buffers=False)
+    forward = distributed.parallel(context.model)
     if numerics.compile:
         forward = torch.compile(forward)
-    ema = None
-    if config.trainer.ema_decay is not None:
-        average = torch.optim.swa_utils.get_ema_multi_avg_fn(config.trainer.ema_decay)
-        ema = torch.optim.swa_utils.AveragedModel(context.model, multi_avg_fn=average, use_buffers=True)
     return Training(
         context=context,
         method=job.method,
@@ -178,5 +189,12 @@ def open_training(job: Job, context: Context) -> Training:
         show=job.show,
         stop=job.stop,
         scaler=torch.amp.GradScaler(numerics.torch_device.type, enabled=numerics.precision == "fp16"),
-        ema=ema,
     )
+
+
+def moving_average(model: nn.Module, decay: float | None) -> torch.optim.swa_utils.AveragedModel | None:
+    """Return the average of the weights, which starts as the network is now: masked already where it begins sparse."""
+    if decay is None:
+        return None
+    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)

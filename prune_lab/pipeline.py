@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass, field
@@ -11,9 +12,9 @@ from typing import Any
 import torch
 
 from prune_lab import datasets, distributed, identity, numerics, results
-from prune_lab.checkpoint import SaveError
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
+from prune_lab.files import SaveError
 from prune_lab.loop import Interrupted, NonFiniteLoss
 from prune_lab.numerics import Numerics
 from prune_lab.phases import Job, perform
@@ -46,6 +47,11 @@ class Run:
         if self.stop():
             raise Interrupted
 
+    def poll_alone(self) -> None:
+        """Like `poll`, but several processes go on together."""
+        if distributed.world_size() == 1:
+            self.poll()
+
 
 def run(config: RunConfig) -> int:
     """Carry out one run and return the exit code: 0 finished, 1 failed, 128 + signal interrupted.
@@ -69,7 +75,8 @@ def _run(config: RunConfig, arithmetic: Numerics) -> int:
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model_config = config.method.adapt_model(config.model, **sizes)
     # fp32 images on every device: autocast rounds them where it pays, exact evaluation needs them unrounded.
-    dataset = datasets.load(config.dataset, BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last))
+    fmt = BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
+    dataset = datasets.load(config.dataset, fmt)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": distributed.world_size()}
     planned = identity.plan(config, fingerprint=dataset.fingerprint, **inputs)
     folder = results.RunFolder.of(config, planned, identity.plan(config, fingerprint=None, **inputs))
@@ -78,7 +85,8 @@ def _run(config: RunConfig, arithmetic: Numerics) -> int:
         try:
             if not distributed.is_main():
                 return _guarded(run)
-            with lock(folder.directory / ".lock", what=str(folder.directory), report=run.tracker.message, poll=run.poll):
+            path = folder.directory / ".lock"
+            with lock(path, what=str(folder.directory), report=run.tracker.message, poll=run.poll):
                 return _guarded(run)
         except Interrupted:
             return stop.exit_code
@@ -95,15 +103,32 @@ def _guarded(run: Run) -> int:
         return 0
     try:
         return _carry_out(run)
-    except Interrupted:
-        run.tracker.finish("interrupted", "stopped by a signal; the same command goes on")
-        return run.stop.exit_code
-    except (ConfigError, NonFiniteLoss, SaveError) as error:
-        run.tracker.finish("failed", str(error))
-        return 1
+    except (Interrupted, KeyboardInterrupt):
+        return _end(run, "interrupted", "stopped by a signal; the same command goes on", code=run.stop.exit_code)
+    except (ConfigError, NonFiniteLoss) as error:
+        return _end(run, "failed", str(error), code=1)
+    except OSError as error:
+        return _end(run, "failed", _reason(error, run.folder.directory), code=1)
     except BaseException as error:
-        run.folder.crash(run.tracker, error)
+        if run.stop() and not distributed.is_main():  # the main process was stopped too, and left first
+            return run.stop.exit_code
+        with contextlib.suppress(OSError):
+            run.folder.crash(run.tracker, error)
         raise
+
+
+def _end(run: Run, status: str, line: str, *, code: int) -> int:
+    """Tell every sink how the run ended; a full disk may keep some of them from noting it."""
+    with contextlib.suppress(OSError):
+        run.tracker.finish(status, line)
+    return code
+
+
+def _reason(error: OSError, directory: Path) -> str:
+    """Return one line for an error of the disk; those of prune-lab's own writers name the file already."""
+    if isinstance(error, SaveError):
+        return f"{error.strerror}; what was there before is untouched, the same command goes on"
+    return f"{error.strerror or type(error).__name__}: {error.filename or directory}"
 
 
 def _carry_out(run: Run) -> int:
@@ -142,7 +167,7 @@ def _obtain_locked(
     resumed = distributed.share(store.checkpoints.load() if distributed.is_main() else None)
     done = resumed["progress"]["step"] if resumed else 0
     if distributed.is_main():
-        for record in store.keep_records(done if resumed else -1):
+        for record in store.begin(resumed["progress"]["epoch"] if resumed else -1):
             run.tracker.log(_absolute(run, record), replayed=True)
     if resumed:
         run.tracker.message(f"phase {planned.phase.name}: resumed at step {done}")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from torch import Tensor, nn
 
 from prune_lab import __version__, distributed, models
 from prune_lab.accounting import count_parameters, dense_macs, layer_table, profile, sparse_macs
@@ -21,7 +22,7 @@ from prune_lab.files import read_json, write_text
 from prune_lab.identity import PlannedPhase, group_key, run_key
 from prune_lab.loop import measure
 from prune_lab.numerics import Numerics
-from prune_lab.phases import build_model
+from prune_lab.phases import build_model, fresh
 from prune_lab.saved_model import save_model
 from prune_lab.schema import ConfigError
 from prune_lab.tracking import RunInfo, Tracker, open_tracker
@@ -67,6 +68,8 @@ class RunFolder:
                     f"{owner}, this one is {self.key}); move it away or choose another output_dir"
                 )
         try:
+            if read_json(self.directory / "status.json")["status"] != "finished":  # written last
+                return None
             summary = read_json(self.directory / "summary.json")
             kept = [self.directory / name for name in ("model.json", "model.safetensors", "metrics.jsonl")]
             return summary if summary["status"] == "finished" and all(path.exists() for path in kept) else None
@@ -116,14 +119,20 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     model = build_model(run.model_config, **sizes, seed=config.seed)
     model.load_state_dict(result["model"])
     kept = {name: int(mask.sum()) for name, mask in (result["masks"] or {}).items()}
-    model = config.method.finish(model)
-    layers = config.method.layers(model)
+    check_zeros(model, result["masks"] or {})
+    method = fresh(config.method)
+    if run.planned[-1].phase.active:
+        method.load_state_dict(result["method"])
+    model = method.finish(model)
+    layers = method.layers(model)
     check_sparsity(config, layers, kept)
     exact = Numerics(run.numerics.device, "fp32", run.numerics.channels_last, False)
     model.to(exact.torch_device, memory_format=exact.memory_format)
-    scores = {"final": measure(model, run.dataset, run.dataset.eval_split, numerics=exact, trainer=config.trainer)}
-    if run.dataset.eval_split == "val":
-        scores["test"] = measure(model, run.dataset, "test", numerics=exact, trainer=config.trainer)
+    splits = {"final": run.dataset.eval_split} | ({"test": "test"} if run.dataset.eval_split == "val" else {})
+    scores = {
+        name: measure(model, run.dataset, split, numerics=exact, trainer=config.trainer, poll=run.poll_alone)
+        for name, split in splits.items()
+    }
     costs = profile(model, info.image_size)
     dense = build_model(config.model, **sizes, seed=config.seed)
     counts = {
@@ -139,6 +148,14 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     run.tracker.log(record | {key: value for key, value in summary.items() if key.startswith(("final/", "test/"))})
     run.tracker.summary(summary)
     run.tracker.finish("finished", None)
+
+
+def check_zeros(model: nn.Module, masks: dict[str, Tensor]) -> None:
+    """Raise RuntimeError if a weight that counts as pruned is not zero in the network that is saved."""
+    named = dict(model.named_parameters())
+    wrong = [name for name, mask in masks.items() if bool(named[name].detach()[~mask].any())]
+    if wrong:
+        raise RuntimeError(f"pruned weights are not zero in {', '.join(wrong)}")
 
 
 def check_sparsity(config: RunConfig, layers: list, kept: dict[str, int]) -> None:

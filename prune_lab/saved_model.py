@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from prune_lab import models
-from prune_lab.files import read_json, write_json
+from prune_lab.files import read_json, write_bytes, write_json
 from prune_lab.schema import ConfigError
 
 
 def save_model(model: nn.Module, description: dict[str, Any], run_dir: Path) -> None:
     """Write model.safetensors and model.json; each file appears whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = run_dir / "model.safetensors.tmp"
-    save_file(tensors, temporary)
-    temporary.replace(run_dir / "model.safetensors")
+    write_bytes(run_dir / "model.safetensors", save(tensors))
     write_json(run_dir / "model.json", description)
 
 
@@ -35,5 +33,6 @@ def load_model(run_dir: str | Path) -> nn.Module:
     try:
         model.load_state_dict(load_file(directory / "model.safetensors"))
     except (RuntimeError, OSError) as error:
-        raise ConfigError(f"{directory}/model.safetensors does not fit model.json: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{directory}/model.safetensors does not fit model.json: {reason}") from error
     return model.eval()

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab import checkpoint
-from prune_lab.files import read_json, write_json
+from prune_lab.files import SaveError, read_json, write_json
+from prune_lab.schema import ConfigError
 from prune_lab.tracking.jsonl import append_record, read_records, rewrite
 
 
@@ -21,9 +22,16 @@ def lock(path: Path, *, what: str, report: Callable[[str], None], poll: Callable
     Args:
         what: named in the message while another process holds it.
         poll: called while waiting; may raise to give up.
+
+    Raises:
+        ConfigError: the directory cannot be made or written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")
+    except OSError as error:
+        raise ConfigError(f"output_dir: cannot write {path}: {error.strerror}") from error
+    with file:
         waited = False
         while True:
             try:
@@ -58,7 +66,11 @@ class PhaseStore:
         path = self.directory / "phase.json"
         if not path.exists() or not (self.directory / "result.pt").exists():
             return None
-        return read_json(path).get("figures")
+        try:
+            return read_json(path)["figures"]
+        except (ValueError, KeyError, TypeError):
+            self._report(f"{path} is damaged; the phase is done again")
+            return None
 
     def result(self) -> dict[str, Any] | None:
         """Return the finished phase's tensors; a damaged file is reported, removed and counts as not finished."""
@@ -80,14 +92,25 @@ class PhaseStore:
         path = self.directory / "metrics.jsonl"
         return read_records(path) if path.exists() else []
 
-    def keep_records(self, last_step: int) -> list[dict[str, Any]]:
-        """Drop records past `last_step`, which the phase is going to write again; return those kept."""
-        kept = [record for record in self.records() if record["step"] <= last_step]
-        self.directory.mkdir(parents=True, exist_ok=True)
+    def begin(self, epochs_done: int) -> list[dict[str, Any]]:
+        """Drop records after `epochs_done`, which come again, and what a killed writer left; return the records kept.
+
+        Epochs and not steps decide: a checkpoint may stand after the last step of an epoch whose record is to come.
+        """
+        kept = [record for record in self.records() if record["epoch"] <= epochs_done]
+        for leftover in self.directory.glob("*.tmp"):
+            leftover.unlink()
         rewrite(self.directory / "metrics.jsonl", kept)
         return kept
 
-
-
     def append(self, record: dict[str, Any]) -> None:
-        append_record(self.directory / "metrics.jsonl", record)
+        """Add a record.
+
+        Raises:
+            SaveError: the disk refused.
+        """
+        path = self.directory / "metrics.jsonl"
+        try:
+            append_record(path, record)
+        except OSError as error:
+            raise SaveError(error.errno, f"cannot write {path}: {error.strerror}") from error

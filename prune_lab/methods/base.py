@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.lazy import lazy_import
@@ -73,6 +73,10 @@ class Method:
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the method's results: its options; a file counts by its content, not by its name."""
+        return asdict(self.config)
 
     def chain(self) -> tuple[Phase, ...]:
         """Return the phases of a run in order."""

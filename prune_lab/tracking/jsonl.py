@@ -88,5 +88,7 @@ class JsonFiles(BaseSink):
     def finish(self, status: str, error: str | None) -> None:
         if self._dir is None:
             return
-        self._metrics.close()
-        write_json(self._dir / "status.json", {"status": status, "error": error})
+        try:
+            self._metrics.close()  # on a full disk it cannot flush; the status may still fit
+        finally:
+            write_json(self._dir / "status.json", {"status": status, "error": error})

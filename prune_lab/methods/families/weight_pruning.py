@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Method, MethodConfig
@@ -57,6 +59,21 @@ class WeightPruning(Method):
     """Base of the methods whose target is `method.sparsity` over single weights."""
 
     Config = WeightPruningConfig
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options, the file of densities by its content.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        path = self.config.densities
+        if path is None:
+            return super().identity()
+        try:
+            content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError as error:
+            raise ConfigError(f"method.densities={path} cannot be read: {error.strerror}") from error
+        return super().identity() | {"densities": content}
 
     def requested_sparsity(self) -> float:
         return self.config.sparsity
