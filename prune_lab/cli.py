@@ -144,7 +144,8 @@ def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
             continue
         name, equals, value = argument.partition("=")
         if name not in FLAGS or name in _COMPLETION_FLAGS or (equals and name not in _FLAGS_WITH_VALUE):
-            raise ConfigError(f"unknown flag {argument}{suggestion(name, FLAGS)}; allowed: -m, --cfg job, --version, --help")
+            near = suggestion(name, (*FLAGS, "--help", "--version"))
+            raise ConfigError(f"unknown flag {argument}{near}; allowed: -m, --cfg job, --version, --help")
         if name in _FLAGS_WITH_VALUE:
             value = value if equals else rest.pop(0) if rest else ""
             allowed = _FLAGS_WITH_VALUE[name]
@@ -153,4 +154,6 @@ def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
         flags.append(name)
     if not {"-c", "--cfg"} & set(flags) and (alone := [flag for flag in flags if flag in _PRINT_FLAGS]):
         raise ConfigError(f"{alone[0]} goes with --cfg job")
+    if {"-c", "--cfg"} & set(flags) and set(SWEEP_FLAGS) & set(flags):
+        raise ConfigError("--cfg shows one run; leave -m and lists of values out")
     return flags, overrides

@@ -44,7 +44,9 @@ class PhaseSchedule:
         if self.policy == "step" and self.epochs and any(m >= self.epochs for m in self.milestones):
             raise ConfigError(f"{path}.milestones must lie before epoch {self.epochs}, got {self.milestones}")
         if self.epochs and self.warmup_epochs >= self.epochs:
-            raise ConfigError(f"{path}.warmup_epochs must be below {path}.epochs={self.epochs}, got {self.warmup_epochs:g}")
+            raise ConfigError(
+                f"{path}.warmup_epochs must be below {path}.epochs={self.epochs}, got {self.warmup_epochs:g}"
+            )
         if self.final_lr > self.lr:
             raise ConfigError(f"{path}.final_lr must not exceed {path}.lr={self.lr:g}, got {self.final_lr:g}")
 
@@ -118,9 +120,8 @@ class TrainerConfig:
     def check(self, path: str) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             near = suggestion(self.device, ("auto", "cpu", "cuda", "mps"))
-            raise ConfigError(
-                f"{path}.device={self.device!s} is not allowed{near}; allowed: auto, cpu, cuda, cuda:N, mps", f"{path}.device"
-            )
+            allowed = "auto, cpu, cuda, cuda:N, mps"
+            raise ConfigError(f"{path}.device={self.device} is not allowed{near}; allowed: {allowed}", f"{path}.device")
 
 
 @dataclass(frozen=True)

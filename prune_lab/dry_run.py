@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prune_lab import datasets, distributed, identity, numerics, results
+from prune_lab import datasets, identity, numerics, results
 from prune_lab.accounting import TrainingCost, layer_table, profile, sparse_macs
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
 from prune_lab.files import write_json
+from prune_lab.identity import PlannedPhase
 from prune_lab.loop import train_step
+from prune_lab.numerics import Numerics
+from prune_lab.optim import build_optimizer
 from prune_lab.phases import Job, build_model, open_context, open_training
+from prune_lab.schema import ConfigError
 from prune_lab.tracking.lines import quantity, summary_lines
 
 _IMAGES = 4
@@ -43,13 +49,13 @@ def dry_run(config: RunConfig) -> int:
     Raises:
         ConfigError: whatever the run itself would refuse, except for missing or damaged data.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("dry_run=true needs one process only: start it without torchrun")
     arithmetic = numerics.resolve(config.trainer)
     info = datasets.describe(config.dataset)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model_config = config.method.adapt_model(config.model, **sizes)
-    planned = identity.plan(
-        config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=distributed.world_size()
-    )
+    planned = identity.plan(config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=1)
     folder = results.RunFolder.of(config, planned, planned)
     dataset, spent, kept, previous = RandomImages(info, arithmetic.torch_device), 0, {}, None
     for entry in planned:
@@ -68,7 +74,23 @@ def dry_run(config: RunConfig) -> int:
     return 0
 
 
-def job_without_files(config: RunConfig, model_config: Any, entry: Any, dataset: Any, arithmetic: Any, previous: Any) -> Job:
+def rehearse(config: RunConfig, model_config: Any, first: PlannedPhase, dataset: Any, arithmetic: Numerics) -> None:
+    """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
+
+    Raises:
+        ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short ...
+    """
+    fresh = replace(config, method=type(config.method)(config.method.config))
+    job = job_without_files(fresh, model_config, first, dataset, arithmetic, None)
+    context = open_context(job)
+    context.optimizer = build_optimizer(context.model, config.optimizer)
+    job.method.setup(context)
+    fresh.method.layout(context)
+
+
+def job_without_files(
+    config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, arithmetic: Numerics, previous: Any
+) -> Job:
     """Return a phase that reads and writes no file."""
     nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
     return Job(
@@ -128,7 +150,8 @@ def _summary(
         cut = total - results.num_keep_total(total, requested)
         counts |= {"macs/inference": None, "macs/inference_ratio": None, "sparsity/achieved": cut / total,
                    "params/nonzero": counts["params/total"] - cut}
-    train_dense = results.dense_training_macs(config, counts["macs/dense"], info.num_train // config.schedule.batch_size)
+    steps = info.num_train // config.schedule.batch_size
+    train_dense = results.dense_training_macs(config, counts["macs/dense"], steps)
     return {
         "run/seed": config.seed,
         "run/group": folder.group,
@@ -145,11 +168,11 @@ def _summary(
 
 def _show(directory: Path, planned: list, rows: list[dict], summary: dict[str, Any]) -> None:
     print(f"dry run of {directory.name}")
-    print("plan: " + " -> ".join(
-        f"{entry.phase.name} ({entry.schedule.epochs} epochs)" if entry.schedule else entry.phase.name for entry in planned
-    ))
+    lengths = {entry.phase.name: f" ({entry.schedule.epochs} epochs)" if entry.schedule else "" for entry in planned}
+    print("plan: " + " -> ".join(name + length for name, length in lengths.items()))
     width = max(len(row["name"]) for row in rows)
-    print(f"{'layer':{width}}  {'kind':14} {'shape':>18} {'density':>8} {'kept':>11} {'MACs dense':>11} {'MACs kept':>11}  why dense")
+    print(f"{'layer':{width}}  {'kind':14} {'shape':>18} {'density':>8} {'kept':>11} "
+          f"{'MACs dense':>11} {'MACs kept':>11}  why dense")
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         if row["kept"] is None:

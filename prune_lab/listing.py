@@ -10,15 +10,15 @@ from prune_lab.cli import conf_dir
 from prune_lab.overrides import choices
 from prune_lab.schema import ConfigError, suggestion
 
-WHAT = {"models": "model", "datasets": "dataset", "methods": "method", "schedules": "schedule", "experiments": "experiment",
-        "optimizers": "optimizer"}
+WHAT = {name: name.removesuffix("s") for name in ("models", "datasets", "methods", "schedules", "experiments")}
 
 
 def main(arguments: list[str]) -> int:
     """Print the choices of one group, a line each: name and what it is."""
     if len(arguments) != 1 or arguments[0] not in WHAT:
         typed = arguments[0] if arguments else ""
-        raise ConfigError(f"prune-lab list {typed}: give one of {', '.join(WHAT)}{suggestion(typed, WHAT)}")
+        near = "" if typed in WHAT else suggestion(typed, WHAT)
+        raise ConfigError(f"{' '.join(['prune-lab list', *arguments])}: give one of {', '.join(WHAT)}{near}")
     group = WHAT[arguments[0]]
     for name in choices(conf_dir(), group):
         path = conf_dir() / group / f"{name}.yaml"

@@ -86,7 +86,8 @@ def _check_name(conf_dir: Path, override: Override) -> None:
         if value in ("", "null") and key in RECIPES:
             raise ConfigError(f"{line}: leave {key}=... out to have none; allowed: {', '.join(allowed)}")
         if value not in allowed:
-            raise ConfigError(f"{key}={value} is not a choice{suggestion(value, allowed)}; allowed: {', '.join(allowed)}")
+            near = suggestion(value, allowed)
+            raise ConfigError(f"{key}={value} is not a choice{near}; allowed: {', '.join(allowed)}")
 
 
 def _group_values(override: Override, allowed: list[str]) -> list[str]:
@@ -163,8 +164,9 @@ def _unknown(conf_dir: Path, node: dict[str, Any], known: list[str], key: str) -
     if parent in groups(conf_dir) and key == f"{parent}.{last}":
         owners = [name for name in choices(conf_dir, parent) if last in _read(conf_dir / parent / f"{name}.yaml")]
         if owners:
+            chosen = f"{parent}={node[parent].get('name')}"
             return (
-                f"unknown option {key}: {parent}={node[parent].get('name')} has none, only {parent}={'|'.join(owners)}; "
+                f"unknown option {key}: {chosen} has none, only {parent}={'|'.join(owners)}; "
                 f"allowed: {', '.join(siblings)}"
             )
     same_last = [name for name in known if name.rpartition(".")[2] == last]

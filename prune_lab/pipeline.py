@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from prune_lab import datasets, distributed, identity, numerics, results
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
+from prune_lab.dry_run import rehearse
 from prune_lab.files import SaveError
 from prune_lab.loop import Interrupted, NonFiniteLoss
 from prune_lab.numerics import Numerics
@@ -80,6 +82,8 @@ def _run(config: RunConfig, arithmetic: Numerics) -> int:
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": distributed.world_size()}
     planned = identity.plan(config, fingerprint=dataset.fingerprint, **inputs)
     folder = results.RunFolder.of(config, planned, identity.plan(config, fingerprint=None, **inputs))
+    if distributed.share(not (folder.directory / "run.json").exists() if distributed.is_main() else None):
+        rehearse(config, model_config, planned[0], dataset, arithmetic)
     with stop_flag() as stop:
         run = Run(config, model_config, dataset, arithmetic, planned, folder, folder.tracker(config), stop)
         try:
@@ -114,11 +118,14 @@ def _guarded(run: Run) -> int:
             return run.stop.exit_code
         with contextlib.suppress(OSError):
             run.folder.crash(run.tracker, error)
+            error.add_note(f"traceback in {run.folder.directory / 'log.txt'}")
         raise
 
 
 def _end(run: Run, status: str, line: str, *, code: int) -> int:
     """Tell every sink how the run ended; a full disk may keep some of them from noting it."""
+    if status == "failed":
+        print(f"prune-lab: error: {line}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):
         run.tracker.finish(status, line)
     return code

@@ -1,4 +1,4 @@
-"""Hands a checked command line to Hydra and runs the jobs it composes one after the other. Torch-free until one starts."""
+"""Hands a checked command line to Hydra and runs the jobs it composes in turn. Torch-free until one starts."""
 
 from __future__ import annotations
 
