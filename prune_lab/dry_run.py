@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,8 @@ def dry_run(config: RunConfig) -> int:
     model = build_model(model_config, **sizes, seed=config.seed)
     costs, layers = profile(model, info.image_size), config.method.layers(model)
     rows = layer_table(layers, costs, kept)
-    summary = _summary(config, folder, planned, model, costs, layers, kept, spent=spent, info=info)
+    known = {"spent": spent, "info": info, "arithmetic": arithmetic}
+    summary = _summary(config, folder, planned, model, costs, layers, kept, **known)
     _show(folder.directory, planned, rows, summary)
     folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
@@ -139,7 +141,7 @@ def planned_cost(job: Job, context: Context, layout: list[tuple[int, dict[str, i
 
 def _summary(
     config: RunConfig, folder: results.RunFolder, planned: list, model: Any, costs: list, layers: list,
-    kept: dict[str, int] | None, *, spent: int | None, info: datasets.DatasetInfo,
+    kept: dict[str, int] | None, *, spent: int | None, info: datasets.DatasetInfo, arithmetic: Numerics,
 ) -> dict[str, Any]:
     dense = build_model(config.model, num_classes=info.num_classes, image_size=info.image_size, seed=config.seed)
     counts = results.cost_counts(model, costs, kept or {}, dense=dense, image_size=info.image_size)
@@ -155,6 +157,9 @@ def _summary(
     return {
         "run/seed": config.seed,
         "run/group": folder.group,
+        "run/command": " ".join(["prune-lab", *sys.argv[1:]]),
+        "run/device": results.device_name(arithmetic),
+        "run/versions": results.versions(),
         **results.choices(config),
         **counts,
         "macs/train": spent,

@@ -127,9 +127,8 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
             if value == choice and type(value) is type(choice):
                 return choice
         names = [str(choice) for choice in allowed]
-        raise ConfigError(
-            f"{path}={_show(value)} is not allowed{suggestion(str(value), names)}; allowed: {', '.join(names)}", path
-        )
+        near = suggestion(value, names) if isinstance(value, str) else ""
+        raise ConfigError(f"{path}={_show(value)} is not allowed{near}; allowed: {', '.join(names)}", path)
     if origin in (list, tuple):
         return _coerce_list(typing.get_args(hint)[0], value, path)
     if origin is dict:
@@ -176,7 +175,7 @@ def _coerce_scalar(hint: Any, value: Any, path: str) -> Any:
         return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not abs(value) <= sys.float_info.max:  # NaN too
-            raise ConfigError(f"{path} must be a finite number, got {value:.6g}", path)
+            raise ConfigError(f"{path} must be a finite number, got {str(value)[:20]}", path)
         return float(value)
     if hint is str and isinstance(value, str):
         return value

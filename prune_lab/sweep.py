@@ -22,7 +22,8 @@ def run_all(conf_dir: Path, arguments: list[str]) -> int:
     jobs: list[tuple[str, int]] = []
 
     def task(node: Any) -> None:
-        name = " ".join(HydraConfig.get().overrides.task)
+        varied = [override for override in HydraConfig.get().overrides.task if override not in arguments]
+        name = " ".join(varied) or "the only one"
         sweeping = HydraConfig.get().mode.name == "MULTIRUN"
         if sweeping:
             print(f"{'' if not jobs else chr(10)}run {len(jobs) + 1}: {name}", flush=True)
