@@ -8,9 +8,9 @@ import traceback
 from pathlib import Path
 
 from prune_lab import __version__
+from prune_lab.completion import COMMANDS, completions, without_run
 from prune_lab.schema import ConfigError, suggestion
 
-COMMANDS = ("run", "list", "compare", "wandb-sync")
 SWEEP_FLAGS = ("-m", "--multirun")
 _PRINT_FLAGS = ("-c", "--cfg", "-p", "--package", "--resolve")
 _COMPLETION_FLAGS = ("-sc", "--shell-completion")
@@ -122,12 +122,26 @@ def _run(arguments: list[str]) -> int:
     from prune_lab.sweep import run_all
 
     if arguments and arguments[0].split("=")[0] in _COMPLETION_FLAGS:
-        return run_all(conf_dir(), arguments)
+        return _complete(arguments)
     flags, overrides = split_flags(arguments)
     sweep = any(flag in SWEEP_FLAGS for flag in flags)
     for _ in compose_checked(conf_dir(), overrides, sweep=sweep):
         pass  # every job of a sweep is checked before the first one starts
     return run_all(conf_dir(), arguments)
+
+
+def _complete(arguments: list[str]) -> int:
+    """Answer or install shell completion; the line typed so far is in the environment variable COMP_LINE."""
+    from prune_lab.sweep import run_all
+
+    line = os.environ.get("COMP_LINE", "")
+    found = completions(line) if arguments[-1].startswith("query=") else None
+    if found is None:
+        line = without_run(line)
+        os.environ |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
+        return run_all(conf_dir(), arguments)
+    print(" ".join(found))
+    return 0
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import yaml
 
 from prune_lab.cli import conf_dir
+from prune_lab.completion import LISTS
 from prune_lab.overrides import choices
 from prune_lab.schema import ConfigError, suggestion
 
-WHAT = {name: name.removesuffix("s") for name in ("models", "datasets", "methods", "schedules", "experiments")}
+WHAT = {name: name.removesuffix("s") for name in LISTS}
 
 
 def main(arguments: list[str]) -> int:

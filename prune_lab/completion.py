@@ -1,0 +1,27 @@
+"""Shell completion of the sub-commands; Hydra completes options. Torch-free."""
+
+from __future__ import annotations
+
+COMMANDS = ("run", "list", "compare", "wandb-sync")
+LISTS = ("models", "datasets", "methods", "schedules", "experiments")
+
+
+def completions(line: str) -> list[str] | None:
+    """Return what may follow the command line `line` up to the cursor, or None where options follow.
+
+    An empty list leaves the word to the shell, which offers file names.
+    """
+    words = line.split()
+    if not line or line[-1].isspace():
+        words.append("")
+    if len(words) == 2 and words[1] and "=" not in words[1]:
+        return [command for command in COMMANDS if command.startswith(words[1])] or None
+    if len(words) > 2 and words[1] == "list":
+        return [name for name in LISTS if name.startswith(words[2])] if len(words) == 3 else []
+    return [] if len(words) > 2 and words[1] in ("compare", "wandb-sync") else None
+
+
+def without_run(line: str) -> str:
+    """Return the command line as Hydra, which knows no sub-commands, can complete it."""
+    words = line.split(maxsplit=2)
+    return f"{words[0]} {words[2] if len(words) > 2 else ''}" if words[1:2] == ["run"] else line
