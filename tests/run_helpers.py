@@ -1,0 +1,118 @@
+"""Small runs within the test process, and comparisons of what two runs left behind. Holds no tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from prune_lab.cli import conf_dir
+from prune_lab.config import RunConfig
+from prune_lab.overrides import compose_checked
+from prune_lab.pipeline import run
+
+TINY = (
+    "dataset=fake", "dataset.num_train=48", "dataset.num_test=20", "dataset.image_size=16", "dataset.num_classes=4",
+    "model=resnet20", "model.width=0.25", "schedule.batch_size=8", "schedule.train.epochs=2",
+    "schedule.train.warmup_epochs=0", "schedule.finetune.epochs=1", "trainer.precision=fp32", "logger.wandb=disabled",
+)  # fmt: skip
+"""Options of a run of 6 steps per epoch that takes a fraction of a second."""
+
+METHODS = {
+    "dense": ("method=dense",),
+    "static": ("method=static",),
+    "set": ("method=set", "method.interval=2"),
+    "rigl": ("method=rigl", "method.interval=2"),
+    "gmp": ("method=gmp", "method.num_cuts=3"),
+    "magnitude": ("method=magnitude",),
+    "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),
+}
+"""Each method with the options that make it act within such a run."""
+
+
+def compose(*overrides: str) -> RunConfig:
+    """Return the checked configuration of one command."""
+    (config,) = compose_checked(conf_dir(), list(overrides), sweep=False)
+    return config
+
+
+def execute(folder: Path, *overrides: str) -> int:
+    """Run one command in this process with its outputs in `folder`; return its exit code."""
+    return run(compose(*overrides, f"output_dir={folder}"))
+
+
+def run_dir(folder: Path) -> Path:
+    """Return the directory of the only run in `folder`."""
+    (path,) = folder.glob("*/run.json")
+    return path.parent
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    return json.loads((run_dir(folder) / "summary.json").read_text())
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl without measured times; every line must be whole."""
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("time/")} for row in rows]
+
+
+def status(folder: Path) -> dict[str, Any]:
+    return json.loads((run_dir(folder) / "status.json").read_text())
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Assert that two output folders hold the same run: network bit for bit, records, figures but for times."""
+    mine, theirs = load_file(run_dir(one) / "model.safetensors"), load_file(run_dir(other) / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+    assert records(run_dir(one)) == records(run_dir(other))
+    assert (run_dir(one) / "layers.json").read_text() == (run_dir(other) / "layers.json").read_text()
+    assert _timeless(summary(one)) == _timeless(summary(other))
+
+
+def _timeless(flat: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in flat.items() if not key.startswith("time/") and key != "run/command"}
+    kept["phases"] = [{key: phase[key] for key in ("name", "key", "epochs")} for phase in flat["phases"]]
+    return kept
+
+
+def damage(path: Path, how: str) -> None:
+    """Spoil a file: "flip" one bit, "cut" the last byte, or leave a "stub" of ten bytes."""
+    content = bytearray(path.read_bytes())
+    if how == "flip":
+        content[len(content) // 2] ^= 1
+    elif how == "cut":
+        content = content[:-1]
+    else:
+        content = content[:10]
+    path.write_bytes(content)
+
+
+def fork_run(folder: Path, *overrides: str) -> int:
+    """Start one command in a process of its own and return its id; what it prints goes to `folder`.PID.log.
+
+    A fork instead of a new interpreter saves the seconds that importing torch takes.
+    """
+    child = os.fork()
+    if child:
+        return child
+    code = 70
+    try:
+        with open(folder.with_name(f"{folder.name}.{os.getpid()}.log"), "w") as log:
+            os.dup2(log.fileno(), 1)
+            sys.stdout = sys.stderr = log
+            code = execute(folder, *overrides)
+    finally:
+        os._exit(code)
+
+
+def wait_for(child: int) -> int:
+    """Return the exit code of a process, negative for the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
