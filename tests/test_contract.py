@@ -42,8 +42,8 @@ FAMILIES = {
     "resnet20": ("model.width=0.25",),
     "resnet18": ("model.width=0.0625",),
     "vgg16": ("model.width=0.0625",),
-    "mobilenet_v2": ("model.width=0.5",),
-    "mobilenet_v3_small": ("model.width=0.5",),
+    "mobilenet_v2": ("model.width=0.25",),
+    "mobilenet_v3_small": ("model.width=0.35",),
     "wrn_16_8": ("model.width=0.0625",),
 }
 
