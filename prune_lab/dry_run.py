@@ -143,7 +143,9 @@ def _summary(
     config: RunConfig, folder: results.RunFolder, planned: list, model: Any, costs: list, layers: list,
     kept: dict[str, int] | None, *, spent: int | None, info: datasets.DatasetInfo, arithmetic: Numerics,
 ) -> dict[str, Any]:
-    dense = build_model(config.model, num_classes=info.num_classes, image_size=info.image_size, seed=config.seed)
+    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    adapted = config.method.adapt_model(config.model, **sizes) != config.model
+    dense = build_model(config.model, **sizes, seed=config.seed) if adapted else model
     counts = results.cost_counts(model, costs, kept or {}, dense=dense, image_size=info.image_size)
     requested = config.method.requested_sparsity()
     counts |= results.sparsity_counts(layers, kept or {}, requested)
