@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -32,7 +33,7 @@ def load_model(run_dir: str | Path) -> nn.Module:
     model = models.from_description(read_json(directory / "model.json"))
     try:
         model.load_state_dict(load_file(directory / "model.safetensors"))
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{directory}/model.safetensors does not fit model.json: {reason}") from error
     return model.eval()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +98,8 @@ def damage(path: Path, how: str) -> None:
     path.write_bytes(content)
 
 
-def fork_run(folder: Path, *overrides: str) -> int:
-    """Start one command in a process of its own and return its id; what it prints goes to `folder`.PID.log.
+def fork(log: Path, call: Callable[[], int]) -> int:
+    """Start `call` in a process of its own, its output appended to `log`; return its id. Its result is the exit code.
 
     A fork instead of a new interpreter saves the seconds that importing torch takes.
     """
@@ -105,12 +108,37 @@ def fork_run(folder: Path, *overrides: str) -> int:
         return child
     code = 70
     try:
-        with open(folder.with_name(f"{folder.name}.{os.getpid()}.log"), "w") as log:
-            os.dup2(log.fileno(), 1)
-            sys.stdout = sys.stderr = log
-            code = execute(folder, *overrides)
+        with open(log, "a", buffering=1) as stream:
+            for number in (1, 2):
+                os.dup2(stream.fileno(), number)
+            sys.stdout = sys.stderr = stream
+            try:
+                code = call()
+            except BaseException:
+                traceback.print_exc()
     finally:
         os._exit(code)
+
+
+def fork_run(folder: Path, *overrides: str) -> int:
+    """Start one command with its outputs in `folder` and what it prints beside it; return the process id."""
+    log = folder.with_name(f"{folder.name}.{len(list(folder.parent.glob(f'{folder.name}.*.log')))}.log")
+    log.touch()
+    return fork(log, lambda: execute(folder, *overrides))
+
+
+def fork_pair(log: Path, call: Callable[[], int]) -> list[int]:
+    """Start `call` in two processes that find each other as under torchrun; return their ids."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def member(rank: int) -> int:
+        os.environ.update(group, RANK=str(rank), LOCAL_RANK=str(rank))
+        return call()
+
+    return [fork(log, lambda rank=rank: member(rank)) for rank in (0, 1)]
 
 
 def wait_for(child: int) -> int:

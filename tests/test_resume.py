@@ -194,8 +194,8 @@ def kill_until_done(folder: Path, options: tuple[str, ...], *, kills: int, seed:
     "method", ["rigl", "magnitude", *(pytest.param(name, marks=pytest.mark.slow) for name in ("set", "gmp"))]
 )
 def test_kill_9_at_random_moments_on_digits_changes_nothing(tmp_path, whole, method):
-    options = ("dataset=digits", "dataset.image_size=16", "model=resnet20", "model.width=0.25", "trainer.precision=fp32",
-               "schedule.batch_size=32", "schedule.train.epochs=3", "schedule.finetune.epochs=2",
+    options = ("dataset=digits", "dataset.image_size=16", "model=resnet20", "model.width=0.25",
+               "trainer.precision=fp32", "schedule.batch_size=32", "schedule.train.epochs=3", "schedule.finetune.epochs=2",
                "trainer.limit_train_batches=8", "logger.wandb=disabled", OFTEN, *METHODS[method])  # fmt: skip
     hits = kill_until_done(tmp_path / "out", options, kills=3, seed=len(method))
     assert hits > 0

@@ -1,0 +1,50 @@
+"""Options `auto` resolved for the machine, and arithmetic in the format that was chosen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from run_helpers import compose
+
+from prune_lab import numerics
+from prune_lab.numerics import Numerics, resolve
+from prune_lab.schema import ConfigError
+
+
+def resolved(*overrides: str) -> Numerics:
+    return resolve(compose("dataset=fake", "trainer.device=cpu", *overrides).trainer)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_takes_bf16_with_channels_last_where_the_processor_has_it(monkeypatch, fast):
+    monkeypatch.setattr(numerics, "_has_bf16", lambda device: fast)
+    assert resolved() == Numerics("cpu", "bf16" if fast else "fp32", fast, False)
+
+
+def test_what_is_chosen_is_kept():
+    assert resolved("trainer.precision=fp32", "trainer.channels_last=true") == Numerics("cpu", "fp32", True, False)
+    assert resolved("trainer.precision=bf16", "trainer.channels_last=false") == Numerics("cpu", "bf16", False, False)
+
+
+@pytest.mark.parametrize("option, message", [
+    ("trainer.precision=fp16", "trainer.precision=fp16 needs a GPU"),
+    ("trainer.device=cuda:99", "trainer.device=cuda:99: this machine has"),
+    ("trainer.device=tpu", "trainer.device=tpu is not allowed"),
+])  # fmt: skip
+def test_what_the_machine_cannot_do_is_refused_in_one_line(option, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        resolved(option)
+    assert "\n" not in str(refusal.value)
+
+
+def test_identity_names_the_kind_of_device_not_its_number():
+    one, other = (Numerics(f"cuda:{index}", "bf16", True, False).identity() for index in (0, 3))
+    assert one == other and one["device"] == "cuda"
+
+
+def test_autocast_computes_in_the_format():
+    image, weight = torch.ones(2, 2), torch.ones(2, 2)
+    with Numerics("cpu", "bf16", False, False).autocast():
+        assert (image @ weight).dtype == torch.bfloat16
+    with Numerics("cpu", "fp32", False, False).autocast():
+        assert (image @ weight).dtype == torch.float32
