@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
 
 from prune_lab import __version__
 from prune_lab.completion import COMMANDS, completions, without_run
+from prune_lab.failure import fail
 from prune_lab.schema import ConfigError, suggestion
 
 SWEEP_FLAGS = ("-m", "--multirun")
@@ -58,21 +58,6 @@ def main(argv: list[str] | None = None) -> int:
         return fail(error)
 
 
-def fail(error: Exception) -> int:
-    """Say in one line what went wrong and return the exit code; a defect's traceback goes before it or into a log."""
-    if isinstance(error, ConfigError):
-        line = str(error)
-    elif isinstance(error, OSError):
-        line = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
-    else:
-        line = f"{type(error).__name__}: {error}"
-        if not getattr(error, "__notes__", None):
-            traceback.print_exception(error)
-    line = " ".join([*line.split(), *(f"({note})" for note in getattr(error, "__notes__", ()))])
-    print(f"prune-lab: error: {line}", file=sys.stderr)
-    return 1
-
-
 def _dispatch(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text(), end="")
@@ -98,8 +83,10 @@ def _command(name: str, arguments: list[str]) -> int:
     if name == "run":
         return _run(arguments)
     if name == "list":
-        from prune_lab.listing import main as command
-    elif name == "compare":
+        from prune_lab.listing import show
+
+        return show(conf_dir(), arguments)
+    if name == "compare":
         from prune_lab.report import main as command
     else:
         from prune_lab.tracking.refill import main as command

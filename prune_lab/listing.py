@@ -6,7 +6,6 @@ from pathlib import Path
 
 import yaml
 
-from prune_lab.cli import conf_dir
 from prune_lab.completion import LISTS
 from prune_lab.overrides import choices
 from prune_lab.schema import ConfigError, suggestion
@@ -14,15 +13,15 @@ from prune_lab.schema import ConfigError, suggestion
 WHAT = {name: name.removesuffix("s") for name in LISTS}
 
 
-def main(arguments: list[str]) -> int:
+def show(conf_dir: Path, arguments: list[str]) -> int:
     """Print the choices of one group, a line each: name and what it is."""
     if len(arguments) != 1 or arguments[0] not in WHAT:
         typed = arguments[0] if arguments else ""
         near = "" if typed in WHAT else suggestion(typed, WHAT)
         raise ConfigError(f"{' '.join(['prune-lab list', *arguments])}: give one of {', '.join(WHAT)}{near}")
     group = WHAT[arguments[0]]
-    for name in choices(conf_dir(), group):
-        path = conf_dir() / group / f"{name}.yaml"
+    for name in choices(conf_dir, group):
+        path = conf_dir / group / f"{name}.yaml"
         print(f"{name:22} {_card(path) if group == 'method' else _first_comment(path)}".rstrip())
     return 0
 
