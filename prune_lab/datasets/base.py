@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
-from prune_lab.schema import ConfigError, Count, Index, Positive, Range
+from prune_lab.schema import ConfigError, Count, Index, Name, Positive, Range
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,7 @@ class Dataset(Protocol):
 class CommonConfig:
     """Options of every data set (values: conf/dataset/*.yaml)."""
 
-    name: str
+    name: Name
     kind: str
     image_size: Count
     """Height and width in pixels."""

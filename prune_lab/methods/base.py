@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.lazy import lazy_import
+from prune_lab.schema import Name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +59,7 @@ FINETUNE = Phase("finetune", "train", "finetune", active=True)
 class MethodConfig:
     """Options every method has."""
 
-    name: str
+    name: Name
     """the method's name as in method=NAME"""
 
 

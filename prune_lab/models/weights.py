@@ -79,8 +79,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        # Damaged or foreign files raise many types (pickle, zip, safetensors, runtime); all mean the same here.
-        raise ConfigError(f"model.weights={path} cannot be read as weights: {_first_line(error)}") from error
+        # Damaged or foreign files raise many types (pickle, zip, safetensors, runtime); all mean the same here. Their
+        # texts do not help: torch's advises unrestricted unpickling.
+        raise ConfigError(
+            f"model.weights={path} cannot be read as weights ({type(error).__name__}): damaged, or not written by "
+            "torch.save or safetensors as plain tensors"
+        ) from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]

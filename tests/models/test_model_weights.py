@@ -93,7 +93,7 @@ def test_damaged_file(tmp_path, suffix):
 
 def test_pickled_module_is_not_executed(tmp_path):
     torch.save(resnet20(seed=0), tmp_path / "module.pt")
-    assert "cannot be read as weights: Weights only load failed" in refusal(resnet20(seed=0), tmp_path / "module.pt")
+    assert "cannot be read as weights (UnpicklingError)" in refusal(resnet20(seed=0), tmp_path / "module.pt")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {}, {"accuracy": 90.0}, {"state_dict": {"a": 1}}])
