@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 
 from prune_lab import checkpoint, distributed, loop
 from prune_lab.files import SaveError
+from prune_lab.schema import ConfigError
 
 
 def pair(folder: Path, *overrides: str) -> tuple[list[int], str]:
@@ -120,8 +121,16 @@ def test_a_stopped_pair_goes_on_bit_equal(tmp_path, sync_bn):
 
 
 def test_an_option_that_fits_no_pair_ends_both(tmp_path):
-    codes, shown = pair(tmp_path, *TINY, "schedule.batch_size=7")
-    assert codes[0] == 1 and codes[1] != 0
+    def refused() -> int:
+        try:
+            return execute(tmp_path / "out", *TINY, "schedule.batch_size=7")
+        except ConfigError as error:  # as the command line does
+            print(error)
+            return 1
+
+    codes = [wait_for(child) for child in fork_pair(tmp_path / "log", refused)]
+    shown = (tmp_path / "log").read_text()
+    assert codes == [1, 1]
     assert "schedule.batch_size=7 must be a multiple of" in shown
 
 

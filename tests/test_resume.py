@@ -195,8 +195,8 @@ def kill_until_done(folder: Path, options: tuple[str, ...], *, kills: int, seed:
 )
 def test_kill_9_at_random_moments_on_digits_changes_nothing(tmp_path, whole, method):
     options = ("dataset=digits", "dataset.image_size=16", "model=resnet20", "model.width=0.25",
-               "trainer.precision=fp32", "schedule.batch_size=32", "schedule.train.epochs=3", "schedule.finetune.epochs=2",
-               "trainer.limit_train_batches=8", "logger.wandb=disabled", OFTEN, *METHODS[method])  # fmt: skip
+               "trainer.precision=fp32", "schedule.batch_size=32", "schedule.train.epochs=3",
+               "schedule.finetune.epochs=2", "trainer.limit_train_batches=8", "logger.wandb=disabled", OFTEN, *METHODS[method])  # fmt: skip
     hits = kill_until_done(tmp_path / "out", options, kills=3, seed=len(method))
     assert hits > 0
     assert_same_run(tmp_path / "out", whole(*options))
@@ -207,7 +207,8 @@ def test_kill_9_of_the_real_command(tmp_path, child_environment, whole):
     command = [sys.executable, "-m", "prune_lab", *options, "output_dir=out"]
     child = subprocess.Popen(command, cwd=tmp_path, env=child_environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("out/phases/*/checkpoint.previous.pt")) and time.monotonic() < deadline:
+    while child.poll() is None and not list(tmp_path.glob("out/phases/*/checkpoint.previous.pt")):
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     child.kill()
     assert child.wait() == -signal.SIGKILL
