@@ -196,7 +196,8 @@ def kill_until_done(folder: Path, options: tuple[str, ...], *, kills: int, seed:
 def test_kill_9_at_random_moments_on_digits_changes_nothing(tmp_path, whole, method):
     options = ("dataset=digits", "dataset.image_size=16", "model=resnet20", "model.width=0.25",
                "trainer.precision=fp32", "schedule.batch_size=32", "schedule.train.epochs=3",
-               "schedule.finetune.epochs=2", "trainer.limit_train_batches=8", "logger.wandb=disabled", OFTEN, *METHODS[method])  # fmt: skip
+               "schedule.finetune.epochs=2", "trainer.limit_train_batches=8", "logger.wandb=disabled", OFTEN,
+               *METHODS[method])  # fmt: skip
     hits = kill_until_done(tmp_path / "out", options, kills=3, seed=len(method))
     assert hits > 0
     assert_same_run(tmp_path / "out", whole(*options))
