@@ -147,6 +147,8 @@ class RunConfig:
     output_dir: str
     dry_run: bool
     resolved: dict
+    overrides: tuple[str, ...] = ()
+    """the command's options as typed, for the record"""
 
 
 @dataclass(frozen=True)

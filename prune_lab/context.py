@@ -30,8 +30,6 @@ class Context:
     total_steps: int
     """optimizer steps of the phase, 0 for a phase without training"""
     steps_per_epoch: int
-    multiplier: float
-    """schedule.multiplier, for methods that state their schedule in absolute steps"""
     masks: MaskSet | None = None
     optimizer: torch.optim.Optimizer | None = None
     cost: TrainingCost = field(default_factory=TrainingCost)

@@ -4,44 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prune_lab import datasets, identity, numerics, results
-from prune_lab.accounting import TrainingCost, layer_table, profile, sparse_macs
-from prune_lab.checkpoint import CheckpointPair
+from prune_lab.accounting import TrainingCost, layer_table, sparse_macs
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
 from prune_lab.files import write_json
-from prune_lab.identity import PlannedPhase
-from prune_lab.loop import train_step
 from prune_lab.numerics import Numerics
-from prune_lab.optim import build_optimizer
-from prune_lab.phases import Job, build_model, open_context, open_training
+from prune_lab.phases import Job, build_model, layer_costs
+from prune_lab.rehearsal import RandomImages, job_without_files, one_step
 from prune_lab.schema import ConfigError
 from prune_lab.tracking.lines import quantity, summary_lines
-
-_IMAGES = 4
-"""images of the one step per phase: enough for batch norm, little enough for ResNet-50 on a laptop"""
-
-
-class RandomImages:
-    """Stands in for a data set of the same sizes."""
-
-    def __init__(self, info: datasets.DatasetInfo, device: torch.device) -> None:
-        self.info, self._device = info, device
-
-    def num_batches(self, batch_size: int) -> int:
-        return self.info.num_train // batch_size
-
-    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        size = self.info.image_size
-        images = torch.randn(_IMAGES, 3, size, size, device=self._device)
-        return images, torch.arange(_IMAGES, device=self._device) % self.info.num_classes
 
 
 def dry_run(config: RunConfig) -> int:
@@ -57,74 +32,24 @@ def dry_run(config: RunConfig) -> int:
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model_config = config.method.adapt_model(config.model, **sizes)
     planned = identity.plan(config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=1)
-    folder = results.RunFolder.of(config, planned, planned)
+    inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": 1}
+    folder = results.RunFolder.of(config, fingerprint=None, **inputs)
     dataset, spent, kept, previous = RandomImages(info, arithmetic.torch_device), 0, {}, None
     for entry in planned:
         job = job_without_files(config, model_config, entry, dataset, arithmetic, previous)
-        previous, context = _one_step(job)
+        previous, context = one_step(job)
         layout = job.method.layout(context)
         spent = None if spent is None or layout is None else spent + planned_cost(job, context, layout)
         kept = layout[-1][1] if layout else layout if layout is None else kept
     model = build_model(model_config, **sizes, seed=config.seed)
-    costs, layers = profile(model, info.image_size), config.method.layers(model)
+    costs, layers = layer_costs(model_config, **sizes), config.method.layers(model)
     rows = layer_table(layers, costs, kept)
     known = {"spent": spent, "info": info, "arithmetic": arithmetic}
     summary = _summary(config, folder, planned, model, costs, layers, kept, **known)
-    _show(folder.directory, planned, rows, summary)
     folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
+    _show(folder.directory, planned, rows, summary)
     return 0
-
-
-def rehearse(config: RunConfig, model_config: Any, first: PlannedPhase, dataset: Any, arithmetic: Numerics) -> None:
-    """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
-
-    Raises:
-        ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short ...
-    """
-    fresh = replace(config, method=type(config.method)(config.method.config))
-    job = job_without_files(fresh, model_config, first, dataset, arithmetic, None)
-    context = open_context(job)
-    context.optimizer = build_optimizer(context.model, config.optimizer)
-    job.method.setup(context)
-    fresh.method.layout(context)
-
-
-def job_without_files(
-    config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, arithmetic: Numerics, previous: Any
-) -> Job:
-    """Return a phase that reads and writes no file."""
-    nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
-    return Job(
-        config=config,
-        model_config=model_config,
-        planned=entry,
-        dataset=dataset,
-        numerics=arithmetic,
-        previous=previous,
-        checkpoints=nowhere,
-        resumed=None,
-        record=lambda row: None,
-        show=lambda done, total, text: None,
-        report=lambda text: None,
-        stop=lambda: False,
-    )
-
-
-def _one_step(job: Job) -> tuple[dict[str, Any], Context]:
-    """Do the first step of a phase and return what the next phase starts from."""
-    context = open_context(job)
-    if job.planned.phase.hook == "train":
-        training = open_training(job, context)
-        job.method.setup(context)
-        context.model.train()
-        if context.total_steps:
-            train_step(training, *job.dataset.batch())
-    else:
-        job.method.setup(context)
-        getattr(job.method, job.planned.phase.hook)(context)
-    masks = None if context.masks is None else context.masks.state_dict()
-    return {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict()}, context
 
 
 def planned_cost(job: Job, context: Context, layout: list[tuple[int, dict[str, int]]]) -> int:
@@ -144,9 +69,7 @@ def _summary(
     kept: dict[str, int] | None, *, spent: int | None, info: datasets.DatasetInfo, arithmetic: Numerics,
 ) -> dict[str, Any]:
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-    adapted = config.method.adapt_model(config.model, **sizes) != config.model
-    dense = build_model(config.model, **sizes, seed=config.seed) if adapted else model
-    counts = results.cost_counts(model, costs, kept or {}, dense=dense, image_size=info.image_size)
+    counts = results.cost_counts(model, costs, kept or {}, dense_config=config.model, **sizes)
     requested = config.method.requested_sparsity()
     counts |= results.sparsity_counts(layers, kept or {}, requested)
     if kept is None:  # a global cut: the totals are known, the layout is not

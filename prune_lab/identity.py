@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prune_lab import datasets, models
@@ -61,7 +61,7 @@ def plan(
             inputs["optimizer"] = asdict(config.optimizer)
             inputs["trainer"] = training
         if phase.active:
-            inputs["method"] = config.method.identity() | {"multiplier": config.schedule.multiplier}
+            inputs["method"] = config.method.identity()
         previous = digest(inputs)
         planned.append(PlannedPhase(phase, previous, schedule, inputs))
     return planned
@@ -84,11 +84,11 @@ def run_key(planned: list[PlannedPhase], config: RunConfig) -> str:
     return digest([planned[-1].key, config.method.identity()])
 
 
-def group_key(config: RunConfig) -> str:
-    """Return a name shared by runs that differ in nothing but the seed and where they log."""
-    resolved = _without(config.resolved, {"seed", "logger", "output_dir", "dry_run"})
-    resolved["dataset"] = datasets.identity(config.dataset)
-    return f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-{digest(resolved)[:8]}"
+def group_key(config: RunConfig, **inputs: Any) -> str:
+    """Return a name shared by runs whose results can differ by the seed only; `inputs` as for `plan`."""
+    seedless = replace(config, seed=0)
+    key = run_key(plan(seedless, **inputs), seedless)
+    return f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-{key[:8]}"
 
 
 def _without(mapping: dict, names: set[str]) -> dict:

@@ -70,6 +70,8 @@ class Training:
         device = self.numerics.torch_device
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
         self.first_bad = torch.tensor(_NEVER, device=device)  # step of the first non-finite loss
+        self.last_scores: dict[str, float] | None = None  # of the last epoch, if it ended in this process
+        self.train_s = 0.0  # seconds of training steps in this process
 
     @property
     def evaluated(self) -> nn.Module:
@@ -118,6 +120,7 @@ def fit(training: Training) -> None:
         started, first = time.monotonic(), progress.batch
         _train_epoch(training)
         seconds = time.monotonic() - started
+        training.train_s += seconds
         images = (progress.batch - first) * training.batch_size
         _end_epoch(training, seconds=seconds, images_per_s=images / max(seconds, 1e-9))
         progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -289,7 +292,10 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
     row |= training.method.end_epoch(context, progress.epoch)
     last = progress.epoch + 1 == training.schedule.epochs
     if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:
-        result = evaluate(training.evaluated, training, numerics=training.numerics)
+        # The last epoch is what is reported: measured in fp32, once.
+        numerics = training.numerics.exact() if last else training.numerics
+        result = evaluate(training.evaluated, training, numerics=numerics)
+        training.last_scores = result if last else None
         row |= {f"eval/{key}": value for key, value in result.items()}
     training.record(row)
 

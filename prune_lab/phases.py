@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import nn
 
 from prune_lab import distributed, models
-from prune_lab.accounting import profile
+from prune_lab.accounting import LayerCost, profile
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
@@ -73,7 +73,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     context = open_context(job)
     method, phase = job.method, job.planned.phase
     started, model = time.monotonic(), context.model
-    progress = Progress()
+    progress, scores, train_s = Progress(), None, 0.0
     if phase.hook == "train":
         training = open_training(job, context)
         method.setup(context)
@@ -83,18 +83,22 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
             started -= training.progress.wall_s
         fit(training)
         model, progress = training.evaluated, training.progress
+        scores, train_s = training.last_scores, training.train_s
     else:
         method.setup(context)
         getattr(method, phase.hook)(context)
-    exact = Numerics(job.numerics.device, "fp32", job.numerics.channels_last, False)
-    trainer = job.config.trainer
-    scores = measure(model, job.dataset, job.dataset.eval_split, numerics=exact, trainer=trainer, poll=job.poll)
+    if scores is None:  # no epoch ended here: a phase without training, or one resumed after its last epoch
+        trainer, exact = job.config.trainer, job.numerics.exact()
+        scores = measure(model, job.dataset, job.dataset.eval_split, numerics=exact, trainer=trainer, poll=job.poll)
+    if phase.hook != "train":
+        job.record(_row(context, scores))
     figures = scores | {
         "epochs": progress.epoch,
         "steps": progress.step,
         "macs_train": context.cost.total,
         "macs_inference": context.forward_macs,
         "wall_s": time.monotonic() - started,
+        "train_s_here": train_s,
         "paper_train_ratio": method.paper_train_ratio(context),
     }
     result = {
@@ -105,6 +109,13 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     return result, figures
 
 
+def _row(context: Context, scores: dict[str, float]) -> dict[str, Any]:
+    """Return the record of a phase without training: the network as the phase leaves it."""
+    row = {"phase": context.phase, "epoch": 0, "step": 0, "macs/inference": context.forward_macs}
+    row |= {"macs/train": context.cost.total} | {f"eval/{key}": value for key, value in scores.items()}
+    return row if context.masks is None else row | {"sparsity": 1 - context.masks.density}
+
+
 def open_context(job: Job) -> Context:
     """Return the phase's model, masks and costs: fresh weights in the first phase, the previous result later."""
     config, info = job.config, job.dataset.info
@@ -113,7 +124,7 @@ def open_context(job: Job) -> Context:
         load_weights(model, job.model_config)
     else:
         model.load_state_dict(job.previous["model"])
-    costs = profile(model, info.image_size)
+    costs = layer_costs(job.model_config, num_classes=info.num_classes, image_size=info.image_size)
     model = distributed.join_batch_norm(model, job.numerics.torch_device) if config.trainer.sync_bn else model
     model.to(job.numerics.torch_device, memory_format=job.numerics.memory_format)
     steps = 0
@@ -121,13 +132,12 @@ def open_context(job: Job) -> Context:
         steps = steps_per_epoch(job)
     context = Context(
         model=model,
-        costs=costs,
+        costs=list(costs),
         layers=config.method.layers(model),
         phase=job.planned.phase.name,
         seed=config.seed,
         total_steps=steps * job.planned.schedule.epochs if steps else 0,
         steps_per_epoch=steps,
-        multiplier=config.schedule.multiplier,
         report=job.report,
         amp_scaled=job.numerics.precision == "fp16",
     )
@@ -136,6 +146,14 @@ def open_context(job: Job) -> Context:
     if job.previous is not None and job.planned.phase.active and job.previous["method"]:
         job.method.load_state_dict(job.previous["method"])
     return context
+
+
+@lru_cache(maxsize=32)
+def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tuple[LayerCost, ...]:
+    """Return the dense cost per layer of a network as its options build it."""
+    with torch.device("meta"):
+        model = models.build(model_config, num_classes=num_classes, image_size=image_size)
+    return tuple(profile(model, image_size))
 
 
 def build_model(model_config: Any, *, num_classes: int, image_size: int, seed: int) -> nn.Module:

@@ -15,11 +15,11 @@ import torch
 from prune_lab import datasets, distributed, identity, numerics, results
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
-from prune_lab.dry_run import rehearse
 from prune_lab.files import SaveError
 from prune_lab.loop import Interrupted, NonFiniteLoss
 from prune_lab.numerics import Numerics
 from prune_lab.phases import Job, perform
+from prune_lab.rehearsal import rehearse
 from prune_lab.schema import ConfigError
 from prune_lab.signals import StopFlag, stop_flag
 from prune_lab.store import PhaseStore, lock
@@ -63,8 +63,6 @@ def run(config: RunConfig) -> int:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     arithmetic = numerics.resolve(config.trainer, local_rank=local_rank)
-    if config.trainer.threads is not None:
-        torch.set_num_threads(config.trainer.threads)
     distributed.start(arithmetic.torch_device)
     try:
         return _run(config, arithmetic)
@@ -81,7 +79,7 @@ def _run(config: RunConfig, arithmetic: Numerics) -> int:
     dataset = datasets.load(config.dataset, fmt)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": distributed.world_size()}
     planned = identity.plan(config, fingerprint=dataset.fingerprint, **inputs)
-    folder = results.RunFolder.of(config, planned, identity.plan(config, fingerprint=None, **inputs))
+    folder = results.RunFolder.of(config, fingerprint=dataset.fingerprint, **inputs)
     if distributed.share(not (folder.directory / "run.json").exists() if distributed.is_main() else None):
         rehearse(config, model_config, planned[0], dataset, arithmetic)
     with stop_flag() as stop:
@@ -141,6 +139,8 @@ def _reason(error: OSError, directory: Path) -> str:
 def _carry_out(run: Run) -> int:
     started = time.monotonic()
     run.folder.start(run.tracker, run.config, run.planned)
+    if run.config.model.weights is not None:
+        run.tracker.message("note: macs/train does not count the training of model.weights")
     previous = None
     for planned in run.planned:
         previous, figures = _obtain(run, planned, previous)
@@ -178,11 +178,9 @@ def _obtain_locked(
             run.tracker.log(_absolute(run, record), replayed=True)
     if resumed:
         run.tracker.message(f"phase {planned.phase.name}: resumed at step {done}")
-    started = time.monotonic()
     result, figures = perform(_job(run, planned, previous, store, resumed))
-    if figures["steps"]:
-        run.images_done += (figures["steps"] - done) * run.config.schedule.batch_size
-        run.train_s += time.monotonic() - started
+    run.images_done += (figures["steps"] - done) * run.config.schedule.batch_size
+    run.train_s += figures.pop("train_s_here")
     if distributed.is_main():
         store.finish(result, figures, planned.inputs)
     distributed.barrier()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-import sys
+import shlex
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,14 +17,14 @@ import yaml
 from torch import Tensor, nn
 
 from prune_lab import __version__, distributed, models
-from prune_lab.accounting import count_parameters, dense_macs, layer_table, profile, sparse_macs
+from prune_lab.accounting import LayerCost, count_parameters, dense_macs, layer_table, profile, sparse_macs
 from prune_lab.config import RunConfig
 from prune_lab.distributions import num_keep_total
 from prune_lab.files import read_json, write_text
-from prune_lab.identity import PlannedPhase, group_key, run_key
+from prune_lab.identity import PlannedPhase, group_key, plan, run_key
 from prune_lab.loop import measure
 from prune_lab.numerics import Numerics
-from prune_lab.phases import build_model, fresh
+from prune_lab.phases import build_model, fresh, layer_costs
 from prune_lab.saved_model import save_model
 from prune_lab.schema import ConfigError
 from prune_lab.tracking import RunInfo, Tracker, open_tracker
@@ -40,16 +42,16 @@ class RunFolder:
     group: str
 
     @classmethod
-    def of(cls, config: RunConfig, planned: list[PlannedPhase], without_data: list[PlannedPhase]) -> RunFolder:
-        """Return the folder of a run.
+    def of(cls, config: RunConfig, *, fingerprint: str | None, **inputs: Any) -> RunFolder:
+        """Return the folder of a run; `inputs` as for identity.plan.
 
-        Args:
-            planned: phases, keyed by options and data: the run's identity.
-            without_data: phases keyed by options alone; they name the directory, so that a dry run finds it too.
+        Options alone name the directory, so that a dry run without data finds it too; options and data are the run's
+        identity.
         """
-        short = run_key(without_data, config)[:8]
+        short = run_key(plan(config, fingerprint=None, **inputs), config)[:8]
         name = f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-s{config.seed}-{short}"
-        return cls(Path(config.output_dir) / name, run_key(planned, config), group_key(config))
+        key = run_key(plan(config, fingerprint=fingerprint, **inputs), config)
+        return cls(Path(config.output_dir) / name, key, group_key(config, fingerprint=fingerprint, **inputs))
 
     def tracker(self, config: RunConfig) -> Tracker:
         return open_tracker(config.logger) if distributed.is_main() else Tracker()
@@ -60,13 +62,12 @@ class RunFolder:
         Raises:
             ConfigError: the directory was written by another configuration.
         """
-        if (self.directory / "run.json").exists():
-            owner = read_json(self.directory / "run.json").get("id")
-            if owner != self.key:
-                raise ConfigError(
-                    f"output_dir: {self.directory} was written by another configuration or from other data (run id "
-                    f"{owner}, this one is {self.key}); move it away or choose another output_dir"
-                )
+        owner = self._owner()
+        if owner not in (None, self.key):
+            raise ConfigError(
+                f"output_dir: {self.directory} was written by another configuration or from other data (run id "
+                f"{owner}, this one is {self.key}); move it away or choose another output_dir"
+            )
         try:
             if read_json(self.directory / "status.json")["status"] != "finished":  # written last
                 return None
@@ -76,6 +77,13 @@ class RunFolder:
         except (FileNotFoundError, ValueError, KeyError):
             return None
 
+    def _owner(self) -> str | None:
+        """Return the run id that the directory's files carry, None for a directory without a run."""
+        for name, key in (("run.json", "id"), ("summary.json", "run/id")):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                return str(read_json(self.directory / name).get(key))
+        return "unknown" if (self.directory / "config.yaml").exists() else None  # run.json is written before it
+
     def start(self, tracker: Tracker, config: RunConfig, planned: list[PlannedPhase]) -> None:
         """Begin or begin again: options on disk, all sinks told."""
         plan = [
@@ -84,11 +92,11 @@ class RunFolder:
         ]
         if distributed.is_main():
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_text(self.directory / "config.yaml", yaml.safe_dump(config.resolved, sort_keys=False))
             (self.directory / "summary.json").unlink(missing_ok=True)
         tags = [config.dataset.name, config.model.name, config.method.config.name, *config.logger.tags]
         tracker.start(RunInfo(self.directory, self.key, self.directory.name, self.group, tags, config.resolved, plan))
         if distributed.is_main():
+            write_text(self.directory / "config.yaml", yaml.safe_dump(config.resolved, sort_keys=False))
             self._link_phases(planned)
 
     def _link_phases(self, planned: list[PlannedPhase]) -> None:
@@ -123,21 +131,23 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     method = fresh(config.method)
     if run.planned[-1].phase.active:
         method.load_state_dict(result["method"])
-    model = method.finish(model)
+    finished = method.finish(model)
+    known = {"final": run.outcomes[-1]} if finished is model else {}  # measured in its phase already
+    model = finished
     layers = method.layers(model)
     check_sparsity(config, layers, kept)
-    exact = Numerics(run.numerics.device, "fp32", run.numerics.channels_last, False)
+    exact = run.numerics.exact()
     model.to(exact.torch_device, memory_format=exact.memory_format)
     splits = {"final": run.dataset.eval_split} | ({"test": "test"} if run.dataset.eval_split == "val" else {})
     scores = {
-        name: measure(model, run.dataset, split, numerics=exact, trainer=config.trainer, poll=run.poll_alone)
+        name: {key: known[name][key] for key in ("loss", "top1", "top5")} if name in known
+        else measure(model, run.dataset, split, numerics=exact, trainer=config.trainer, poll=run.poll_alone)
         for name, split in splits.items()
     }
-    costs = profile(model, info.image_size)
-    dense = build_model(config.model, **sizes, seed=config.seed)
+    costs = layer_costs(run.model_config, **sizes) if known else profile(model, info.image_size)
     counts = {
         **sparsity_counts(layers, kept, config.method.requested_sparsity()),
-        **cost_counts(model, costs, kept, dense=dense, image_size=info.image_size),
+        **cost_counts(model, costs, kept, dense_config=config.model, **sizes),
     }
     if not distributed.is_main():
         return
@@ -175,16 +185,20 @@ def sparsity_counts(layers: list, kept: dict[str, int], requested: float | None)
     return {"sparsity/requested": requested, "sparsity/achieved": None if requested is None else 1 - achieved / total}
 
 
-def cost_counts(model: Any, costs: list, kept: dict[str, int], *, dense: Any, image_size: int) -> dict[str, Any]:
+def cost_counts(
+    model: nn.Module, costs: Sequence[LayerCost], kept: dict[str, int], *, dense_config: Any, **sizes: int
+) -> dict[str, Any]:
     """Return parameters and MACs of the finished network beside those of the network as configured, dense."""
+    with torch.device("meta"):
+        dense = models.build(dense_config, **sizes)
     total = count_parameters(model)
-    sizes = {cost.parameter: cost.weights for cost in costs}
-    dense_forward = dense_macs(profile(dense, image_size))
+    weights = {cost.parameter: cost.weights for cost in costs}
+    dense_forward = dense_macs(layer_costs(dense_config, **sizes))
     forward = sparse_macs(costs, kept)
     return {
         "params/dense": count_parameters(dense),
         "params/total": total,
-        "params/nonzero": total - sum(sizes[name] - count for name, count in kept.items()),
+        "params/nonzero": total - sum(weights[name] - count for name, count in kept.items()),
         "macs/dense": dense_forward,
         "macs/inference": forward,
         "macs/inference_ratio": forward / dense_forward,
@@ -204,7 +218,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "run/id": folder.key,
         "run/group": folder.group,
         "run/seed": config.seed,
-        "run/command": " ".join(["prune-lab", *sys.argv[1:]]),
+        "run/command": shlex.join(["prune-lab", *config.overrides]),
         "run/device": device_name(run.numerics),
         "run/versions": versions(),
         **choices(config),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from prune_lab.config import check
 from prune_lab.failure import fail
+from prune_lab.overrides import plain
 
 INTERRUPTED = 128
 """exit codes above this mean that a signal stopped the run"""
@@ -24,16 +28,18 @@ def run_all(conf_dir: Path, arguments: list[str]) -> int:
     jobs: list[tuple[str, int]] = []
 
     def task(node: Any) -> None:
-        varied = [override for override in HydraConfig.get().overrides.task if override not in arguments]
+        task_overrides = list(HydraConfig.get().overrides.task)
+        varied = [override for override in task_overrides if override not in fixed]
         name = " ".join(varied) or "the only one"
         sweeping = HydraConfig.get().mode.name == "MULTIRUN"
         if sweeping:
             print(f"{'' if not jobs else chr(10)}run {len(jobs) + 1}: {name}", flush=True)
-        code = run_composed(node)
+        code = run_composed(node, task_overrides)
         jobs.append((name, code))
         if code > INTERRUPTED:
             raise SystemExit(code)  # the one way out of Hydra that starts no further job
 
+    fixed, arguments = set(arguments), _master_free(arguments)
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
@@ -57,16 +63,35 @@ def _conclude(jobs: list[tuple[str, int]]) -> int:
     return failed[0][1] if failed else 0
 
 
-def run_composed(node: Any) -> int:
+def _master_free(arguments: list[str]) -> list[str]:
+    """Return a sweep's arguments with single values written as choice(value).
+
+    Hydra first composes the options that are not swept alone. There method=rigl,set is still the default method, which
+    has no method.sparsity; as a choice of one it joins each job instead.
+    """
+    if not {"-m", "--multirun"} & set(arguments):
+        return arguments
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    written = []
+    for override in OverridesParser.create().parse_overrides(overrides):
+        line = override.input_line
+        key, _, value = line.partition("=")
+        as_typed = override.is_sweep_override() or override.is_delete() or override.is_add() or "/" in key
+        written.append(line if as_typed else f"{key}=choice({value})")
+    return flags + written
+
+
+def run_composed(node: Any, overrides: Sequence[str] = ()) -> int:
     """Run one composed configuration and return its exit code; torch is imported here for the first time."""
-    # Threads of GNU OpenMP wait for each other by spinning. With another program on the same cores that made a ResNet-20
-    # step 10 to 30 times as long; after 10,000 turns of sleep instead 4 times, and as fast as ever on idle cores.
+    # Threads of GNU OpenMP wait for each other by spinning. With another program on the same cores that made a
+    # ResNet-20 step 10 to 30 times as long; asleep after 10,000 turns it is 4 times, and as fast as ever on idle cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from prune_lab.config import check
-    from prune_lab.overrides import plain
 
     try:
-        config = check(plain(node))
+        config = replace(check(plain(node)), overrides=tuple(overrides))
         if config.dry_run:
             from prune_lab.dry_run import dry_run as start
         else:

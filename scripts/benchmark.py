@@ -25,10 +25,10 @@ from prune_lab import datasets, identity, numerics
 from prune_lab.cli import conf_dir
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat, cifar
-from prune_lab.dry_run import RandomImages, job_without_files
 from prune_lab.loop import Training, train_step
 from prune_lab.overrides import compose_checked
 from prune_lab.phases import build_model, open_context, open_training
+from prune_lab.rehearsal import RandomImages, job_without_files
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         steps[f"prune-lab {name}"] = lambda training=runs[name]: _our_step(training, *batch)
     steps["rigl mask update"] = lambda: runs["rigl"].method.update(runs["rigl"].context, 100)
     _our_step(runs["rigl"], *batch)  # gradients to update from
-    print(f"{runs['dense'].numerics}, {torch.get_num_threads()} threads, batch {len(batch[1])}, {options.rounds} rounds")
+    print(f"{runs['dense'].numerics}, {torch.get_num_threads()} threads, batch {len(batch[1])}")
     times = _measure(steps, options.rounds, device)
     base = statistics.median(times["bare PyTorch"])
     for name, values in times.items():
@@ -164,8 +164,9 @@ def _compare_epochs(training: Training, options: argparse.Namespace) -> None:
         middle = time.perf_counter()
         peer_stretch(epoch)
         ratios.append((middle - began) / (time.perf_counter() - middle))
-    print(f"{options.batches} batches of real training: {statistics.median(ratios[1:]):.3f} x the DataLoader recipe's time "
-          f"(rounds: {', '.join(f'{ratio:.3f}' for ratio in ratios[1:])})")
+    shown = ", ".join(f"{ratio:.3f}" for ratio in ratios[1:])
+    print(f"{options.batches} batches of real training: {statistics.median(ratios[1:]):.3f} x the time of the "
+          f"DataLoader recipe (rounds: {shown})")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ def main() -> None:
     overrides = {"root": options.root} if options.root else {"num_train": 50_000, "num_test": 1_000}
     name = "cifar10" if options.root else "fake"
     node = OmegaConf.merge(OmegaConf.load(CONF / f"{name}.yaml"), overrides)
+    node.pop("defaults")  # Hydra's own
     config = parse_config(OmegaConf.to_container(node, resolve=True))
     arrays = (cifar if options.root else fake).read(config)
     device = torch.device(options.device)

@@ -30,7 +30,8 @@ def child_environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
     """Environment of child processes: this checkout on the path, one thread, no W&B, a cache of their own."""
     cache = tmp_path_factory.mktemp("cache")
     path = os.pathsep.join(filter(None, [str(REPO), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PRUNE_LAB_CACHE": str(cache)}
+    quiet = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "PRUNE_LAB_CACHE": str(cache)}
+    return os.environ | quiet | {"PYTHONPATH": path}
 
 
 @pytest.fixture

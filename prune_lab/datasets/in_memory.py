@@ -106,6 +106,9 @@ class InMemoryDataset:
 
     @staticmethod
     def _place(images: np.ndarray, labels: np.ndarray, fmt: BatchFormat) -> tuple[Tensor, Tensor]:
+        # Image folders come class by class; in a shuffled order the first batches stand for the whole split.
+        order = splits.eval_order(len(labels)).numpy()
+        images, labels = images[order], labels[order]
         pixels = torch.from_numpy(np.array(images))
         if not fmt.channels_last:
             pixels = pixels.permute(0, 3, 1, 2).contiguous()

@@ -80,3 +80,8 @@ def batch_shard(batch_size: int, *, rank: int, world_size: int) -> slice:
 def eval_range(num_images: int, *, rank: int, world_size: int) -> range:
     """Return the images that `rank` evaluates; the ranges of all ranks cover every image exactly once."""
     return range(rank * num_images // world_size, (rank + 1) * num_images // world_size)
+
+
+def eval_order(num_images: int) -> Tensor:
+    """Return the fixed order in which a split is evaluated: shuffled, always the same."""
+    return torch.randperm(num_images, generator=generator(0, "evaluation order", num_images))

@@ -39,9 +39,9 @@ class StreamDataset:
         self.fingerprint = _fingerprint(config, train, test)
         self._config, self._fmt, self._train = config, fmt, train
         self._kept = kept
-        self._eval = {"test": (test, torch.arange(len(test.labels)))}
+        self._eval = {"test": (test, splits.eval_order(len(test.labels)))}
         if config.validation > 0:
-            self._eval["val"] = (train, held_out)
+            self._eval["val"] = (train, held_out[splits.eval_order(len(held_out))])
         self._normalise = Normaliser(config.mean, config.std, fmt, image_size=config.image_size)
 
     def num_batches(self, batch_size: int) -> int:

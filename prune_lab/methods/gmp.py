@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prune_lab.context import Context
 
 torch = lazy_import("torch")
+accounting = lazy_import("prune_lab.accounting")
 masks = lazy_import("prune_lab.masks")
 schedules = lazy_import("prune_lab.sparsity_schedules")
 distributions = lazy_import("prune_lab.distributions")
@@ -125,12 +126,22 @@ class GMP(WeightPruning):
             new = masks.keep_top_global(scores, keep, candidates=old)
         else:
             new = {name: masks.keep_top(score, keep[name], candidates=old[name]) for name, score in scores.items()}
-        for name, mask in new.items():
-            context.masks.replace(name, mask)
+        self.cut(context, new)
         context.masks.zero_state(context.optimizer, {name: old[name] & ~mask for name, mask in new.items()})
-        context.commit()
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
-        if self.config.distribution == "global":
+        if super().layout(context) is None:
             return None
         return [(0, {}), *((step + 1, kept) for step, kept in self.planned_cuts(context).items())]
+
+    def paper_train_ratio(self, context: Context) -> float | None:
+        """Return the mean of f_S over the steps, relative to f_D (Evci et al. 2020, appendix H)."""
+        layout = self.layout(context)
+        if layout is None or not context.total_steps:
+            return None
+        ends = [start for start, _ in layout[1:]] + [context.total_steps]
+        spent = sum(
+            (end - start) * accounting.sparse_macs(context.costs, kept)
+            for (start, kept), end in zip(layout, ends, strict=True)
+        )
+        return spent / (context.total_steps * context.dense_macs)

@@ -37,4 +37,4 @@ class Magnitude(WeightPruning):
         else:
             counts = self.allocate(context, self.config.sparsity)
             kept = {name: masks.keep_top(score, counts[name]) for name, score in scores.items()}
-        context.install_masks(kept)
+        self.cut(context, kept)

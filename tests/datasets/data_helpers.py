@@ -27,7 +27,8 @@ def shared_data() -> Path:
 
 def node(name: str, **overrides) -> dict:
     """Return the resolved options of conf/dataset/NAME.yaml with `overrides`."""
-    return OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"), resolve=True) | overrides
+    options = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"), resolve=True) | overrides
+    return {key: value for key, value in options.items() if key != "defaults"}  # Hydra's own
 
 
 def make(name: str, fmt: BatchFormat = FORMAT, **overrides):

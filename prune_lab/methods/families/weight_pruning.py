@@ -12,7 +12,7 @@ from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.schema import ConfigError, NonNegative, OpenFraction
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
@@ -28,7 +28,8 @@ class WeightPruningConfig(MethodConfig):
     distribution: Literal["uniform", "er", "erk", "file", "global"]
     """how the kept weights are shared among layers"""
     first_layer: Literal["auto", "sparse", "dense_uncompensated", "dense_compensated"]
-    """the first layer; auto: dense and outside the budget with uniform (RigL 3(1)), sparse otherwise"""
+    """the first layer; auto: dense and outside the budget with uniform and in networks with depthwise convolutions
+    (RigL 3(1), 4.1.2), sparse otherwise"""
     power: NonNegative
     """er and erk: exponent of the density rule; 0 is uniform, 1 the published one"""
     densities: str | None
@@ -47,12 +48,6 @@ class WeightPruningConfig(MethodConfig):
             raise ConfigError(f"{path}.first_layer=dense_compensated: give density 1 in {path}.densities instead")
         if self.distribution == "global" and self.first_layer.startswith("dense"):
             raise ConfigError(f"{path}.first_layer={self.first_layer} needs a budget per layer; use {path}.exclude")
-
-    @property
-    def first_layer_rule(self) -> str:
-        if self.first_layer == "auto":
-            return "dense_uncompensated" if self.distribution == "uniform" else "sparse"
-        return self.first_layer
 
 
 class WeightPruning(Method):
@@ -79,16 +74,37 @@ class WeightPruning(Method):
         return self.config.sparsity
 
     def layers(self, model: nn.Module) -> list[Layer]:
+        config = self.config
+        dense_first = config.first_layer == "dense_uncompensated"
+        if config.first_layer == "auto":
+            kinds = {eligibility.layer_kind(module) for module in model.modules()}
+            dense_first = config.distribution == "uniform" or "depthwise conv" in kinds
         return eligibility.select_layers(
-            model,
-            include=self.config.include,
-            exclude=self.config.exclude,
-            dense_first=self.config.first_layer_rule == "dense_uncompensated",
+            model, include=config.include, exclude=config.exclude, dense_first=dense_first
         )
 
     def total(self, context: Context, sparsity: float) -> int:
-        """Return the kept weights over all eligible layers at `sparsity`."""
-        return distributions.num_keep_total(sum(layer.size for layer in context.eligible()), sparsity)
+        """Return the kept weights over all eligible layers at `sparsity`.
+
+        Raises:
+            ConfigError: not one weight per layer would be left.
+        """
+        layers = context.eligible()
+        num_weights = sum(layer.size for layer in layers)
+        keep = distributions.num_keep_total(num_weights, sparsity)
+        if keep < len(layers):
+            raise ConfigError(
+                f"method.sparsity={sparsity} leaves {keep} weights for {len(layers)} layers; the reachable maximum is "
+                f"about {1 - len(layers) / num_weights:.6g}"
+            )
+        return keep
+
+    def cut(self, context: Context, masks: dict[str, Tensor]) -> None:
+        """Take the masks of a cut and name the layers it leaves without any weight."""
+        context.install_masks(masks)
+        empty = [name.removesuffix(".weight") for name, count in context.masks.counts().items() if count == 0]
+        if empty:
+            context.report(f"layers without any weight left: {', '.join(empty)}")
 
     def allocate(self, context: Context, sparsity: float) -> dict[str, int]:
         """Return kept weights per parameter; they add up to `total` exactly.
@@ -102,7 +118,7 @@ class WeightPruning(Method):
             names = {layer.name: layer.parameter for layer in context.eligible()}
             densities = distributions.load_densities(config.densities, names)
             return distributions.file_counts(layers, densities, sparsity=config.sparsity)
-        compensated = config.first_layer_rule == "dense_compensated"
+        compensated = config.first_layer == "dense_compensated"
         if compensated and not context.layers[0].eligible:
             first = context.layers[0]
             raise ConfigError(f"method.first_layer=dense_compensated: {first.name} has no budget, {first.reason}")
@@ -112,4 +128,5 @@ class WeightPruning(Method):
         )
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        self.total(context, self.config.sparsity)  # refuses what a global cut could not reach, too
         return None if self.config.distribution == "global" else [(0, self.allocate(context, self.config.sparsity))]

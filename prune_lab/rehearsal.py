@@ -1,0 +1,89 @@
+"""A phase on random images and without files: what a run would refuse, found before anything is written."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_lab import datasets
+from prune_lab.checkpoint import CheckpointPair
+from prune_lab.config import RunConfig
+from prune_lab.context import Context
+from prune_lab.identity import PlannedPhase
+from prune_lab.loop import train_step
+from prune_lab.numerics import Numerics
+from prune_lab.optim import build_optimizer
+from prune_lab.phases import Job, open_context, open_training
+
+_IMAGES = 4
+"""images per micro-batch of the one step: enough for batch norm, little enough for ResNet-50 on a laptop"""
+
+
+class RandomImages:
+    """Stands in for a data set of the same sizes."""
+
+    def __init__(self, info: datasets.DatasetInfo, device: torch.device) -> None:
+        self.info, self._device = info, device
+
+    def num_batches(self, batch_size: int) -> int:
+        return self.info.num_train // batch_size
+
+    def batch(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        size = self.info.image_size
+        images = torch.randn(num_images, 3, size, size, device=self._device)
+        return images, torch.arange(num_images, device=self._device) % self.info.num_classes
+
+
+def rehearse(config: RunConfig, model_config: Any, first: PlannedPhase, dataset: Any, arithmetic: Numerics) -> None:
+    """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
+
+    Raises:
+        ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short ...
+    """
+    fresh = replace(config, method=type(config.method)(config.method.config))
+    job = job_without_files(fresh, model_config, first, dataset, arithmetic, None)
+    context = open_context(job)
+    context.optimizer = build_optimizer(context.model, config.optimizer)
+    job.method.setup(context)
+    fresh.method.layout(context)
+
+
+def job_without_files(
+    config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, arithmetic: Numerics, previous: Any
+) -> Job:
+    """Return a phase that reads and writes no file."""
+    nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
+    return Job(
+        config=config,
+        model_config=model_config,
+        planned=entry,
+        dataset=dataset,
+        numerics=arithmetic,
+        previous=previous,
+        checkpoints=nowhere,
+        resumed=None,
+        record=lambda row: None,
+        show=lambda done, total, text: None,
+        report=lambda text: None,
+        stop=lambda: False,
+    )
+
+
+def one_step(job: Job) -> tuple[dict[str, Any], Context]:
+    """Do the first step of a phase and return what the next phase starts from."""
+    context = open_context(job)
+    if job.planned.phase.hook == "train":
+        training = open_training(job, context)
+        job.method.setup(context)
+        context.model.train()
+        if context.total_steps:
+            train_step(training, *job.dataset.batch(_IMAGES * job.config.trainer.accumulate))
+    else:
+        job.method.setup(context)
+        getattr(job.method, job.planned.phase.hook)(context)
+    masks = None if context.masks is None else context.masks.state_dict()
+    return {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict()}, context
