@@ -56,8 +56,7 @@ def check_batch_norm() -> None:
 
 def check_different_masks_are_noticed() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    context = Context(model=model, costs=[], layers=[], phase="train", seed=0, total_steps=0, steps_per_epoch=0,
-                      multiplier=1.0)  # fmt: skip
+    context = Context(model=model, costs=[], layers=[], phase="train", seed=0, total_steps=0, steps_per_epoch=0)
     context._count = lambda: 0
     mask = torch.ones(4, 3, 3, 3, dtype=torch.bool)
     context.install_masks({"0.weight": mask})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from run_helpers import METHODS, TINY, compose
 
 from prune_lab import identity, models, numerics
@@ -46,11 +47,19 @@ def test_an_option_that_can_change_a_result_changes_every_key(base, option):
 
 @pytest.mark.parametrize("option", [
     "logger.wandb=offline", "logger.project=other", "logger.tags=[a]", "output_dir=elsewhere",
-    "trainer.threads=1", "trainer.eval_batch_size=7", "trainer.checkpoint_interval_s=1", "dry_run=true",
+    "trainer.eval_batch_size=7", "trainer.checkpoint_interval_s=1", "dry_run=true",
     "schedule.finetune.epochs=7", "schedule.name=other",
 ])  # fmt: skip
 def test_an_option_that_cannot_change_the_result_changes_no_key(base, option):
     assert keys(*BASE, option) == base
+
+
+def test_threads_split_sums_and_count_on_a_cpu(base):
+    before = torch.get_num_threads()
+    try:
+        assert set(keys(*BASE, f"trainer.threads={before + 1}")).isdisjoint(base)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("option", ["dataset.root=elsewhere", "dataset.cache_dir=elsewhere", "dataset.download=true"])
@@ -101,7 +110,14 @@ def test_a_file_of_densities_counts_by_content_not_by_path(tmp_path):
     assert a == b and set(a).isdisjoint(c)
 
 
-def test_group_is_shared_by_seeds_only():
-    group = identity.group_key(compose(*BASE))
-    assert identity.group_key(compose(*BASE, "seed=5", "output_dir=x", "logger.project=y")) == group
-    assert identity.group_key(compose(*BASE, "method.sparsity=0.8")) != group
+def group(*overrides: str) -> str:
+    config = compose(*overrides)
+    arithmetic = numerics.resolve(config.trainer).identity()
+    return identity.group_key(config, model=config.model, fingerprint="data", numerics=arithmetic, world_size=1)
+
+
+def test_group_is_shared_by_runs_that_can_differ_by_the_seed_only():
+    same = ("seed=5", "output_dir=x", "logger.project=y", "trainer.checkpoint_interval_s=7")
+    assert group(*BASE, *same) == group(*BASE)
+    assert group(*BASE, "method.sparsity=0.8") != group(*BASE)
+    assert group(*BASE, "trainer.precision=bf16") != group(*BASE)
