@@ -122,6 +122,8 @@ def bad_values(hint: Any) -> list[Any]:
     """Return values that the annotation of an option forbids."""
     if typing.get_origin(hint) is Annotated:
         base, *rules = typing.get_args(hint)
+        if base is str:  # a name that becomes a directory
+            return ["a/b", "", None, 3]
         (limits,) = [rule for rule in rules if isinstance(rule, Range)]
         step = 1 if base is int else 0.1
         low = [] if limits.low == -math.inf else [limits.low if limits.open_low else limits.low - step]

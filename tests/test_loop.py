@@ -36,7 +36,7 @@ def training(
     config = compose(*TINY, "schedule.train.policy=constant", *overrides)
     context = Context(
         model=model, costs=profile(model, 8), layers=select_layers(model), phase="train", seed=0, total_steps=8,
-        steps_per_epoch=4, multiplier=1.0, optimizer=build_optimizer(model, config.optimizer),
+        steps_per_epoch=4, optimizer=build_optimizer(model, config.optimizer),
     )  # fmt: skip
     return Training(
         context=context, method=method or Method(MethodConfig("dense")), dataset=None,

@@ -41,7 +41,6 @@ def context_of(model: nn.Module, masks: dict[str, torch.Tensor], image_size: int
         seed=0,
         total_steps=100,
         steps_per_epoch=10,
-        multiplier=1.0,
     )
     context.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for parameter in model.parameters():

@@ -119,7 +119,7 @@ def test_records_of_a_reused_phase_come_with_the_run(tmp_path):
              for path in (entry.parent for entry in tmp_path.glob("*/run.json"))}  # fmt: skip
     rows = records(paths["magnitude"])
     assert [(row["phase"], row["epoch"], row["global_step"]) for row in rows] == [
-        ("train", 1, 6), ("train", 2, 12), ("finetune", 1, 18), ("final", 0, 18)]  # fmt: skip
+        ("train", 1, 6), ("train", 2, 12), ("prune", 0, 12), ("finetune", 1, 18), ("final", 0, 18)]  # fmt: skip
     assert rows[:2] == records(paths["dense"])[:2]
     spent = [row["macs/train"] for row in rows if "macs/train" in row]
     total = json.loads((paths["magnitude"] / "summary.json").read_text())["macs/train"]
@@ -292,3 +292,38 @@ def test_an_unforeseen_error_is_a_failed_run_with_the_traceback_in_the_log(tmp_p
         execute(tmp_path, *TINY)
     assert status(tmp_path) == {"status": "failed", "error": "ZeroDivisionError: division by zero"}
     assert "Traceback" in (run_dir(tmp_path) / "log.txt").read_text()
+
+
+def test_the_cut_network_is_measured_and_recorded(tmp_path):
+    execute(tmp_path, *TINY, "method=magnitude", "method.sparsity=0.8")
+    records = [json.loads(line) for line in (run_dir(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    (cut,) = [record for record in records if record["phase"] == "prune"]
+    dense = [record for record in records if record["phase"] == "train"][-1]
+    assert cut["global_step"] == dense["global_step"] and cut["macs/inference"] < dense["macs/inference"]
+    assert 0 <= cut["eval/top1"] <= 100 and cut["sparsity"] == pytest.approx(0.8, abs=1e-3)
+
+
+def test_the_last_epoch_and_the_summary_state_one_number(tmp_path):
+    execute(tmp_path, *TINY, "method=rigl", "method.interval=2", "trainer.precision=bf16")
+    records = [json.loads(line) for line in (run_dir(tmp_path) / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["phase"] == "train"][-1]
+    assert (last["eval/loss"], last["eval/top1"]) == tuple(summary(tmp_path)[f"final/{key}"] for key in ("loss", "top1"))
+
+
+@pytest.mark.parametrize("method", ["magnitude", "gmp"])
+def test_a_global_cut_below_one_weight_per_layer_is_refused(tmp_path, method):
+    options = ("method.distribution=global", "method.sparsity=0.99999")
+    cuts = ("method.num_cuts=3",) if method == "gmp" else ()
+    with pytest.raises(ConfigError, match="method.sparsity=0.99999 leaves 0 weights for 20 layers"):
+        execute(tmp_path, *TINY, f"method={method}", *options, *cuts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(tmp_path):
+    execute(tmp_path, *TINY, "method=static", "method.sparsity=0.8")
+    directory = run_dir(tmp_path)
+    written = json.loads((directory / "summary.json").read_text())
+    (directory / "summary.json").write_text(json.dumps(written | {"run/id": "another"}))
+    (directory / "run.json").unlink()
+    with pytest.raises(ConfigError, match="was written by another configuration"):
+        execute(tmp_path, *TINY, "method=static", "method.sparsity=0.8")

@@ -119,7 +119,7 @@ def test_stop_while_evaluating_and_at_the_end_of_an_epoch(tmp_path, monkeypatch,
 
 
 def test_stop_during_the_last_evaluation(tmp_path, monkeypatch, whole):
-    options = (*TINY, *METHODS["rigl"], "trainer.eval_batch_size=5")
+    options = (*TINY, *METHODS["rigl"], "trainer.eval_batch_size=5", "dataset.validation=0.25")
     real = results.measure
 
     def measure(*arguments, **kwargs):

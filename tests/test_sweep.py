@@ -41,6 +41,16 @@ def test_a_sweep_runs_every_combination_and_a_second_one_finds_them_done(capsys:
     assert [path.name for path in Path("outputs/sweep").iterdir()] == ["multirun.yaml"]
 
 
+def test_an_option_of_the_swept_methods_needs_not_be_the_default_methods(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["-m", *TINY, "method=static,magnitude", "method.sparsity=0.8"]) == 0
+    assert capsys.readouterr().out.endswith("sweep: 2 of 2 runs finished\n")
+    summaries = [json.loads(path.read_text()) for path in Path("outputs").glob("*/summary.json")]
+    assert sorted(summary["config/method"] for summary in summaries) == ["magnitude", "static"]
+    assert {summary["sparsity/requested"] for summary in summaries} == {0.8}
+    commands = {summary["run/command"] for summary in summaries}
+    assert all("-m" not in command and "method.sparsity=0.8" in command for command in commands)
+
+
 def test_a_failed_run_does_not_stop_the_others(capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["-m", *TINY, "method=static", "method.sparsity=0.99999,0.9"]) == 1
     captured = capsys.readouterr()

@@ -44,7 +44,6 @@ def open_phase(
         seed=0,
         total_steps=steps,
         steps_per_epoch=steps,
-        multiplier=1.0,
     )
     kinds = {
         "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),

@@ -87,12 +87,12 @@ class WeightPruning(Method):
         """Return the kept weights over all eligible layers at `sparsity`.
 
         Raises:
-            ConfigError: not one weight per layer would be left.
+            ConfigError: a global cut that leaves fewer weights than there are layers.
         """
         layers = context.eligible()
         num_weights = sum(layer.size for layer in layers)
         keep = distributions.num_keep_total(num_weights, sparsity)
-        if keep < len(layers):
+        if self.config.distribution == "global" and keep < len(layers):  # the others are refused by `allocate`
             raise ConfigError(
                 f"method.sparsity={sparsity} leaves {keep} weights for {len(layers)} layers; the reachable maximum is "
                 f"about {1 - len(layers) / num_weights:.6g}"
