@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable
 
-import torch
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as prune-lab sets it; for both sides, and before torch
+
+import torch  # noqa: E402
 import torch.nn.functional as F
 from benchmark_data import PilImages
 
