@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as prune-lab sets it; for both sides, and before torch
 
-import torch  # noqa: E402
+import torch
 import torch.nn.functional as F
 from benchmark_data import PilImages
 

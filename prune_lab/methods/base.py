@@ -118,7 +118,12 @@ class Method:
         return {}
 
     def prune(self, context: Context) -> None:
-        """Do the work of a phase of kind "prune"."""
+        """Do the work of a phase whose hook is "prune".
+
+        Raises:
+            TypeError: the chain has such a phase, the method does not say what to do in it.
+        """
+        raise TypeError(f"{type(self).__name__} has a prune phase but no function prune")
 
     def finish(self, model: nn.Module) -> nn.Module:
         """Return the plain module to keep: zeros baked in already, channels physically removed here."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -24,14 +25,15 @@ def console(stream: TextIO | None = None) -> BaseSink:
     return PlainConsole(stream)
 
 
-class _Lines(BaseSink):
+class _Lines(BaseSink, ABC):
     """Turns every call into lines of text for `_write`."""
 
     def __init__(self) -> None:
         self._epochs: dict[str, int] = {}
 
+    @abstractmethod
     def _write(self, line: str) -> None:
-        raise NotImplementedError
+        """Put out one line."""
 
     def start(self, info: RunInfo) -> None:
         self._epochs = {phase["name"]: phase.get("epochs") or 0 for phase in info.plan}
