@@ -60,7 +60,7 @@ def resolve(config: TrainerConfig, *, local_rank: int = 0) -> Numerics:
     device = _device(config.device, local_rank)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    # Denormal numbers made an fp32 ResNet-20 step on a CPU 8 times as long once training was under way; worker threads
+    # Denormal numbers made fp32 ResNet-20 steps on a CPU 7 times as long after ten steps of training; worker threads
     # inherit this setting, so it comes before their first work.
     torch.set_flush_denormal(True)
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; exact evaluation relies on it

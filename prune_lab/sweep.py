@@ -86,9 +86,6 @@ def _master_free(arguments: list[str]) -> list[str]:
 
 def run_composed(node: Any, overrides: Sequence[str] = ()) -> int:
     """Run one composed configuration and return its exit code; torch is imported here for the first time."""
-    # Threads of GNU OpenMP wait for each other by spinning. With another program on the same cores that made a
-    # ResNet-20 step 10 to 30 times as long; asleep after 10,000 turns it is 4 times, and as fast as ever on idle cores.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
     try:
         config = replace(check(plain(node)), overrides=tuple(overrides))

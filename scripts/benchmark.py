@@ -13,12 +13,9 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import os
 import statistics
 import time
 from collections.abc import Callable
-
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as prune-lab sets it; for both sides, and before torch
 
 import torch
 import torch.nn.functional as F
