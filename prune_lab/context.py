@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prune_lab import distributed
 from prune_lab.accounting import LayerCost, TrainingCost, dense_macs, sparse_macs
 from prune_lab.eligibility import Layer
+from prune_lab.mask_history import MaskHistory
 from prune_lab.masks import MaskSet
 from prune_lab.seeding import generator
 
@@ -30,7 +31,15 @@ class Context:
     total_steps: int
     """optimizer steps of the phase, 0 for a phase without training"""
     steps_per_epoch: int
+    dataset: Any = None
+    """the training images, for methods that score weights on them (see scoring.batches)"""
+    fresh_model: Callable[[str], nn.Module] | None = None
+    """returns the network initialised anew, drawn from the seed and the given word"""
+    rehearsal: bool = False
+    """True in a dry run: repeated work is done once, results do not count"""
     masks: MaskSet | None = None
+    history: MaskHistory | None = None
+    """where the masks have been in this phase"""
     optimizer: torch.optim.Optimizer | None = None
     cost: TrainingCost = field(default_factory=TrainingCost)
     report: Callable[[str], None] = lambda text: None
@@ -66,15 +75,22 @@ class Context:
         self.masks = MaskSet({name: named[name] for name in masks}, masks)
         self.commit()
 
-    def commit(self) -> None:
-        """Make changed masks count: weights zeroed, cost recounted, processes compared.
+    def commit(self, *, compare: bool = True) -> None:
+        """Make changed masks count: weights zeroed, cost recounted, history noted, processes compared.
+
+        Args:
+            compare: False for masks that change in every step, where comparing would take longer than the step.
 
         Raises:
             RuntimeError: masks differ between processes.
         """
         self.masks.apply()
         self.forward_macs = self._count()
-        if distributed.world_size() > 1:
+        if self.history is None:
+            self.history = MaskHistory(self.masks.masks)
+        else:
+            self.history.observe(self.masks.masks)
+        if compare and distributed.world_size() > 1:
             distributed.assert_same(self.masks.digest(), "masks")
 
     def _count(self) -> int:

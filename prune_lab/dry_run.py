@@ -39,7 +39,8 @@ def dry_run(config: RunConfig) -> int:
         job = job_without_files(config, model_config, entry, dataset, arithmetic, previous)
         previous, context = one_step(job)
         layout = job.method.layout(context)
-        spent = None if spent is None or layout is None else spent + planned_cost(job, context, layout)
+        cost = planned_cost(job, context, layout)
+        spent = None if spent is None or cost is None else spent + cost
         kept = layout[-1][1] if layout else layout if layout is None else kept
     model = build_model(model_config, **sizes, seed=config.seed)
     costs, layers = layer_costs(model_config, **sizes), config.method.layers(model)
@@ -52,8 +53,12 @@ def dry_run(config: RunConfig) -> int:
     return 0
 
 
-def planned_cost(job: Job, context: Context, layout: list[tuple[int, dict[str, int]]]) -> int:
-    """Return the MACs the phase will spend, from its layouts and the steps that need dense gradients."""
+def planned_cost(job: Job, context: Context, layout: list[tuple[int, dict[str, int]]] | None) -> int | None:
+    """Return the MACs the phase will spend, from its layouts and the steps that need dense gradients; None: unknown."""
+    if job.planned.phase.hook != "train":
+        return job.method.phase_cost(context)
+    if layout is None:
+        return None
     cost, batch = TrainingCost(), job.config.schedule.batch_size
     ends = [start for start, _ in layout[1:]] + [context.total_steps]
     for (start, kept), end in zip(layout, ends, strict=True):
@@ -72,7 +77,9 @@ def _summary(
     counts = results.cost_counts(model, costs, kept or {}, dense_config=config.model, **sizes)
     requested = config.method.requested_sparsity()
     counts |= results.sparsity_counts(layers, kept or {}, requested)
-    if kept is None:  # a global cut: the totals are known, the layout is not
+    if kept is None and requested is None:
+        counts |= dict.fromkeys(("macs/inference", "macs/inference_ratio", "params/nonzero"))
+    elif kept is None:  # a global cut: the totals are known, the layout is not
         total = sum(layer.size for layer in layers if layer.eligible)
         cut = total - results.num_keep_total(total, requested)
         counts |= {"macs/inference": None, "macs/inference_ratio": None, "sparsity/achieved": cut / total,

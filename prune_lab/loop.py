@@ -87,6 +87,7 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "masks": None if context.masks is None else context.masks.state_dict(),
+            "history": None if context.history is None else context.history.state_dict(),
             "method": self.method.state_dict(),
             "progress": vars(self.progress).copy(),
             "sums": distributed.total(self.sums.clone()),
@@ -102,6 +103,7 @@ class Training:
             self.ema.load_state_dict(state["ema"])
         if state["masks"] is not None:  # whether or not `setup` draws masks: a method may prune later
             context.install_masks(state["masks"])
+            context.history.load_state_dict(state["history"])
         self.method.load_state_dict(state["method"])
         self.progress = Progress(**state["progress"])
         self.sums.copy_(state["sums"] if distributed.is_main() else torch.zeros_like(self.sums))
@@ -223,12 +225,12 @@ def _count(training: Training, loss: Tensor, logits: Tensor, labels: Tensor) -> 
 
 
 def _clip(training: Training) -> None:
-    """Scale gradients so that the norm over kept weights is at most clip_norm; pruned ones do not count."""
+    """Scale gradients so that their norm is at most clip_norm; pruned weights count only if they are trained."""
     limit = training.trainer.clip_norm
     if limit is None:
         return
     masks = training.context.masks
-    masked = {} if masks is None else masks.masked_grads()
+    masked = {} if masks is None or training.method.trains_pruned() else masks.masked_grads()
     named = training.context.model.named_parameters()
     counted = [masked.get(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(counted)
@@ -289,6 +291,7 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
     }
     if context.masks is not None:
         row["sparsity"] = 1 - context.masks.density
+        row |= context.history.figures(context.masks.masks)
     row |= training.method.end_epoch(context, progress.epoch)
     last = progress.epoch + 1 == training.schedule.epochs
     if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:

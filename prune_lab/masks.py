@@ -60,12 +60,28 @@ def _kth_largest(pool: Tensor, k: int) -> Tensor:
 
 
 def keep_top_global(
-    scores: Mapping[str, Tensor], num_keep: int, *, candidates: Mapping[str, Tensor] | None = None
+    scores: Mapping[str, Tensor],
+    num_keep: int,
+    *,
+    candidates: Mapping[str, Tensor] | None = None,
+    least: int = 0,
 ) -> dict[str, Tensor]:
-    """Return masks with `num_keep` True over all layers together; ties: earlier layer, then lower index."""
+    """Return masks with `num_keep` True over all layers together; ties: earlier layer, then lower index.
+
+    Args:
+        least: weights that every layer keeps in any case (all of its candidates if it has fewer).
+    """
     flat = torch.cat([score.detach().reshape(-1) for score in scores.values()])
     pool = None if candidates is None else torch.cat([candidates[name].reshape(-1) for name in scores])
-    parts = keep_top(flat, num_keep, candidates=pool).split([score.numel() for score in scores.values()])
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    if least:
+        where = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+        where = where if candidates is None else candidates
+        sure = [keep_top(s, min(least, int(where[n].sum())), candidates=where[n]) for n, s in scores.items()]
+        kept = torch.cat([mask.reshape(-1) for mask in sure])
+        pool = ~kept if pool is None else pool & ~kept
+    kept = kept | keep_top(flat, num_keep - int(kept.sum()), candidates=pool)
+    parts = kept.split([score.numel() for score in scores.values()])
     return {name: part.view(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
 

@@ -43,6 +43,8 @@ class Job:
     show: Callable[[int, int, str], None]
     report: Callable[[str], None]
     stop: Callable[[], bool]
+    rehearsal: bool = False
+    """nothing of it counts: a method does repeated work once"""
 
     @cached_property
     def method(self) -> Method:
@@ -73,7 +75,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     context = open_context(job)
     method, phase = job.method, job.planned.phase
     started, model = time.monotonic(), context.model
-    progress, scores, train_s = Progress(), None, 0.0
+    progress, scores, train_s, noted = Progress(), None, 0.0, {}
     if phase.hook == "train":
         training = open_training(job, context)
         method.setup(context)
@@ -86,12 +88,13 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         scores, train_s = training.last_scores, training.train_s
     else:
         method.setup(context)
-        getattr(method, phase.hook)(context)
+        noted = getattr(method, phase.hook)(context)
+        context.cost.total += method.phase_cost(context)
     if scores is None:  # no epoch ended here: a phase without training, or one resumed after its last epoch
         trainer, exact = job.config.trainer, job.numerics.exact()
         scores = measure(model, job.dataset, job.dataset.eval_split, numerics=exact, trainer=trainer, poll=job.poll)
     if phase.hook != "train":
-        job.record(_row(context, scores))
+        job.record(_row(context, scores) | noted)
     figures = scores | {
         "epochs": progress.epoch,
         "steps": progress.step,
@@ -113,19 +116,23 @@ def _row(context: Context, scores: dict[str, float]) -> dict[str, Any]:
     """Return the record of a phase without training: the network as the phase leaves it."""
     row = {"phase": context.phase, "epoch": 0, "step": 0, "macs/inference": context.forward_macs}
     row |= {"macs/train": context.cost.total} | {f"eval/{key}": value for key, value in scores.items()}
-    return row if context.masks is None else row | {"sparsity": 1 - context.masks.density}
+    if context.masks is None:
+        return row
+    return row | {"sparsity": 1 - context.masks.density} | context.history.figures(context.masks.masks)
 
 
 def open_context(job: Job) -> Context:
     """Return the phase's model, masks and costs: fresh weights in the first phase, the previous result later."""
     config, info = job.config, job.dataset.info
-    model = build_model(job.model_config, num_classes=info.num_classes, image_size=info.image_size, seed=config.seed)
+    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    model = build_model(job.model_config, **sizes, seed=config.seed)
     if job.previous is None:
         load_weights(model, job.model_config)
     else:
         model.load_state_dict(job.previous["model"])
-    costs = layer_costs(job.model_config, num_classes=info.num_classes, image_size=info.image_size)
-    model = distributed.join_batch_norm(model, job.numerics.torch_device) if config.trainer.sync_bn else model
+    costs = layer_costs(job.model_config, **sizes)
+    if config.trainer.sync_bn and job.planned.phase.hook == "train":
+        model = distributed.join_batch_norm(model, job.numerics.torch_device)
     model.to(job.numerics.torch_device, memory_format=job.numerics.memory_format)
     steps = 0
     if job.planned.schedule is not None:
@@ -140,6 +147,9 @@ def open_context(job: Job) -> Context:
         steps_per_epoch=steps,
         report=job.report,
         amp_scaled=job.numerics.precision == "fp16",
+        dataset=job.dataset,
+        fresh_model=lambda word: build_model(job.model_config, **sizes, seed=stable_hash(config.seed, word) % 2**31),
+        rehearsal=job.rehearsal,
     )
     if job.previous is not None and job.previous["masks"] is not None:
         context.install_masks({name: mask.to(context.device) for name, mask in job.previous["masks"].items()})

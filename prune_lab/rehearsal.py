@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,16 @@ class RandomImages:
         images = torch.randn(num_images, 3, size, size, device=self._device)
         return images, torch.arange(num_images, device=self._device) % self.info.num_classes
 
+    @property
+    def train_labels(self) -> torch.Tensor:
+        return torch.arange(self.info.num_train) % self.info.num_classes
+
+    def train_subset(
+        self, batches: Sequence[torch.Tensor], *, augment_seed: int | None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield a few images for the first of `batches` only: enough to show that the shapes fit."""
+        yield self.batch(min(_IMAGES, len(batches[0])))
+
 
 def rehearse(config: RunConfig, model_config: Any, first: PlannedPhase, dataset: Any, arithmetic: Numerics) -> None:
     """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
@@ -70,6 +81,7 @@ def job_without_files(
         show=lambda done, total, text: None,
         report=lambda text: None,
         stop=lambda: False,
+        rehearsal=True,
     )
 
 

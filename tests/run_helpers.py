@@ -33,6 +33,7 @@ METHODS = {
     "rigl": ("method=rigl", "method.interval=2"),
     "gmp": ("method=gmp", "method.num_cuts=3"),
     "magnitude": ("method=magnitude",),
+    "snip": ("method=snip", "method.samples_per_class=3"),
     "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),
 }
 """Each method with the options that make it act within such a run."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
@@ -47,6 +47,9 @@ class Dataset(Protocol):
     eval_split: Split
     """"val" where training images are held out, otherwise "test"."""
 
+    train_labels: torch.Tensor
+    """int64 [num_train] on the CPU"""
+
     def num_batches(self, batch_size: int) -> int:
         """Return the batches of one epoch; the last partial batch is dropped."""
 
@@ -69,6 +72,15 @@ class Dataset(Protocol):
 
         Raises:
             ConfigError: `split` is "val" and no training images are held out.
+        """
+
+    def train_subset(
+        self, batches: Sequence[torch.Tensor], *, augment_seed: int | None
+    ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield the training images whose positions in `train_labels` each of `batches` lists, the same on all ranks.
+
+        Args:
+            augment_seed: draws crops and flips; None: as for evaluation.
         """
 
     def close(self) -> None:

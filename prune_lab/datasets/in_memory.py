@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,7 +62,8 @@ class InMemoryDataset:
             flip=config.flip and config.augment,
             fmt=fmt,
         )
-        self._labels = labels[kept].to(fmt.device)
+        self.train_labels = labels[kept]
+        self._labels = self.train_labels.to(fmt.device)
         self._eval = {"test": self._place(arrays.test_images, arrays.test_labels, fmt)}
         if config.validation > 0:
             chosen = held_out.numpy()
@@ -89,6 +90,14 @@ class InMemoryDataset:
         labels = self._labels[batches[:, shard].to(self._device)]
         for i in range(len(starts)):
             yield self._normalise(self._windows.cut(starts_on_device[i])), labels[i]
+
+    def train_subset(
+        self, batches: Sequence[Tensor], *, augment_seed: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for i, batch in enumerate(batches):
+            source = None if augment_seed is None else generator(augment_seed, "subset", i)
+            starts = self._windows.middle(batch) if source is None else self._windows.draw(batch, source)
+            yield self._normalise(self._windows.cut(starts.to(self._device))), self._labels[batch.to(self._device)]
 
     def eval_batches(
         self, split: Split, batch_size: int, *, rank: int, world_size: int
@@ -153,6 +162,10 @@ class Windows:
         if self._flip:
             indices = indices + self._num_images * torch.randint(0, 2, (len(indices),), generator=source)
         return indices * self._starts_per_image + row * self._width + column
+
+    def middle(self, indices: Tensor) -> Tensor:
+        """Return the start of the unmoved, unmirrored window for each image of `indices` [b]."""
+        return indices * self._starts_per_image + self._padding * (self._width + 1)
 
     def cut(self, starts: Tensor) -> Tensor:
         """Return the uint8 windows that begin at `starts` [b], pixels in the stored order."""

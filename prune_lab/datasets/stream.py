@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +39,7 @@ class StreamDataset:
         self.fingerprint = _fingerprint(config, train, test)
         self._config, self._fmt, self._train = config, fmt, train
         self._kept = kept
+        self.train_labels = torch.from_numpy(train.labels)[kept]
         self._eval = {"test": (test, splits.eval_order(len(test.labels)))}
         if config.validation > 0:
             self._eval["val"] = (train, held_out[splits.eval_order(len(held_out))])
@@ -56,6 +57,12 @@ class StreamDataset:
         batches = order[: num_batches * batch_size].view(num_batches, batch_size)[start:, shard]
         draw = (seed, epoch) if self._config.augment else None
         yield from self._read(_Reader(self._config, self._train, draw), list(batches))
+
+    def train_subset(
+        self, batches: Sequence[Tensor], *, augment_seed: int | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        draw = None if augment_seed is None else (augment_seed, 0)
+        yield from self._read(_Reader(self._config, self._train, draw), [self._kept[batch] for batch in batches])
 
     def eval_batches(
         self, split: Split, batch_size: int, *, rank: int, world_size: int

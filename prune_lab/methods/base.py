@@ -117,8 +117,16 @@ class Method:
         """Return figures for the epoch's record."""
         return {}
 
-    def prune(self, context: Context) -> None:
-        """Do the work of a phase whose hook is "prune".
+    def trains_pruned(self) -> bool:
+        """Return whether weights that count as pruned are trained too, so that clipping must see their gradients."""
+        return False
+
+    def phase_cost(self, context: Context) -> int:
+        """Return the MACs that an active phase without steps spends, such as scoring passes; known beforehand."""
+        return 0
+
+    def prune(self, context: Context) -> dict[str, float]:
+        """Do the work of a phase whose hook is "prune"; return figures for its record.
 
         Raises:
             TypeError: the chain has such a phase, the method does not say what to do in it.

@@ -1,0 +1,65 @@
+"""Where the masks of a phase have been: explored positions, overlap with the start, dead filters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class MaskHistory:
+    """The first masks of a phase and every position that has been active since, keyed by parameter path."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self.initial = {name: mask.clone() for name, mask in masks.items()}
+        self.ever = {name: mask.clone() for name, mask in masks.items()}
+
+    def observe(self, masks: Mapping[str, Tensor]) -> None:
+        """Note the masks in force."""
+        for name, mask in masks.items():
+            self.ever[name] |= mask
+
+    def figures(self, masks: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the flat figures of an epoch's record.
+
+        mask/exploration: fraction of positions active at least once since the phase began, R_s of Liu et al. 2021,
+            arXiv 2102.02887; mask/exploration/LAYER the same per layer.
+        mask/overlap: fraction of the active weights that were active at the start.
+        mask/dead_filters: output channels and neurons without any weight.
+        mask/density/LAYER: kept over all weights of a layer.
+        """
+        layers = {name: name.removesuffix(".weight") for name in masks}
+        rows = torch.stack(
+            [
+                torch.stack(
+                    [
+                        mask.sum(),
+                        self.ever[name].sum(),
+                        (mask & self.initial[name]).sum(),
+                        (~mask.flatten(1).any(1)).sum(),
+                    ]
+                )
+                for name, mask in masks.items()
+            ]
+        ).tolist()  # one transfer from the device
+        sizes = [mask.numel() for mask in masks.values()]
+        active, ever, same, dead = (sum(column) for column in zip(*rows, strict=True))
+        figures: dict[str, float] = {
+            "mask/exploration": ever / sum(sizes),
+            "mask/overlap": same / active if active else 0.0,
+            "mask/dead_filters": dead,
+        }
+        for layer, size, row in zip(layers.values(), sizes, rows, strict=True):
+            figures[f"mask/density/{layer}"] = row[0] / size
+            figures[f"mask/exploration/{layer}"] = row[1] / size
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial": dict(self.initial), "ever": dict(self.ever)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for kind in ("initial", "ever"):
+            for name, mask in getattr(self, kind).items():
+                mask.copy_(state[kind][name])

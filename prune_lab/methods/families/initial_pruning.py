@@ -1,0 +1,143 @@
+"""Pruning at initialisation: score the untrained weights once, keep the best, train the rest with a fixed mask."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import PRUNE, TRAIN, Phase
+from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruningConfig
+from prune_lab.schema import ConfigError, Count, Index
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+torch = lazy_import("torch")
+masks = lazy_import("prune_lab.masks")
+scoring = lazy_import("prune_lab.scoring")
+
+
+@dataclass(frozen=True)
+class InitialPruningConfig(WeightPruningConfig):
+    min_per_layer: Index
+    """global: weights that every layer keeps at least, whatever their scores; 0 as published"""
+    control: Literal["none", "shuffle", "reinit", "invert", "random"]
+    """sanity checks of Frankle et al. 2021, arXiv 2009.08576. shuffle: the mask's positions at random within each
+    layer; reinit: the mask on new initial weights; invert: the lowest scores are kept; random: scores at random"""
+    samples_per_class: Count
+    """training images of each class, for scores (if they need data) and gradient norms"""
+    scoring_batch: Count
+    """most images per scoring pass: fewer take less memory, and batch norm sees fewer at a time"""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        if self.min_per_layer and self.distribution != "global":
+            raise ConfigError(
+                f"{path}.min_per_layer={self.min_per_layer} is for distribution=global; with {self.distribution} every "
+                "layer has a budget"
+            )
+
+
+class InitialPruning(WeightPruning):
+    """Subclasses give `scores`; higher is kept."""
+
+    Config = InitialPruningConfig
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (PRUNE, TRAIN)
+
+    def setup(self, context: Context) -> None:
+        """Refuse more scoring images than there are, before anything is written."""
+        dataset = context.dataset
+        scoring.check_classes(dataset.train_labels, self.config.samples_per_class, dataset.info.num_classes)
+
+    def scores(self, context: Context) -> dict[str, Tensor]:
+        """Return a score per weight of each eligible parameter; higher is kept."""
+        raise TypeError(f"{type(self).__name__} does not say how weights are scored")
+
+    def choose(self, context: Context) -> dict[str, Tensor]:
+        """Return the masks that the scores lead to; methods of several rounds override it and use `select` in each."""
+        return self.select(context, self.scores(context), self.config.sparsity)
+
+    def select(
+        self,
+        context: Context,
+        scores: dict[str, Tensor],
+        sparsity: float,
+        candidates: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return masks with exactly the weights to keep at `sparsity`: the best of each layer or of all together.
+
+        Args:
+            candidates: weights that may be kept, bool; None: all.
+
+        Raises:
+            ValueError: a score is not finite.
+        """
+        bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
+        if bad:
+            raise ValueError(f"scores of {', '.join(bad[:3])} are not finite ({len(bad)} layers)")
+        if self.config.control == "invert":
+            scores = {name: -score for name, score in scores.items()}
+        if self.config.distribution == "global":
+            total = self.total(context, sparsity)
+            least = self.config.min_per_layer
+            return masks.keep_top_global(scores, total, candidates=candidates, least=least)
+        counts = self.allocate(context, sparsity)
+        return {
+            name: masks.keep_top(score, counts[name], candidates=None if candidates is None else candidates[name])
+            for name, score in scores.items()
+        }
+
+    def prune(self, context: Context) -> dict[str, float]:
+        """Choose masks, apply the control if there is one; return gradient norms and the number of empty layers."""
+        before = self._gradient_norm(context)
+        if self.config.control == "random":
+            chosen = self.select(context, _random_scores(context), self.config.sparsity)
+        else:
+            chosen = self.choose(context)
+        if self.config.control == "shuffle":
+            chosen = _shuffled(context, chosen)
+        if self.config.control == "reinit":
+            context.model.load_state_dict(context.fresh_model("control reinit").state_dict())
+        self.cut(context, chosen)
+        return {
+            "prune/gradient_norm_before": before,
+            "prune/gradient_norm_after": self._gradient_norm(context),
+            "prune/empty_layers": sum(count == 0 for count in context.masks.counts().values()),
+        }
+
+    def _gradient_norm(self, context: Context) -> float:
+        return scoring.gradient_norm(context, self.batches(context), train_mode=True)
+
+    def batches(self, context: Context):
+        """Return (images, labels) of the balanced scoring images, the same in every call."""
+        config = self.config
+        return scoring.batches(context, per_class=config.samples_per_class, batch_size=config.scoring_batch)
+
+    def num_images(self, context: Context) -> int:
+        """Return the images of one pass over `batches`."""
+        return self.config.samples_per_class * context.dataset.info.num_classes
+
+    def paper_train_ratio(self, context: Context) -> float:
+        return context.forward_macs / context.dense_macs
+
+
+def _random_scores(context: Context) -> dict[str, Tensor]:
+    return {
+        layer.parameter: torch.rand(layer.shape, generator=context.generator("random scores", layer.parameter)).to(
+            context.device
+        )
+        for layer in context.eligible()
+    }
+
+
+def _shuffled(context: Context, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return masks with the same count per layer at random positions."""
+    return {
+        name: masks.random_mask(tuple(mask.shape), int(mask.sum()), context.generator("shuffle", name)).to(mask.device)
+        for name, mask in chosen.items()
+    }
