@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prune_lab.config import AdamConfig, PhaseSchedule, SGDConfig
+from prune_lab.schema import ConfigError
 
 
 def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
@@ -27,6 +28,23 @@ def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.o
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, betas=(config.beta1, config.beta2), eps=config.eps, **common)
+
+
+def require_momentum(optimizer: torch.optim.Optimizer, who: str) -> None:
+    """Raise ConfigError if the optimizer keeps no running mean of gradients."""
+    if not all(group.get("momentum", group.get("betas", (0,))[0]) for group in optimizer.param_groups):
+        raise ConfigError(f"{who} needs the optimizer's momentum; optimizer.momentum (or beta1) must be above 0")
+
+
+def momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
+    """Return the running mean of the parameter's gradients; Adam's is divided by the root of their mean square.
+
+    Source: official code of Dettmers, Zettlemoyer 2019, arXiv 1907.04840.
+    """
+    state = optimizer.state[parameter]
+    if "momentum_buffer" in state:
+        return state["momentum_buffer"]
+    return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)
 
 
 def learning_rate(schedule: PhaseSchedule, step: int, steps_per_epoch: int) -> float:

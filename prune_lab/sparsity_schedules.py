@@ -7,20 +7,21 @@ import math
 _POWERS = {"linear": 1, "cubic": 3}
 
 
-def drop_fraction(step: int, *, alpha: float, begin: int, end: int, shape: str) -> float:
+def drop_fraction(step: int, *, alpha: float, begin: int, end: int, shape: str, floor: float = 0.0) -> float:
     """Return the fraction of a layer's kept weights that the update at `step` moves.
 
-    alpha up to `begin`; 0 from `end` on unless shape is "constant". Shapes: constant, cosine, linear, cubic (inverse
-    power 3). An update may come after `end` when an fp16 overflow postponed it.
+    alpha up to `begin`; `floor` from `end` on unless shape is "constant". Shapes: constant, cosine, linear, cubic
+    (inverse power 3). An update may come after `end` when an fp16 overflow postponed it.
 
-    Source: Evci et al. 2020, section 3(2) and appendix G, arXiv 1911.11134.
+    Source: Evci et al. 2020, section 3(2) and appendix G, arXiv 1911.11134; a floor above 0: Dettmers, Zettlemoyer
+    2019, arXiv 1907.04840 (official code).
     """
     if shape == "constant":
         return alpha
     progress = min(max((step - begin) / (end - begin), 0.0), 1.0)
     if shape == "cosine":
-        return alpha / 2 * (1 + math.cos(math.pi * progress))
-    return alpha * (1 - progress) ** _POWERS[shape]
+        return floor + (alpha - floor) / 2 * (1 + math.cos(math.pi * progress))
+    return floor + (alpha - floor) * (1 - progress) ** _POWERS[shape]
 
 
 def cubic_sparsity(step: int, *, begin: int, end: int, initial: float, final: float) -> float:

@@ -155,7 +155,7 @@ def test_growth_moves_masks_and_does_not_only_undo_the_drop():
     rigl.update(context, 0)
     new = context.masks.masks["2.weight"]
     assert new.int().tolist() == [[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]]
-    assert int((new & ~old).sum()) == rigl.num_moved == 1
+    assert int((new & ~old).sum()) == rigl.churn["grown"] == 1
 
 
 def test_regrown_weights_go_on_and_new_ones_start_at_zero():

@@ -87,6 +87,10 @@ class Method:
         """Return the target over eligible weights, or None for a method without one."""
         return None
 
+    def budget_is_exact(self) -> bool:
+        """Return whether the target is met to the weight; False only for an official rule that lets it vary."""
+        return True
+
     def adapt_model(self, config: Any, *, num_classes: int, image_size: int) -> Any:
         """Return the model options to build; a method that changes the architecture from the start changes them."""
         return config

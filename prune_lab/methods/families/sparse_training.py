@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
     from prune_lab.context import Context
 
+torch = lazy_import("torch")
 masks = lazy_import("prune_lab.masks")
+redistribution = lazy_import("prune_lab.redistribution")
 schedules = lazy_import("prune_lab.sparsity_schedules")
 
 
@@ -48,14 +51,16 @@ class SparseTraining(WeightPruning):
 class DropAndGrowConfig(SparseTrainingConfig):
     alpha: Momentum
     """fraction of a layer's kept weights that the first update may move"""
-    interval: Count
-    """optimizer steps between updates"""
-    begin: Index
-    """step of the first update"""
+    floor: Momentum
+    """that fraction at `end`"""
+    interval: Count | None
+    """optimizer steps between updates; None: one epoch"""
+    begin: Index | None
+    """step of the first update; None: after the first interval"""
     end: Fraction
-    """no updates from this fraction of the training on"""
+    """no updates from this fraction of the training on; never after the last step"""
     decay: Literal["cosine", "constant", "linear", "cubic"]
-    """shape of the moved fraction from alpha to 0 at `end`"""
+    """shape of the moved fraction from alpha to floor at `end`"""
     drop: Literal["magnitude", "by_sign"]
     """magnitude: smallest |w|; by_sign: the weakest positives and the weakest negatives apart (SET paper)"""
     regrown: Literal["keep", "zero"]
@@ -71,28 +76,49 @@ class DropAndGrowConfig(SparseTrainingConfig):
         super().check(path)
         if self.decay != "constant" and self.end == 0:
             raise ConfigError(f"{path}.end must be above 0, got {self.end:g}")
+        if self.floor > self.alpha:
+            raise ConfigError(f"{path}.floor must not exceed {path}.alpha={self.alpha:g}, got {self.floor:g}")
 
 
 class DropAndGrow(SparseTraining):
-    """Moves `alpha(t)` of each layer's weights every `interval` steps; subclasses say where weights grow."""
+    """Moves `alpha(t)` of each layer's weights every `interval` steps; subclasses say where weights grow.
+
+    Layers keep their counts unless `redistribution_signal` says otherwise.
+    """
 
     Config = DropAndGrowConfig
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.updates = range(0)
-        self.num_updates = 0
-        self.num_moved = 0
+        self.churn = dict.fromkeys(("updates", "dropped", "grown", "regrown"), 0)
         self.postponed = False
 
     def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a score per position of each parameter named in `candidates`; higher grows first."""
         raise TypeError(f"{type(self).__name__} does not say where weights grow")
 
+    def redistribution_signal(self, context: Context, names: Iterable[str]) -> dict[str, Tensor] | None:
+        """Return a value per weight whose mean over a layer's active weights is its claim on the freed weights.
+
+        None: every layer grows as many weights as it dropped.
+        """
+        return None
+
     def setup(self, context: Context) -> None:
         super().setup(context)
         self.updates = self.update_steps(context)
         context.report(f"mask updates: {len(self.updates)}, at steps {_preview(self.updates)} of {context.total_steps}")
+
+    def report_redistribution(self, context: Context) -> None:
+        """Say that budgets do not stay what `distribution` made them."""
+        if len(context.eligible()) < 2:
+            context.report("one layer only: there is nothing to redistribute")
+        else:
+            context.report(f"layer budgets start as {self.config.distribution} and move with method.redistribution")
+
+    def interval(self, context: Context) -> int:
+        return context.steps_per_epoch if self.config.interval is None else self.config.interval
 
     def update_steps(self, context: Context) -> range:
         """Return the steps at which masks move: begin, begin + interval, ... below end (RigL alg. 1).
@@ -100,59 +126,111 @@ class DropAndGrow(SparseTraining):
         Raises:
             ConfigError: no update after the first one.
         """
-        end, config = self.end_step(context), self.config
-        steps = schedules.update_steps(config.begin, end, config.interval)
+        end, interval = self.end_step(context), self.interval(context)
+        begin = interval - 1 if self.config.begin is None else self.config.begin
+        steps = schedules.update_steps(begin, end, interval)
         if len(steps) < 2:
+            shown = "null (one epoch)" if self.config.interval is None else interval
             raise ConfigError(
-                f"method.interval={config.interval} leaves no mask update after the one at step {config.begin}: "
+                f"method.interval={shown} leaves no mask update after the one at step {begin}: "
                 f"updates end at step {end} of {context.total_steps}; lower method.interval or lengthen the schedule"
             )
         return steps
 
     def end_step(self, context: Context) -> int:
-        return _floor(self.config.end * context.total_steps)
+        """Return the step from which on masks stay; what grew after the last step would never be trained."""
+        return min(_floor(self.config.end * context.total_steps), context.total_steps - 1)
 
     def moved_fraction(self, context: Context, step: int) -> float:
         config = self.config
         return schedules.drop_fraction(
-            step, alpha=config.alpha, begin=config.begin, end=self.end_step(context), shape=config.decay
+            step,
+            alpha=config.alpha,
+            begin=config.begin or 0,
+            end=max(_floor(config.end * context.total_steps), 1),
+            shape=config.decay,
+            floor=config.floor,
         )
 
+    def num_dropped(self, fraction: float, count: int) -> int:
+        """Return how many of `count` weights of a layer to drop."""
+        return _floor(fraction * count)
+
     def update(self, context: Context, step: int) -> None:
-        """Drop and grow in every layer that is neither empty nor full, then make the new masks count."""
+        """Drop and grow in every layer that can move, then make the new masks count."""
         fraction, named, counts = self.moved_fraction(context, step), context.parameters(), context.masks.counts()
-        movable = {name: mask for name, mask in context.masks.masks.items() if 0 < counts[name] < mask.numel()}
+        signal = self.redistribution_signal(context, counts)
+        movable = {
+            name: mask
+            for name, mask in context.masks.masks.items()
+            if 0 < counts[name] and (counts[name] < mask.numel() or signal is not None)
+        }
         scores = self.grow_scores(context, step, movable)
+        fractions, shares = dict.fromkeys(movable, fraction), None
+        if signal is not None:
+            shares = redistribution.shares({name: _mean_active(signal[name], mask) for name, mask in movable.items()})
+            full = {name: 1 - counts[name] / mask.numel() for name, mask in movable.items()}
+            fractions = redistribution.drop_fractions(fraction, shares, full)
+        kept = {name: self._kept(named[name].detach(), mask, fractions[name]) for name, mask in movable.items()}
+        left = {name: int(mask.sum()) for name, mask in kept.items()}
+        totals = {name: counts[name] for name in movable}
+        if shares is not None:
+            totals = self.new_totals(shares, left, totals, {name: mask.numel() for name, mask in movable.items()})
         restarted: dict[str, Tensor] = {}
         for name, old in movable.items():
-            weight = named[name].detach()
-            kept = self._kept(weight, old, fraction)
-            new = masks.grow(kept, scores[name], counts[name])
-            restarted[name] = new & ~kept if self.config.regrown == "zero" else new & ~old
-            weight[restarted[name]] = 0.0
+            new = masks.grow(kept[name], scores[name], totals[name])
+            restarted[name] = new & ~kept[name] if self.config.regrown == "zero" else new & ~old
+            named[name].detach()[restarted[name]] = 0.0
             context.masks.replace(name, new)
-            self.num_moved += int((new & ~old).sum())
+            self._note(old, kept[name], new)
         if self.config.reset_state:
             context.masks.zero_state(context.optimizer, restarted)
         context.commit()
-        self.num_updates += 1
+        self.churn["updates"] += 1
+
+    def new_totals(
+        self, shares: dict[str, float], left: dict[str, int], before: dict[str, int], sizes: dict[str, int]
+    ) -> dict[str, int]:
+        """Return weights per layer after growing; all together as many as `before`.
+
+        Args:
+            left: weights per layer after dropping.
+        """
+        freed = sum(before.values()) - sum(left.values())
+        grown = redistribution.apportion(shares, {name: sizes[name] - left[name] for name in left}, freed)
+        return {name: left[name] + grown[name] for name in left}
+
+    def _note(self, old: Tensor, kept: Tensor, new: Tensor) -> None:
+        self.churn["dropped"] += int((old & ~kept).sum())
+        self.churn["grown"] += int((new & ~old).sum())
+        self.churn["regrown"] += int((new & old & ~kept).sum())
 
     def _kept(self, weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
         if self.config.drop == "by_sign":
             return masks.keep_by_sign(weight, mask, fraction)
         count = int(mask.sum())
-        return masks.keep_top(weight.abs(), count - _floor(fraction * count), candidates=mask)
+        return masks.keep_top(weight.abs(), count - self.num_dropped(fraction, count), candidates=mask)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        return {"mask/updates": self.num_updates, "mask/moved": self.num_moved}
+        """Return sums since the phase began: updates; weights dropped, of these regrown at once, and newly grown."""
+        return {f"mask/{name}": count for name, count in self.churn.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"num_updates": self.num_updates, "num_moved": self.num_moved, "postponed": self.postponed}
+        return {"churn": dict(self.churn), "postponed": self.postponed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_updates, self.num_moved, self.postponed = (
-            state["num_updates"], state["num_moved"], state["postponed"],
-        )
+        self.churn, self.postponed = dict(state["churn"]), state["postponed"]
+
+
+def check_dense(scores: dict[str, Tensor], active: dict[str, Tensor], what: str) -> None:
+    """Raise RuntimeError if the scores of all pruned positions are zero: somebody masked what they come from."""
+    if scores and not any(bool(score[~active[name]].any()) for name, score in scores.items()):
+        raise RuntimeError(f"all {what} are zero at pruned weights; something masks them")
+
+
+def _mean_active(signal: Tensor, mask: Tensor) -> float:
+    """Return the mean |signal| over the active positions of a layer that has some."""
+    return float((signal.abs() * mask).sum(dtype=torch.float64)) / int(mask.sum())
 
 
 def _floor(product: float) -> int:

@@ -1,0 +1,113 @@
+"""DST-EE: RigL whose growth also favours positions that were rarely active."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.gradient_growth import GradientGrowth, GradientGrowthConfig
+from prune_lab.schema import NonNegative, Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+torch = lazy_import("torch")
+
+
+@dataclass(frozen=True)
+class DSTEEConfig(GradientGrowthConfig):
+    c: NonNegative
+    """weight of exploration; 0 is RigL"""
+    eps: Positive
+    """added to the number of times a position was active: small values favour those that never were"""
+    time: Literal["step", "round"]
+    """what the logarithm is taken of: the optimizer step or the number of the update, at least 1"""
+    normalize: Literal["none", "layer_rms"]
+    """layer_rms: |gradient| is divided by its root mean square over the layer's candidates"""
+
+
+class DSTEE(GradientGrowth):
+    Config = DSTEEConfig
+    card = Card(
+        summary="RigL whose growth adds c ln(t) / (N + eps) to |gradient|; N counts the rounds a position was active",
+        paper="Huang, Lei, Xu, Peng, Sun, Xie, Ding 2023, Dynamic Sparse Training via Balancing the "
+        "Exploration-Exploitation Trade-off, arXiv 2211.16667",
+        acts="during training, every method.interval steps until method.end of it",
+        eligible="weights of convolutions and linear layers; depthwise ones only if included",
+        cost="RigL's, and one int32 per weight",
+        differences="no official code is known: default values of c and eps are this program's, N starts as the first "
+        "mask and counts updates, t is the optimizer step (method.time=round: the update's number)",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.rounds_active: dict[str, Tensor] = {}
+        self.last: dict[str, float] = {}
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        self.rounds_active = {name: mask.int() for name, mask in context.masks.masks.items()}
+
+    def gradient_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
+        scores = super().grow_scores(context, step, candidates)
+        if self.config.normalize == "none":
+            return scores
+        return {name: score / _rms(score[~candidates[name]]) for name, score in scores.items()}
+
+    def bonus(self, name: str, step: int) -> Tensor:
+        """Return c ln(t) / (N + eps) per position of parameter `name`."""
+        time = step if self.config.time == "step" else self.churn["updates"]
+        return self.config.c * math.log(max(time, 1)) / (self.rounds_active[name] + self.config.eps)
+
+    def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return |gradient| + bonus; positions dropped a moment ago are candidates like all others."""
+        scores = self.gradient_scores(context, step, candidates)
+        return {name: score + self.bonus(name, step) for name, score in scores.items()}
+
+    def update(self, context: Context, step: int) -> None:
+        old = dict(context.masks.masks)
+        gradients = self.gradient_scores(context, step, old)
+        super().update(context, step)
+        new = context.masks.masks
+        self.last = self._figures(step, gradients, {name: mask & ~old[name] for name, mask in new.items()})
+        for name, mask in new.items():
+            self.rounds_active[name] += mask
+
+    def _figures(self, step: int, gradients: dict[str, Tensor], grown: dict[str, Tensor]) -> dict[str, float]:
+        """Return per layer what the newly grown weights won with: mean |gradient|, mean bonus, share never active."""
+        figures = {}
+        for name, where in grown.items():
+            count = int(where.sum())
+            if not count:
+                continue
+            layer = name.removesuffix(".weight")
+            figures[f"grown/gradient/{layer}"] = float(gradients[name][where].mean())
+            figures[f"grown/bonus/{layer}"] = float(self.bonus(name, step)[where].mean())
+            figures[f"grown/never_active/{layer}"] = int((self.rounds_active[name][where] == 0).sum()) / count
+        return figures
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return the churn and, for the last update, what the newly grown weights of each layer won with."""
+        return super().end_epoch(context, epoch) | self.last
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"rounds_active": dict(self.rounds_active), "last": dict(self.last)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        device = {name: counts.device for name, counts in self.rounds_active.items()}
+        self.rounds_active = {
+            name: counts.to(device.get(name, counts.device)) for name, counts in state["rounds_active"].items()
+        }
+        self.last = dict(state["last"])
+
+
+def _rms(values: Tensor) -> Tensor:
+    """Return the root mean square, 1 where all values are zero."""
+    square = values.double().square().mean()
+    return torch.where(square > 0, square.sqrt(), 1.0).to(values.dtype)

@@ -1,0 +1,137 @@
+"""Drop and grow where the loss gradient is largest: what RigL and its relatives share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.families.sparse_training import DropAndGrow, DropAndGrowConfig, check_dense
+from prune_lab.schema import ConfigError, Count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+torch = lazy_import("torch")
+accounting = lazy_import("prune_lab.accounting")
+optim = lazy_import("prune_lab.optim")
+
+
+@dataclass(frozen=True)
+class GradientGrowthConfig(DropAndGrowConfig):
+    grow_batches: Count
+    """growth score: |mean dense gradient| over so many steps up to the update (1: the update's batch, as published)"""
+    redistribution: Literal["none", "gradient", "momentum"]
+    """whether layers keep their counts, or what they freed goes to those with the largest mean |gradient| (RigL-SG) or
+    |momentum| (RigL-SM) of active weights"""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        if self.interval is not None and self.grow_batches > self.interval:
+            raise ConfigError(
+                f"{path}.grow_batches must not exceed {path}.interval={self.interval}, got {self.grow_batches}"
+            )
+        if self.redistribution == "momentum" and self.begin == 0:
+            raise ConfigError(
+                f"{path}.redistribution=momentum: there is no momentum at step 0; {path}.begin must be null or above 0"
+            )
+
+
+class GradientGrowth(DropAndGrow):
+    """Moves weights to the largest |gradient|; layers keep their counts unless they are redistributed."""
+
+    Config = GradientGrowthConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.gradient_sums: dict[str, Tensor] = {}
+        self.due = False
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        if self.config.redistribution == "momentum":
+            optim.require_momentum(context.optimizer, "method.redistribution=momentum")
+        if self.config.redistribution != "none":
+            self.report_redistribution(context)
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        return self.postponed or any(due - self.config.grow_batches < step <= due for due in self._next_update(step))
+
+    def _next_update(self, step: int) -> range:
+        """Return the update at or after `step`, as a range of at most one step."""
+        passed = max(step - self.updates.start, 0)
+        return self.updates[-(-passed // self.updates.step) :][:1]
+
+    def after_backward(self, context: Context, step: int) -> bool:
+        if not self.needs_dense_gradient(step):
+            return True
+        due = step in self.updates or self.postponed
+        gradients = {name: context.parameters()[name].grad for name in context.masks.masks}
+        if context.amp_scaled and not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
+            self.postponed = due  # fp16 overflowed; the scaler leaves the step out as well
+            return True
+        self.postponed = False
+        if self.config.grow_batches > 1:
+            self._accumulate(gradients)
+        if due and self.config.skip_step_on_update:
+            self._update_now(context, step)
+            return False
+        self.due = due
+        return True
+
+    def after_step(self, context: Context, step: int) -> None:
+        if self.due:
+            self._update_now(context, step)
+
+    def _update_now(self, context: Context, step: int) -> None:
+        self.update(context, step)
+        self.due = False
+        self.gradient_sums = {}
+
+    def _accumulate(self, gradients: dict[str, Tensor]) -> None:
+        """Add to the sums, which rank like the mean; after a resume they come from the CPU."""
+        sums = self.gradient_sums
+        for name, gradient in gradients.items():
+            sums[name] = sums[name].to(gradient.device) + gradient if name in sums else gradient.clone()
+
+    def gradients(self, context: Context, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the gradient of the task loss of one batch, or the sum over several; weight decay is not in it.
+
+        Processes and micro-batches are averaged before anybody takes the absolute value.
+        """
+        named = context.parameters()
+        return {name: self.gradient_sums[name] if self.gradient_sums else named[name].grad for name in names}
+
+    def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return |gradient| per position.
+
+        Raises:
+            RuntimeError: every gradient of the pruned weights is zero, so somebody masked them.
+        """
+        scores = {name: gradient.abs() for name, gradient in self.gradients(context, candidates).items()}
+        check_dense(scores, candidates, f"gradients at step {step}")
+        return scores
+
+    def redistribution_signal(self, context: Context, names: Iterable[str]) -> dict[str, Tensor] | None:
+        if self.config.redistribution == "none":
+            return None
+        if self.config.redistribution == "gradient":
+            return self.gradients(context, names)
+        named = context.parameters()
+        return {name: optim.momentum(context.optimizer, named[name]) for name in names}
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        return super().layout(context) if self.config.redistribution == "none" else None
+
+    def paper_train_ratio(self, context: Context) -> float:
+        return accounting.rigl_training_ratio(context.forward_macs, context.dense_macs, self.interval(context))
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"gradient_sums": self.gradient_sums}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.gradient_sums = dict(state["gradient_sums"])

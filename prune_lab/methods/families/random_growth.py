@@ -1,0 +1,52 @@
+"""Drop and grow at random places: what SET and its relatives share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.families.sparse_training import DropAndGrow, DropAndGrowConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+torch = lazy_import("torch")
+
+
+@dataclass(frozen=True)
+class RandomGrowthConfig(DropAndGrowConfig):
+    growth: Literal["random", "random_unfired"]
+    """random: every position alike; random_unfired: those that were never active first (official ITOP code)"""
+
+
+class RandomGrowth(DropAndGrow):
+    """Moves weights to random positions; no gradient of a pruned weight is needed."""
+
+    Config = RandomGrowthConfig
+
+    def after_backward(self, context: Context, step: int) -> bool:
+        if self.config.skip_step_on_update and step in self.updates:
+            self.update(context, step)
+            return False
+        return True
+
+    def after_step(self, context: Context, step: int) -> None:
+        if not self.config.skip_step_on_update and step in self.updates:
+            self.update(context, step)
+
+    def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return one uniform number per position, keyed by (seed, parameter name, step)."""
+        scores = {
+            name: torch.rand(mask.shape, generator=context.generator("grow", name, step)).to(mask.device)
+            for name, mask in candidates.items()
+        }
+        if self.config.growth == "random":
+            return scores
+        # In double precision adding 1 merges no two of the numbers.
+        return {name: score.double() + ~context.history.ever[name] for name, score in scores.items()}
+
+    def paper_train_ratio(self, context: Context) -> float:
+        return context.forward_macs / context.dense_macs

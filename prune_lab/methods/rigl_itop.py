@@ -1,0 +1,20 @@
+"""RigL on the ITOP schedule: few, well informed updates that go on until the end of training."""
+
+from __future__ import annotations
+
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.gradient_growth import GradientGrowth
+
+
+class RigLITOP(GradientGrowth):
+    card = Card(
+        summary="RigL with long intervals and updates until the end, so that more positions are tried (R_s)",
+        paper="Liu, Yin, Mocanu, Pechenizkiy 2021, Do We Actually Need Dense Over-Parameterization? In-Time "
+        "Over-Parameterization in Sparse Training, arXiv 2102.02887",
+        acts="during training, after the optimizer step, every method.interval steps until the end",
+        eligible="weights of convolutions and linear layers; depthwise ones only if included",
+        cost="that of RigL",
+        differences="floor instead of ceil for the moved count, exact counts per layer; the official code also "
+        "multiplies the momentum by the mask after every step, here new weights start with zero momentum, which is the "
+        "same for them",
+    )

@@ -1,0 +1,128 @@
+"""SNFS (sparse momentum): drop the smallest weights, share what they freed among layers and grow by momentum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.sparse_training import DropAndGrow, DropAndGrowConfig, check_dense
+from prune_lab.schema import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+optim = lazy_import("prune_lab.optim")
+redistribution = lazy_import("prune_lab.redistribution")
+
+
+@dataclass(frozen=True)
+class SNFSConfig(DropAndGrowConfig):
+    redistribution: Literal["momentum", "none"]
+    """momentum: freed weights go to the layers whose active weights have the largest mean |momentum| (paper); none:
+    layers keep their counts (the momentum baseline of the RigL code)"""
+    apportion: Literal["exact", "official"]
+    """exact: the total never changes; official: what is cut off is divided equally, the next update corrects the total
+    (official code)"""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        if self.skip_step_on_update and self.begin == 0:
+            raise ConfigError(
+                f"{path}.skip_step_on_update=true: there is no momentum at step 0; {path}.begin must be null or above 0"
+            )
+        if self.redistribution == "none" and self.apportion == "official":
+            raise ConfigError(f"{path}.apportion=official divides what {path}.redistribution=momentum frees; got none")
+
+
+class SNFS(DropAndGrow):
+    Config = SNFSConfig
+    card = Card(
+        summary="sparse from the start; every epoch the smallest weights move to the largest momentum, layers included",
+        paper="Dettmers, Zettlemoyer 2019, Sparse Networks from Scratch: Faster Training without Losing Performance, "
+        "arXiv 1907.04840",
+        acts="during training, after the optimizer step, at the end of every epoch but the last (method.interval)",
+        eligible="weights of convolutions and linear layers; depthwise ones only if included",
+        cost="a dense weight gradient in every step, as pruned weights keep their momentum; one bool per weight",
+        differences="the total is exact at every moment with method.apportion=exact; the official rule lets it vary "
+        "around its target. No layer drops its last weight. The first mask has exact counts, not independent bits",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.residuals: list[int] = []
+        self.adjustment = 0.0
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        optim.require_momentum(context.optimizer, "method=snfs")
+        if self.config.redistribution != "none":
+            self.report_redistribution(context)
+
+    def budget_is_exact(self) -> bool:
+        return self.config.apportion == "exact"
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        return True
+
+    def num_dropped(self, fraction: float, count: int) -> int:
+        """Return the official ceil(fraction * count), but never the layer's last weight."""
+        return min(math.ceil(fraction * count - 1e-9), count - 1)
+
+    def after_backward(self, context: Context, step: int) -> bool:
+        if self.config.skip_step_on_update and step in self.updates:
+            self.update(context, step)
+            return False
+        return True
+
+    def after_step(self, context: Context, step: int) -> None:
+        if not self.config.skip_step_on_update and step in self.updates:
+            self.update(context, step)
+
+    def _momenta(self, context: Context, names: Iterable[str]) -> dict[str, Tensor]:
+        named = context.parameters()
+        return {name: optim.momentum(context.optimizer, named[name]) for name in names}
+
+    def redistribution_signal(self, context: Context, names: Iterable[str]) -> dict[str, Tensor] | None:
+        return None if self.config.redistribution == "none" else self._momenta(context, names)
+
+    def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return |momentum| per position.
+
+        Raises:
+            RuntimeError: every momentum of the pruned weights is zero, so somebody masked it.
+        """
+        scores = {name: momentum.abs() for name, momentum in self._momenta(context, candidates).items()}
+        check_dense(scores, candidates, f"momenta at step {step}")
+        return scores
+
+    def new_totals(
+        self, shares: dict[str, float], left: dict[str, int], before: dict[str, int], sizes: dict[str, int]
+    ) -> dict[str, int]:
+        if self.config.apportion == "exact":
+            return super().new_totals(shares, left, before, sizes)
+        freed = sum(before.values()) - sum(left.values())
+        room = {name: sizes[name] - left[name] for name in left}
+        grown = redistribution.apportion_official(shares, room, freed + self.adjustment)
+        totals = {name: left[name] + grown[name] for name in left}
+        # The baseline is the first total: what earlier residuals moved it by is in `before`.
+        self.residuals.append(sum(before.values()) + sum(self.residuals[-1:]) - sum(totals.values()))
+        self.adjustment = (
+            0.25 * self.adjustment + 0.75 * self.residuals[-1] + sum(self.residuals) / len(self.residuals)
+        )
+        return totals
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        return super().layout(context) if self.config.redistribution == "none" else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"residuals": list(self.residuals), "adjustment": self.adjustment}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.residuals, self.adjustment = list(state["residuals"]), state["adjustment"]
