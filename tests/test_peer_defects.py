@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from contexts import context_of
 from omegaconf import OmegaConf
 from torch import nn
 
-from prune_lab.accounting import profile
 from prune_lab.context import Context
 from prune_lab.distributions import LayerSize, allocate, num_keep_total
-from prune_lab.eligibility import select_layers
 from prune_lab.masks import MaskSet, grow, keep_top, random_mask
 from prune_lab.methods.rigl import RigL
 from prune_lab.methods.set import SET
@@ -29,24 +28,6 @@ def method(cls: type, **changes: Any) -> Any:
     node = OmegaConf.to_container(OmegaConf.load(CONF / f"{cls.__name__.lower()}.yaml")) | changes
     del node["_target_"]
     return cls(parse(cls.Config, node, "method"))
-
-
-def context_of(model: nn.Module, masks: dict[str, torch.Tensor], image_size: int = 4) -> Context:
-    """Return a phase of 100 steps on `model` with `masks`, momentum filled with ones."""
-    context = Context(
-        model=model,
-        costs=profile(model, image_size),
-        layers=select_layers(model),
-        phase="train",
-        seed=0,
-        total_steps=100,
-        steps_per_epoch=10,
-    )
-    context.optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    for parameter in model.parameters():
-        context.optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
-    context.install_masks(masks)
-    return context
 
 
 def example_b() -> tuple[Context, nn.Parameter]:
@@ -206,7 +187,7 @@ def test_masked_gradients_are_noticed():
     """With gradients masked somewhere, growth would pick by position; that must not pass in silence."""
     context, weight = example_b()
     weight.grad *= context.masks.masks["2.weight"]
-    with pytest.raises(RuntimeError, match="all gradients of pruned weights are zero"):
+    with pytest.raises(RuntimeError, match="all gradients at step 0 are zero at pruned weights"):
         method(RigL).update(context, 0)
 
 
@@ -250,7 +231,7 @@ def test_restored_masks_are_the_saved_ones_including_grown_zeros():
     assert fresh.digest() == digest and fresh.num_kept == 7
 
 
-@pytest.mark.parametrize("option", ["growth", "prune", "redistribution"])
+@pytest.mark.parametrize("option", ["growth", "prune", "redistribute"])
 def test_unknown_options_are_refused(option):
     """GraNet accepts --growth and --prune and ignores them."""
     with pytest.raises(ValueError, match=f"unknown option method.{option}"):
