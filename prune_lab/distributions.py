@@ -128,6 +128,21 @@ def largest_remainder(targets: Mapping[str, float], sizes: Mapping[str, int], to
     return counts
 
 
+def whole_units(counts: Mapping[str, int], units: Mapping[str, int]) -> dict[str, int]:
+    """Return counts that are multiples of `units` per layer, at least one unit, with a sum as near as that allows.
+
+    Rounded down first; what is missing goes to the largest remainders, ties in layer order, while it brings the sum
+    nearer.
+    """
+    whole = {name: max(count // units[name], 1) * units[name] for name, count in counts.items()}
+    missing = sum(counts.values()) - sum(whole.values())
+    for name in sorted(counts, key=lambda name: (whole[name] - counts[name]) / units[name]):
+        if missing * 2 > units[name] and whole[name] < counts[name]:
+            whole[name] += units[name]
+            missing -= units[name]
+    return whole
+
+
 def _unreachable(total: int, least: int, why: str) -> ConfigError:
     highest = math.floor(1e6 * (1 - least / total)) / 1e6  # rounded down: the printed figure must work when typed
     return ConfigError(

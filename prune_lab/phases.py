@@ -88,7 +88,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         scores, train_s = training.last_scores, training.train_s
     else:
         method.setup(context)
-        noted = getattr(method, phase.hook)(context)
+        noted = getattr(method, phase.hook)(context) or {}
         context.cost.total += method.phase_cost(context)
     if scores is None:  # no epoch ended here: a phase without training, or one resumed after its last epoch
         trainer, exact = job.config.trainer, job.numerics.exact()

@@ -33,6 +33,7 @@ METHODS = {
     "rigl": ("method=rigl", "method.interval=2"),
     "rigl_itop": ("method=rigl_itop", "method.interval=2"),
     "set_itop": ("method=set_itop", "method.interval=2"),
+    "rigl_structured": ("method=rigl_structured", "method.interval=2"),
     "snfs": ("method=snfs", "method.interval=2"),
     "dst_ee": ("method=dst_ee", "method.interval=2"),
     "gmp": ("method=gmp", "method.num_cuts=3"),

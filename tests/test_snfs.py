@@ -94,9 +94,9 @@ def test_a_layer_without_momentum_gets_nothing_and_none_at_all_is_an_error():
 
 def test_no_layer_drops_its_last_weight():
     method = snfs()
-    assert [method.num_dropped(0.5, count) for count in (1, 2, 3, 10)] == [0, 1, 2, 5]
-    assert method.num_dropped(0.99, 2) == 1
-    assert method.num_dropped(0.3, 10) == 3  # 0.3 * 10 is 3.0000000000000004 in binary for some factors
+    assert [method.num_dropped(0.5, count, ()) for count in (1, 2, 3, 10)] == [0, 1, 2, 5]
+    assert method.num_dropped(0.99, 2, ()) == 1
+    assert method.num_dropped(0.3, 10, ()) == 3  # 0.3 * 10 is 3.0000000000000004 in binary for some factors
 
 
 def test_masked_momentum_is_noticed():

@@ -88,7 +88,7 @@ class Method:
         return None
 
     def budget_is_exact(self) -> bool:
-        """Return whether the target is met to the weight; False only for an official rule that lets it vary."""
+        """Return whether the target is met to the weight; False for rules that only come near it."""
         return True
 
     def adapt_model(self, config: Any, *, num_classes: int, image_size: int) -> Any:
@@ -129,8 +129,8 @@ class Method:
         """Return the MACs that an active phase without steps spends, such as scoring passes; known beforehand."""
         return 0
 
-    def prune(self, context: Context) -> dict[str, float]:
-        """Do the work of a phase whose hook is "prune"; return figures for its record.
+    def prune(self, context: Context) -> dict[str, float] | None:
+        """Do the work of a phase whose hook is "prune"; return figures for its record, if there are any.
 
         Raises:
             TypeError: the chain has such a phase, the method does not say what to do in it.

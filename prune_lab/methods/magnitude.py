@@ -28,7 +28,7 @@ class Magnitude(WeightPruning):
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN_DENSE, PRUNE, FINETUNE)
 
-    def prune(self, context: Context) -> dict[str, float]:
+    def prune(self, context: Context) -> None:
         """Keep the largest |w|: of each layer its budget, or of all layers together with distribution=global."""
         named = context.parameters()
         scores = {layer.parameter: named[layer.parameter].detach().abs() for layer in context.eligible()}
@@ -38,4 +38,3 @@ class Magnitude(WeightPruning):
             counts = self.allocate(context, self.config.sparsity)
             kept = {name: masks.keep_top(score, counts[name]) for name, score in scores.items()}
         self.cut(context, kept)
-        return {}

@@ -70,7 +70,7 @@ class SNFS(DropAndGrow):
     def needs_dense_gradient(self, step: int) -> bool:
         return True
 
-    def num_dropped(self, fraction: float, count: int) -> int:
+    def num_dropped(self, fraction: float, count: int, shape: tuple[int, ...]) -> int:
         """Return the official ceil(fraction * count), but never the layer's last weight."""
         return min(math.ceil(fraction * count - 1e-9), count - 1)
 

@@ -13,7 +13,7 @@ from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruni
 from prune_lab.schema import ConfigError, Count, Fraction, Index, Momentum
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
     from prune_lab.context import Context
 
@@ -41,10 +41,14 @@ class SparseTraining(WeightPruning):
         """Draw exactly the budget of each layer at random, the same on every process."""
         shapes = {layer.parameter: layer.shape for layer in context.eligible()}
         drawn = {
-            name: masks.random_mask(shapes[name], count, context.generator("initial mask", name)).to(context.device)
+            name: self.draw(shapes[name], count, context.generator("initial mask", name)).to(context.device)
             for name, count in self.allocate(context, self.config.sparsity).items()
         }
         context.install_masks(drawn)
+
+    def draw(self, shape: tuple[int, ...], count: int, source: Generator) -> Tensor:
+        """Return a random mask with `count` True."""
+        return masks.random_mask(shape, count, source)
 
 
 @dataclass(frozen=True)
@@ -152,9 +156,13 @@ class DropAndGrow(SparseTraining):
             floor=config.floor,
         )
 
-    def num_dropped(self, fraction: float, count: int) -> int:
-        """Return how many of `count` weights of a layer to drop."""
+    def num_dropped(self, fraction: float, count: int, shape: tuple[int, ...]) -> int:
+        """Return how many of the `count` kept weights of a layer to drop."""
         return _floor(fraction * count)
+
+    def drop_scores(self, weight: Tensor) -> Tensor:
+        """Return a score per weight; the lowest are dropped."""
+        return weight.abs()
 
     def update(self, context: Context, step: int) -> None:
         """Drop and grow in every layer that can move, then make the new masks count."""
@@ -209,7 +217,8 @@ class DropAndGrow(SparseTraining):
         if self.config.drop == "by_sign":
             return masks.keep_by_sign(weight, mask, fraction)
         count = int(mask.sum())
-        return masks.keep_top(weight.abs(), count - self.num_dropped(fraction, count), candidates=mask)
+        dropped = self.num_dropped(fraction, count, tuple(weight.shape))
+        return masks.keep_top(self.drop_scores(weight), count - dropped, candidates=mask)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return sums since the phase began: updates; weights dropped, of these regrown at once, and newly grown."""

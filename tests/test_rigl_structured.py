@@ -1,0 +1,63 @@
+"""Structured RigL: whole kernels in every mask, budgets in kernels, the right kernels move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from contexts import context_of
+from method_runs import configure, finish, make, watch
+from torch import nn
+
+from prune_lab import cli
+from prune_lab.distributions import whole_units
+from prune_lab.loop import Training
+
+
+def test_counts_become_whole_kernels_and_the_sum_stays_near():
+    assert whole_units({"a": 13, "b": 23, "c": 5}, {"a": 9, "b": 9, "c": 1}) == {"a": 9, "b": 27, "c": 5}
+    assert whole_units({"a": 2, "b": 100}, {"a": 9, "b": 1}) == {"a": 9, "b": 100}  # no layer is emptied
+    assert whole_units({"a": 18, "b": 27}, {"a": 9, "b": 9}) == {"a": 18, "b": 27}
+
+
+def test_an_update_moves_the_weakest_kernel_to_the_strongest_gradient():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(32, 3))
+    weight = model[0].weight
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[0] = True
+    with torch.no_grad():
+        weight.fill_(0.5)
+        weight[0, 1] = 0.2
+        weight[0, 1, 0, 0] = 3.0  # one large weight; the mean of the kernel, 0.51, is above that of kernel 0, 0.5
+    context = context_of(model, {"0.weight": mask})
+    weight.grad = torch.full_like(weight, 0.1)
+    weight.grad[1, 1, 0, 0] = 5.0
+    weight.grad[1, 0] = -0.6  # mean 0.6, just below that of kernel (1, 1), 5.8 / 9
+    make("rigl_structured", alpha=0.5, decay="constant").update(context, 0)
+    kept = context.masks.masks["0.weight"].flatten(2).all(2)
+    assert kept.tolist() == [[False, True], [False, True]]
+    assert context.masks.num_kept == 18
+
+
+def test_kernels_are_never_cut_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    digests = set()
+
+    def look(training: Training, step: int) -> None:
+        context = training.context
+        digests.add(context.masks.digest())
+        for mask in context.masks.masks.values():
+            per_kernel = mask.flatten(2).sum(2)
+            assert set(per_kernel.unique().tolist()) <= {0, mask[0, 0].numel()}
+        assert "fc.weight" not in context.masks.masks
+
+    watch(monkeypatch, look)
+    finish(configure(tmp_path, "rigl_structured", "method.alpha=0.5"))
+    assert len(digests) > 2
+
+
+@pytest.mark.parametrize("option", ["method.drop=by_sign", "method.redistribution=gradient"])
+def test_what_would_cut_kernels_is_refused(option, capsys):
+    assert cli.main(["method=rigl_structured", option]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert option in line and "whole kernels" in line
