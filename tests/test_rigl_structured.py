@@ -30,7 +30,7 @@ def test_an_update_moves_the_weakest_kernel_to_the_strongest_gradient():
         weight.fill_(0.5)
         weight[0, 1] = 0.2
         weight[0, 1, 0, 0] = 3.0  # one large weight; the mean of the kernel, 0.51, is above that of kernel 0, 0.5
-    context = context_of(model, {"0.weight": mask})
+    context = context_of(model, {"0.weight": mask}, channels=2)
     weight.grad = torch.full_like(weight, 0.1)
     weight.grad[1, 1, 0, 0] = 5.0
     weight.grad[1, 0] = -0.6  # mean 0.6, just below that of kernel (1, 1), 5.8 / 9
