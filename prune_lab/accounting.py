@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -191,6 +192,30 @@ class TrainingCost:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.total = state["total"]
+
+
+def planned_training_macs(
+    costs: Sequence[LayerCost],
+    layout: Sequence[tuple[int, Mapping[str, int]]],
+    *,
+    total_steps: int,
+    batch_size: int,
+    dense_steps: Sequence[int],
+) -> int:
+    """Return the MACs of a training phase whose masks are known beforehand.
+
+    Args:
+        layout: (first step, kept weights per parameter) in order, as from Method.layout.
+        dense_steps: the steps that need gradients of pruned weights, rising.
+    """
+    cost, dense = TrainingCost(), dense_macs(costs)
+    starts = [min(start, total_steps) for start, _ in layout] + [total_steps]
+    for (_, kept), start, end in zip(layout, starts[:-1], starts[1:], strict=True):
+        forward = sparse_macs(costs, kept)
+        num_dense = bisect_left(dense_steps, end) - bisect_left(dense_steps, start)
+        cost.add(batch_size * (end - start - num_dense), forward)
+        cost.add(batch_size * num_dense, forward, dense)
+    return cost.total
 
 
 def rigl_training_ratio(sparse: int, dense: int, interval: int) -> float:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab import datasets, models
 from prune_lab.methods.base import Method
@@ -24,6 +24,9 @@ from prune_lab.schema import (
     parse,
     suggestion,
 )
+
+if TYPE_CHECKING:
+    from prune_lab.matching import Matched
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ class RunConfig:
     resolved: dict
     overrides: tuple[str, ...] = ()
     """the command's options as typed, for the record"""
+    matched: Matched | None = None
+    """how the budget was solved, with method.match; `method` and `schedule` hold the outcome"""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prune_lab import datasets, identity, numerics, results
-from prune_lab.accounting import TrainingCost, layer_table, sparse_macs
+from prune_lab import datasets, identity, matching, numerics, results
+from prune_lab.accounting import layer_table
 from prune_lab.config import RunConfig
-from prune_lab.context import Context
 from prune_lab.files import write_json
 from prune_lab.numerics import Numerics
-from prune_lab.phases import Job, build_model, layer_costs
+from prune_lab.phases import build_model, layer_costs
+from prune_lab.planning import PhaseOutlook
 from prune_lab.rehearsal import RandomImages, job_without_files, one_step
 from prune_lab.schema import ConfigError
 from prune_lab.tracking.lines import quantity, summary_lines
@@ -31,6 +31,7 @@ def dry_run(config: RunConfig) -> int:
     info = datasets.describe(config.dataset)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model_config = config.method.adapt_model(config.model, **sizes)
+    config = matching.matched(config, model_config, info, arithmetic)
     planned = identity.plan(config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=1)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": 1}
     folder = results.RunFolder.of(config, fingerprint=None, **inputs)
@@ -38,8 +39,8 @@ def dry_run(config: RunConfig) -> int:
     for entry in planned:
         job = job_without_files(config, model_config, entry, dataset, arithmetic, previous)
         previous, context = one_step(job)
-        layout = job.method.layout(context)
-        cost = planned_cost(job, context, layout)
+        outlook = PhaseOutlook(entry.phase, job.method, context, config.schedule.batch_size)
+        layout, cost = outlook.layout(), outlook.macs()
         spent = None if spent is None or cost is None else spent + cost
         kept = layout[-1][1] if layout else layout if layout is None else kept
     model = build_model(model_config, **sizes, seed=config.seed)
@@ -50,23 +51,10 @@ def dry_run(config: RunConfig) -> int:
     folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
     _show(folder.directory, planned, rows, summary)
+    if config.matched:
+        print(config.matched.line())
+    print("MAC: multiply-accumulate of conv and linear layers, one image; nothing was trained")
     return 0
-
-
-def planned_cost(job: Job, context: Context, layout: list[tuple[int, dict[str, int]]] | None) -> int | None:
-    """Return the MACs the phase will spend, from its layouts and the steps that need dense gradients; None: unknown."""
-    if job.planned.phase.hook != "train":
-        return job.method.phase_cost(context)
-    if layout is None:
-        return None
-    cost, batch = TrainingCost(), job.config.schedule.batch_size
-    ends = [start for start, _ in layout[1:]] + [context.total_steps]
-    for (start, kept), end in zip(layout, ends, strict=True):
-        forward = sparse_macs(context.costs, kept)
-        for step in range(start, min(end, context.total_steps)):
-            dense = context.dense_macs if job.method.needs_dense_gradient(step) else None
-            cost.add(batch, forward, dense)
-    return cost.total
 
 
 def _summary(
@@ -86,7 +74,7 @@ def _summary(
                    "params/nonzero": counts["params/total"] - cut}
     steps = info.num_train // config.schedule.batch_size
     train_dense = results.dense_training_macs(config, counts["macs/dense"], steps)
-    return {
+    summary = {
         "run/seed": config.seed,
         "run/group": folder.group,
         "run/command": " ".join(["prune-lab", *sys.argv[1:]]),
@@ -101,6 +89,7 @@ def _summary(
             {"name": entry.phase.name, "epochs": entry.schedule.epochs if entry.schedule else 0} for entry in planned
         ],
     }
+    return summary | (config.matched.figures(summary) if config.matched else {})
 
 
 def _show(directory: Path, planned: list, rows: list[dict], summary: dict[str, Any]) -> None:
@@ -122,4 +111,3 @@ def _show(directory: Path, planned: list, rows: list[dict], summary: dict[str, A
         print("? depends on the trained weights")
     for line in summary_lines(summary):
         print(line)
-    print("MAC: multiply-accumulate of conv and linear layers, one image; nothing was trained")

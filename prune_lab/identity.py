@@ -80,8 +80,9 @@ def digest(value: Any) -> str:
 
 
 def run_key(planned: list[PlannedPhase], config: RunConfig) -> str:
-    """Return the key of the whole run: its last phase and the method that asked for it."""
-    return digest([planned[-1].key, config.method.identity()])
+    """Return the key of the whole run: its last phase, the method that asked for it, and what it was matched to."""
+    matched = [config.matched.wanted()] if config.matched else []
+    return digest([planned[-1].key, config.method.identity(), *matched])
 
 
 def group_key(config: RunConfig, **inputs: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prune_lab import datasets, distributed, identity, numerics, results
+from prune_lab import datasets, distributed, identity, matching, numerics, results
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
 from prune_lab.files import SaveError
@@ -78,6 +78,7 @@ def _run(config: RunConfig, arithmetic: Numerics) -> int:
     fmt = BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
     dataset = datasets.load(config.dataset, fmt)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": distributed.world_size()}
+    config = matching.matched(config, model_config, dataset.info, arithmetic)
     planned = identity.plan(config, fingerprint=dataset.fingerprint, **inputs)
     folder = results.RunFolder.of(config, fingerprint=dataset.fingerprint, **inputs)
     if distributed.share(not (folder.directory / "run.json").exists() if distributed.is_main() else None):
@@ -139,6 +140,8 @@ def _reason(error: OSError, directory: Path) -> str:
 def _carry_out(run: Run) -> int:
     started = time.monotonic()
     run.folder.start(run.tracker, run.config, run.planned)
+    if run.config.matched:
+        run.tracker.message(run.config.matched.line())
     if run.config.model.weights is not None:
         run.tracker.message("note: macs/train does not count the training of model.weights")
     previous = None

@@ -85,17 +85,30 @@ def job_without_files(
     )
 
 
-def one_step(job: Job) -> tuple[dict[str, Any], Context]:
-    """Do the first step of a phase and return what the next phase starts from."""
+def set_up(job: Job) -> tuple[dict[str, Any], Context]:
+    """Do everything of a phase but its training and return what the next phase starts from."""
     context = open_context(job)
     if job.planned.phase.hook == "train":
-        training = open_training(job, context)
-        job.method.setup(context)
-        context.model.train()
-        if context.total_steps:
-            train_step(training, *job.dataset.batch(_IMAGES * job.config.trainer.accumulate))
-    else:
-        job.method.setup(context)
+        context.optimizer = build_optimizer(context.model, job.config.optimizer)
+    job.method.setup(context)
+    if job.planned.phase.hook != "train":
         getattr(job.method, job.planned.phase.hook)(context)
+    return _result(job, context), context
+
+
+def one_step(job: Job) -> tuple[dict[str, Any], Context]:
+    """Do the first step of a phase and return what the next phase starts from."""
+    if job.planned.phase.hook != "train":
+        return set_up(job)
+    context = open_context(job)
+    training = open_training(job, context)
+    job.method.setup(context)
+    context.model.train()
+    if context.total_steps:
+        train_step(training, *job.dataset.batch(_IMAGES * job.config.trainer.accumulate))
+    return _result(job, context), context
+
+
+def _result(job: Job, context: Context) -> dict[str, Any]:
     masks = None if context.masks is None else context.masks.state_dict()
-    return {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict()}, context
+    return {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict()}

@@ -213,7 +213,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
     train_dense = dense_training_macs(config, counts["macs/dense"], run.dataset.num_batches(config.schedule.batch_size))
     spent = sum(figures["macs_train"] for figures in run.outcomes)
     flat = {f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()}
-    return {
+    summary = {
         "status": "finished",
         "run/id": folder.key,
         "run/group": folder.group,
@@ -238,6 +238,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "time/wall_s": wall_s,
         "time/images_per_s": run.images_done / run.train_s if run.train_s else None,
     }
+    return summary | (config.matched.figures(summary) if config.matched else {})
 
 
 def choices(config: RunConfig) -> dict[str, str]:

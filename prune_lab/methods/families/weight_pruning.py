@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +40,12 @@ class WeightPruningConfig(MethodConfig):
     """layer patterns to prune although they are dense by default (depthwise convolutions)"""
     exclude: list[str]
     """layer patterns to keep dense and out of the budget"""
+    match: Literal["none", "params", "macs", "train_macs"]
+    """a cost that is to equal the reference's: nonzero parameters, inference MACs, MACs of the whole training"""
+    match_to: str | None
+    """the reference as DENSITY:DISTRIBUTION, with this method's first_layer, include and exclude"""
+    match_by: Literal["density", "epochs"]
+    """what is solved for: the density, which replaces `sparsity`, or the epochs of the schedule's train block"""
 
     def check(self, path: str) -> None:
         if (self.distribution == "file") != (self.densities is not None):
@@ -48,6 +56,40 @@ class WeightPruningConfig(MethodConfig):
             raise ConfigError(f"{path}.first_layer=dense_compensated: give density 1 in {path}.densities instead")
         if self.distribution == "global" and self.first_layer.startswith("dense"):
             raise ConfigError(f"{path}.first_layer={self.first_layer} needs a budget per layer; use {path}.exclude")
+        self._check_match(path)
+
+    def _check_match(self, path: str) -> None:
+        if (self.match == "none") != (self.match_to is None):
+            raise ConfigError(
+                f"{path}.match=params, macs or train_macs goes with {path}.match_to=DENSITY:DISTRIBUTION, "
+                f"got match={self.match} and match_to={'null' if self.match_to is None else self.match_to}"
+            )
+        if self.match_by == "epochs" and self.match != "train_macs":
+            raise ConfigError(f"{path}.match_by=epochs goes with {path}.match=train_macs, got match={self.match}")
+        if self.match != "none" and self.match_by == "density" and self.distribution == "file":
+            raise ConfigError(f"{path}.match_by=density: {path}.distribution=file fixes the densities")
+        if self.match_to is not None:
+            _parse_reference(self.match_to, path)
+
+    def reference(self) -> WeightPruningConfig:
+        """Return the options of the layout that `match_to` names; sparsity 0 stands for the dense network."""
+        density, distribution = _parse_reference(self.match_to, "method")
+        return replace(self, sparsity=float(1 - density), distribution=distribution, power=1.0, densities=None)
+
+
+def _parse_reference(text: str, path: str) -> tuple[Fraction, str]:
+    """Return the density in (0, 1] and the distribution that DENSITY:DISTRIBUTION names.
+
+    Raises:
+        ConfigError: another form, or a value that is not allowed.
+    """
+    found = re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?|\d+\.):(uniform|er|erk)", text)
+    if found is None or not 0 < Fraction(found[1]) <= 1:
+        raise ConfigError(
+            f"{path}.match_to={text} must be DENSITY:DISTRIBUTION with a density in (0, 1] and uniform, er or erk, "
+            "such as 0.1:uniform"
+        )
+    return Fraction(found[1]), found[2]
 
 
 class WeightPruning(Method):
@@ -58,17 +100,20 @@ class WeightPruning(Method):
     def identity(self) -> dict[str, Any]:
         """Return the options, the file of densities by its content.
 
+        How a cost was matched is left out: what it was solved to decides the results.
+
         Raises:
             ConfigError: the file cannot be read.
         """
+        options = {key: value for key, value in super().identity().items() if not key.startswith("match")}
         path = self.config.densities
         if path is None:
-            return super().identity()
+            return options
         try:
             content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except OSError as error:
             raise ConfigError(f"method.densities={path} cannot be read: {error.strerror}") from error
-        return super().identity() | {"densities": content}
+        return options | {"densities": content}
 
     def requested_sparsity(self) -> float:
         return self.config.sparsity
