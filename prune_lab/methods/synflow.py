@@ -1,0 +1,151 @@
+"""SynFlow: cut step by step the weights that carry the least flow from input to output, without data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.initial_pruning import InitialPruning, InitialPruningConfig
+from prune_lab.schema import ConfigError, Count
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+    from prune_lab.linearised import Flow
+
+torch = lazy_import("torch")
+distributions = lazy_import("prune_lab.distributions")
+linearised = lazy_import("prune_lab.linearised")
+masks = lazy_import("prune_lab.masks")
+scoring = lazy_import("prune_lab.scoring")
+
+
+@dataclass(frozen=True)
+class SynFlowConfig(InitialPruningConfig):
+    rounds: Count
+    """times that weights are scored and cut"""
+    schedule: Literal["exponential", "linear"]
+    """how density falls from 1 to d = 1 - sparsity over n rounds: d^(k/n) after round k, or 1 - (1 - d) k/n"""
+    dtype: Literal["float64", "float32"]
+    """number format of the scores; the flow of deep networks (ResNet-50, ResNet-110) exceeds float32's range"""
+
+
+class SynFlow(InitialPruning):
+    Config = SynFlowConfig
+    card = Card(
+        summary="score |w| x d(sum of outputs)/d|w| on an image of ones, cut the lowest a little, score again; then "
+        "train with that mask",
+        paper="Tanaka, Kunin, Yamins, Ganguli 2020, Pruning neural networks without any data by iteratively "
+        "conserving synaptic flow, arXiv 2006.05467",
+        acts="once, before training",
+        eligible="weights of convolutions and linear layers; depthwise ones only if included",
+        cost="a forward and backward pass of one image per round; weights and their gradients in float64 while scoring",
+        differences="float64 instead of the official code's float32; biases and running means count as zero, not as "
+        "their absolute values; ReLU stands in for activations that saturate (ReLU6, hard-swish, SiLU, GELU ...) and 1 "
+        "for squeeze-and-excitation gates while scoring; exactly the planned number is kept in each round",
+    )
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        if self.config.dtype == "float64" and context.device.type == "mps":
+            raise ConfigError("method.dtype=float64: MPS devices have none; use trainer.device=cpu or dtype float32")
+
+    def choose(self, context: Context) -> dict[str, Tensor]:
+        """Score and cut in rounds, each among the weights of the one before; a rehearsal does one round.
+
+        Raises:
+            ConfigError: the flow leaves the range of the number format.
+        """
+        dtype, size = getattr(torch, self.config.dtype), context.dataset.info.image_size
+        tensors = linearised.positive_form(context.model, dtype)
+        names = [layer.parameter for layer in context.eligible()]
+        image = torch.ones(1, 3, size, size, dtype=dtype, device=context.device)
+        rounds = 1 if context.rehearsal else self.config.rounds
+        kept: dict[str, Tensor] | None = None
+        with scoring.untouched(context.model, train_mode=False):
+            for index in range(1, rounds + 1):
+                flow = linearised.flow(context.model, tensors, names, image)
+                self._check(flow, index)
+                if index == 1:
+                    self._describe(context, flow)
+                kept = self._cut(context, flow.scores, index / rounds, kept)
+                torch._foreach_mul_([tensors[name] for name in kept], list(kept.values()))
+        self._name_floors(context, kept)
+        return kept
+
+    def _cut(
+        self, context: Context, scores: dict[str, Tensor], done: float, kept: dict[str, Tensor] | None
+    ) -> dict[str, Tensor]:
+        """Return the masks at fraction `done` of the rounds, chosen among `kept`."""
+        config = self.config
+        if config.control == "invert":  # the lowest positive scores are kept; weights without flow go first as ever
+            last = torch.finfo(getattr(torch, config.dtype)).max
+            scores = {name: score.masked_fill(score == 0, last) for name, score in scores.items()}
+        level = config.sparsity if done == 1 else 1 - falling(1 - config.sparsity, done, config.schedule)
+        if config.distribution == "global":
+            return self.select(context, scores, level, kept)
+        counts, sign = self._counts(context, level, done, kept), -1 if config.control == "invert" else 1
+        return {
+            name: masks.keep_top(sign * score, counts[name], candidates=None if kept is None else kept[name])
+            for name, score in scores.items()
+        }
+
+    def _counts(
+        self, context: Context, level: float, done: float, kept: dict[str, Tensor] | None
+    ) -> dict[str, int]:
+        """Return counts per layer on each layer's own way to its final density; together exactly those of `level`."""
+        sizes = {layer.parameter: layer.size for layer in context.eligible()}
+        final = self.allocate(context, self.config.sparsity)
+        above = sizes if kept is None else {name: int(torch.count_nonzero(mask)) for name, mask in kept.items()}
+        wanted = {
+            name: round(size * falling(final[name] / size, done, self.config.schedule)) for name, size in sizes.items()
+        }
+        return distributions.clamp_counts(wanted, low=final, high=above, total=self.total(context, level))
+
+    def _check(self, flow: Flow, index: int) -> None:
+        if math.isfinite(flow.total) and all(bool(torch.isfinite(score.sum())) for score in flow.scores.values()):
+            return
+        advice = "use method.dtype=float64"
+        if self.config.dtype == "float64":
+            advice = "look for weights that are not finite, or start from another initialisation"
+        raise ConfigError(
+            f"method.dtype={self.config.dtype}: the flow in round {index} is not finite (sum of outputs "
+            f"{flow.total:g}); {advice}"
+        )
+
+    def _describe(self, context: Context, flow: Flow) -> None:
+        """Report what makes the scores differ from those of a plain ReLU network."""
+        if self.config.dtype == "float32":
+            context.report("method.dtype=float32: deep networks need float64, their flow exceeds float32's range")
+        if flow.replaced:
+            calls = ", ".join(f"{name} ({count})" for name, count in sorted(flow.replaced.items()))
+            context.report(f"while scoring, ReLU stands in for activations and 1 for gates: {calls}")
+        tolerance = 1e-6 if self.config.dtype == "float64" else 1e-2
+        if not abs(flow.conserved - 1) <= tolerance:
+            context.report(
+                f"flow is not conserved (input / output {flow.conserved:.3g} instead of 1): the network holds what is "
+                "not linear, such as layer norm or attention; scores of different layers do not compare"
+            )
+        dry = [name.removesuffix(".weight") for name, score in flow.scores.items() if not score.any()]
+        if dry:
+            shown = ", ".join(dry[:3]) + (", ..." if len(dry) > 3 else "")
+            context.report(f"no flow reaches {len(dry)} layers, which are cut first: {shown}; see method.exclude")
+
+    def _name_floors(self, context: Context, kept: dict[str, Tensor]) -> None:
+        least = self.config.min_per_layer
+        held = [name.removesuffix(".weight") for name, mask in kept.items() if 0 < int(mask.sum()) <= least]
+        if held:
+            context.report(f"layers that only method.min_per_layer={least} keeps up: {', '.join(held)}")
+
+    def phase_cost(self, context: Context) -> int:
+        """Return the MACs of all rounds: 3 f_D for one image each, counted dense although later rounds are sparse."""
+        return 3 * context.dense_macs * self.config.rounds
+
+
+def falling(end: float, done: float, schedule: str) -> float:
+    """Return the density at fraction `done` of the way from 1 to `end`: end^done, or linear."""
+    return end**done if schedule == "exponential" else 1 - (1 - end) * done
