@@ -43,8 +43,9 @@ def allocate(
     """Return kept weights per layer; they add up to `num_keep` and every layer keeps at least one.
 
     Args:
-        distribution: "uniform", "er" or "erk". Raw density of a layer: 1, (n_in + n_out) / (n_in n_out) or (sum of
-            the dimensions) / (product of the dimensions), to the power `power`.
+        distribution: "uniform", "er", "erk" or "balanced". Raw density of a layer: 1, (n_in + n_out) / (n_in n_out),
+            (sum of the dimensions) / (product of the dimensions) or 1 / (product of the dimensions), the same number
+            of weights in each; to the power `power`. "smart_ratio" and "smart_ratio_vgg": see `smart_ratio`.
         first_layer: "sparse", or "dense_compensated": the first layer stays dense and the others pay for it.
 
     Layers whose density would pass 1 are made dense one at a time, largest first, and the rest is solved again.
@@ -59,11 +60,16 @@ def allocate(
     least = sum(layer.size if layer.name in forced else 1 for layer in layers)
     if num_keep < least:
         raise _unreachable(total, least, "every layer must keep a weight" + (", the first one all" if forced else ""))
-    raw = {layer.name: _raw_density(distribution, layer.shape) for layer in layers}
     sizes = {layer.name: layer.size for layer in layers}
 
+    def targets(budget: int) -> dict[str, float]:
+        if distribution.startswith("smart_ratio"):
+            return smart_ratio(layers, budget, steep=distribution == "smart_ratio_vgg")
+        raw = {layer.name: _raw_density(distribution, layer.shape) for layer in layers}
+        return _saturated(layers, budget, raw=raw, power=power, forced=forced)
+
     def solve(budget: int) -> dict[str, int]:
-        return largest_remainder(_saturated(layers, budget, raw=raw, power=power, forced=forced), sizes, budget)
+        return largest_remainder(targets(budget), sizes, budget)
 
     counts = solve(num_keep)
     empty = [name for name, count in counts.items() if count == 0]
@@ -84,6 +90,8 @@ def _least_budget(feasible: Callable[[int], bool], low: int, high: int) -> int:
 def _raw_density(distribution: str, shape: tuple[int, ...]) -> float:
     if distribution == "uniform":
         return 1.0
+    if distribution == "balanced":
+        return 1 / math.prod(shape)
     dims = shape[:2] if distribution == "er" else shape
     return sum(dims) / math.prod(dims)
 
@@ -104,6 +112,38 @@ def _saturated(
             return targets | {layer.name: eps * share[layer.name] * layer.size for layer in free}
         left -= sum(layer.size for layer in free if raw[layer.name] == highest)
         free = [layer for layer in free if raw[layer.name] < highest]
+    return targets
+
+
+def smart_ratio(
+    layers: Sequence[LayerSize], num_keep: int, *, steep: bool = False, linear_density: float = 0.3
+) -> dict[str, float]:
+    """Return real-valued kept weights per layer: densities fall with depth, linear layers have a fixed one.
+
+    Convolution l of L layers (1 is the first, linear ones are counted) has density proportional to
+    (L-l+1)^2 + (L-l+1); what exceeds a layer's size goes to the following convolutions and at last to linear layers.
+
+    Args:
+        num_keep: the sum of what is returned; if linear layers alone need more, nothing is left for convolutions.
+        steep: divide by l^2 as well, the official code's rule for VGG.
+
+    Source: Su et al. 2020, section 4, arXiv 2009.11094; linear layers and overflow as in the official code.
+    """
+    targets = {layer.name: linear_density * layer.size if len(layer.shape) == 2 else 0.0 for layer in layers}
+    left = num_keep - sum(targets.values())
+    if left < 0:
+        return {name: target * num_keep / sum(targets.values()) for name, target in targets.items()}
+    share = {}
+    for index, layer in enumerate(layers, start=1):
+        if len(layer.shape) != 2:
+            rest = len(layers) - index + 1
+            share[layer.name] = (rest**2 + rest) / (index**2 if steep else 1) * layer.size
+    scale = left / sum(share.values()) if share else 0.0
+    overflow = 0.0 if share else left
+    for layer in sorted(layers, key=lambda layer: len(layer.shape) == 2):  # stable: convolutions, then linear layers
+        wanted = targets[layer.name] + scale * share.get(layer.name, 0.0) + overflow
+        targets[layer.name] = min(wanted, float(layer.size))
+        overflow = wanted - targets[layer.name]
     return targets
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
-from prune_lab.methods.families.initial_pruning import InitialPruning
+from prune_lab.methods.families.initial_pruning import ImageScoresConfig, InitialPruning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +18,15 @@ torch = lazy_import("torch")
 scoring = lazy_import("prune_lab.scoring")
 
 
+@dataclass(frozen=True)
+class SNIPConfig(ImageScoresConfig):
+    combine: Literal["abs_of_sum", "sum_of_abs"]
+    """several batches. abs_of_sum: |w x gradient| of all images together; sum_of_abs: |w x gradient| of each batch,
+    added (Frankle et al. 2021, arXiv 2009.08576). The paper has one batch, where both agree"""
+
+
 class SNIP(InitialPruning):
+    Config = SNIPConfig
     card = Card(
         summary="keep the largest |weight x gradient| at initialisation, then train with that mask",
         paper="Lee, Ajanthan, Torr 2019, SNIP: Single-shot Network Pruning based on Connection Sensitivity, "
@@ -27,21 +36,22 @@ class SNIP(InitialPruning):
         "only if included",
         cost="one forward and backward pass over the scoring images; one bool per weight",
         differences="scores the weights that are trained (the official code scores another draw), with batch norm on "
-        "batch statistics, on images balanced over classes and not augmented; gradients are summed before |.|",
+        "batch statistics (official: running ones, method.bn_mode=eval), on images balanced over classes",
     )
 
     def scores(self, context: Context) -> dict[str, Tensor]:
         """Return |w * dL/dw| of the mean loss over the scoring images (paper, eq. 6; its normalisation ranks alike)."""
-        named = context.parameters()
+        config, named = self.config, context.parameters()
         weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
-        sums = [torch.zeros_like(weight) for weight in weights.values()]
-        with scoring.untouched(context.model, train_mode=True):
-            for images, labels in self.batches(context):
-                loss = scoring.loss(context.model, images, labels) / self.num_images(context)
-                torch._foreach_add_(sums, torch.autograd.grad(loss, list(weights.values())))
+        tensors = list(weights.values())
+        sums = [torch.zeros_like(weight) for weight in tensors]
+        with scoring.untouched(context.model, train_mode=config.bn_mode == "train"):
+            data = self.batches(context, augment=config.augment_scoring)
+            for gradients in scoring.gradients(context.model, tensors, data):
+                one_batch = torch._foreach_abs(gradients) if config.combine == "sum_of_abs" else gradients
+                torch._foreach_add_(sums, one_batch, alpha=1 / self.num_images(context))
         return {
-            name: (weight.detach() * total).abs()
-            for (name, weight), total in zip(weights.items(), sums, strict=True)
+            name: (weight.detach() * total).abs() for (name, weight), total in zip(weights.items(), sums, strict=True)
         }
 
     def phase_cost(self, context: Context) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import PRUNE, TRAIN, Phase
@@ -11,6 +11,8 @@ from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruni
 from prune_lab.schema import ConfigError, Count, Index
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from prune_lab.context import Context
@@ -41,6 +43,17 @@ class InitialPruningConfig(WeightPruningConfig):
             )
 
 
+@dataclass(frozen=True)
+class ImageScoresConfig(InitialPruningConfig):
+    """Options of the methods whose scores come from training images."""
+
+    bn_mode: Literal["train", "eval"]
+    """while scoring: train: batch norm with the statistics of each batch; eval: with the running ones, which before
+    training are 0 and 1"""
+    augment_scoring: bool
+    """whether the scoring images are cropped and flipped as in training"""
+
+
 class InitialPruning(WeightPruning):
     """Subclasses give `scores`; higher is kept."""
 
@@ -48,6 +61,9 @@ class InitialPruning(WeightPruning):
 
     def chain(self) -> tuple[Phase, ...]:
         return (PRUNE, TRAIN)
+
+    def without_control(self) -> InitialPruning | None:
+        return None if self.config.control == "none" else type(self)(replace(self.config, control="none"))
 
     def setup(self, context: Context) -> None:
         """Refuse more scoring images than there are, before anything is written."""
@@ -75,11 +91,14 @@ class InitialPruning(WeightPruning):
             candidates: weights that may be kept, bool; None: all.
 
         Raises:
-            ValueError: a score is not finite.
+            ConfigError: a score is infinite or NaN.
         """
         bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
         if bad:
-            raise ValueError(f"scores of {', '.join(bad[:3])} are not finite ({len(bad)} layers)")
+            raise ConfigError(
+                f"scores of {', '.join(bad[:3])} are infinite or NaN ({len(bad)} of {len(scores)} layers): look at the "
+                "start weights and the images"
+            )
         if self.config.control == "invert":
             scores = {name: -score for name, score in scores.items()}
         if self.config.distribution == "global":
@@ -96,7 +115,7 @@ class InitialPruning(WeightPruning):
         """Choose masks, apply the control if there is one; return gradient norms and the number of empty layers."""
         before = self._gradient_norm(context)
         if self.config.control == "random":
-            chosen = self.select(context, _random_scores(context), self.config.sparsity)
+            chosen = self.select(context, random_scores(context), self.config.sparsity)
         else:
             chosen = self.choose(context)
         if self.config.control == "shuffle":
@@ -113,10 +132,15 @@ class InitialPruning(WeightPruning):
     def _gradient_norm(self, context: Context) -> float:
         return scoring.gradient_norm(context, self.batches(context), train_mode=True)
 
-    def batches(self, context: Context):
-        """Return (images, labels) of the balanced scoring images, the same in every call."""
+    def batches(self, context: Context, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return (images, labels) of the balanced scoring images, the same in every call.
+
+        Args:
+            options: order, augment and rounds of `scoring.batches`.
+        """
         config = self.config
-        return scoring.batches(context, per_class=config.samples_per_class, batch_size=config.scoring_batch)
+        sizes = {"per_class": config.samples_per_class, "batch_size": config.scoring_batch}
+        return scoring.batches(context, **sizes, **options)
 
     def num_images(self, context: Context) -> int:
         """Return the images of one pass over `batches`."""
@@ -126,7 +150,8 @@ class InitialPruning(WeightPruning):
         return context.forward_macs / context.dense_macs
 
 
-def _random_scores(context: Context) -> dict[str, Tensor]:
+def random_scores(context: Context) -> dict[str, Tensor]:
+    """Return scores that are uniform in [0, 1) and independent, from the seed."""
     return {
         layer.parameter: torch.rand(layer.shape, generator=context.generator("random scores", layer.parameter)).to(
             context.device

@@ -1,0 +1,88 @@
+"""GraSP: remove the weights whose removal raises the gradient norm most, before training."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.initial_pruning import ImageScoresConfig, InitialPruning
+from prune_lab.schema import Count, Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+scoring = lazy_import("prune_lab.scoring")
+
+
+@dataclass(frozen=True)
+class GraSPConfig(ImageScoresConfig):
+    temperature: Positive
+    """divisor of the logits in both derivatives; 200 in every published run. From about 100 on the ranking stays"""
+    rounds: Count
+    """times `samples_per_class` images are drawn, each time others; their gradients and products are added"""
+    split: Literal["stratified", "class_sorted", "random"]
+    """images of a batch: classes in turn, class after class (official code) or at random; it matters with
+    bn_mode=train, where batch norm sees one batch"""
+    hvp_mode: Literal["sum", "per_batch"]
+    """sum: Hessian and gradient of all images (official code); per_batch: the product of each batch, averaged
+    (Frankle et al. 2021, arXiv 2009.08576)"""
+    reinit_linear: bool
+    """score with linear weights drawn anew (Xavier normal) although the own ones are trained, as the official code;
+    its ImageNet version draws only the last layer anew"""
+
+
+class GraSP(InitialPruning):
+    Config = GraSPConfig
+    card = Card(
+        summary="keep the weights whose removal would lower the gradient norm most, then train with that mask",
+        paper="Wang, Zhang, Grosse 2020, Picking Winning Tickets Before Training by Preserving Gradient Flow, "
+        "arXiv 2002.07376",
+        acts="once, before training",
+        eligible="weights of convolutions and linear layers; depthwise ones only if included",
+        cost="two passes over the scoring images, one of them differentiated twice; about 3 times the activations of a "
+        "training step of scoring_batch images; two values per weight",
+        differences="exact count (the official threshold keeps one more); images not augmented "
+        "(method.augment_scoring), classes in turn (method.split=class_sorted), linear layers scored as trained "
+        "(method.reinit_linear); no division of scores by their sum, which ranks alike",
+    )
+
+    def setup(self, context: Context) -> None:
+        super().setup(context)
+        config, dataset = self.config, context.dataset
+        sizes = config.samples_per_class, dataset.info.num_classes
+        scoring.check_classes(dataset.train_labels, *sizes, rounds=config.rounds)
+
+    def scores(self, context: Context) -> dict[str, Tensor]:
+        """Return w * (H g): the paper's S (eq. 8) with the other sign, so that the highest are kept."""
+        config, named = self.config, context.parameters()
+        weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
+        drawn = contextlib.nullcontext()
+        if config.reinit_linear:
+            drawn = scoring.redrawn_linear(context.model, lambda name: context.generator("linear weights", name))
+        with scoring.untouched(context.model, train_mode=config.bn_mode == "train"), drawn:
+            products = scoring.hessian_gradient(
+                context.model,
+                list(weights.values()),
+                lambda: self.batches(context, order=config.split, augment=config.augment_scoring, rounds=config.rounds),
+                num_images=config.rounds * self.num_images(context),
+                temperature=config.temperature,
+                per_batch=config.hvp_mode == "per_batch",
+            )
+            return {
+                name: weight.detach() * product
+                for (name, weight), product in zip(weights.items(), products, strict=True)
+            }
+
+    def phase_cost(self, context: Context) -> int:
+        """Return the MACs of scoring, by the rule that a backward pass costs twice what it runs back through.
+
+        Gradient: forward and backward, 3 f_D per image. Hessian-gradient product: forward, backward and backward
+        through both, 3 + 6 f_D. With hvp_mode=per_batch the gradient is a by-product.
+        """
+        per_image = 12 if self.config.hvp_mode == "sum" else 9
+        return per_image * context.dense_macs * self.config.rounds * self.num_images(context)

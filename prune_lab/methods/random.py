@@ -1,0 +1,52 @@
+"""Random pruning at initialisation: the baseline of every score, with several layouts over the layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.initial_pruning import InitialPruning, InitialPruningConfig
+from prune_lab.schema import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+family = lazy_import("prune_lab.methods.families.initial_pruning")
+
+
+@dataclass(frozen=True)
+class RandomConfig(InitialPruningConfig):
+    distribution: Literal["global", "uniform", "er", "erk", "balanced", "smart_ratio", "smart_ratio_vgg", "file"]
+    """global: one draw over all layers, so that a layer's count varies; otherwise exact counts per layer. balanced: the
+    same number of weights in each; smart_ratio: densities that fall with depth, 0.3 in linear layers (Su et al. 2020,
+    arXiv 2009.11094); smart_ratio_vgg: divided by the squared depth, too"""
+    control: Literal["none", "reinit"]
+    """reinit: the mask on new initial weights; other controls would draw at random what is random"""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        if self.distribution.startswith("smart_ratio") and self.first_layer == "dense_compensated":
+            raise ConfigError(
+                f"{path}.first_layer=dense_compensated: {self.distribution} says what the first layer keeps"
+            )
+
+
+class Random(InitialPruning):
+    Config = RandomConfig
+    card = Card(
+        summary="a random mask before training, drawn over all layers together or with a budget per layer",
+        paper="baseline of Frankle et al. 2021, Why Are We Missing the Mark, arXiv 2009.08576; smart ratios of Su et "
+        "al. 2020, Sanity-Checking Pruning Methods, arXiv 2009.11094",
+        acts="once, before training",
+        eligible="weights of convolutions and linear layers; depthwise ones only if included",
+        cost="none to score; gradient norms take two passes over the scoring images; one bool per weight",
+        differences="exact total (independent bits would give a random one); with smart_ratio all counts add up to the "
+        "budget (official code: rounded down)",
+    )
+
+    def scores(self, context: Context) -> dict[str, Tensor]:
+        return family.random_scores(context)
