@@ -39,6 +39,10 @@ METHODS = {
     "gmp": ("method=gmp", "method.num_cuts=3"),
     "magnitude": ("method=magnitude",),
     "snip": ("method=snip", "method.samples_per_class=3"),
+    "grasp": ("method=grasp", "method.samples_per_class=2", "method.rounds=2", "method.reinit_linear=true"),
+    "random": ("method=random", "method.samples_per_class=3"),
+    "magnitude_init": ("method=magnitude_init", "method.samples_per_class=3"),
+    "synflow": ("method=synflow", "method.rounds=5", "method.samples_per_class=3"),
     "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),
 }
 """Each method with the options that make it act within such a run."""
