@@ -97,4 +97,5 @@ class _PositiveLinear(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self.replaced[_SHOWN.get(name, name)] += 1
         values = args[0] if args else kwargs["input"]
-        return torch.ones_like(values) if name in GATES else torch.relu(values)
+        # Not relu: its backward needs its output, which networks may overwrite where these functions allow that.
+        return torch.ones_like(values) if name in GATES else values.clamp(min=0)

@@ -139,7 +139,7 @@ class SynFlow(InitialPruning):
         least = self.config.min_per_layer
         held = [name.removesuffix(".weight") for name, mask in kept.items() if 0 < int(mask.sum()) <= least]
         if held:
-            context.report(f"layers that only method.min_per_layer={least} keeps up: {', '.join(held)}")
+            context.report(f"layers held at method.min_per_layer={least}: {', '.join(held)}")
 
     def phase_cost(self, context: Context) -> int:
         """Return the MACs of all rounds: 3 f_D for one image each, counted dense although later rounds are sparse."""

@@ -66,9 +66,16 @@ class InitialPruning(WeightPruning):
         return None if self.config.control == "none" else type(self)(replace(self.config, control="none"))
 
     def setup(self, context: Context) -> None:
-        """Refuse more scoring images than there are, before anything is written."""
-        dataset = context.dataset
+        """Refuse more scoring images or weights per layer than there are, before anything is written."""
+        dataset, least = context.dataset, self.config.min_per_layer
         scoring.check_classes(dataset.train_labels, self.config.samples_per_class, dataset.info.num_classes)
+        floor = sum(min(least, layer.size) for layer in context.eligible())
+        total = self.total(context, self.config.sparsity)
+        if floor > total:
+            raise ConfigError(
+                f"method.min_per_layer={least} keeps {floor} weights, method.sparsity={self.config.sparsity:g} only "
+                f"{total}; lower one of them"
+            )
 
     def scores(self, context: Context) -> dict[str, Tensor]:
         """Return a score per weight of each eligible parameter; higher is kept."""
