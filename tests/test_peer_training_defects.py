@@ -74,43 +74,58 @@ def test_a_resumed_run_goes_on_with_optimizer_learning_rate_and_drop_fraction(st
         assert torch.equal(resumed["optimizer"]["state"][index]["momentum_buffer"], entry["momentum_buffer"])
     assert resumed["progress"] | {"wall_s": 0} == stopped["progress"] | {"wall_s": 0}
     assert resumed["lr"] == learning_rate(resumed["schedule"], 5, 3) != learning_rate(resumed["schedule"], 0, 3)
-    assert resumed["method"]["num_updates"] == stopped["method"]["num_updates"] == 2
+    assert resumed["method"]["churn"]["updates"] == stopped["method"]["churn"]["updates"] == 2
     assert 0 < resumed["moved fraction"] < 0.3
 
 
 # Options
 
 
-# Another value for each option, and what must go with it.
+# Another value for each option; None: needs a file or is solved before the run (tests of its own).
 OTHER = {
     "sparsity": 0.7, "distribution": "er", "first_layer": "dense_compensated", "power": 0.5, "include": None,
     "exclude": "[conv1]", "alpha": 0.6, "interval": 3, "begin": 1, "end": 0.5, "decay": "linear", "drop": "by_sign",
     "regrown": "zero", "skip_step_on_update": "false", "reset_state": "false", "grow_batches": 2,
-    "initial_sparsity": 0.4, "num_cuts": 2, "densities": None,
+    "initial_sparsity": 0.4, "num_cuts": 2, "densities": None, "match": None, "match_to": None, "match_by": None,
+    "floor": 0.5, "redistribution": "gradient", "c": 10.0, "eps": 0.01, "time": "round", "normalize": "layer_rms",
+    "growth": "random_unfired", "apportion": "official", "min_per_layer": 100, "control": "shuffle",
+    "samples_per_class": 1, "scoring_batch": 7, "bn_mode": "eval", "augment_scoring": "true",
+    "combine": "sum_of_abs", "temperature": 1.0, "rounds": 2, "split": "class_sorted", "hvp_mode": "per_batch",
+    "reinit_linear": "true",
 }  # fmt: skip
+# What must be set beside an option, in the run it is compared with as well.
+WITH = {
+    "eps": ("method.c=0.01",), "time": ("method.c=0.01",), "min_per_layer": ("method.distribution=global",),
+    "combine": ("method.scoring_batch=7",), "hvp_mode": ("method.scoring_batch=7",),
+    "split": ("method.scoring_batch=7",),
+    "rounds": ("method.samples_per_class=1",),
+}  # fmt: skip
+# Between them they have every option of the methods with masks; each is tried on the first that has it.
+VARIED = ("rigl", "gmp", "set", "dst_ee", "snfs", "snip", "grasp")
 
 
 def variants() -> list[tuple[str, str, Any]]:
-    rows = []
-    for name in ("rigl", "gmp"):  # between them they have every option of the methods with masks
-        for option in sorted(option_names(name) - {"name"}):
+    rows, tried = [], {"name"}
+    for name in VARIED:
+        for option in sorted(option_names(name) - (tried - {"begin", "end"})):
             value = OTHER[option]
             if name == "gmp":
                 value = {"begin": 0.1, "end": 1.0}.get(option, value)
-            if value is not None:
+            if value is not None and (name in ("rigl", "gmp") or option not in tried):
                 rows.append((name, option, value))
+        tried |= option_names(name)
     return rows
 
 
 @pytest.fixture(scope="module")
 def usual(tmp_path_factory: pytest.TempPathFactory):
-    """Return a function that gives the final weights of a method's usual run, done once."""
-    known: dict[str, dict] = {}
+    """Return a function that gives the final weights of a run with some options, done once."""
+    known: dict[tuple, dict] = {}
 
-    def get(name: str) -> dict:
-        if name not in known:
-            known[name] = final_weights(tmp_path_factory.mktemp(name), name)
-        return known[name]
+    def get(name: str, *options: str) -> dict:
+        if (name, options) not in known:
+            known[name, options] = final_weights(tmp_path_factory.mktemp(name), name, *options)
+        return known[name, options]
 
     return get
 
@@ -123,8 +138,9 @@ def final_weights(folder: Path, name: str, *options: str) -> dict[str, torch.Ten
 @pytest.mark.parametrize(("name", "option", "value"), variants())
 def test_every_option_changes_the_run(name: str, option: str, value: Any, usual, tmp_path: Path) -> None:
     """GraNet accepts --growth and --prune and ignores them: its users believe an ablation was run."""
-    changed = final_weights(tmp_path, name, f"method.{option}={value}")
-    assert any(not torch.equal(changed[key], usual(name)[key]) for key in changed)
+    beside = WITH.get(option, ())
+    changed = final_weights(tmp_path, name, *beside, f"method.{option}={value}")
+    assert any(not torch.equal(changed[key], usual(name, *beside)[key]) for key in changed)
 
 
 @pytest.mark.parametrize(
