@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from prune_lab.eligibility import Layer
 from prune_lab.mask_history import MaskHistory
 from prune_lab.masks import MaskSet
 from prune_lab.seeding import generator
+
+if TYPE_CHECKING:
+    from prune_lab.config import PhaseSchedule
 
 
 @dataclass
@@ -31,6 +34,8 @@ class Context:
     total_steps: int
     """optimizer steps of the phase, 0 for a phase without training"""
     steps_per_epoch: int
+    schedule: PhaseSchedule | None = None
+    """learning rates of the phase, None for a phase without training"""
     dataset: Any = None
     """the training images, for methods that score weights on them (see scoring.batches)"""
     fresh_model: Callable[[str], nn.Module] | None = None

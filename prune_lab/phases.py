@@ -145,6 +145,7 @@ def open_context(job: Job) -> Context:
         seed=config.seed,
         total_steps=steps * job.planned.schedule.epochs if steps else 0,
         steps_per_epoch=steps,
+        schedule=job.planned.schedule,
         report=job.report,
         amp_scaled=job.numerics.precision == "fp16",
         dataset=job.dataset,

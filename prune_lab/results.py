@@ -180,9 +180,11 @@ def check_sparsity(config: RunConfig, layers: list, kept: dict[str, int]) -> Non
 
 
 def sparsity_counts(layers: list, kept: dict[str, int], requested: float | None) -> dict[str, Any]:
+    """Return the target and what came of it; a network without masks has neither."""
     total = sum(layer.size for layer in layers if layer.eligible)
     achieved = sum(kept.get(layer.parameter, layer.size) for layer in layers if layer.eligible)
-    return {"sparsity/requested": requested, "sparsity/achieved": None if requested is None else 1 - achieved / total}
+    has_masks = requested is not None or bool(kept)
+    return {"sparsity/requested": requested, "sparsity/achieved": 1 - achieved / total if has_masks else None}
 
 
 def cost_counts(

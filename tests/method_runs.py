@@ -32,7 +32,10 @@ TINY = (
 )  # fmt: skip
 
 # Values for short runs, by the name of the option, so that new methods with the same options fit in.
-SHORT = {"sparsity": 0.8, "interval": 2, "num_cuts": 3, "samples_per_class": 2}
+SHORT = {
+    "sparsity": 0.8, "interval": 2, "num_cuts": 3, "samples_per_class": 2, "threshold_init": -10,
+    "threshold_decay": 0.2,
+}  # fmt: skip
 
 
 def yaml_node(name: str) -> dict[str, Any]:

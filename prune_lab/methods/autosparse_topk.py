@@ -1,0 +1,63 @@
+"""AutoSparse's annealed gradients under a fixed budget: the largest weights act, the others are trained along."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.annealed_gradient import AnnealingConfig, GradientAnnealing
+from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruningConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+masks = lazy_import("prune_lab.masks")
+
+
+@dataclass(frozen=True)
+class AutoSparseTopKConfig(WeightPruningConfig, AnnealingConfig):
+    """A budget and the factor on the gradients of what it leaves out."""
+
+
+class AutoSparseTopK(GradientAnnealing, WeightPruning):
+    Config = AutoSparseTopKConfig
+    card = Card(
+        summary="the largest weights act, the others get alpha times their gradient until alpha has fallen to 0",
+        paper="Kundu, Mellempudi, Vooturi, Kaul, Dubey 2023, AutoSparse: Towards Automated Sparse Training of Deep "
+        "Neural Networks, arXiv 2304.06941: gradient annealing with a fixed budget",
+        acts="during training, in every step",
+        eligible="weights of convolutions and linear layers; depthwise ones only if included",
+        cost="a second copy of the weights, a dense weight gradient while alpha is above 0; one selection per layer "
+        "and step",
+        differences="no official code is known; the PQuant library multiplies alpha by its schedule again and again "
+        "(method.compound=true). No threshold, so kept weights are not shrunk",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.budget: int | dict[str, int] = {}
+        self.empty: set[str] = set()
+
+    def setup(self, context: Context) -> None:
+        sparsity = self.config.sparsity
+        is_global = self.config.distribution == "global"
+        self.budget = self.total(context, sparsity) if is_global else self.allocate(context, sparsity)
+        super().setup(context)
+
+    def project(self, context: Context) -> dict[str, Tensor]:
+        scores = {name: raw.abs() for name, raw in self.raw.items()}
+        if isinstance(self.budget, int):
+            return masks.keep_top_global(scores, self.budget)
+        return {name: masks.keep_top(score, self.budget[name]) for name, score in scores.items()}
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return the factor of the epoch; name layers that a global budget leaves without any weight."""
+        empty = {name.removesuffix(".weight") for name, count in context.masks.counts().items() if count == 0}
+        if empty != self.empty:
+            context.report(f"layers without any weight now: {', '.join(sorted(empty)) or 'none'}")
+        self.empty = empty
+        return super().end_epoch(context, epoch)
