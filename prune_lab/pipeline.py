@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prune_lab import datasets, distributed, identity, matching, numerics, results
+from prune_lab import control_runs, datasets, distributed, identity, matching, numerics, results
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
 from prune_lab.files import SaveError
@@ -39,6 +39,8 @@ class Run:
     folder: results.RunFolder
     tracker: Tracker
     stop: StopFlag
+    own: results.RunFolder | None = None
+    """a control: where the method's own run is"""
     outcomes: list[dict] = field(default_factory=list)
     images_done: int = 0
     train_s: float = 0.0
@@ -55,17 +57,19 @@ class Run:
             self.poll()
 
 
-def run(config: RunConfig) -> int:
-    """Carry out one run and return the exit code: 0 finished, 1 failed, 128 + signal interrupted.
+def run(*configs: RunConfig) -> int:
+    """Carry out runs on the same device in turn, up to the first that does not finish, and return the exit code.
+
+    0: all are finished, 1: one failed, 128 + signal: one was interrupted.
 
     Raises:
         ConfigError: wrong options or data, before the run directory is touched.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    arithmetic = numerics.resolve(config.trainer, local_rank=local_rank)
-    distributed.start(arithmetic.torch_device)
+    arithmetic = numerics.resolve(configs[0].trainer, local_rank=local_rank)
+    distributed.start(arithmetic.torch_device)  # once: a group that is left cannot safely be joined again
     try:
-        return _run(config, arithmetic)
+        return next((code for code in (_run(config, arithmetic) for config in configs) if code), 0)
     finally:
         distributed.stop()
 
@@ -78,13 +82,19 @@ def _run(config: RunConfig, arithmetic: Numerics) -> int:
     fmt = BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
     dataset = datasets.load(config.dataset, fmt)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": distributed.world_size()}
-    config = matching.matched(config, model_config, dataset.info, arithmetic)
+
+    def settle(options: RunConfig) -> tuple[RunConfig, results.RunFolder]:
+        solved = matching.matched(options, model_config, dataset.info, arithmetic)
+        return solved, results.RunFolder.of(solved, fingerprint=dataset.fingerprint, **inputs)
+
+    own = control_runs.own_run(config)
+    own_folder = None if own is None else settle(own)[1]
+    config, folder = settle(config)
     planned = identity.plan(config, fingerprint=dataset.fingerprint, **inputs)
-    folder = results.RunFolder.of(config, fingerprint=dataset.fingerprint, **inputs)
     if distributed.share(not (folder.directory / "run.json").exists() if distributed.is_main() else None):
         rehearse(config, model_config, planned[0], dataset, arithmetic)
     with stop_flag() as stop:
-        run = Run(config, model_config, dataset, arithmetic, planned, folder, folder.tracker(config), stop)
+        run = Run(config, model_config, dataset, arithmetic, planned, folder, folder.tracker(config), stop, own_folder)
         try:
             if not distributed.is_main():
                 return _guarded(run)
@@ -142,6 +152,8 @@ def _carry_out(run: Run) -> int:
     run.folder.start(run.tracker, run.config, run.planned)
     if run.config.matched:
         run.tracker.message(run.config.matched.line())
+    if run.own:
+        run.tracker.message(f"control {run.config.method.config.control} of {run.own.directory.name}")
     if run.config.model.weights is not None:
         run.tracker.message("note: macs/train does not count the training of model.weights")
     previous = None
@@ -224,5 +236,5 @@ def _absolute(run: Run, row: dict) -> dict:
 
 
 def _show(run: Run, summary: dict) -> None:
-    for line in summary_lines(summary):
+    for line in [*summary_lines(summary), *results.control_lines(run, summary)]:
         run.tracker.message(line)

@@ -26,6 +26,7 @@ METRICS = {
     "top1": "final/top1",
     "test": "test/top1",
     "delta": "delta/top1",
+    "control": "control/delta",
     "params": "params/nonzero",
     "params_ratio": "params/ratio",
     "macs": "macs/inference_ratio",
@@ -76,6 +77,11 @@ class Row:
     num_runs: int
     stats: dict[str, Stat]
     """by short name of METRICS; without those that no run has"""
+    group: str = ""
+    control: str = ""
+    """which sanity check of a method it is; none: a method beside its controls"""
+    control_of: str | None = None
+    """group of the method that it is a control of, if that is among the rows"""
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
@@ -176,6 +182,7 @@ def aggregate(runs: Iterable[RunResult]) -> list[Row]:
     finished = {name: [run for run in members if run.summary] for name, members in groups.items()}
     shown = {name: members for name, members in finished.items() if members}
     options = _options({name: members[0] for name, members in shown.items()})
+    methods = _methods_of_controls(shown)
     return [
         Row(
             labels=_labels(members[0]),
@@ -184,9 +191,23 @@ def aggregate(runs: Iterable[RunResult]) -> list[Row]:
             num_finished=len(members),
             num_runs=len(groups[name]),
             stats=_stats(members),
+            group=name,
+            control=members[0].summary.get("control/kind") or ("none" if name in methods.values() else ""),
+            control_of=methods.get(name),
         )
         for name, members in shown.items()
     ]
+
+
+def _methods_of_controls(groups: dict[str, list[RunResult]]) -> dict[str, str]:
+    """Return group of a control -> group of the method's own runs, where both are there."""
+    group_of = {run.path.name: name for name, members in groups.items() for run in members}
+    own = {
+        name: [group_of[run.summary["control/method_run"]] for run in members
+               if run.summary.get("control/method_run") in group_of]
+        for name, members in groups.items()
+    }
+    return {name: found[0] for name, found in own.items() if found}
 
 
 def _labels(run: RunResult) -> tuple[str, str, str, str]:
@@ -216,9 +237,11 @@ def _options(firsts: dict[str, RunResult]) -> dict[str, str]:
         flat = {name: dict(_flat(firsts[name].config)) for name in names}
         keys = dict.fromkeys(key for options in flat.values() for key in options)
         differing = [key for key in keys if len({repr(options.get(key)) for options in flat.values()}) > 1]
+        controls = any("control/kind" in firsts[name].summary for name in names)  # they have a column of their own
+        shown = [key for key in differing if not (controls and key == "method.control")]
         for name in names:
-            shown = [f"{key}={flat[name][key]}" for key in differing if key in flat[name]]
-            texts[name] = " ".join(shown) or name
+            text = " ".join(f"{key}={flat[name][key]}" for key in shown if key in flat[name])
+            texts[name] = text or ("" if controls else name)
     return texts
 
 
@@ -235,19 +258,28 @@ def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def sort_rows(rows: Iterable[Row], key: str) -> list[Row]:
     """Return rows by `name` (data set, model, method, sparsity), `sparsity`, or the mean of a metric.
 
-    Accuracies fall, costs rise; rows without the metric come last.
+    Accuracies fall, costs rise; rows without the metric come last. Controls follow their method.
     """
+    ordered = _sorted(rows, key)
+    controls: dict[str, list[Row]] = defaultdict(list)
+    for row in ordered:
+        if row.control_of is not None:
+            controls[row.control_of].append(row)
+    return [shown for row in ordered if row.control_of is None for shown in (row, *controls[row.group])]
+
+
+def _sorted(rows: Iterable[Row], key: str) -> list[Row]:
 
     def by_name(row: Row) -> tuple:
         method, model, dataset, schedule = row.labels
-        return dataset, model, method, row.sparsity or 0.0, schedule, row.options
+        return dataset, model, method, row.sparsity or 0.0, schedule, row.options, row.control
 
     ordered = sorted(rows, key=by_name)
     if key == "name":
         return ordered
     if key == "sparsity":
         return sorted(ordered, key=lambda row: row.sparsity or 0.0)
-    sign = -1 if key in ("top1", "test", "delta") else 1
+    sign = -1 if key in ("top1", "test", "delta", "control") else 1
     return sorted(ordered, key=lambda row: sign * row.stats[key].mean if key in row.stats else float("inf"))
 
 

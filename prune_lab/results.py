@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from prune_lab import __version__, distributed, models
+from prune_lab import __version__, control_runs, distributed, models
 from prune_lab.accounting import LayerCost, count_parameters, dense_macs, layer_table, profile, sparse_macs
 from prune_lab.config import RunConfig
 from prune_lab.distributions import num_keep_total
@@ -157,6 +157,8 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     record = {"phase": "final", "epoch": 0, "global_step": run.step_offset}
     run.tracker.log(record | {key: value for key, value in summary.items() if key.startswith(("final/", "test/"))})
     run.tracker.summary(summary)
+    for line in control_lines(run, summary):
+        run.tracker.message(line)
     run.tracker.finish("finished", None)
 
 
@@ -240,7 +242,23 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "time/wall_s": wall_s,
         "time/images_per_s": run.images_done / run.train_s if run.train_s else None,
     }
-    return summary | (config.matched.figures(summary) if config.matched else {})
+    if config.matched:
+        summary |= config.matched.figures(summary)
+    if own := own_summary(run):
+        control, top1 = config.method.config.control, scores["final"]["top1"]
+        summary |= control_runs.figures(control, top1, own=own, own_name=run.own.directory.name)
+    return summary
+
+
+def own_summary(run: Run) -> dict[str, Any] | None:
+    """Return the summary of the method's own run beside a control, None if there is no such run."""
+    return run.own.finished() if run.own and distributed.is_main() else None
+
+
+def control_lines(run: Run, summary: dict[str, Any]) -> list[str]:
+    """Return a control's results beside the method's own; nothing for other runs."""
+    own = own_summary(run)
+    return control_runs.beside(summary, own, run.config.method.config.control) if own else []
 
 
 def choices(config: RunConfig) -> dict[str, str]:

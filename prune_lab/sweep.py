@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.config import check
+from prune_lab.control_runs import in_order
 from prune_lab.failure import fail
 from prune_lab.overrides import plain
 
@@ -90,9 +91,11 @@ def run_composed(node: Any, overrides: Sequence[str] = ()) -> int:
     try:
         config = replace(check(plain(node)), overrides=tuple(overrides))
         if config.dry_run:
-            from prune_lab.dry_run import dry_run as start
-        else:
-            from prune_lab.pipeline import run as start
-        return start(config)
+            from prune_lab.dry_run import dry_run
+
+            return dry_run(config)
+        from prune_lab.pipeline import run
+
+        return run(*in_order(config))
     except Exception as error:
         return fail(error)

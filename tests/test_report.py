@@ -160,3 +160,39 @@ def test_thousand_runs_in_three_seconds_without_torch(tmp_path):
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, stdout=subprocess.DEVNULL)
     assert time.monotonic() - started < 3
+
+
+def write_controls(root):
+    """Two seeds of a method, of its control `shuffle`, and a better method without controls."""
+    for seed in (0, 1):
+        own = write_run(root, f"own-s{seed}", group="own", seed=seed, final__top1=80.0 + seed)
+        for kind, delta in (("shuffle", -3.0 - seed), ("invert", -30.0)):
+            config = {"method": {"name": "rigl", "sparsity": 0.9, "control": kind}}
+            beside = {"control__kind": kind, "control__delta": delta, "control__method_run": own.name}
+            write_run(root, f"{kind}-s{seed}", group=kind, seed=seed, config=config, final__top1=81 + delta, **beside)
+    write_run(root, "other", group="other", config__method="set", final__top1=79.0)
+
+
+def test_a_control_stands_below_its_method(tmp_path):
+    write_controls(tmp_path)
+    rows = sort_rows(aggregate(read_runs([tmp_path])), "top1")
+    assert [(row.group, row.control) for row in rows] == [
+        ("own", "none"), ("shuffle", "shuffle"), ("invert", "invert"), ("other", ""),
+    ]  # fmt: skip
+    assert rows[1].stats["control"].mean == -3.5
+    header, cells = table(rows)
+    column = header.index("delta to method")
+    assert [line[column] for line in cells] == ["-", "-3.50 +- 0.71", "-30.00 +- 0.00", "-"]
+    assert "options" not in header  # the only difference has its own column
+
+
+def test_a_control_without_its_method_keeps_its_delta(tmp_path):
+    write_controls(tmp_path)
+    rows = sort_rows(aggregate(read_runs([tmp_path / "shuffle-s0", tmp_path / "other"])), "top1")
+    assert [row.control for row in rows] == ["", "shuffle"]
+    assert rows[1].control_of is None and rows[1].stats["control"].mean == -3.0
+
+
+def test_runs_without_controls_have_no_column_for_them(tmp_path):
+    write_run(tmp_path, "r", final__top1=90.0)
+    assert {"control", "delta to method"}.isdisjoint(table(aggregate(read_runs([tmp_path])))[0])

@@ -83,6 +83,13 @@ class Method:
         """Return the phases of a run in order."""
         return (TRAIN_DENSE,)
 
+    def without_control(self) -> Method | None:
+        """Return the method itself if its option `control` asks for a sanity check of it, else None.
+
+        That run is done first, and both results are shown side by side.
+        """
+        return None
+
     def requested_sparsity(self) -> float | None:
         """Return the target over eligible weights, or None for a method without one."""
         return None
