@@ -395,6 +395,13 @@ def test_overflow_in_float32_names_the_format_to_use(monkeypatch):
     prune(overflowing(), monkeypatch, dtype="float64", sparsity=0.1)
 
 
+def test_overflow_in_float32_is_found_before_the_run():
+    context = opened(overflowing(), 1, rehearsal=True)
+    with pytest.raises(ConfigError, match=r"use method\.dtype=float64"):
+        make("synflow", dtype="float32", sparsity=0.1, samples_per_class=1).setup(context)
+    make("synflow", dtype="float64", sparsity=0.1, samples_per_class=1).setup(context)
+
+
 def test_float32_is_warned_about(monkeypatch):
     assert "float64" in prune(small_cnn(), monkeypatch, image_size=8, rounds=1, dtype="float32").reports[0]
 
@@ -451,6 +458,12 @@ def test_a_floor_above_the_budget_is_refused():
     with pytest.raises(ConfigError, match=r"method\.min_per_layer=30 keeps 84 weights, method\.sparsity=0\.9 only 67"):
         make("synflow", min_per_layer=30).setup(opened(small_cnn(), 8))
     make("synflow", min_per_layer=20).setup(opened(small_cnn(), 8))
+
+
+def test_float64_is_refused_where_the_device_has_none(monkeypatch):
+    monkeypatch.setattr(Context, "device", SimpleNamespace(type="mps"))
+    with pytest.raises(ConfigError, match=r"method\.dtype=float64: MPS"):
+        make("synflow").setup(opened(small_cnn(), 8))
 
 
 def test_fewer_weights_than_layers_are_refused():

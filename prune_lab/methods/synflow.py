@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -52,7 +53,10 @@ class SynFlow(InitialPruning):
     def setup(self, context: Context) -> None:
         super().setup(context)
         if self.config.dtype == "float64" and context.device.type == "mps":
-            raise ConfigError("method.dtype=float64: MPS devices have none; use trainer.device=cpu or dtype float32")
+            raise ConfigError("method.dtype=float64: MPS lacks it; use trainer.device=cpu or method.dtype=float32")
+        if self.config.dtype == "float32" and context.rehearsal:  # found out before anything is written
+            with scoring.untouched(context.model, train_mode=False):
+                self._check(linearised.flow(context.model, *self._scoring_form(context)), 1)
 
     def choose(self, context: Context) -> dict[str, Tensor]:
         """Score and cut in rounds, each among the weights of the one before; a rehearsal does one round.
@@ -60,22 +64,29 @@ class SynFlow(InitialPruning):
         Raises:
             ConfigError: the flow leaves the range of the number format.
         """
-        dtype, size = getattr(torch, self.config.dtype), context.dataset.info.image_size
-        tensors = linearised.positive_form(context.model, dtype)
-        names = [layer.parameter for layer in context.eligible()]
-        image = torch.ones(1, 3, size, size, dtype=dtype, device=context.device)
-        rounds = 1 if context.rehearsal else self.config.rounds
+        form, names, image = self._scoring_form(context)
+        rounds, started = 1 if context.rehearsal else self.config.rounds, time.monotonic()
         kept: dict[str, Tensor] | None = None
         with scoring.untouched(context.model, train_mode=False):
             for index in range(1, rounds + 1):
-                flow = linearised.flow(context.model, tensors, names, image)
+                flow = linearised.flow(context.model, form, names, image)
                 self._check(flow, index)
                 if index == 1:
                     self._describe(context, flow)
                 kept = self._cut(context, flow.scores, index / rounds, kept)
-                torch._foreach_mul_([tensors[name] for name in kept], list(kept.values()))
+                torch._foreach_mul_([form[name] for name in kept], list(kept.values()))
+                seconds = time.monotonic() - started
+                if index == 1 and seconds * rounds > 60:
+                    context.report(f"{rounds} rounds of about {seconds:.1f} s each")
         self._name_floors(context, kept)
         return kept
+
+    def _scoring_form(self, context: Context) -> tuple[dict[str, Tensor], list[str], Tensor]:
+        """Return the network's positive tensors, the names of its eligible weights, and an image of ones."""
+        dtype, size = getattr(torch, self.config.dtype), context.dataset.info.image_size
+        names = [layer.parameter for layer in context.eligible()]
+        image = torch.ones(1, 3, size, size, dtype=dtype, device=context.device)
+        return linearised.positive_form(context.model, dtype), names, image
 
     def _cut(
         self, context: Context, scores: dict[str, Tensor], done: float, kept: dict[str, Tensor] | None
