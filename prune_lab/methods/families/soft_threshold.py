@@ -122,6 +122,14 @@ def waking_decay(init: float, rates: Sequence[float], group: Mapping[str, Any]) 
     return found if max(decayed(init, found, rates, group)) < 0 else None
 
 
+def _advice(init: float, rates: Sequence[float], group: Mapping[str, Any]) -> str:
+    for start in (init, -1000.0, -300.0, -100.0, -30.0, -15.0):
+        decay = waking_decay(start, rates, group)
+        if decay is not None:
+            return f"method.threshold_init={start:g} with method.threshold_decay={decay:g} does by a third of the way"
+    return f"no decay does by a third of the way without passing 0: choose a method.threshold_init of {AWAKE:g} or more"
+
+
 class SoftThreshold(RawWeights):
     """One trained threshold per layer or channel; achieved sparsity is an outcome."""
 
@@ -175,15 +183,9 @@ class SoftThreshold(RawWeights):
         step = wake_step(init, decay, rates, group)
         if step is not None:
             return f", which alone brings T to {AWAKE:g} (there pruning begins) at step {step} of {total}"
-        proposed = waking_decay(init, rates, group)
         raise ConfigError(
             f"method.threshold_init={init:g} with method.threshold_decay={decay:g} never brings T to {AWAKE:g}, where "
-            f"pruning begins, in {total} steps; "
-            + (
-                "no decay does by a third of the way without passing 0: raise method.threshold_init"
-                if proposed is None
-                else f"method.threshold_decay={proposed:g} does by a third of the way"
-            )
+            f"pruning begins, in {total} steps; {_advice(init, rates, group)}"
         )
 
     def after_backward(self, context: Context, step: int) -> bool:
@@ -196,11 +198,7 @@ class SoftThreshold(RawWeights):
         return True
 
     def project(self, context: Context) -> dict[str, Tensor]:
-        """Shrink the weights.
-
-        Raises:
-            ConfigError: a layer has no weight left.
-        """
+        """Shrink the weights."""
         named, masks = context.parameters(), {}
         for name, raw in self.raw.items():
             effective = shrink(raw, self.thresholds[name].detach())
