@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from datetime import timedelta
 
@@ -13,6 +15,10 @@ from torch.distributed.nn.functional import all_reduce
 # The main process may wait for hours while another run works on a phase that both need, and the others wait with it.
 _TIMEOUT = timedelta(days=7)
 
+# Groups that this process joined. Each has names of its own: torchrun's store keeps the addresses of groups that are
+# gone.
+_groups = itertools.count()
+
 
 def start(device: torch.device) -> None:
     """Join the process group that torchrun describes in the environment, if any."""
@@ -20,7 +26,23 @@ def start(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)  # objects and barriers travel through the current device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    store, own_rank, size = _rendezvous()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore(f"group {next(_groups)}", store),
+        rank=own_rank,
+        world_size=size,
+        timeout=_TIMEOUT,
+    )
+
+
+@functools.cache
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """Return where the processes meet, this one's rank and how many there are.
+
+    Once for all runs of a sweep: a store that is opened anew may still be the one another process is closing.
+    """
+    return next(dist.rendezvous("env://", timeout=_TIMEOUT))
 
 
 def stop() -> None:

@@ -67,7 +67,7 @@ def run(*configs: RunConfig) -> int:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     arithmetic = numerics.resolve(configs[0].trainer, local_rank=local_rank)
-    distributed.start(arithmetic.torch_device)  # once: a group that is left cannot safely be joined again
+    distributed.start(arithmetic.torch_device)
     try:
         return next((code for code in (_run(config, arithmetic) for config in configs) if code), 0)
     finally:

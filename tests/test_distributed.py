@@ -26,7 +26,7 @@ from run_helpers import (
 )  # fmt: skip
 from safetensors.torch import load_file
 
-from prune_lab import checkpoint, distributed, loop
+from prune_lab import checkpoint, cli, distributed, loop
 from prune_lab.files import SaveError
 from prune_lab.schema import ConfigError
 
@@ -87,6 +87,15 @@ def test_two_processes_are_a_run_of_their_own_and_done_is_done(tmp_path):
     assert codes == [0, 0] and "done already" not in shown
     codes, shown = pair(tmp_path, *TINY)
     assert codes == [0, 0] and shown.count("done already") == 1
+
+
+def test_two_processes_sweep_and_go_on_after_a_refused_run(tmp_path):
+    options = (*TINY, "method=static", "method.sparsity=0.8,0.99999,0.7", f"output_dir={tmp_path}")
+    log = tmp_path / "sweep.log"
+    children = fork_pair(log, lambda: cli.main(["-m", *options]))
+    assert [wait_for(child) for child in children] == [1, 1], log.read_text()
+    assert log.read_text().count("sweep: 2 of 3 runs finished") == 2
+    assert len(list(tmp_path.glob("*/summary.json"))) == 2
 
 
 def test_bf16_and_average_in_two_processes(tmp_path):
