@@ -11,7 +11,7 @@ from prune_lab import datasets, models
 from prune_lab.config import PhaseSchedule, RunConfig
 from prune_lab.methods.base import Phase
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the meaning of stored results changes; older phases are then left alone and done anew."""
 
 # Resolved (`numerics`) or without effect on results; what limits an evaluation is counted in images.

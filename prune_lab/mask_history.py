@@ -21,6 +21,10 @@ class MaskHistory:
         for name, mask in masks.items():
             self.ever[name] |= mask
 
+    def totals(self, masks: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the figures of the whole network, without those per layer."""
+        return {key: value for key, value in self.figures(masks).items() if key.count("/") == 1}
+
     def figures(self, masks: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the flat figures of an epoch's record.
 

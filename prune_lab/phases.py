@@ -103,6 +103,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "wall_s": time.monotonic() - started,
         "train_s_here": train_s,
         "paper_train_ratio": method.paper_train_ratio(context),
+        "explained": noted | ({} if context.masks is None else context.history.totals(context.masks.masks)),
     }
     result = {
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},

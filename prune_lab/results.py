@@ -230,6 +230,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "dense/top1": dense[0]["top1"] if dense else None,
         "delta/top1": scores["final"]["top1"] - dense[0]["top1"] if dense else None,
         **counts,
+        **{key: value for figures in run.outcomes for key, value in figures["explained"].items()},
         "macs/train": spent,
         "macs/train_dense": train_dense,
         "macs/train_ratio": spent / train_dense if train_dense else None,

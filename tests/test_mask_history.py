@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_runs import configure, finish, make, watch
+from method_runs import configure, finish, make, summary, watch
 
 from prune_lab import cli
 from prune_lab.loop import Training
@@ -86,6 +86,25 @@ def test_static_masks_explore_nothing_and_gradual_pruning_starts_with_all(tmp_pa
     assert {row["mask/overlap"] for row in static} == {1.0}
     gradual = rows(finish(configure(tmp_path / "gmp", "gmp")))
     assert {row["mask/exploration"] for row in gradual} == {1.0}
+
+
+def test_the_summary_holds_the_figures_of_the_finished_masks(tmp_path: Path):
+    folder = finish(configure(tmp_path, "snip"))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    written, last = summary(folder), records[-2]
+    for key in ("mask/exploration", "mask/overlap", "mask/dead_filters"):
+        assert written[key] == last[key]
+    assert written["prune/gradient_norm_before"] == records[0]["prune/gradient_norm_before"] > 0
+    shown = (folder / "log.txt").read_text()
+    assert "of positions tried" in shown and "pruned, at initialisation" in shown
+
+
+def test_random_scores_cost_no_scoring_pass(tmp_path: Path):
+    scored, drawn = (
+        json.loads((finish(configure(tmp_path / control, "snip", *options)) / "metrics.jsonl").open().readline())
+        for control, options in (("none", ()), ("random", ("method.control=random",)))
+    )
+    assert scored["macs/train"] > 0 == drawn["macs/train"]
 
 
 # ITOP

@@ -78,7 +78,7 @@ class GraSP(InitialPruning):
                 for (name, weight), product in zip(weights.items(), products, strict=True)
             }
 
-    def phase_cost(self, context: Context) -> int:
+    def scoring_cost(self, context: Context) -> int:
         """Return the MACs of scoring, by the rule that a backward pass costs twice what it runs back through.
 
         Gradient: forward and backward, 3 f_D per image. Hessian-gradient product: forward, backward and backward

@@ -54,6 +54,6 @@ class SNIP(InitialPruning):
             name: (weight.detach() * total).abs() for (name, weight), total in zip(weights.items(), sums, strict=True)
         }
 
-    def phase_cost(self, context: Context) -> int:
+    def scoring_cost(self, context: Context) -> int:
         """Return the MACs of the scoring pass: forward and backward, 3 f_D per image."""
         return 3 * context.dense_macs * self.num_images(context)

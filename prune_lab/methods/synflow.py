@@ -152,7 +152,7 @@ class SynFlow(InitialPruning):
         if held:
             context.report(f"layers held at method.min_per_layer={least}: {', '.join(held)}")
 
-    def phase_cost(self, context: Context) -> int:
+    def scoring_cost(self, context: Context) -> int:
         """Return the MACs of all rounds: 3 f_D for one image each, counted dense although later rounds are sparse."""
         return 3 * context.dense_macs * self.config.rounds
 

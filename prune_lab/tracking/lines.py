@@ -63,6 +63,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("sparsity", _requested(get("sparsity/achieved"), get("sparsity/requested"))),
         ("parameters", _of(get("params/nonzero"), get("params/dense"), "nonzero")),
         ("MACs per image", _of(get("macs/inference"), get("macs/dense"), "")),
+        ("masks", _masks(get("mask/exploration"), get("mask/overlap"), get("mask/dead_filters"))),
+        ("gradient norm", _change(get("prune/gradient_norm_before"), get("prune/gradient_norm_after"))),
         ("training MACs", _of(get("macs/train"), get("macs/train_dense"), "")),
         ("wall time", None if get("time/wall_s") is None else duration(get("time/wall_s"))),
     ]
@@ -103,6 +105,16 @@ def _requested(achieved: float | None, requested: float | None) -> str | None:
     if achieved is None:
         return None
     return f"{achieved:.6g}" + ("" if requested is None else f" (requested {requested:.6g})")
+
+
+def _masks(explored: float | None, overlap: float | None, dead: int | None) -> str | None:
+    if explored is None:
+        return None
+    return f"{explored:.1%} of positions tried, {overlap:.1%} of the kept ones kept from the start, {dead} dead filters"
+
+
+def _change(before: float | None, after: float | None) -> str | None:
+    return None if before is None else f"{before:.4g} dense, {after:.4g} pruned, at initialisation"
 
 
 def _of(value: float | None, dense: float | None, word: str) -> str | None:

@@ -149,6 +149,13 @@ class InitialPruning(WeightPruning):
         sizes = {"per_class": config.samples_per_class, "batch_size": config.scoring_batch}
         return scoring.batches(context, **sizes, **options)
 
+    def scoring_cost(self, context: Context) -> int:
+        """Return the MACs of `scores`; gradient norms are measurements, like evaluation, and do not count."""
+        return 0
+
+    def phase_cost(self, context: Context) -> int:
+        return 0 if self.config.control == "random" else self.scoring_cost(context)
+
     def num_images(self, context: Context) -> int:
         """Return the images of one pass over `batches`."""
         return self.config.samples_per_class * context.dataset.info.num_classes
