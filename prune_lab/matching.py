@@ -120,7 +120,17 @@ class _Problem:
         return type(self.config.method)(options)
 
     def target(self) -> int:
-        """Return the cost of the reference."""
+        """Return the cost of the reference.
+
+        Raises:
+            ConfigError: there is no such layout; the line begins with method.match_to.
+        """
+        try:
+            return self._target()
+        except ConfigError as error:
+            raise ConfigError(f"method.match_to={self.options.match_to}: {error}") from error
+
+    def _target(self) -> int:
         reference, kind = self.reference(), self.options.match
         if kind == "train_macs":
             return self._training_target(reference)
