@@ -157,12 +157,14 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def loss(model: nn.Module, images: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Return the summed cross-entropy of logits / temperature, in the model's precision (no autocast).
+    """Return the summed cross-entropy of logits / temperature, in the model's precision and fp32 at least.
 
     Raises:
         ConfigError: it is infinite or NaN.
     """
-    value = F.cross_entropy(model(images).float() / temperature, labels, reduction="sum")
+    logits = model(images)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    value = F.cross_entropy(logits / temperature, labels, reduction="sum")
     if not bool(torch.isfinite(value)):
         raise ConfigError(f"the loss of the scoring images is {value.item()}: look at the start weights and the images")
     return value
@@ -188,7 +190,7 @@ def hessian_gradient(
 ) -> list[Tensor]:
     """Return H g, a tensor like each of `weights`: what g is multiplied with is held constant.
 
-    Memory: the graph of one batch at a time, and one or two tensors per weight.
+    Memory: the graph of one batch at a time, and two tensors per weight. Gradients of all parameters are lost.
 
     Args:
         data: gives the same batches in each call.
@@ -201,7 +203,6 @@ def hessian_gradient(
 
     Source: Wang et al. 2020, eq. 8, arXiv 2002.07376.
     """
-    product = [torch.zeros_like(weight) for weight in weights]
     direction = None
     if not per_batch:
         direction = [torch.zeros_like(weight) for weight in weights]
@@ -209,12 +210,14 @@ def hessian_gradient(
             torch._foreach_add_(direction, slopes, alpha=1 / num_images)
     with twice_differentiable(model):
         for images, labels in data():
-            part = _batch_product(model, weights, images, labels, direction, temperature=temperature)
-            torch._foreach_add_(product, part, alpha=1 / num_images)
-    return product
+            _add_product(model, weights, images, labels, direction, temperature=temperature)
+    products = [weight.grad / num_images for weight in weights]
+    for weight in weights:
+        weight.grad = None
+    return products
 
 
-def _batch_product(
+def _add_product(
     model: nn.Module,
     weights: Sequence[Tensor],
     images: Tensor,
@@ -222,8 +225,8 @@ def _batch_product(
     direction: Sequence[Tensor] | None,
     *,
     temperature: float,
-) -> tuple[Tensor, ...]:
-    """Return the Hessian of a batch's summed loss times `direction`, None: times the gradient of its mean loss.
+) -> None:
+    """Add to `weight.grad` the Hessian of a batch's summed loss times `direction`, None: the gradient of its mean loss.
 
     A function of its own, so that the graph is gone before the next batch builds one.
     """
@@ -231,7 +234,9 @@ def _batch_product(
     if direction is None:
         direction = [slope.detach() / len(images) for slope in slopes]
     try:
-        return torch.autograd.grad(slopes, weights, direction)
+        # Not autograd.grad: with chosen inputs it never reaches the error that torch plants behind a function marked
+        # @once_differentiable, and the result would lack a part without a word.
+        torch.autograd.backward(slopes, direction)
     except RuntimeError as error:
         found = without_second_derivative(model, images[:2])
         if found is None:
@@ -280,7 +285,7 @@ def _differentiable_twice(module: nn.Module, args: tuple, kwargs: dict[str, Any]
     slopes = torch.autograd.grad(squares, inputs, create_graph=True, allow_unused=True)
     slopes = [slope for slope in slopes if slope is not None and slope.requires_grad]
     try:
-        torch.autograd.grad(slopes, inputs, slopes, allow_unused=True)
+        torch.autograd.backward(slopes, [slope.detach() for slope in slopes])
     except RuntimeError:
         return False
     return True
