@@ -43,6 +43,9 @@ METHODS = {
     "random": ("method=random", "method.samples_per_class=3"),
     "magnitude_init": ("method=magnitude_init", "method.samples_per_class=3"),
     "synflow": ("method=synflow", "method.rounds=5", "method.samples_per_class=3"),
+    "autosparse": ("method=autosparse",),
+    "autosparse_topk": ("method=autosparse_topk",),
+    "str": ("method=str", "method.threshold_init=-10", "method.threshold_decay=0.2"),
     "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),
 }
 """Each method with the options that make it act within such a run."""
