@@ -41,9 +41,9 @@ class AutoSparse(GradientAnnealing, SoftThreshold):
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="a second copy of the weights, a dense weight gradient while alpha is above 0; a few elementwise passes "
         "over the weights per step",
-        differences="no official code is known; the PQuant library multiplies alpha by its schedule again and again "
-        "(method.compound=true). The sparsity is an outcome. Thresholds are not clipped; the training cost counts the "
-        "dense gradient whatever method.backward_density is",
+        differences="no official code is known, and the default values are not checked against the paper. The PQuant "
+        "library multiplies alpha by its schedule again and again (method.compound=true). The sparsity is an outcome. "
+        "Thresholds are not clipped; the training cost counts the dense gradient whatever method.backward_density is",
     )
 
     def setup(self, context: Context) -> None:

@@ -33,8 +33,9 @@ class AutoSparseTopK(GradientAnnealing, WeightPruning):
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="a second copy of the weights, a dense weight gradient while alpha is above 0; one selection per layer "
         "and step",
-        differences="no official code is known; the PQuant library multiplies alpha by its schedule again and again "
-        "(method.compound=true). No threshold, so kept weights are not shrunk",
+        differences="no official code is known, and the default values are not checked against the paper. The PQuant "
+        "library multiplies alpha by its schedule again and again (method.compound=true). No threshold, so kept "
+        "weights are not shrunk",
     )
 
     def __init__(self, config: Any) -> None:
