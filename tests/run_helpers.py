@@ -40,7 +40,7 @@ METHODS = {
     "magnitude": ("method=magnitude",),
     "snip": ("method=snip", "method.samples_per_class=3"),
     "grasp": ("method=grasp", "method.samples_per_class=2", "method.rounds=2", "method.reinit_linear=true"),
-    "random": ("method=random", "method.samples_per_class=3"),
+    "random": ("method=random", "method.samples_per_class=3", "method.sparsity=0.7"),
     "magnitude_init": ("method=magnitude_init", "method.samples_per_class=3"),
     "synflow": ("method=synflow", "method.rounds=5", "method.samples_per_class=3"),
     "autosparse": ("method=autosparse",),
