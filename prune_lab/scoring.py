@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_lab.context import Context
+from prune_lab.recompute import blocks
 from prune_lab.schema import ConfigError
 
 Order = Literal["stratified", "class_sorted", "random"]
@@ -187,6 +188,7 @@ def hessian_gradient(
     num_images: int,
     temperature: float = 1.0,
     per_batch: bool = False,
+    low_memory: bool = False,
 ) -> list[Tensor]:
     """Return H g, a tensor like each of `weights`: what g is multiplied with is held constant.
 
@@ -197,6 +199,7 @@ def hessian_gradient(
         num_images: images in `data`.
         per_batch: False: gradient and Hessian of the mean loss over all images, read twice; True: the mean over
             batches, by their size, of H g of the mean loss of each.
+        low_memory: store the inputs of blocks only and compute the rest again, twice.
 
     Raises:
         ConfigError: an operator of the model has no second derivative; names the module.
@@ -208,7 +211,7 @@ def hessian_gradient(
         direction = [torch.zeros_like(weight) for weight in weights]
         for slopes in gradients(model, weights, data(), temperature=temperature):
             torch._foreach_add_(direction, slopes, alpha=1 / num_images)
-    with twice_differentiable(model):
+    with twice_differentiable(model), blocks(model, weights) if low_memory else contextlib.nullcontext():
         for images, labels in data():
             _add_product(model, weights, images, labels, direction, temperature=temperature)
     products = [weight.grad / num_images for weight in weights]

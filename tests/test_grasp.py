@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
-from method_runs import make
+from method_runs import CONF, make
 from score_phases import Images, Net, Row, noise_images, one_image, phase, unchanged, with_loss
 from test_scoring import Doubling
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from prune_lab import models, recompute, scoring
+from prune_lab.overrides import compose_checked
 from prune_lab.schema import ConfigError
 
 
@@ -190,6 +195,90 @@ def test_cost_by_the_rule_of_twice_what_a_pass_runs_back_through():
         method = make("grasp", samples_per_class=2, **options)
         context = phase(Net(), method)
         assert method.phase_cost(context) == passes * 6 * context.dense_macs
+
+
+# Less memory
+
+
+class Residual(nn.Module):
+    """A block that works in place on its input first and needs it twice."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.first = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(width, width, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(x, inplace=True)
+        return x + self.second(torch.tanh(self.first(self.norm(x))))
+
+
+def residual_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Sequential(Residual(4), Residual(4)), nn.BatchNorm2d(4),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"hvp_mode": "per_batch", "scoring_batch": 6}, {"bn_mode": "eval"}])
+def test_computing_again_gives_the_same_scores(options):
+    model, data = residual_net().double(), noise_images()
+    data.images = data.images.double()
+    assert recompute.find_blocks(model) == [*model[2]]
+    plain = scores(model, data, temperature=2.0, **options)
+    with unchanged(model):
+        again = scores(model, data, temperature=2.0, low_memory=True, **options)
+    for name, score in plain.items():
+        assert score.any() and torch.allclose(score, again[name], rtol=1e-9, atol=1e-15), name
+
+
+def test_blocks_store_their_input_only():
+    """In the graphs of both derivatives: of a block no more than its input and the gradient of its output."""
+    model, data = residual_net(), noise_images()
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+
+    class Held:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    def stored(part: contextlib.AbstractContextManager) -> int:
+        """Return how many activations are held."""
+        held: weakref.WeakSet[Held] = weakref.WeakSet()
+
+        def pack(tensor: Tensor) -> Held:
+            held.add(box := Held(tensor))
+            return box
+
+        with scoring.untouched(model, train_mode=True), part:
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+                loss = scoring.loss(model, data.images, data.train_labels)
+                slopes = torch.autograd.grad(loss, weights, create_graph=True)
+            shape = (len(data.images), 4, 4, 4)
+            found = {box.tensor.data_ptr() for box in held if box.tensor.shape == shape}
+            del slopes
+        return len(found)
+
+    assert stored(recompute.blocks(model, weights)) < 0.6 * stored(contextlib.nullcontext())
+
+
+def test_repeated_passes_are_counted():
+    """Two blocks of two convolutions on 4 x 4 positions: 2 x (4 x 4 x 9 + 4 x 4) x 16 MACs, four times."""
+    model = residual_net()
+    plain, low = (make("grasp", samples_per_class=2, low_memory=value) for value in (False, True))
+    context = phase(model, plain)
+    assert low.phase_cost(context) - plain.phase_cost(context) == 6 * 4 * 2 * (4 * 4 * 9 + 4 * 4) * 16
+
+
+@pytest.mark.parametrize(
+    ("family", "count"), [("resnet20", 9), ("resnet50", 16), ("wrn_16_8", 6), ("mobilenet_v2", 17), ("vgg16", 0)]
+)
+def test_blocks_of_the_model_families(family, count):
+    (config,) = compose_checked(CONF, [f"model={family}"], sweep=False)
+    with torch.device("meta"):
+        model = models.build(config.model, num_classes=10, image_size=32)
+    assert len(recompute.find_blocks(model)) == count
 
 
 # Bad input

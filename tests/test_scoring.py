@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from contexts import context_of
@@ -263,3 +268,23 @@ def test_gradient_norm_counts_kept_weights_of_eligible_layers():
     assert scoring.gradient_norm(context, batch * 3, train_mode=True) == pytest.approx(12.5**0.5)
     context.install_masks({"1.weight": torch.tensor([[False, True], [False, False]])})
     assert scoring.gradient_norm(context, batch, train_mode=True) == pytest.approx(2)
+
+
+# Memory
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [["snip"], ["grasp", "low_memory=true"], ["grasp", "scoring_batch=32"]], ids=" ".join
+)
+def test_resnet50_is_scored_within_12_gigabytes(options):
+    """64 images of 224 px on the CPU, in a process of its own."""
+    script = Path(__file__).with_name("peak_memory.py")
+    path = os.pathsep.join([str(script.parents[1]), str(script.parent)])
+    done = subprocess.run(
+        [sys.executable, str(script), *options], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    peak = int(done.stdout.split()[-1])
+    print(f"peak {peak / 1e9:.2f} GB")
+    assert peak < 12e9

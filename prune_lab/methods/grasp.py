@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from prune_lab.context import Context
 
+recompute = lazy_import("prune_lab.recompute")
 scoring = lazy_import("prune_lab.scoring")
 
 
@@ -34,6 +35,9 @@ class GraSPConfig(ImageScoresConfig):
     reinit_linear: bool
     """score with linear weights drawn anew (Xavier normal) although the own ones are trained, as the official code;
     its ImageNet version draws only the last layer anew"""
+    low_memory: bool
+    """store the inputs of residual blocks only and compute the rest again, for the same scores but for rounding.
+    ResNet-50 at 224 px on a CPU: 0.09 instead of 0.19 GiB per image, half as long again"""
 
 
 class GraSP(InitialPruning):
@@ -44,8 +48,8 @@ class GraSP(InitialPruning):
         "arXiv 2002.07376",
         acts="once, before training",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
-        cost="two passes over the scoring images, one of them differentiated twice; about 3 times the activations of a "
-        "training step of scoring_batch images; two values per weight",
+        cost="two passes over the scoring images, one of them differentiated twice; about twice the activations of a "
+        "training step of scoring_batch images (less with method.low_memory); two values per weight",
         differences="exact count (the official threshold keeps one more); images not augmented "
         "(method.augment_scoring), classes in turn (method.split=class_sorted), linear layers scored as trained "
         "(method.reinit_linear); no division of scores by their sum, which ranks alike",
@@ -72,6 +76,7 @@ class GraSP(InitialPruning):
                 num_images=config.rounds * self.num_images(context),
                 temperature=config.temperature,
                 per_batch=config.hvp_mode == "per_batch",
+                low_memory=config.low_memory,
             )
             return {
                 name: weight.detach() * product
@@ -82,7 +87,10 @@ class GraSP(InitialPruning):
         """Return the MACs of scoring, by the rule that a backward pass costs twice what it runs back through.
 
         Gradient: forward and backward, 3 f_D per image. Hessian-gradient product: forward, backward and backward
-        through both, 3 + 6 f_D. With hvp_mode=per_batch the gradient is a by-product.
+        through both, 3 + 6 f_D. With hvp_mode=per_batch the gradient is a by-product; low_memory repeats passes.
         """
-        per_image = 12 if self.config.hvp_mode == "sum" else 9
-        return per_image * context.dense_macs * self.config.rounds * self.num_images(context)
+        config = self.config
+        per_image = (12 if config.hvp_mode == "sum" else 9) * context.dense_macs
+        if config.low_memory:
+            per_image += recompute.extra_macs(context.model, context.costs)
+        return per_image * config.rounds * self.num_images(context)
