@@ -190,10 +190,10 @@ def test_schedule(epoch):
 
 
 def test_factor_of_an_epoch():
-    options = {"alpha": 0.5, "end": 100, "compound": False}
-    linear = [alpha_at(epoch, shape="linear", **options) for epoch in (0, 50, 99, 100)]
-    assert linear == pytest.approx([0.5, 0.25, 0.005, 0.0])
-    assert [alpha_at(epoch, shape="constant", **options) for epoch in (0, 99, 100)] == [0.5, 0.5, 0.0]
+    options = {"alpha": 0.5, "epochs": 100, "compound": False}
+    linear = [alpha_at(epoch, shape="linear", **options) for epoch in (0, 50, 99)]
+    assert linear == pytest.approx([0.5, 0.25, 0.005])
+    assert [alpha_at(epoch, shape="constant", **options) for epoch in (0, 99)] == [0.5, 0.5]
     assert alpha_at(0, shape="sigmoid_cosine", **options) == 0.5
     assert alpha_at(50, shape="sigmoid_cosine", **options) == 0.25
 
@@ -201,14 +201,14 @@ def test_factor_of_an_epoch():
 @pytest.mark.parametrize("compound", [False, True])
 @pytest.mark.parametrize("shape", ["sigmoid_cosine", "cosine", "sigmoid", "linear", "constant"])
 def test_factor_never_rises(shape, compound):
-    found = [alpha_at(epoch, alpha=0.75, shape=shape, end=27, compound=compound) for epoch in range(31)]
+    found = [alpha_at(epoch, alpha=0.75, shape=shape, epochs=27, compound=compound) for epoch in range(27)]
     assert found == sorted(found, reverse=True) and found[0] == pytest.approx(0.75, rel=0.003)
-    assert found[27:] == [0, 0, 0, 0] and found[26] > 0
+    assert found[26] > 0
 
 
 def test_compounding_factors():
     """After epochs 5, 10, ... the next one has what the product left; without compounding it is the epoch's value."""
-    options = {"alpha": 0.5, "shape": "sigmoid_cosine", "end": 100}
+    options = {"alpha": 0.5, "shape": "sigmoid_cosine", "epochs": 100}
     epochs = (5, 10, 20, 30, 40, 50)
     compound = [alpha_at(epoch + 1, **options, compound=True) for epoch in epochs]
     assert compound == pytest.approx([0.4941, 0.4782, 0.4045, 0.2348, 0.0432, 0.00038], abs=5.1e-5)
@@ -217,12 +217,29 @@ def test_compounding_factors():
 
 
 def test_method_follows_the_schedule_and_then_needs_no_dense_gradient():
-    """100 steps in epochs of 10; the schedule ends with step 85, within an epoch."""
+    """100 steps in epochs of 10, over which the schedule stretches; the cut-off is step 85, within an epoch."""
     method, context = set_up(W, alpha=0.5, schedule="linear", cutoff=0.85)
     assert method.alpha(0) == method.alpha(9) == 0.5
-    assert method.alpha(10) == pytest.approx(0.5 * (1 - 1 / 8.5))
-    assert method.alpha(84) == pytest.approx(0.5 * (1 - 8 / 8.5))
+    assert method.alpha(10) == pytest.approx(0.45)
+    assert method.alpha(84) == pytest.approx(0.1)
     assert [method.needs_dense_gradient(step) for step in (0, 84, 85, 99)] == [True, True, False, False]
+
+
+def test_values_of_the_pquant_library():
+    """100 epochs, alpha reset to 0 in epoch 90."""
+    context = layer_of(W)
+    context.total_steps, context.steps_per_epoch = 200, 2
+    method = make("autosparse", alpha=0.5, compound=True, cutoff=0.9)
+    method.setup(context)
+    after = [method.alpha(2 * (epoch + 1)) for epoch in (30, 40, 50)]
+    assert after == pytest.approx([0.2348, 0.0432, 0.00038], abs=5.1e-5)
+    assert method.alpha(179) > 0 == method.alpha(180)
+
+
+def test_the_cut_off_does_not_bend_the_schedule():
+    early, late = (set_up(W, cutoff=cutoff)[0] for cutoff in (0.3, 1.0))
+    assert [early.alpha(step) for step in range(30)] == [late.alpha(step) for step in range(30)]
+    assert early.alpha(30) == 0 < late.alpha(99)
 
 
 def test_set_up_says_when_alpha_ends():

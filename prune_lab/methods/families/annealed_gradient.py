@@ -27,9 +27,9 @@ class AnnealingConfig(MethodConfig):
     alpha: Fraction
     """factor on the gradients of pruned weights in the first epoch; 0: they stay pruned, 1: all gradients count"""
     schedule: Shape
-    """how the factor falls from epoch to epoch"""
+    """how the factor falls from epoch to epoch, over the whole training"""
     cutoff: Annotated[float, Range(0, 1, open_low=True)]
-    """fraction of the training at which the schedule ends; the factor is 0 from there on"""
+    """fraction of the training from which on the factor is 0, wherever the schedule stands"""
     compound: bool
     """false: alpha times the schedule's value of the epoch; true: the factor is multiplied by that value after every
     epoch, so that values compound (the PQuant library)"""
@@ -48,18 +48,16 @@ def decline(shape: str, progress: float) -> float:
 
 
 @lru_cache
-def alpha_at(epoch: int, *, alpha: float, shape: str, end: float, compound: bool) -> float:
-    """Return the factor on the gradients of pruned weights in `epoch` (from 0); 0 from epoch `end` on.
+def alpha_at(epoch: int, *, alpha: float, shape: str, epochs: int, compound: bool) -> float:
+    """Return the factor on the gradients of pruned weights in `epoch`, from 0 to `epochs` - 1.
 
     Args:
-        end: epochs that the schedule stretches over.
+        epochs: how many the schedule stretches over.
         compound: the product of the values of all epochs before this one instead of the value of this one.
     """
-    if epoch >= end:
-        return 0.0
     if not compound:
-        return alpha * decline(shape, epoch / end)
-    return alpha * math.prod(decline(shape, before / end) for before in range(epoch))
+        return alpha * decline(shape, epoch / epochs)
+    return alpha * math.prod(decline(shape, before / epochs) for before in range(epoch))
 
 
 class RawWeights(Method):
@@ -139,7 +137,7 @@ class GradientAnnealing(RawWeights):
     def setup(self, context: Context) -> None:
         super().setup(context)
         self.total_steps, self.steps_per_epoch = context.total_steps, max(context.steps_per_epoch, 1)
-        first = math.ceil(self.end())
+        first = math.ceil(self.cutoff())
         if self.config.alpha and first < self.total_steps:
             context.report(f"alpha is 0 from step {first} of {self.total_steps} on")
         elif self.config.alpha:
@@ -148,17 +146,17 @@ class GradientAnnealing(RawWeights):
                 "method.cutoff to fix the support before"
             )
 
-    def end(self) -> float:
-        """Return the steps that the schedule stretches over."""
+    def cutoff(self) -> float:
+        """Return the step from which on the factor is 0; it may lie within an epoch."""
         return round(self.config.cutoff * self.total_steps, 6)  # 0.29 * 100 is 28.999999999999996 in binary
 
     def alpha(self, step: int) -> float:
-        """Return the schedule's value of the step's epoch; the end of the schedule may lie within an epoch."""
-        config, end = self.config, self.end()
-        if step >= end:
+        """Return the schedule's value of the step's epoch, 0 from the cut-off on."""
+        config = self.config
+        if step >= self.cutoff():
             return 0.0
-        epoch, length = step // self.steps_per_epoch, end / self.steps_per_epoch
-        return alpha_at(epoch, alpha=config.alpha, shape=config.schedule, end=length, compound=config.compound)
+        epoch, epochs = step // self.steps_per_epoch, self.total_steps // self.steps_per_epoch
+        return alpha_at(epoch, alpha=config.alpha, shape=config.schedule, epochs=epochs, compound=config.compound)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return the factor at the end of the epoch."""
