@@ -181,7 +181,7 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
     set_learning_rate(context.optimizer, learning_rate(training.schedule, step, context.steps_per_epoch))
     context.optimizer.zero_grad(set_to_none=True)
     forward_macs = context.forward_macs
-    dense_gradient = method.needs_dense_gradient(step)
+    gradient_macs = method.weight_gradient_macs(context, step)
     _forward_backward(training, images, labels)
     training.scaler.unscale_(context.optimizer)
     if method.after_backward(context, step):
@@ -195,9 +195,7 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
         training.ema.update_parameters(context.model)
         if context.masks is not None:
             context.masks.apply_to(dict(training.ema.module.named_parameters()))
-    context.cost.add(
-        len(images) * distributed.world_size(), forward_macs, context.dense_macs if dense_gradient else None
-    )
+    context.cost.add(len(images) * distributed.world_size(), forward_macs, gradient_macs)
 
 
 def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> None:

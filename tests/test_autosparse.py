@@ -99,6 +99,14 @@ def test_a_weight_exactly_at_its_threshold_counts_as_pruned():
     torch.testing.assert_close(backward(method, context, torch.ones(1, 2)), torch.tensor([[0.3, 1.0]]))
 
 
+def test_a_weight_of_exactly_zero_gets_no_gradient():
+    """sign(0) is 0, whatever alpha is."""
+    for alpha in (0.0, 0.3, 1.0):
+        method, context = set_up(torch.tensor([[0.0, 0.7, -0.1, -0.0]]), threshold_init=-1.0, alpha=alpha)
+        gradient = backward(method, context, torch.ones(1, 4))
+        torch.testing.assert_close(gradient, torch.tensor([[0.0, 1.0, alpha, 0.0]]))
+
+
 def test_fixed_budget():
     method, context = set_up(W, "autosparse_topk", sparsity=0.5, alpha=0.5, first_layer="sparse")
     torch.testing.assert_close(context.model[1].weight.data, torch.tensor([[0.8, -0.6, 0.0, 0.0]]))
@@ -338,13 +346,45 @@ def test_backward_density():
     assert method.thresholds["1.weight"].grad.item() == pytest.approx(-0.25 * (1 - 2 - 0.5))
 
 
-def test_backward_density_below_the_density_is_refused():
-    with pytest.raises(ConfigError, match=r"method\.backward_density=0\.25 is below the density 0\.5 of 1 at"):
-        set_up(W, threshold_init=0.0, backward_density=0.25)
-    method, context = set_up(W, threshold_init=0.0, backward_density=0.5)
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_kept_weights_get_their_gradients_whatever_the_backward_density(share):
+    """Two of four are kept; at or below that, none of the pruned ones is trained."""
+    method, context = set_up(W, threshold_init=0.0, alpha=0.5, backward_density=share)
+    assert torch.equal(backward(method, context, U), torch.tensor([[1.0, 2.0, 0.0, 0.0]]))
+    assert method.weight_gradient_macs(context, 0) == context.forward_macs == 2
+
+
+def test_backward_density_follows_each_channels_threshold():
+    """|W| - g(T) of the pruned ones: 0.4 - 0.5 in row 1, 0.1 - 0.119 in row 2, so the smaller weight is nearer."""
+    method, context = set_up(torch.tensor([[0.9, 0.4], [0.6, 0.1]]), granularity="channel", threshold_init=-2.0,
+                             alpha=0.5, backward_density=0.75)  # fmt: skip
+    with torch.no_grad():
+        method.thresholds["1.weight"].copy_(torch.tensor([[0.0], [-2.0]]))
+        context.model[1].weight.copy_(torch.tensor([[0.9, 0.4], [0.6, 0.1]]))
+    method.after_step(context, 0)
+    assert torch.equal(backward(method, context, torch.ones(2, 2)), torch.tensor([[1.0, 0.0], [1.0, 0.5]]))
+
+
+def test_cost_of_the_backward_density():
+    """2 f_S + b f_D while alpha is above 0, then 3 f_S; a layer whose density exceeds b costs what it keeps."""
+    method, context = set_up(W, threshold_init=0.0, backward_density=0.75)
+    assert [method.weight_gradient_macs(context, step) for step in (0, 89, 90)] == [3, 3, None]
     context.model[1].weight.data.fill_(0.9)
-    with pytest.raises(ConfigError, match=r"density 1 of 1 after step 7"):
-        method.after_step(context, 7)
+    method.after_step(context, 7)
+    assert method.weight_gradient_macs(context, 8) == 4
+
+
+def test_run_with_a_backward_density_below_the_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    forward, spent = [], []
+
+    def look(training: Training, step: int) -> None:
+        forward.append(training.context.forward_macs)
+        spent.append(training.context.cost.total)
+
+    watch(monkeypatch, look)
+    finish(configure(tmp_path, "autosparse", "method.threshold_init=-4", "method.threshold_decay=0",
+                     "method.backward_density=0.01"))
+    assert [b - a for a, b in zip(spent, spent[1:], strict=False)] == [8 * 3 * macs for macs in forward[:-1]]
 
 
 # Bad ends

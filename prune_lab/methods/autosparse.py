@@ -9,7 +9,7 @@ from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
 from prune_lab.methods.families.annealed_gradient import AnnealingConfig, GradientAnnealing
 from prune_lab.methods.families.soft_threshold import SoftThreshold, SoftThresholdConfig, check_decay
-from prune_lab.schema import ConfigError, NonNegative, Range
+from prune_lab.schema import NonNegative, Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prune_lab.context import Context
 
 torch = lazy_import("torch")
+accounting = lazy_import("prune_lab.accounting")
 masks = lazy_import("prune_lab.masks")
 
 
@@ -25,7 +26,8 @@ class AutoSparseConfig(SoftThresholdConfig, AnnealingConfig):
     threshold_decay: NonNegative
     """weight decay of the thresholds"""
     backward_density: Annotated[float, Range(0, 1, open_low=True)]
-    """fraction of a layer's weights, those nearest to their threshold or above it, that get any gradient; 1: all"""
+    """fraction of a layer's weights, kept ones included, that get a gradient; kept ones get theirs in any case, and
+    pruned ones the nearer to their threshold the earlier; 1: all, at or below the density: kept ones only"""
 
     def check(self, path: str) -> None:
         check_decay(path, init=self.threshold_init, decay=self.threshold_decay)
@@ -43,35 +45,22 @@ class AutoSparse(GradientAnnealing, SoftThreshold):
         "over the weights per step",
         differences="no official code is known, and the default values are not checked against the paper. The PQuant "
         "library multiplies alpha by its schedule again and again (method.compound=true). The sparsity is an outcome. "
-        "Thresholds are not clipped; the training cost counts the dense gradient whatever method.backward_density is",
+        "Thresholds are not clipped",
     )
 
-    def setup(self, context: Context) -> None:
-        super().setup(context)
-        self._check_backward(context, "at the start")
-
-    def after_step(self, context: Context, step: int) -> None:
-        super().after_step(context, step)
-        self._check_backward(context, f"after step {step}")
-
-    def _check_backward(self, context: Context, when: str) -> None:
-        """Raise ConfigError if weights in use would get no gradient."""
-        if self.config.backward_density == 1:
-            return
-        for name, count in context.masks.counts().items():
-            size = self.raw[name].numel()
-            if count > self._num_trained(size):
-                raise ConfigError(
-                    f"method.backward_density={self.config.backward_density:g} is below the density {count / size:.4g} "
-                    f"of {name.removesuffix('.weight')} {when}: weights in use would get no gradient"
-                )
-
-    def _num_trained(self, size: int) -> int:
-        return round(self.config.backward_density * size)
+    def _num_trained(self, context: Context, name: str) -> int:
+        """Return how many weights of a layer get a gradient while alpha is above 0."""
+        return max(round(self.config.backward_density * self.raw[name].numel()), context.masks.counts()[name])
 
     def gate(self, context: Context, name: str, step: int) -> Tensor:
         factor = super().gate(context, name, step)
-        if self.config.backward_density == 1:
+        if self.config.backward_density == 1 or not self.alpha(step):
             return factor
+        # What exceeds its threshold is kept, so the highest are the kept weights and then the nearest pruned ones.
         excess = self.raw[name].abs() - torch.sigmoid(self.thresholds[name].detach())
-        return factor * masks.keep_top(excess, self._num_trained(excess.numel()))
+        return factor * masks.keep_top(excess, self._num_trained(context, name))
+
+    def weight_gradient_macs(self, context: Context, step: int) -> int | None:
+        if not self.needs_dense_gradient(step):
+            return None
+        return accounting.sparse_macs(context.costs, {name: self._num_trained(context, name) for name in self.raw})

@@ -113,6 +113,10 @@ class Method:
         """Return whether `after_backward` reads gradients of pruned weights at `step` (counted in the cost)."""
         return False
 
+    def weight_gradient_macs(self, context: Context, step: int) -> int | None:
+        """Return the MACs per image of the weights' gradients at `step`; None: as many as the forward pass."""
+        return context.dense_macs if self.needs_dense_gradient(step) else None
+
     def after_backward(self, context: Context, step: int) -> bool:
         """Act on `param.grad`: averaged over processes and micro-batches, unscaled, before clipping, never masked.
 

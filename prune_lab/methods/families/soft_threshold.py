@@ -188,6 +188,11 @@ class SoftThreshold(RawWeights):
             f"pruning begins, in {total} steps; {_advice(init, rates, group)}"
         )
 
+    def gate(self, context: Context, name: str, step: int) -> Tensor:
+        """Return the factor on each gradient; it is 0 where W is exactly 0, as sign(W) in dw/dW is."""
+        factor = super().gate(context, name, step)
+        return factor.masked_fill_(self.raw[name] == 0, 0) if self.alpha(step) else factor
+
     def after_backward(self, context: Context, step: int) -> bool:
         """Give the thresholds their gradients; clipping, which comes next, sees the model's only."""
         super().after_backward(context, step)
