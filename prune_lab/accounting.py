@@ -174,6 +174,13 @@ class TrainingCost:
 
     def __init__(self) -> None:
         self.total = 0
+        self.images = 0
+        self.forward = 0
+
+    @property
+    def mean_forward(self) -> float | None:
+        """MACs per image of the networks trained so far, on average; None before the first step."""
+        return self.forward / self.images if self.images else None
 
     def add(self, images: int, forward: int, dense_gradient: int | None = None) -> None:
         """Add one step.
@@ -185,13 +192,15 @@ class TrainingCost:
 
         Source: Evci et al. 2020, appendix H, arXiv 1911.11134: 3 f_S, and 2 f_S + f_D with the dense gradient.
         """
+        self.images += images
+        self.forward += images * forward
         self.total += images * (2 * forward + (forward if dense_gradient is None else dense_gradient))
 
     def state_dict(self) -> dict[str, int]:
-        return {"total": self.total}
+        return {"total": self.total, "images": self.images, "forward": self.forward}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.total = state["total"]
+        self.total, self.images, self.forward = state["total"], state["images"], state["forward"]
 
 
 def planned_training_macs(

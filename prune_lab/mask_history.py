@@ -29,10 +29,10 @@ class MaskHistory:
         """Return the flat figures of an epoch's record.
 
         mask/exploration: fraction of positions active at least once since the phase began, R_s of Liu et al. 2021,
-            arXiv 2102.02887; mask/exploration/LAYER the same per layer.
+            arXiv 2102.02887.
         mask/overlap: fraction of the active weights that were active at the start.
         mask/dead_filters: output channels and neurons without any weight.
-        mask/density/LAYER: kept over all weights of a layer.
+        mask/density/LAYER: kept over all weights of a layer; the three above also have a value per layer.
         """
         layers = {name: name.removesuffix(".weight") for name in masks}
         rows = torch.stack(
@@ -58,6 +58,8 @@ class MaskHistory:
         for layer, size, row in zip(layers.values(), sizes, rows, strict=True):
             figures[f"mask/density/{layer}"] = row[0] / size
             figures[f"mask/exploration/{layer}"] = row[1] / size
+            figures[f"mask/overlap/{layer}"] = row[2] / row[0] if row[0] else 0.0
+            figures[f"mask/dead_filters/{layer}"] = row[3]
         return figures
 
     def state_dict(self) -> dict[str, Any]:

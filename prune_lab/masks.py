@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from prune_lab.sparsity_schedules import floor_product
+
 
 def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) -> Tensor:
     """Return a bool mask shaped like `score` with exactly `num_keep` True: the highest scores among `candidates`.
@@ -110,7 +112,7 @@ def keep_by_sign(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
     kept = torch.zeros_like(mask)
     for side in (mask & (weight >= 0), mask & (weight < 0)):
         count = int(side.sum())
-        kept |= keep_top(weight.abs(), count - int(fraction * count), candidates=side)
+        kept |= keep_top(weight.abs(), count - floor_product(fraction * count), candidates=side)
     return kept
 
 

@@ -39,9 +39,14 @@ def require_momentum(optimizer: torch.optim.Optimizer, who: str) -> None:
 def momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
     """Return the running mean of the parameter's gradients; Adam's is divided by the root of their mean square.
 
+    Raises:
+        RuntimeError: the optimizer has not taken a step.
+
     Source: official code of Dettmers, Zettlemoyer 2019, arXiv 1907.04840.
     """
     state = optimizer.state[parameter]
+    if not state:
+        raise RuntimeError("no momentum yet: every step so far was left out, because its gradients overflowed")
     if "momentum_buffer" in state:
         return state["momentum_buffer"]
     return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)

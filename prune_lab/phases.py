@@ -103,7 +103,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "wall_s": time.monotonic() - started,
         "train_s_here": train_s,
         "paper_train_ratio": method.paper_train_ratio(context),
-        "explained": noted | ({} if context.masks is None else context.history.totals(context.masks.masks)),
+        "explained": noted | method.explain() | _totals(context),
     }
     result = {
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
@@ -111,6 +111,10 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "method": method.state_dict(),
     }
     return result, figures
+
+
+def _totals(context: Context) -> dict[str, float]:
+    return {} if context.masks is None else context.history.totals(context.masks.masks)
 
 
 def _row(context: Context, scores: dict[str, float]) -> dict[str, Any]:

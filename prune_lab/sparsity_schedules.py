@@ -24,6 +24,11 @@ def drop_fraction(step: int, *, alpha: float, begin: int, end: int, shape: str, 
     return floor + (alpha - floor) * (1 - progress) ** _POWERS[shape]
 
 
+def floor_product(product: float) -> int:
+    """Return the floor of a product of options as they were typed: 0.29 * 100 is 28.999999999999996 in binary."""
+    return math.floor(product + 1e-9)
+
+
 def cubic_sparsity(step: int, *, begin: int, end: int, initial: float, final: float) -> float:
     """Return the sparsity in force at `step`: `initial` before `begin`, exactly `final` from `end` on.
 

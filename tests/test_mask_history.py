@@ -137,7 +137,41 @@ def test_unfired_positions_grow_first(tmp_path: Path, monkeypatch: pytest.Monkey
     assert explored["random_unfired"][f"mask/exploration/{layer}"] > explored["random"][f"mask/exploration/{layer}"]
 
 
-def test_an_interval_longer_than_the_training_is_refused(capsys):
-    assert cli.main(["method=rigl_itop", "logger.wandb=disabled", "dry_run=true"]) == 1
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["method=rigl_itop"], "method.interval=4000 with method.begin=null leaves no mask update after step 0: it "
+         "would come at step 3999, updates end at step 175 of 176"),
+        (["method=rigl", "method.begin=150"], "method.begin=150 leaves no mask update after step 0: it would come at "
+         "step 150, updates end at step 132 of 176"),
+        (["method=rigl", "method.interval=140"], "it would come at step 140, updates end at step 132 of 176"),
+        (["method=set", "schedule.train.epochs=0", "schedule.train.warmup_epochs=0"], "updates end at step 0 of 0"),
+        (["method=rigl", "method.interval=10", "method.grow_batches=11"], "method.grow_batches must not exceed"),
+        (["method=rigl", "method.interval=null", "method.grow_batches=23"], "must not exceed method.interval=22"),
+        (["method=rigl", "method.interval=10", "method.sparsity=0.99", "method.alpha=0.01", "model.width=0.25"],
+         "method.alpha=0.01 moves no weight"),
+    ],
+)  # fmt: skip
+def test_updates_that_cannot_happen_are_refused(options, words, capsys):
+    assert cli.main([*options, "logger.wandb=disabled", "dry_run=true"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "method.interval=4000 leaves no mask update" in line
+    assert words in line
+
+
+def test_kept_optimizer_state_costs_dense_gradients(tmp_path: Path):
+    """Pruned weights that gather momentum for later need their gradients in every step up to the last update."""
+    spent = {}
+    for name in ("rigl", "set"):
+        for reset in ("true", "false"):
+            options = (f"method.reset_state={reset}", "method.begin=1")
+            spent[name, reset] = summary(finish(configure(tmp_path / f"{name}{reset}", name, *options)))
+    for name in ("rigl", "set"):
+        kept, reset = spent[name, "false"], spent[name, "true"]
+        extra = 8 * (kept["macs/dense"] - kept["macs/inference"])  # per step; updates at 1, 3 and 5 of 9 steps
+        dense_steps = 3 if name == "rigl" else 0
+        assert kept["macs/train"] - reset["macs/train"] == (6 - dense_steps) * extra
+
+
+def test_a_late_single_update_is_allowed(tmp_path: Path):
+    folder = finish(configure(tmp_path, "snfs", "method.interval=null", "schedule.train.epochs=2"))
+    assert summary(folder)["mask/updates"] == 1

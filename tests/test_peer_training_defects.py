@@ -91,7 +91,7 @@ OTHER = {
     "growth": "random_unfired", "apportion": "official", "min_per_layer": 100, "control": "shuffle",
     "samples_per_class": 1, "scoring_batch": 7, "bn_mode": "eval", "augment_scoring": "true",
     "combine": "sum_of_abs", "temperature": 1.0, "rounds": 2, "split": "class_sorted", "hvp_mode": "per_batch",
-    "reinit_linear": "true",
+    "reinit_linear": "true", "low_memory": None,
 }  # fmt: skip
 # What must be set beside an option, in the run it is compared with as well.
 WITH = {

@@ -140,6 +140,10 @@ class Method:
         """Return the MACs that an active phase without steps spends, such as scoring passes; known beforehand."""
         return 0
 
+    def explain(self) -> dict[str, float]:
+        """Return figures of a finished phase for the summary."""
+        return {}
+
     def prune(self, context: Context) -> dict[str, float] | None:
         """Do the work of a phase whose hook is "prune"; return figures for its record, if there are any.
 

@@ -28,7 +28,7 @@ class DSTEEConfig(GradientGrowthConfig):
     time: Literal["step", "round"]
     """what the logarithm is taken of: the optimizer step or the number of the update, at least 1"""
     normalize: Literal["none", "layer_rms"]
-    """layer_rms: |gradient| is divided by its root mean square over the layer's candidates"""
+    """layer_rms: |gradient| is divided by its root mean square over the layer's pruned weights"""
 
 
 class DSTEE(GradientGrowth):
@@ -40,7 +40,8 @@ class DSTEE(GradientGrowth):
         acts="during training, every method.interval steps until method.end of it",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="RigL's, and one int32 per weight",
-        differences="no official code is known: default values of c and eps are this program's, N starts as the first "
+        differences="no official code is known and only the paper's abstract was checked: the bonus is "
+        "written from memory of the paper, default values of c and eps are this program's, N starts as the first "
         "mask and counts updates, t is the optimizer step (method.time=round: the update's number)",
     )
 
@@ -61,7 +62,7 @@ class DSTEE(GradientGrowth):
 
     def bonus(self, name: str, step: int) -> Tensor:
         """Return c ln(t) / (N + eps) per position of parameter `name`."""
-        time = step if self.config.time == "step" else self.churn["updates"]
+        time = step if self.config.time == "step" else self.churn["updates"] + 1
         return self.config.c * math.log(max(time, 1)) / (self.rounds_active[name] + self.config.eps)
 
     def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,28 +73,31 @@ class DSTEE(GradientGrowth):
     def update(self, context: Context, step: int) -> None:
         old = dict(context.masks.masks)
         gradients = self.gradient_scores(context, step, old)
+        bonuses = {name: self.bonus(name, step) for name in old}
         super().update(context, step)
-        new = context.masks.masks
-        self.last = self._figures(step, gradients, {name: mask & ~old[name] for name, mask in new.items()})
-        for name, mask in new.items():
+        for name, mask in context.masks.masks.items():
+            self._note_layer(name, gradients[name], bonuses[name], pruned=~old[name], grown=mask & ~old[name])
+        for name, mask in context.masks.masks.items():
             self.rounds_active[name] += mask
 
-    def _figures(self, step: int, gradients: dict[str, Tensor], grown: dict[str, Tensor]) -> dict[str, float]:
-        """Return per layer what the newly grown weights won with: mean |gradient|, mean bonus, share never active."""
-        figures = {}
-        for name, where in grown.items():
-            count = int(where.sum())
-            if not count:
-                continue
-            layer = name.removesuffix(".weight")
-            figures[f"grown/gradient/{layer}"] = float(gradients[name][where].mean())
-            figures[f"grown/bonus/{layer}"] = float(self.bonus(name, step)[where].mean())
-            figures[f"grown/never_active/{layer}"] = int((self.rounds_active[name][where] == 0).sum()) / count
-        return figures
+    def _note_layer(self, name: str, gradient: Tensor, bonus: Tensor, *, pruned: Tensor, grown: Tensor) -> None:
+        """Note mean |gradient| and bonus of the layer's new weights and of all that were pruned."""
+        count, layer = int(grown.sum()), name.removesuffix(".weight")
+        if not count:
+            return
+        for kind, where in (("pruned", pruned), ("grown", grown)):
+            self.last[f"{kind}/gradient/{layer}"] = float(gradient[where].mean())
+            self.last[f"{kind}/bonus/{layer}"] = float(bonus[where].mean())
+        self.last[f"grown/never_active/{layer}"] = int((self.rounds_active[name][grown] == 0).sum()) / count
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return the churn and, for the last update, what the newly grown weights of each layer won with."""
-        return super().end_epoch(context, epoch) | self.last
+        """Return the churn and how growth was decided in each layer's last update of the epoch.
+
+        grown/gradient/LAYER, grown/bonus/LAYER: means over the newly grown weights; pruned/...: over all weights that
+        could have been grown; grown/never_active/LAYER: share of grown weights that had never been active.
+        """
+        noted, self.last = self.last, {}
+        return super().end_epoch(context, epoch) | noted
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"rounds_active": dict(self.rounds_active), "last": dict(self.last)}

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
 from prune_lab.methods.families.gradient_growth import GradientGrowth, GradientGrowthConfig
-from prune_lab.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -23,13 +22,10 @@ masks = lazy_import("prune_lab.masks")
 
 @dataclass(frozen=True)
 class StructuredRigLConfig(GradientGrowthConfig):
-    def check(self, path: str) -> None:
-        super().check(path)
-        for option, only in (("drop", "magnitude"), ("redistribution", "none")):
-            if getattr(self, option) != only:
-                raise ConfigError(
-                    f"{path}.{option}={getattr(self, option)} moves single weights; whole kernels allow {only} only"
-                )
+    drop: Literal["magnitude"]
+    """kernels are dropped by the mean |w|"""
+    redistribution: Literal["none"]
+    """layers keep their counts: redistribution moves single weights"""
 
 
 class StructuredRigL(GradientGrowth):

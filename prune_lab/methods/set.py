@@ -15,5 +15,6 @@ class SET(RandomGrowth):
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="one bool per weight; one draw and one selection per layer and update",
         differences="default is the variant of RigL's tables; the SET paper's own rule is method.drop=by_sign with one "
-        "update per epoch and method.decay=constant. Draws are keyed by seed, layer and step, so all processes agree",
+        "update per epoch until the end (interval=null begin=null end=1 decay=constant), and its momentum restarts "
+        "every time. Draws are keyed by seed, layer and step, so all processes agree",
     )

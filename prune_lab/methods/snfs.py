@@ -32,10 +32,6 @@ class SNFSConfig(DropAndGrowConfig):
 
     def check(self, path: str) -> None:
         super().check(path)
-        if self.skip_step_on_update and self.begin == 0:
-            raise ConfigError(
-                f"{path}.skip_step_on_update=true: there is no momentum at step 0; {path}.begin must be null or above 0"
-            )
         if self.redistribution == "none" and self.apportion == "official":
             raise ConfigError(f"{path}.apportion=official divides what {path}.redistribution=momentum frees; got none")
 
@@ -49,8 +45,9 @@ class SNFS(DropAndGrow):
         acts="during training, after the optimizer step, at the end of every epoch but the last (method.interval)",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="a dense weight gradient in every step, as pruned weights keep their momentum; one bool per weight",
-        differences="the total is exact at every moment with method.apportion=exact; the official rule lets it vary "
-        "around its target. No layer drops its last weight. The first mask has exact counts, not independent bits",
+        differences="the total is exact at every moment with method.apportion=exact, which may also fill a layer "
+        "(official: 99 %); the official rule lets the total vary around its target. No layer drops its last weight; "
+        "the first mask has exact counts, not independent bits",
     )
 
     def __init__(self, config: Any) -> None:
@@ -60,7 +57,7 @@ class SNFS(DropAndGrow):
 
     def setup(self, context: Context) -> None:
         super().setup(context)
-        optim.require_momentum(context.optimizer, "method=snfs")
+        self.require_momentum(context, "method=snfs")
         if self.config.redistribution != "none":
             self.report_redistribution(context)
 
@@ -68,7 +65,8 @@ class SNFS(DropAndGrow):
         return self.config.apportion == "exact"
 
     def needs_dense_gradient(self, step: int) -> bool:
-        return True
+        """Return True up to the last update: the momentum of pruned weights is what growth is decided by."""
+        return step <= max(self.updates, default=-1)
 
     def num_dropped(self, fraction: float, count: int, shape: tuple[int, ...]) -> int:
         """Return the official ceil(fraction * count), but never the layer's last weight."""
@@ -119,6 +117,11 @@ class SNFS(DropAndGrow):
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         return super().layout(context) if self.config.redistribution == "none" else None
+
+    def paper_train_ratio(self, context: Context) -> float | None:
+        """Return (2 E[f_S] + f_D) / 3 f_D (Evci et al. 2020, appendix H), which has updates until the end."""
+        mean = context.cost.mean_forward
+        return None if mean is None else (2 * mean + context.dense_macs) / (3 * context.dense_macs)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"residuals": list(self.residuals), "adjustment": self.adjustment}

@@ -30,13 +30,14 @@ class GradientGrowthConfig(DropAndGrowConfig):
 
     def check(self, path: str) -> None:
         super().check(path)
-        if self.interval is not None and self.grow_batches > self.interval:
+        if self.interval is not None:
+            self.check_window(path, self.interval)
+
+    def check_window(self, path: str, interval: int) -> None:
+        """Raise ConfigError if the batches of two updates would overlap."""
+        if self.grow_batches > interval:
             raise ConfigError(
-                f"{path}.grow_batches must not exceed {path}.interval={self.interval}, got {self.grow_batches}"
-            )
-        if self.redistribution == "momentum" and self.begin == 0:
-            raise ConfigError(
-                f"{path}.redistribution=momentum: there is no momentum at step 0; {path}.begin must be null or above 0"
+                f"{path}.grow_batches must not exceed {path}.interval={interval}, got {self.grow_batches}"
             )
 
 
@@ -48,16 +49,24 @@ class GradientGrowth(DropAndGrow):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.gradient_sums: dict[str, Tensor] = {}
+        self.num_summed = 0
         self.due = False
 
     def setup(self, context: Context) -> None:
         super().setup(context)
+        self.config.check_window("method", self.interval(context))
+        first = self.updates.start
+        if self.config.grow_batches > first + 1:
+            context.report(f"the first mask update, at step {first}, has the gradients of {first + 1} steps only")
         if self.config.redistribution == "momentum":
-            optim.require_momentum(context.optimizer, "method.redistribution=momentum")
+            self.require_momentum(context, "method.redistribution=momentum")
         if self.config.redistribution != "none":
             self.report_redistribution(context)
 
     def needs_dense_gradient(self, step: int) -> bool:
+        return super().needs_dense_gradient(step) or self._in_window(step)
+
+    def _in_window(self, step: int) -> bool:
         return self.postponed or any(due - self.config.grow_batches < step <= due for due in self._next_update(step))
 
     def _next_update(self, step: int) -> range:
@@ -66,7 +75,7 @@ class GradientGrowth(DropAndGrow):
         return self.updates[-(-passed // self.updates.step) :][:1]
 
     def after_backward(self, context: Context, step: int) -> bool:
-        if not self.needs_dense_gradient(step):
+        if not self._in_window(step):
             return True
         due = step in self.updates or self.postponed
         gradients = {name: context.parameters()[name].grad for name in context.masks.masks}
@@ -74,7 +83,7 @@ class GradientGrowth(DropAndGrow):
             self.postponed = due  # fp16 overflowed; the scaler leaves the step out as well
             return True
         self.postponed = False
-        if self.config.grow_batches > 1:
+        if self.config.grow_batches > 1 or not self.config.skip_step_on_update:  # clipping comes before `after_step`
             self._accumulate(gradients)
         if due and self.config.skip_step_on_update:
             self._update_now(context, step)
@@ -89,21 +98,24 @@ class GradientGrowth(DropAndGrow):
     def _update_now(self, context: Context, step: int) -> None:
         self.update(context, step)
         self.due = False
-        self.gradient_sums = {}
+        self.gradient_sums, self.num_summed = {}, 0
 
     def _accumulate(self, gradients: dict[str, Tensor]) -> None:
-        """Add to the sums, which rank like the mean; after a resume they come from the CPU."""
+        """Add to the sums; after a resume they come from the CPU."""
         sums = self.gradient_sums
+        self.num_summed += 1
         for name, gradient in gradients.items():
             sums[name] = sums[name].to(gradient.device) + gradient if name in sums else gradient.clone()
 
     def gradients(self, context: Context, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the gradient of the task loss of one batch, or the sum over several; weight decay is not in it.
+        """Return the gradient of the task loss of one batch, or the mean of several: before clipping, without decay.
 
         Processes and micro-batches are averaged before anybody takes the absolute value.
         """
-        named = context.parameters()
-        return {name: self.gradient_sums[name] if self.gradient_sums else named[name].grad for name in names}
+        if not self.gradient_sums:
+            named = context.parameters()
+            return {name: named[name].grad for name in names}
+        return {name: self.gradient_sums[name] / self.num_summed for name in names}
 
     def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return |gradient| per position.
@@ -126,12 +138,14 @@ class GradientGrowth(DropAndGrow):
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         return super().layout(context) if self.config.redistribution == "none" else None
 
-    def paper_train_ratio(self, context: Context) -> float:
+    def paper_train_ratio(self, context: Context) -> float | None:
+        if self.config.redistribution != "none":  # the formula has one f_S
+            return None
         return accounting.rigl_training_ratio(context.forward_macs, context.dense_macs, self.interval(context))
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"gradient_sums": self.gradient_sums}
+        return super().state_dict() | {"gradient_sums": self.gradient_sums, "num_summed": self.num_summed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.gradient_sums = dict(state["gradient_sums"])
+        self.gradient_sums, self.num_summed = dict(state["gradient_sums"]), state["num_summed"]

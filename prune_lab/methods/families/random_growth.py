@@ -19,7 +19,8 @@ torch = lazy_import("torch")
 @dataclass(frozen=True)
 class RandomGrowthConfig(DropAndGrowConfig):
     growth: Literal["random", "random_unfired"]
-    """random: every position alike; random_unfired: those that were never active first (official ITOP code)"""
+    """random: every position alike; random_unfired: those that were never active first (the official ITOP code
+    names it but does not accept it)"""
 
 
 class RandomGrowth(DropAndGrow):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 torch = lazy_import("torch")
 masks = lazy_import("prune_lab.masks")
 redistribution = lazy_import("prune_lab.redistribution")
+optim = lazy_import("prune_lab.optim")
 schedules = lazy_import("prune_lab.sparsity_schedules")
 
 
@@ -112,7 +112,21 @@ class DropAndGrow(SparseTraining):
     def setup(self, context: Context) -> None:
         super().setup(context)
         self.updates = self.update_steps(context)
+        self._check_moves(context)
         context.report(f"mask updates: {len(self.updates)}, at steps {_preview(self.updates)} of {context.total_steps}")
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Return True while pruned weights gather optimizer state that a later update hands to them."""
+        return not self.config.reset_state and step <= max(self.updates, default=-1)
+
+    def require_momentum(self, context: Context, who: str) -> None:
+        """Raise ConfigError if there is no momentum at the first update."""
+        optim.require_momentum(context.optimizer, who)
+        if self.config.skip_step_on_update and self.updates.start == 0:
+            raise ConfigError(
+                f"{who}: there is no momentum at step 0; method.begin must be null or above 0, "
+                "or method.skip_step_on_update false"
+            )
 
     def report_redistribution(self, context: Context) -> None:
         """Say that budgets do not stay what `distribution` made them."""
@@ -121,6 +135,26 @@ class DropAndGrow(SparseTraining):
         else:
             context.report(f"layer budgets start as {self.config.distribution} and move with method.redistribution")
 
+    def _check_moves(self, context: Context) -> None:
+        """Say which layers keep so few weights that no update moves one.
+
+        Raises:
+            ConfigError: none of them moves although `alpha` is above 0.
+        """
+        if self.config.drop != "magnitude" or self.config.alpha == 0:
+            return
+        masked = context.masks.masks
+        movable = {n: count for n, count in context.masks.counts().items() if 0 < count < masked[n].numel()}
+        fixed = [n for n, count in movable.items() if not self.num_dropped(self.config.alpha, count, masked[n].shape)]
+        if fixed and len(fixed) == len(movable):
+            raise ConfigError(
+                f"method.alpha={self.config.alpha:g} moves no weight in any layer, because too few are kept; raise it "
+                "or lower method.sparsity"
+            )
+        if fixed:
+            names = ", ".join(name.removesuffix(".weight") for name in fixed)
+            context.report(f"layers whose mask never moves, because they keep too few weights: {names}")
+
     def interval(self, context: Context) -> int:
         return context.steps_per_epoch if self.config.interval is None else self.config.interval
 
@@ -128,22 +162,25 @@ class DropAndGrow(SparseTraining):
         """Return the steps at which masks move: begin, begin + interval, ... below end (RigL alg. 1).
 
         Raises:
-            ConfigError: no update after the first one.
+            ConfigError: no update after step 0.
         """
         end, interval = self.end_step(context), self.interval(context)
         begin = interval - 1 if self.config.begin is None else self.config.begin
         steps = schedules.update_steps(begin, end, interval)
-        if len(steps) < 2:
+        if not steps or steps[-1] == 0:
             shown = "null (one epoch)" if self.config.interval is None else interval
+            first = "null" if self.config.begin is None else begin
+            after = begin + interval if steps else begin
             raise ConfigError(
-                f"method.interval={shown} leaves no mask update after the one at step {begin}: "
-                f"updates end at step {end} of {context.total_steps}; lower method.interval or lengthen the schedule"
+                f"method.interval={shown} with method.begin={first} leaves no mask update after step 0: it would come "
+                f"at step {after}, updates end at step {max(end, 0)} of {context.total_steps}; lower them or lengthen "
+                "the schedule"
             )
         return steps
 
     def end_step(self, context: Context) -> int:
         """Return the step from which on masks stay; what grew after the last step would never be trained."""
-        return min(_floor(self.config.end * context.total_steps), context.total_steps - 1)
+        return min(schedules.floor_product(self.config.end * context.total_steps), context.total_steps - 1)
 
     def moved_fraction(self, context: Context, step: int) -> float:
         config = self.config
@@ -151,14 +188,14 @@ class DropAndGrow(SparseTraining):
             step,
             alpha=config.alpha,
             begin=config.begin or 0,
-            end=max(_floor(config.end * context.total_steps), 1),
+            end=max(schedules.floor_product(config.end * context.total_steps), 1),
             shape=config.decay,
             floor=config.floor,
         )
 
     def num_dropped(self, fraction: float, count: int, shape: tuple[int, ...]) -> int:
         """Return how many of the `count` kept weights of a layer to drop."""
-        return _floor(fraction * count)
+        return schedules.floor_product(fraction * count)
 
     def drop_scores(self, weight: Tensor) -> Tensor:
         """Return a score per weight; the lowest are dropped."""
@@ -222,6 +259,9 @@ class DropAndGrow(SparseTraining):
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return sums since the phase began: updates; weights dropped, of these regrown at once, and newly grown."""
+        return self.explain()
+
+    def explain(self) -> dict[str, float]:
         return {f"mask/{name}": count for name, count in self.churn.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,11 +280,6 @@ def check_dense(scores: dict[str, Tensor], active: dict[str, Tensor], what: str)
 def _mean_active(signal: Tensor, mask: Tensor) -> float:
     """Return the mean |signal| over the active positions of a layer that has some."""
     return float((signal.abs() * mask).sum(dtype=torch.float64)) / int(mask.sum())
-
-
-def _floor(product: float) -> int:
-    """Return the floor of a product of options as they were typed: 0.29 * 100 is 28.999999999999996 in binary."""
-    return math.floor(product + 1e-9)
 
 
 def _preview(steps: range) -> str:
