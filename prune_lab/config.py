@@ -216,19 +216,29 @@ def _optimizer(node: Mapping[str, Any]) -> SGDConfig | AdamConfig:
     return parse(OPTIMIZERS[node["name"]], node, "optimizer")
 
 
-def _method(node: Mapping[str, Any]) -> Method:
+def method_class(node: Mapping[str, Any]) -> type[Method]:
+    """Return the class that the group `method` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
     target, option = node.get("_target_"), "method._target_"
     if not isinstance(target, str) or "." not in target:
         raise ConfigError(f"{option} must name a class such as prune_lab.methods.rigl.RigL, got {target}", option)
     module_name, _, class_name = target.rpartition(".")
     try:
-        method_class = getattr(importlib.import_module(module_name), class_name)
+        found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{option}={target} cannot be imported: {error}", option) from error
-    if not (isinstance(method_class, type) and issubclass(method_class, Method)):
+    if not (isinstance(found, type) and issubclass(found, Method)):
         raise ConfigError(f"{option}={target} is not a prune_lab.methods.base.Method", option)
+    return found
+
+
+def _method(node: Mapping[str, Any]) -> Method:
+    cls = method_class(node)
     options = {key: value for key, value in node.items() if key != "_target_"}
-    return method_class(parse(method_class.Config, options, "method"))
+    return cls(parse(cls.Config, options, "method"))
 
 
 __all__ = ["AdamConfig", "ConfigError", "LoggerConfig", "PhaseSchedule", "RunConfig", "SGDConfig", "ScheduleConfig",

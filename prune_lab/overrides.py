@@ -16,7 +16,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prune_lab.config import RunConfig, check
+from prune_lab.config import RunConfig, check, method_class
 from prune_lab.schema import ConfigError, suggestion
 
 RECIPES = ("experiment", "debug")
@@ -161,6 +161,9 @@ def _unknown(conf_dir: Path, node: dict[str, Any], known: list[str], key: str) -
     while parent and parent not in known:
         parent = parent.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
+    note = method_class(node["method"]).Config.absent(last) if parent == "method" else None
+    if note:
+        return f"unknown option {key}: {note}; allowed: {', '.join(siblings)}"
     if parent in groups(conf_dir) and key == f"{parent}.{last}":
         owners = [name for name in choices(conf_dir, parent) if last in _read(conf_dir / parent / f"{name}.yaml")]
         if owners:

@@ -77,7 +77,8 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
     Args:
         cls: a dataclass. Every field must be in `node`: YAML files hold the values, dataclasses the rules.
             A nested dataclass is parsed likewise. If `cls` has a method `check(path)`, it is called last and
-            may raise ConfigError for rules across fields.
+            may raise ConfigError for rules across fields. If it has a function `absent(key)`, what that returns
+            about an unknown key (None: nothing) replaces the nearest name.
         node: plain mapping, such as OmegaConf.to_container(cfg, resolve=True).
         path: dotted name of the node as the user types it, "" at the root.
 
@@ -90,8 +91,9 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
     names = [field.name for field in fields(cls)]
     for key in node:
         if key not in names:
+            note = cls.absent(str(key)) if hasattr(cls, "absent") else None
             raise ConfigError(
-                f"unknown option {_join(path, key)}{suggestion(str(key), names)}; "
+                f"unknown option {_join(path, key)}{f': {note}' if note else suggestion(str(key), names)}; "
                 f"allowed under {path or 'the top level'}: {', '.join(names)}",
                 _join(path, key),
             )

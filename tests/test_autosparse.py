@@ -419,7 +419,8 @@ BAD = {
     "method.threshold_decay=0.01": "method.threshold_decay=0.01 pushes T towards 0",
     "method.granularity=weight": "method.granularity=weight is not allowed",
     "method.schedule=step": "method.schedule=step is not allowed",
-    "method.sparsity=0.8": "unknown option method.sparsity",
+    "method.sparsity=0.8": "unknown option method.sparsity: the sparsity is an outcome of trained thresholds",
+    "+method.sparsity=0.8": "is not offered; for an exact budget take method=autosparse_topk; allowed",
     "method.exclude=[fc9]": "method.exclude: 'fc9' matches no layer",
     "method.threshold_init=-20": "method.threshold_init=-20 with method.threshold_decay=0 never brings T to -10",
 }

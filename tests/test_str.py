@@ -153,7 +153,7 @@ BAD = {
     ("method.threshold_decay=-1",): "method.threshold_decay must lie in [0, inf)",
     (): "method.threshold_init=-3200 with method.threshold_decay=0.0005 never brings T to -10",
     ("method.alpha=0.5",): "unknown option method.alpha",
-    ("method.sparsity=0.8",): "unknown option method.sparsity",
+    ("method.sparsity=0.8",): "unknown option method.sparsity: the sparsity is an outcome of trained thresholds",
 }
 
 

@@ -27,15 +27,16 @@ class AutoSparseTopK(GradientAnnealing, WeightPruning):
     Config = AutoSparseTopKConfig
     card = Card(
         summary="the largest weights act, the others get alpha times their gradient until alpha has fallen to 0",
-        paper="Kundu, Mellempudi, Vooturi, Kaul, Dubey 2023, AutoSparse: Towards Automated Sparse Training of Deep "
-        "Neural Networks, arXiv 2304.06941: gradient annealing with a fixed budget",
+        paper="Kundu, Mellempudi, Vooturi, Kaul, Dubey, AutoSparse, submission to ICLR 2023 (OpenReview zyfEWkV6it), "
+        "whose abstract names gradient annealing combined with a fixed top-k budget",
         acts="during training, in every step",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="a second copy of the weights, a dense weight gradient while alpha is above 0; one selection per layer "
         "and step",
-        differences="no official code is known, and the default values are not checked against the paper. The PQuant "
-        "library multiplies alpha by its schedule again and again (method.compound=true). No threshold, so kept "
-        "weights are not shrunk",
+        differences="no official code is known, and only that abstract was read: that the largest weights of a layer "
+        "are kept as they are, without threshold and shrinking, is derived here from AutoSparse (arXiv 2304.06941). "
+        "alpha 0.75 and sigmoid_cosine are not checked against either paper, cutoff 0.9 is that of the PQuant library, "
+        "which multiplies alpha by its schedule again and again (method.compound=true)",
     )
 
     def __init__(self, config: Any) -> None:

@@ -62,6 +62,11 @@ class MethodConfig:
     name: Name
     """the method's name as in method=NAME"""
 
+    @classmethod
+    def absent(cls, option: str) -> str | None:
+        """Return what to tell a user who asks for `option`, which the method does not have; None: nothing special."""
+        return None
+
 
 class Method:
     """A method without any effect: dense training. Others override the hooks they use.

@@ -37,6 +37,15 @@ class SoftThresholdConfig(MethodConfig):
     exclude: list[str]
     """layer patterns to keep dense"""
 
+    @classmethod
+    def absent(cls, option: str) -> str | None:
+        if option != "sparsity":
+            return None
+        return (
+            "the sparsity is an outcome of trained thresholds, and a search for options that meet a target is not "
+            "offered; for an exact budget take method=autosparse_topk"
+        )
+
 
 def check_decay(path: str, *, init: float, decay: float) -> None:
     """Raise ConfigError if a threshold that is awake from the start would be pushed towards 0 by its decay as well."""
