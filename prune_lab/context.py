@@ -40,6 +40,8 @@ class Context:
     """the training images, for methods that score weights on them (see scoring.batches)"""
     fresh_model: Callable[[str], nn.Module] | None = None
     """returns the network initialised anew, drawn from the seed and the given word"""
+    poll: Callable[[], None] = lambda: None
+    """to be called now and then in long work outside of the training loop: stops the run if a signal asked for it"""
     rehearsal: bool = False
     """True in a dry run: repeated work is done once, results do not count"""
     masks: MaskSet | None = None

@@ -77,6 +77,16 @@ def share(value):
     return box[0]
 
 
+def share_masks(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return rank 0's bool `masks` on every rank."""
+    if not dist.is_initialized():
+        return masks
+    wire = {name: mask.to(torch.uint8).contiguous() for name, mask in masks.items()}
+    for values in wire.values():
+        dist.broadcast(values, src=0)
+    return {name: values.bool() for name, values in wire.items()}
+
+
 def total(values: Tensor) -> Tensor:
     """Return the sum of `values` over all ranks."""
     if dist.is_initialized():

@@ -155,6 +155,7 @@ def open_context(job: Job) -> Context:
         amp_scaled=job.numerics.precision == "fp16",
         dataset=job.dataset,
         fresh_model=lambda word: build_model(job.model_config, **sizes, seed=stable_hash(config.seed, word) % 2**31),
+        poll=job.poll,
         rehearsal=job.rehearsal,
     )
     if job.previous is not None and job.previous["masks"] is not None:

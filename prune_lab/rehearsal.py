@@ -18,7 +18,7 @@ from prune_lab.identity import PlannedPhase
 from prune_lab.loop import train_step
 from prune_lab.numerics import Numerics
 from prune_lab.optim import build_optimizer
-from prune_lab.phases import Job, open_context, open_training
+from prune_lab.phases import Job, open_context, open_training, steps_per_epoch
 
 _IMAGES = 4
 """images per micro-batch of the one step: enough for batch norm, little enough for ResNet-50 on a laptop"""
@@ -61,6 +61,7 @@ def rehearse(config: RunConfig, model_config: Any, first: PlannedPhase, dataset:
     context.optimizer = build_optimizer(context.model, config.optimizer)
     job.method.setup(context)
     fresh.method.layout(context)
+    steps_per_epoch(job)  # of the training that follows, if the first phase is none
 
 
 def job_without_files(

@@ -47,9 +47,10 @@ def batches(
     chosen = [_ordered(part, order, source) for part in drawn.split(per_class, dim=1)]
     parts = -(-per_class * num_classes // batch_size)
     seed = context.seed if augment else None
-    yield from context.dataset.train_subset(
-        [batch for positions in chosen for batch in positions.tensor_split(parts)], augment_seed=seed
-    )
+    positions = [batch for part in chosen for batch in part.tensor_split(parts)]
+    for images, labels in context.dataset.train_subset(positions, augment_seed=seed):
+        context.poll()
+        yield images, labels
 
 
 def balanced(labels: Tensor, per_class: int, num_classes: int, order: Order, source: torch.Generator) -> Tensor:

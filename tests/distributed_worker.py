@@ -54,6 +54,13 @@ def check_batch_norm() -> None:
     joined_batch_norm(nn.BatchNorm2d, (6, 3, 4, 5), track_running_stats=False)
 
 
+def check_masks_that_rounding_made_differ_become_those_of_the_first() -> None:
+    first = torch.tensor([[True, False], [False, True]])
+    mine = first if distributed.is_main() else ~first
+    shared = distributed.share_masks({"w": mine})
+    assert torch.equal(shared["w"], first) and shared["w"].dtype == torch.bool
+
+
 def check_different_masks_are_noticed() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3))
     context = Context(model=model, costs=[], layers=[], phase="train", seed=0, total_steps=0, steps_per_epoch=0)

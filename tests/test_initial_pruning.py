@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from method_runs import configure, finish, last_result, make
+from method_runs import configure, finish, last_result, make, run_folder
 from score_phases import Net, Row, one_image, phase
 from torch import Tensor
 
-from prune_lab import cli
+from prune_lab import cli, pipeline
 from prune_lab.context import Context
 from prune_lab.distributions import LayerSize, allocate, num_keep_total, smart_ratio
+from prune_lab.loop import Interrupted
+from prune_lab.phases import Job
 from prune_lab.schema import ConfigError
 
 LAYERS = [
@@ -253,3 +255,37 @@ def test_a_control_is_reproducible_from_the_seed(control, tmp_path: Path):
     for kind in ("model", "masks"):
         assert all(torch.equal(one[kind][name], again[kind][name]) for name in one[kind])
         assert not all(torch.equal(one[kind][name], other[kind][name]) for name in one[kind])
+
+
+# Runs
+
+
+def test_new_weights_are_compared_with_themselves(tmp_path: Path):
+    """Before and after the cut, the gradient norm is that of the network that is trained."""
+    folders = (finish(configure(tmp_path / kind, "snip", f"method.control={kind}")) for kind in ("none", "reinit"))
+    plain, renewed = (json.loads((folder / "metrics.jsonl").open().readline()) for folder in folders)
+    assert plain["prune/gradient_norm_before"] != renewed["prune/gradient_norm_before"]
+    assert plain["macs/inference"] == renewed["macs/inference"]  # the same mask
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_scored(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"schedule\.batch_size must lie in \[1, 24\]"):
+        pipeline.run(configure(tmp_path, "snip", "schedule.batch_size=5000"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["snip", "synflow"])
+def test_a_signal_stops_the_scoring(name, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    polled: list[int] = []
+
+    def poll(self) -> None:
+        polled.append(1)
+        if len(polled) == 2:
+            raise Interrupted
+
+    monkeypatch.setattr(Job, "poll", poll)
+    options = ("method.scoring_batch=5", "method.rounds=50") if name == "synflow" else ("method.scoring_batch=5",)
+    config = configure(tmp_path, name, *options)
+    pipeline.run(config)
+    assert json.loads((run_folder(config) / "status.json").read_text())["status"] == "interrupted"
+    assert len(polled) == 2

@@ -19,7 +19,7 @@ class MagnitudeInit(InitialPruning):
         paper="baseline of Tanaka et al. 2020, SynFlow, arXiv 2006.05467, and Frankle et al. 2021, arXiv 2009.08576",
         acts="once, before training",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
-        cost="none to score; gradient norms take two passes over the scoring images; one bool per weight",
+        cost="none to score; gradient norms take two passes over one scoring batch; one bool per weight",
         differences="exact count. One ranking over all layers favours those with few inputs, whose initial weights are "
         "larger; at high sparsity wide layers can be left empty (method.min_per_layer, method.distribution)",
     )

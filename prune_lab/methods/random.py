@@ -43,10 +43,14 @@ class Random(InitialPruning):
         "al. 2020, Sanity-Checking Pruning Methods, arXiv 2009.11094",
         acts="once, before training",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
-        cost="none to score; gradient norms take two passes over the scoring images; one bool per weight",
+        cost="none to score; gradient norms take two passes over one scoring batch; one bool per weight",
         differences="exact total (independent bits would give a random one); with smart_ratio all counts add up to the "
         "budget (official code: rounded down)",
     )
 
     def scores(self, context: Context) -> dict[str, Tensor]:
         return family.random_scores(context)
+
+    def paper_train_ratio(self, context: Context) -> float:
+        """Return f_S / f_D (Evci et al. 2020, appendix H, for SNIP and static masks); scoring is not in it."""
+        return context.forward_macs / context.dense_macs

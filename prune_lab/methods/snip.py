@@ -57,3 +57,7 @@ class SNIP(InitialPruning):
     def scoring_cost(self, context: Context) -> int:
         """Return the MACs of the scoring pass: forward and backward, 3 f_D per image."""
         return 3 * context.dense_macs * self.num_images(context)
+
+    def paper_train_ratio(self, context: Context) -> float:
+        """Return f_S / f_D (Evci et al. 2020, appendix H, for SNIP and static masks); scoring is not in it."""
+        return context.forward_macs / context.dense_macs

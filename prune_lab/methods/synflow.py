@@ -69,6 +69,7 @@ class SynFlow(InitialPruning):
         kept: dict[str, Tensor] | None = None
         with scoring.untouched(context.model, train_mode=False):
             for index in range(1, rounds + 1):
+                context.poll()
                 flow = linearised.flow(context.model, form, names, image)
                 self._check(flow, index)
                 if index == 1:

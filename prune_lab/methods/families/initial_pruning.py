@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from prune_lab.context import Context
 
 torch = lazy_import("torch")
+distributed = lazy_import("prune_lab.distributed")
 masks = lazy_import("prune_lab.masks")
 scoring = lazy_import("prune_lab.scoring")
 
@@ -120,7 +122,6 @@ class InitialPruning(WeightPruning):
 
     def prune(self, context: Context) -> dict[str, float]:
         """Choose masks, apply the control if there is one; return gradient norms and the number of empty layers."""
-        before = self._gradient_norm(context)
         if self.config.control == "random":
             chosen = self.select(context, random_scores(context), self.config.sparsity)
         else:
@@ -129,7 +130,9 @@ class InitialPruning(WeightPruning):
             chosen = _shuffled(context, chosen)
         if self.config.control == "reinit":
             context.model.load_state_dict(context.fresh_model("control reinit").state_dict())
-        self.cut(context, chosen)
+        before = self._gradient_norm(context)
+        # Processes score alike but for rounding, and one weight at the edge would make their masks differ.
+        self.cut(context, distributed.share_masks(chosen))
         return {
             "prune/gradient_norm_before": before,
             "prune/gradient_norm_after": self._gradient_norm(context),
@@ -137,7 +140,8 @@ class InitialPruning(WeightPruning):
         }
 
     def _gradient_norm(self, context: Context) -> float:
-        return scoring.gradient_norm(context, self.batches(context), train_mode=True)
+        """Return the norm on the first scoring batch: enough to compare by, and it costs large data sets little."""
+        return scoring.gradient_norm(context, itertools.islice(self.batches(context), 1), train_mode=True)
 
     def batches(self, context: Context, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Return (images, labels) of the balanced scoring images, the same in every call.
@@ -159,10 +163,6 @@ class InitialPruning(WeightPruning):
     def num_images(self, context: Context) -> int:
         """Return the images of one pass over `batches`."""
         return self.config.samples_per_class * context.dataset.info.num_classes
-
-    def paper_train_ratio(self, context: Context) -> float:
-        return context.forward_macs / context.dense_macs
-
 
 def random_scores(context: Context) -> dict[str, Tensor]:
     """Return scores that are uniform in [0, 1) and independent, from the seed."""
