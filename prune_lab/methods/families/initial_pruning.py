@@ -133,9 +133,12 @@ class InitialPruning(WeightPruning):
         before = self._gradient_norm(context)
         # Processes score alike but for rounding, and one weight at the edge would make their masks differ.
         self.cut(context, distributed.share_masks(chosen))
+        after = self._gradient_norm(context)
+        if after == 0:
+            context.report("no gradient reaches the kept weights: this network cannot learn; see method.min_per_layer")
         return {
             "prune/gradient_norm_before": before,
-            "prune/gradient_norm_after": self._gradient_norm(context),
+            "prune/gradient_norm_after": after,
             "prune/empty_layers": sum(count == 0 for count in context.masks.counts().values()),
         }
 
