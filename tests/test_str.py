@@ -13,6 +13,7 @@ from test_autosparse import CHANNELS_U, CHANNELS_W, U, W, backward, layer_of, se
 
 from prune_lab import cli
 from prune_lab.loop import Training
+from prune_lab.methods.families import soft_threshold
 from prune_lab.methods.families.soft_threshold import AWAKE, decayed, wake_step, waking_decay
 from prune_lab.schema import ConfigError
 
@@ -87,6 +88,28 @@ def test_no_decay_is_proposed_where_t_would_pass_zero():
     assert waking_decay(-3200.0, [], SGD) is None
 
 
+def test_a_start_out_of_reach_is_given_up_after_one_look(monkeypatch: pytest.MonkeyPatch):
+    """Adam's steps are about as long as the learning rate, whatever the decay."""
+    seen = 0
+
+    def counted(*arguments):
+        nonlocal seen
+        for value in decayed(*arguments):
+            seen += 1
+            yield value
+
+    monkeypatch.setattr(soft_threshold, "decayed", counted)
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    assert waking_decay(-3200.0, [0.1] * 3000, adam) is None
+    assert seen == 1000
+
+
+def test_proposals_for_adam():
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    rates = [0.01 * (1 + math.cos(math.pi * step / 3000)) / 2 for step in range(3000)]
+    assert waking_decay(-15.0, rates, adam) == pytest.approx(1.1e-9)
+
+
 def test_alpha_is_zero():
     method, context = set_up(W, "str", threshold_init=0.0, threshold_decay=0.0)
     assert torch.equal(backward(method, context, U), torch.tensor([[1.0, 2.0, 0.0, 0.0]]))
@@ -138,7 +161,7 @@ def test_sleeping_through_the_training_is_refused_with_a_way_out():
     context.total_steps, context.steps_per_epoch = 3000, 300
     with pytest.raises(ConfigError, match=r"^method\.threshold_init=-3200 with .*never brings T to -10") as caught:
         make("str").setup(context)
-    advice = re.search(r"; method\.threshold_init=(\S+) with method\.threshold_decay=(\S+) does", str(caught.value))
+    advice = re.search(r"; method\.threshold_init=(\S+) with method\.threshold_decay=(\S+) brings", str(caught.value))
     said: list[str] = []
     again = layer_of(W)
     again.total_steps, again.steps_per_epoch, again.report = 3000, 300, said.append
@@ -152,6 +175,9 @@ BAD = {
     ("method.threshold_init=1",): "method.threshold_init must lie in (-inf, 0]",
     ("method.threshold_decay=-1",): "method.threshold_decay must lie in [0, inf)",
     (): "method.threshold_init=-3200 with method.threshold_decay=0.0005 never brings T to -10",
+    ("method.threshold_init=-20", "method.threshold_decay=100"): "method.threshold_decay=100 takes T past 0, where "
+    "weights up to 0.5 act as zero, at step 1 of ",
+    ("method.threshold_init=-10", "method.threshold_decay=100"): "; lower method.threshold_decay",
     ("method.alpha=0.5",): "unknown option method.alpha",
     ("method.sparsity=0.8",): "unknown option method.sparsity: the sparsity is an outcome of trained thresholds",
 }

@@ -25,6 +25,9 @@ optim = lazy_import("prune_lab.optim")
 AWAKE = -10.0
 """below it a raw threshold prunes next to nothing, and its gradient is next to nothing: sigmoid(-10) is 4.5e-5"""
 
+_HIGHEST_DECAY = 1e3
+"""of those that are looked at for a proposal"""
+
 
 @dataclass(frozen=True)
 class SoftThresholdConfig(MethodConfig):
@@ -118,10 +121,12 @@ def waking_decay(init: float, rates: Sequence[float], group: Mapping[str, Any]) 
     None: there is no such decay.
     """
     early = rates[: len(rates) // 3]
+    if wake_step(init, _HIGHEST_DECAY, early, group) is None:  # Adam's steps have a limit that no decay raises
+        return None
     low, high = 0.0, 1e-8
     while wake_step(init, high, early, group) is None:
         low, high = high, 2 * high
-        if high > 1e3:
+        if high > _HIGHEST_DECAY:
             return None
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
@@ -135,8 +140,12 @@ def _advice(init: float, rates: Sequence[float], group: Mapping[str, Any]) -> st
     for start in (init, -1000.0, -300.0, -100.0, -30.0, -15.0):
         decay = waking_decay(start, rates, group)
         if decay is not None:
-            return f"method.threshold_init={start:g} with method.threshold_decay={decay:g} does by a third of the way"
-    return f"no decay does by a third of the way without passing 0: choose a method.threshold_init of {AWAKE:g} or more"
+            setting = f"method.threshold_init={start:g} with method.threshold_decay={decay:g}"
+            return f"{setting} brings it to {AWAKE:g} by a third of the way"
+    return (
+        f"no decay brings it to {AWAKE:g} by a third of the way without passing 0: choose a method.threshold_init of "
+        f"{AWAKE:g} or more"
+    )
 
 
 class SoftThreshold(RawWeights):
@@ -182,20 +191,30 @@ class SoftThreshold(RawWeights):
         """Return words about the step at which the decay alone has brought T to where pruning begins.
 
         Raises:
-            ConfigError: never.
+            ConfigError: never, or it takes T past 0.
         """
         init, total = self.config.threshold_init, context.total_steps
-        if init >= AWAKE:
+        if init >= AWAKE and not decay:
             return ""
         group = context.optimizer.param_groups[-1]
         rates = [optim.learning_rate(context.schedule, step, context.steps_per_epoch) for step in range(total)]
-        step = wake_step(init, decay, rates, group)
-        if step is not None:
-            return f", which alone brings T to {AWAKE:g} (there pruning begins) at step {step} of {total}"
-        raise ConfigError(
-            f"method.threshold_init={init:g} with method.threshold_decay={decay:g} never brings T to {AWAKE:g}, where "
-            f"pruning begins, in {total} steps; {_advice(init, rates, group)}"
-        )
+        setting = f"method.threshold_init={init:g} with method.threshold_decay={decay:g}"
+        values = list(decayed(init, decay, rates, group))
+        past = next((step for step, value in enumerate(values, start=1) if value > 0), None)
+        if past is not None:
+            raise ConfigError(
+                f"{setting} takes T past 0, where weights up to 0.5 act as zero, at step {past} of {total}; "
+                f"{'lower method.threshold_decay' if init >= AWAKE else _advice(init, rates, group)}"
+            )
+        if init >= AWAKE:
+            return ""
+        step = next((step for step, value in enumerate(values, start=1) if value >= AWAKE), None)
+        if step is None:
+            raise ConfigError(
+                f"{setting} never brings T to {AWAKE:g}, where pruning begins, in {total} steps; "
+                f"{_advice(init, rates, group)}"
+            )
+        return f", which alone brings T to {AWAKE:g} (there pruning begins) at step {step} of {total}"
 
     def gate(self, context: Context, name: str, step: int) -> Tensor:
         """Return the factor on each gradient; it is 0 where W is exactly 0, as sign(W) in dw/dW is."""
