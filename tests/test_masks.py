@@ -189,6 +189,37 @@ def test_counts_follow_replacement():
     assert all(type(count) is int for count in masks.counts().values())
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_replacing_all_is_replacing_each(memory_format):
+    masks, other = conv_and_linear(memory_format)[1], conv_and_linear(memory_format)[1]
+    new = {"2.weight": random_mask((2, 4), 5, generator(1)), "0.weight": random_mask((4, 3, 3, 3), 9, generator(2))}
+    masks.replace_all(new)
+    for name, mask in new.items():
+        other.replace(name, mask)
+    assert masks.counts() == other.counts() == {"0.weight": 9, "2.weight": 5}
+    assert list(masks.counts()) == list(masks.masks) == ["0.weight", "2.weight"]
+    assert all(type(count) is int for count in masks.counts().values())
+    assert masks.digest() == other.digest()
+    assert [mask.stride() for mask in masks.masks.values()] == [mask.stride() for mask in other.masks.values()]
+    for mask in new.values():
+        mask.fill_(True)
+    assert masks.digest() == other.digest(), "masks are copies"
+    for wrong in ({"0.weight": new["0.weight"]}, new | {"v": new["2.weight"]}):
+        with pytest.raises(ValueError, match="masks and parameters differ"):
+            masks.replace_all(wrong)
+
+
+def test_replacing_all_reads_the_counts_at_once(monkeypatch: pytest.MonkeyPatch):
+    """A value read back from a GPU stalls it; int(), item() and tolist() do that."""
+    _, masks = conv_and_linear()
+    reads = []
+    for name in ("tolist", "item", "__int__", "__bool__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda tensor, original=original: reads.append(1) or original(tensor))
+    masks.replace_all(dict(masks.masks))
+    assert len(reads) == 1
+
+
 def test_wrong_masks_are_refused():
     weight = nn.Parameter(torch.zeros(2, 3))
     good = torch.ones(2, 3, dtype=torch.bool)

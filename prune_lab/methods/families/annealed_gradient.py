@@ -111,8 +111,7 @@ class RawWeights(Method):
         named = context.parameters()
         for name, raw in self.raw.items():
             raw.copy_(named[name].detach())
-        for name, mask in self.project(context).items():
-            context.masks.replace(name, mask)
+        context.masks.replace_all(self.project(context))
         context.commit(compare=False)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
