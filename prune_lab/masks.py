@@ -137,25 +137,24 @@ class MaskSet:
         """Take a new mask for parameter `name`; the weights follow at the next `apply`."""
         if name not in self._parameters:
             raise ValueError(f"no parameter {name} under masks")
-        self._put(name, mask)
-        self._counts[name] = int(torch.count_nonzero(mask))
+        self._counts[name] = int(self._put(name, mask))
 
     def replace_all(self, masks: Mapping[str, Tensor]) -> None:
         """Take new masks for all parameters, as `replace` does, with one transfer from the device for all counts."""
         if set(self._parameters) != set(masks):
             raise ValueError(f"masks and parameters differ: {sorted(set(self._parameters) ^ set(masks))}")
-        for name, mask in masks.items():
-            self._put(name, mask)
-        if masks:
-            counts = torch.stack([torch.count_nonzero(mask) for mask in self.masks.values()]).tolist()
-            self._counts = dict(zip(self.masks, counts, strict=True))
+        counts = {name: self._put(name, masks[name]) for name in self.masks or masks}
+        if counts:
+            self._counts = dict(zip(counts, torch.stack(list(counts.values())).tolist(), strict=True))
 
-    def _put(self, name: str, mask: Tensor) -> None:
+    def _put(self, name: str, mask: Tensor) -> Tensor:
+        """Take a mask and return its count, still on the device."""
         weight = self._parameters[name]
         if mask.dtype != torch.bool or mask.shape != weight.shape:
             wanted, got = tuple(weight.shape), tuple(mask.shape)
             raise ValueError(f"mask of {name} must be bool of shape {wanted}, got {mask.dtype} {got}")
         self.masks[name] = torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+        return torch.count_nonzero(self.masks[name])
 
     @torch.no_grad()
     def apply(self) -> None:
