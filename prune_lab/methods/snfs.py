@@ -72,16 +72,6 @@ class SNFS(DropAndGrow):
         """Return the official ceil(fraction * count), but never the layer's last weight."""
         return min(math.ceil(fraction * count - 1e-9), count - 1)
 
-    def after_backward(self, context: Context, step: int) -> bool:
-        if self.config.skip_step_on_update and step in self.updates:
-            self.update(context, step)
-            return False
-        return True
-
-    def after_step(self, context: Context, step: int) -> None:
-        if not self.config.skip_step_on_update and step in self.updates:
-            self.update(context, step)
-
     def _momenta(self, context: Context, names: Iterable[str]) -> dict[str, Tensor]:
         named = context.parameters()
         return {name: optim.momentum(context.optimizer, named[name]) for name in names}

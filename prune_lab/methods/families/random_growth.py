@@ -28,16 +28,6 @@ class RandomGrowth(DropAndGrow):
 
     Config = RandomGrowthConfig
 
-    def after_backward(self, context: Context, step: int) -> bool:
-        if self.config.skip_step_on_update and step in self.updates:
-            self.update(context, step)
-            return False
-        return True
-
-    def after_step(self, context: Context, step: int) -> None:
-        if not self.config.skip_step_on_update and step in self.updates:
-            self.update(context, step)
-
     def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return one uniform number per position, keyed by (seed, parameter name, step)."""
         scores = {

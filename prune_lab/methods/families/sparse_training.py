@@ -119,6 +119,16 @@ class DropAndGrow(SparseTraining):
         """Return True while pruned weights gather optimizer state that a later update hands to them."""
         return not self.config.reset_state and step <= max(self.updates, default=-1)
 
+    def after_backward(self, context: Context, step: int) -> bool:
+        if self.config.skip_step_on_update and step in self.updates:
+            self.update(context, step)
+            return False
+        return True
+
+    def after_step(self, context: Context, step: int) -> None:
+        if not self.config.skip_step_on_update and step in self.updates:
+            self.update(context, step)
+
     def require_momentum(self, context: Context, who: str) -> None:
         """Raise ConfigError if there is no momentum at the first update."""
         optim.require_momentum(context.optimizer, who)
