@@ -55,6 +55,13 @@ class Word:
         return "letters, digits and _.+- (it becomes part of a directory's name)"
 
 
+@dataclass(frozen=True)
+class Example:
+    """A text of a form of its own: anything else, such as half of it read as a number, is answered with an example."""
+
+    text: str
+
+
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 OpenFraction = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
@@ -114,6 +121,9 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
     origin = typing.get_origin(hint)
     if origin is Annotated:
         base, *rules = typing.get_args(hint)
+        for rule in rules:
+            if isinstance(rule, Example) and not isinstance(value, str):
+                raise ConfigError(f"{path} must be a text such as {rule.text}, got {_show(value)}", path)
         result = coerce(base, value, path)
         for rule in rules:
             if isinstance(rule, Range) and not rule.contains(result):

@@ -7,11 +7,11 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Method, MethodConfig
-from prune_lab.schema import ConfigError, NonNegative, OpenFraction
+from prune_lab.schema import ConfigError, Example, NonNegative, OpenFraction
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -42,8 +42,9 @@ class WeightPruningConfig(MethodConfig):
     """layer patterns to keep dense and out of the budget"""
     match: Literal["none", "params", "macs", "train_macs"]
     """a cost that is to equal the reference's: nonzero parameters, inference MACs, MACs of the whole training"""
-    match_to: str | None
-    """the reference as DENSITY:DISTRIBUTION, with this method's first_layer, include and exclude"""
+    match_to: Annotated[str, Example("0.1:uniform")] | None
+    """the reference as DENSITY:DISTRIBUTION, with this method's first_layer, include and exclude; train_macs: fixed
+    masks of that layout, or the dense network, trained over the schedule's train block"""
     match_by: Literal["density", "epochs"]
     """what is solved for: the density, which replaces `sparsity`, or the epochs of the schedule's train block"""
 
