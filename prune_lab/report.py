@@ -78,6 +78,8 @@ class Row:
     stats: dict[str, Stat]
     """by short name of METRICS; without those that no run has"""
     group: str = ""
+    matched: str = ""
+    """which cost was made equal to that of which layout; the epochs, if they were solved for"""
     control: str = ""
     """which sanity check of a method it is; none: a method beside its controls"""
     control_of: str | None = None
@@ -192,6 +194,7 @@ def aggregate(runs: Iterable[RunResult]) -> list[Row]:
             num_runs=len(groups[name]),
             stats=_stats(members),
             group=name,
+            matched=_matched(members[0]),
             control=members[0].summary.get("control/kind") or ("none" if name in methods.values() else ""),
             control_of=methods.get(name),
         )
@@ -215,6 +218,13 @@ def _labels(run: RunResult) -> tuple[str, str, str, str]:
     return tuple(str(run.summary.get(key, "?")) for key in keys)
 
 
+def _matched(run: RunResult) -> str:
+    kind, to, epochs = (run.summary.get(f"match/{key}") for key in ("kind", "to", "epochs"))
+    if kind is None:
+        return ""
+    return f"{kind} = {to}" + ("" if epochs is None else f", {epochs} epochs")
+
+
 def _stats(members: list[RunResult]) -> dict[str, Stat]:
     stats = {}
     for name, key in METRICS.items():
@@ -229,7 +239,7 @@ def _options(firsts: dict[str, RunResult]) -> dict[str, str]:
     """Return for each group the options in which it differs from the groups that would look the same in the table."""
     alike: dict[tuple, list[str]] = defaultdict(list)
     for name, run in firsts.items():
-        alike[(_labels(run), run.summary.get("sparsity/requested"))].append(name)
+        alike[(_labels(run), run.summary.get("sparsity/requested"), _matched(run))].append(name)
     texts = dict.fromkeys(firsts, "")
     for names in alike.values():
         if len(names) == 1:

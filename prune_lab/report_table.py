@@ -30,6 +30,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         "dataset": [row.labels[2] for row in rows],
         "schedule": [row.labels[3] for row in rows],
         "sparsity": ["" if row.sparsity is None else f"{row.sparsity:g}" for row in rows],
+        "matched": [row.matched for row in rows],
         "options": [row.options for row in rows],
         "control": [row.control for row in rows],
         "n": [_count(row) for row in rows],

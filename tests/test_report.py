@@ -101,6 +101,20 @@ def test_groups_with_equal_labels_show_the_options_in_which_they_differ(tmp_path
     assert [row.options for row in rows] == ["schedule.train.lr=0.1", "schedule.train.lr=0.2"]
 
 
+def test_how_a_row_was_matched_is_shown_also_where_nothing_collides(tmp_path):
+    to = {"match__kind": "train_macs", "match__to": "1:uniform"}
+    write_run(tmp_path, "a", group="a", final__top1=90.0, **to, match__by="epochs", match__epochs=40)
+    config = {"method": {"name": "rigl", "sparsity": 0.9, "match": "macs", "match_to": "0.1:uniform"}}
+    solved = {"match__kind": "macs", "match__to": "0.1:uniform", "match__sparsity": 0.9}
+    write_run(tmp_path, "b", group="b", config=config, final__top1=90.0, **solved)
+    write_run(tmp_path, "c", group="c", final__top1=90.0)
+    header, cells = table(aggregate(read_runs([tmp_path])))
+    column = header.index("matched")
+    assert [line[column] for line in cells] == ["train_macs = 1:uniform, 40 epochs", "macs = 0.1:uniform", "-"]
+    assert "options" not in header
+    assert "matched" not in table(aggregate(read_runs([tmp_path / "c"])))[0]
+
+
 def test_find_runs_takes_folders_patterns_and_skips_phases(tmp_path):
     for name in ("x-s0", "x-s1", "y-s0", "phases/abc", "sub/z"):
         write_run(tmp_path, name)
