@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ def dry_run(config: RunConfig) -> int:
     dataset, spent, kept, previous = RandomImages(info, arithmetic.torch_device), 0, {}, None
     for entry in planned:
         job = job_without_files(config, model_config, entry, dataset, arithmetic, previous)
-        previous, context = one_step(job)
+        with matching.naming_reference(config):
+            previous, context = one_step(job)
         outlook = PhaseOutlook(entry.phase, job.method, context, config.schedule.batch_size)
         layout, cost = outlook.layout(), outlook.macs()
         spent = None if spent is None or cost is None else spent + cost
@@ -53,6 +54,8 @@ def dry_run(config: RunConfig) -> int:
     _show(folder.directory, planned, rows, summary)
     if config.matched:
         print(config.matched.line())
+    if config.method.without_control():
+        print(f"control {config.method.config.control}: the real command first does the method's own run")
     print("MAC: multiply-accumulate of conv and linear layers, one image; nothing was trained")
     return 0
 
@@ -73,11 +76,11 @@ def _summary(
         counts |= {"macs/inference": None, "macs/inference_ratio": None, "sparsity/achieved": cut / total,
                    "params/nonzero": counts["params/total"] - cut}
     steps = info.num_train // config.schedule.batch_size
-    train_dense = results.dense_training_macs(config, counts["macs/dense"], steps)
+    train_dense = results.training_macs(config, counts["macs/dense"], steps)
     summary = {
         "run/seed": config.seed,
         "run/group": folder.group,
-        "run/command": " ".join(["prune-lab", *sys.argv[1:]]),
+        "run/command": shlex.join(["prune-lab", *config.overrides]),
         "run/device": results.device_name(arithmetic),
         "run/versions": results.versions(),
         **results.choices(config),
@@ -108,6 +111,6 @@ def _show(directory: Path, planned: list, rows: list[dict], summary: dict[str, A
         print(f"{row['name']:{width}}  {row['kind']:14} {shape:>18} {kept[0]:>8} {kept[1]:>11} "
               f"{quantity(row['macs_dense']):>11} {kept[2]:>11}  {row['reason']}".rstrip())
     if any(row["kept"] is None for row in rows):
-        print("? depends on the trained weights")
+        print(f"? depends on the {'trained weights' if planned[0].phase.hook == 'train' else 'scores'}")
     for line in summary_lines(summary):
         print(line)

@@ -6,7 +6,8 @@ arXiv 2103.15767, where ERK is made sparser until it costs what a uniform layout
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from prune_lab import models
-from prune_lab.accounting import count_parameters, dense_macs, sparse_macs
+from prune_lab.accounting import count_parameters, sparse_macs
 from prune_lab.config import RunConfig, ScheduleConfig
 from prune_lab.context import Context
 from prune_lab.datasets import DatasetInfo
@@ -24,7 +25,7 @@ from prune_lab.numerics import Numerics
 from prune_lab.phases import layer_costs
 from prune_lab.planning import PhaseOutlook, outlook
 from prune_lab.rehearsal import RandomImages
-from prune_lab.results import dense_training_macs
+from prune_lab.results import training_macs
 from prune_lab.schema import ConfigError
 
 _COSTS = {
@@ -33,6 +34,9 @@ _COSTS = {
     "train_macs": ("macs/train", "training MACs"),
 }
 """kind -> (key of the summary, in words)"""
+
+_NEIGHBOURS = 64
+"""how far from the result of a bisection a nearer cost is looked for"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Matched:
     """cost of the solved run"""
     solution: float | int
     """sparsity, or epochs of the train block"""
+    configured_epochs: int
+    """epochs of the train block before they were solved for"""
     detail: str = ""
 
     def wanted(self) -> list[str]:
@@ -82,15 +88,50 @@ class Matched:
 def matched(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic: Numerics) -> RunConfig:
     """Return `config` with the sparsity, or the epochs, at which the run costs what its reference costs.
 
-    Without method.match it is returned as it is.
+    Without method.match it is returned as it is. A control gets what is solved for the method itself: the two differ in
+    nothing but the control, even if the control leaves costs out.
 
     Raises:
-        ConfigError: the reference's cost is out of reach, or the method's layout is not known before training.
+        ConfigError: the reference's cost is out of reach, the method's layout is not known before training, or a
+            sparsity was typed that would be replaced.
     """
     if not isinstance(config.method, WeightPruning) or config.method.config.match == "none":
         return config
-    problem = _Problem(config, model_config, info, arithmetic)
-    return _solve_epochs(problem) if config.method.config.match_by == "epochs" else _solve_density(problem)
+    own = config.method.without_control()
+    problem = _Problem(replace(config, method=own or config.method), model_config, info, arithmetic)
+    if problem.options.match_by == "epochs":
+        solved = _solve_epochs(problem)
+    else:
+        _check_nothing_is_replaced(config)
+        with naming_reference(config):
+            solved = _solve_density(problem)
+    if own is None:
+        return solved
+    options = replace(config.method.config, sparsity=solved.method.config.sparsity)
+    outcome = replace(solved.matched, detail=f"{solved.matched.detail}, solved for the method itself")
+    return replace(solved, method=type(own)(options), matched=outcome)
+
+
+def _check_nothing_is_replaced(config: RunConfig) -> None:
+    typed = [line for line in config.overrides if line.partition("=")[0].lstrip("+") == "method.sparsity"]
+    if typed:
+        raise ConfigError(
+            f"{typed[-1]}: method.match={config.method.config.match} with method.match_by=density solves for the "
+            "sparsity; leave method.sparsity out"
+        )
+
+
+@contextlib.contextmanager
+def naming_reference(config: RunConfig) -> Iterator[None]:
+    """Have errors about a sparsity that was solved for, so that nobody typed it, begin with method.match_to."""
+    try:
+        yield
+    except ConfigError as error:
+        options = config.method.config
+        solved = isinstance(config.method, WeightPruning) and options.match != "none" and options.match_by == "density"
+        if not solved or "method.sparsity" not in str(error) or "method.match_to" in str(error):
+            raise
+        raise ConfigError(f"method.match_to={options.match_to}: {error}") from error
 
 
 class _Problem:
@@ -106,9 +147,6 @@ class _Problem:
         self.num_weights = sum(layer.size for layer in config.method.layers(self.model) if layer.eligible)
         self._set_up: dict[tuple, list[PhaseOutlook]] = {}
 
-    def reference(self) -> WeightPruning:
-        return type(self.config.method)(self.options.reference())
-
     def candidate(self, sparsity: float) -> WeightPruning:
         """Return the method with another sparsity.
 
@@ -120,10 +158,13 @@ class _Problem:
         return type(self.config.method)(options)
 
     def target(self) -> int:
-        """Return the cost of the reference.
+        """Return the cost of the reference: a fixed mask of its layout, whatever the method is.
+
+        Its training is that of the schedule's train block, 3 f_S per image, so that two methods with the same reference
+        cost the same in all.
 
         Raises:
-            ConfigError: there is no such layout; the line begins with method.match_to.
+            ConfigError: there is no such layout or training; the line begins with method.match_to.
         """
         try:
             return self._target()
@@ -131,25 +172,24 @@ class _Problem:
             raise ConfigError(f"method.match_to={self.options.match_to}: {error}") from error
 
     def _target(self) -> int:
-        reference, kind = self.reference(), self.options.match
-        if kind == "train_macs":
-            return self._training_target(reference)
+        reference, kind = WeightPruning(self.options.reference()), self.options.match
         context = Context(
             model=self.model, costs=list(self.costs), layers=reference.layers(self.model), phase="", seed=0,
             total_steps=0, steps_per_epoch=0,
         )  # fmt: skip
         counts = reference.allocate(context, reference.config.sparsity)
-        if kind == "macs":
-            return sparse_macs(self.costs, counts)
-        pruned = sum(layer.size for layer in context.eligible()) - sum(counts.values())
-        return count_parameters(self.model) - pruned
+        if kind == "params":
+            pruned = sum(layer.size for layer in context.eligible()) - sum(counts.values())
+            return count_parameters(self.model) - pruned
+        forward = sparse_macs(self.costs, counts)
+        return forward if kind == "macs" else self._training(forward)
 
-    def _training_target(self, reference: WeightPruning) -> int:
-        if reference.config.sparsity == 0:
-            steps = RandomImages(self.info, self.arithmetic.torch_device).num_batches(self.config.schedule.batch_size)
-            return dense_training_macs(self.config, dense_macs(self.costs), steps)
-        phases = outlook(replace(self.config, method=reference), self.model_config, self.info, self.arithmetic)
-        return self._known(_total(phase.macs() for phase in phases))
+    def _training(self, forward: int) -> int:
+        steps = RandomImages(self.info, self.arithmetic.torch_device).num_batches(self.config.schedule.batch_size)
+        cost = training_macs(self.config, forward, steps)
+        if cost == 0:
+            raise ConfigError("schedule.train has no steps whose cost could be matched")
+        return cost
 
     def cost(self, method: WeightPruning, epochs: int | None = None) -> int:
         """Return what the run costs with another budget, or another number of epochs.
@@ -216,8 +256,9 @@ def _solve_density(problem: _Problem) -> RunConfig:
     kept = nearest(cost, target, *bounds)
     sparsity = sparsity_of(kept, total)
     outcome = Matched(
-        options.match, options.match_to, "density", target, cost(kept), sparsity, f" (kept {kept} of {total} weights)"
-    )
+        options.match, options.match_to, "density", target, cost(kept), sparsity,
+        configured_epochs=config.schedule.phase("train").epochs, detail=f" (kept {kept} of {total} weights)",
+    )  # fmt: skip
     resolved = config.resolved | {"method": config.resolved["method"] | {"sparsity": sparsity}}
     return replace(config, method=problem.candidate(sparsity), matched=outcome, resolved=resolved)
 
@@ -272,11 +313,19 @@ def _last_possible(cost: Callable[[int], int], inside: int, outside: int) -> int
 
 
 def nearest(cost: Callable[[int], int], target: int, low: int, high: int) -> int:
-    """Return by bisection the argument in [low, high] whose cost, which rises with it, comes nearest to `target`."""
+    """Return the argument in [low, high] whose cost comes nearest to `target`.
+
+    Costs rise, but for a little up and down from one argument to the next: rounding to whole weights or kernels moves
+    weights between layers. A bisection is followed by a look at `_NEIGHBOURS` arguments on both sides of its result.
+    """
+    least, most = low, high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if cost(middle) <= target else (low, middle)
-    return min((low, high), key=lambda argument: abs(cost(argument) - target))
+    found = min((low, high), key=lambda argument: abs(cost(argument) - target))
+    around = range(max(least, found - _NEIGHBOURS), min(most, found + _NEIGHBOURS) + 1)
+    around = [argument for argument in around if possible(cost, argument)]
+    return min(around, key=lambda argument: (abs(cost(argument) - target), abs(argument - found)))
 
 
 # The length of training
@@ -290,8 +339,6 @@ def _solve_epochs(problem: _Problem) -> RunConfig:
     def cost(epochs: int) -> int:
         return problem.cost(config.method, epochs)
 
-    if configured == 0:
-        raise ConfigError("method.match_by=epochs: schedule.train.epochs=0 leaves nothing to stretch")
     per_epoch = cost(configured + 1) - cost(configured)
     if per_epoch <= 0:
         raise ConfigError(f"method.match_by=epochs: schedule.train.epochs does not raise the cost of {options.name}")
@@ -303,8 +350,9 @@ def _solve_epochs(problem: _Problem) -> RunConfig:
         )
     schedule = stretched(config.schedule, epochs)
     outcome = Matched(
-        options.match, options.match_to, "epochs", target, cost(epochs), epochs, f" instead of {configured}"
-    )
+        options.match, options.match_to, "epochs", target, cost(epochs), epochs,
+        configured_epochs=configured, detail=f" instead of {configured}",
+    )  # fmt: skip
     blocks = {"multiplier": 1.0, "train": asdict(schedule.train), "finetune": asdict(schedule.finetune)}
     resolved = config.resolved | {"schedule": config.resolved["schedule"] | blocks}
     return replace(config, schedule=schedule, matched=outcome, resolved=resolved)

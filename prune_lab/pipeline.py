@@ -92,7 +92,8 @@ def _run(config: RunConfig, arithmetic: Numerics) -> int:
     config, folder = settle(config)
     planned = identity.plan(config, fingerprint=dataset.fingerprint, **inputs)
     if distributed.share(not (folder.directory / "run.json").exists() if distributed.is_main() else None):
-        rehearse(config, model_config, planned[0], dataset, arithmetic)
+        with matching.naming_reference(config):
+            rehearse(config, model_config, planned[0], dataset, arithmetic)
     with stop_flag() as stop:
         run = Run(config, model_config, dataset, arithmetic, planned, folder, folder.tracker(config), stop, own_folder)
         try:

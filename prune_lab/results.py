@@ -214,7 +214,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
     config, folder = run.config, run.folder
     dense = [figures for entry, figures in zip(run.planned, run.outcomes, strict=True)
              if entry.phase.hook == "train" and not entry.phase.active]
-    train_dense = dense_training_macs(config, counts["macs/dense"], run.dataset.num_batches(config.schedule.batch_size))
+    train_dense = training_macs(config, counts["macs/dense"], run.dataset.num_batches(config.schedule.batch_size))
     spent = sum(figures["macs_train"] for figures in run.outcomes)
     flat = {f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()}
     summary = {
@@ -271,11 +271,18 @@ def choices(config: RunConfig) -> dict[str, str]:
     }
 
 
-def dense_training_macs(config: RunConfig, forward: int, steps_per_epoch: int) -> int:
-    """Return the MACs of training the dense network once over the schedule's train phase (3 x forward per image)."""
+def training_macs(config: RunConfig, forward: int, steps_per_epoch: int) -> int:
+    """Return the MACs of training a network that never changes once over the schedule's train phase.
+
+    The phase has its length as configured, also where method.match_by=epochs has stretched it.
+
+    Args:
+        forward: MACs per image of the network, dense or masked; a training step costs 3 times as much.
+    """
+    epochs = config.matched.configured_epochs if config.matched else config.schedule.phase("train").epochs
     limit = config.trainer.limit_train_batches
     steps = steps_per_epoch if limit is None else min(steps_per_epoch, limit)
-    return 3 * forward * config.schedule.phase("train").epochs * steps * config.schedule.batch_size
+    return 3 * forward * epochs * steps * config.schedule.batch_size
 
 
 def device_name(numerics: Numerics) -> str:

@@ -119,9 +119,10 @@ def test_an_interrupted_own_run_ends_the_command_and_the_next_one_goes_on(
     assert len(calls) == 24 and control_and_own("shuffle")
 
 
-def test_a_dry_run_is_of_the_control_only() -> None:
+def test_a_dry_run_is_of_the_control_only(capsys: pytest.CaptureFixture) -> None:
     assert cli.main([*SNIP, "method.control=shuffle", "dry_run=true"]) == 0
     assert [path.name for path in Path("outputs").glob("*/*")] == ["dry_run.json"]
+    assert "control shuffle: the real command first does the method's own run\n" in capsys.readouterr().out
 
 
 def test_matched_controls_are_beside_the_matched_method() -> None:
@@ -130,6 +131,18 @@ def test_matched_controls_are_beside_the_matched_method() -> None:
     control, own = control_and_own("shuffle")
     assert control["match/sparsity"] == own["match/sparsity"] != 0.9
     assert control["macs/inference"] == own["macs/inference"]
+
+
+def test_epochs_that_were_solved_are_the_methods() -> None:
+    """A random mask needs no scoring; solved alone it would train 20 epochs, beside 12 of the method."""
+    matched = ("method.distribution=erk", "method.sparsity=0.95", "method.match=train_macs",
+               "method.match_to=1:uniform", "method.match_by=epochs", "trainer.limit_train_batches=2")  # fmt: skip
+    assert cli.main([*SNIP, *matched, "method.control=random"]) == 0
+    control, own = control_and_own("random")
+    assert control["match/epochs"] == own["match/epochs"]
+    assert control["phases"][-1]["epochs"] == own["phases"][-1]["epochs"]
+    assert control["macs/train_dense"] == own["macs/train_dense"] == own["match/target"]
+    assert control["match/achieved"] == control["macs/train"] < own["macs/train"]
 
 
 def test_two_processes_do_both_runs() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
-from prune_lab import datasets, dry_run
+from prune_lab import cli, datasets, dry_run
 from prune_lab.cli import conf_dir
 from prune_lab.overrides import choices, compose_checked
 from prune_lab.schema import ConfigError
@@ -79,7 +80,22 @@ def test_a_global_cut_states_totals_and_leaves_layers_open(tmp_path: Path, capsy
     assert found["sparsity/achieved"] == pytest.approx(0.9, abs=1e-4)
     assert found["macs/inference"] is None
     assert [phase["name"] for phase in found["phases"]] == ["train", "prune", "finetune"]
-    assert "? depends on the trained weights" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "? depends on the trained weights" in printed and "own run" not in printed
+
+
+def test_a_global_cut_before_training_depends_on_scores(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run(tmp_path, "method=snip", "model.width=0.25")
+    assert "? depends on the scores\n" in capsys.readouterr().out
+
+
+def test_the_command_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    typed = ["dry_run=true", "model.width=0.25", "method=static", "method.exclude=[conv1, linear]"]
+    assert cli.main(typed) == 0
+    (path,) = tmp_path.rglob("dry_run.json")
+    command = json.loads(path.read_text())["run/command"]
+    assert shlex.split(command) == ["prune-lab", *typed]
 
 
 @pytest.mark.parametrize("name", [name for name in choices(conf_dir(), "dataset") if name != "imagefolder"])
