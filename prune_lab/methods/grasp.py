@@ -53,8 +53,8 @@ class GraSP(InitialPruning):
         differences="exact count (the official threshold keeps one more); images not augmented "
         "(method.augment_scoring), classes in turn (method.split=class_sorted), linear layers scored as trained "
         "(method.reinit_linear); no division of scores by their sum, which ranks alike. Single "
-        "precision moves the edge of the ranking: 98 to 99.6 % of a mask of density 0.1 agreed with double precision on "
-        "narrow ResNet-20s",
+        "precision moves the edge of the ranking: 98 to 99.6 % of a mask of density 0.1 agreed with double precision "
+        "on narrow ResNet-20s",
     )
 
     def setup(self, context: Context) -> None:
