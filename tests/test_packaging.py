@@ -96,7 +96,7 @@ def test_bash_completes_the_installed_command(installed: Path, tmp_path: Path) -
         'echo "${COMPREPLY[@]}"\n'
     )
     done = call("bash", script, cwd=tmp_path, PATH=f"{installed}{os.pathsep}{os.environ['PATH']}")
-    assert done.stdout.split() == ["method=rigl"], done.stderr
+    assert done.stdout.split() == ["method=rigl", "method=rigl_itop", "method=rigl_structured"], done.stderr
 
 
 def test_an_editable_install_uses_the_checkout(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_defect_in_one_run_does_not_stop_the_others(capsys: pytest.CaptureFixt
     [
         (["method=rigl", "method.interval=2", "method.sparsity=0.99999"], "the reachable maximum is 0.99"),
         (["method=magnitude", "method.distribution=erk", "method.sparsity=0.99999"], "the reachable maximum is 0.99"),
-        (["method=rigl", "method.interval=1000"], "method.interval=1000 leaves no mask update"),
+        (["method=rigl", "method.interval=1000"], "method.interval=1000 with method.begin=0 leaves no mask update"),
         (["schedule.batch_size=128"], "schedule.batch_size must lie in [1, 64] (training images), got 128"),
         (["trainer.accumulate=3"], "schedule.batch_size=8 must be a multiple of processes x trainer.accumulate"),
         (["dataset=cifar10"], "dataset.root=data/cifar10 holds no cifar10; add dataset.download=true"),

@@ -39,11 +39,11 @@ def test_drop_by_sign_differs_from_magnitude_where_signs_are_uneven() -> None:
 def test_the_update_follows_the_optimizer_step_by_default() -> None:
     method = set_()
     context = example_b(method)
-    assert one_step(context, method, 0) and method.num_updates == 1
+    assert one_step(context, method, 0) and method.churn["updates"] == 1
     method = set_(skip_step_on_update=True)
     context = example_b(method)
-    assert not one_step(context, method, 0) and method.num_updates == 1
-    assert one_step(context, method, 1) and method.num_updates == 1
+    assert not one_step(context, method, 0) and method.churn["updates"] == 1
+    assert one_step(context, method, 1) and method.churn["updates"] == 1
 
 
 def test_counts_stay_and_growth_needs_no_gradient() -> None:
