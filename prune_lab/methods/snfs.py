@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from prune_lab.context import Context
 
-optim = lazy_import("prune_lab.optim")
 redistribution = lazy_import("prune_lab.redistribution")
 
 
@@ -58,8 +57,6 @@ class SNFS(DropAndGrow):
     def setup(self, context: Context) -> None:
         super().setup(context)
         self.require_momentum(context, "method=snfs")
-        if self.config.redistribution != "none":
-            self.report_redistribution(context)
 
     def budget_is_exact(self) -> bool:
         return self.config.apportion == "exact"
@@ -72,12 +69,11 @@ class SNFS(DropAndGrow):
         """Return the official ceil(fraction * count), but never the layer's last weight."""
         return min(math.ceil(fraction * count - 1e-9), count - 1)
 
-    def _momenta(self, context: Context, names: Iterable[str]) -> dict[str, Tensor]:
-        named = context.parameters()
-        return {name: optim.momentum(context.optimizer, named[name]) for name in names}
+    def redistributes(self) -> bool:
+        return self.config.redistribution != "none"
 
     def redistribution_signal(self, context: Context, names: Iterable[str]) -> dict[str, Tensor] | None:
-        return None if self.config.redistribution == "none" else self._momenta(context, names)
+        return self.momenta(context, names) if self.redistributes() else None
 
     def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return |momentum| per position.
@@ -85,7 +81,7 @@ class SNFS(DropAndGrow):
         Raises:
             RuntimeError: every momentum of the pruned weights is zero, so somebody masked it.
         """
-        scores = {name: momentum.abs() for name, momentum in self._momenta(context, candidates).items()}
+        scores = {name: momentum.abs() for name, momentum in self.momenta(context, candidates).items()}
         check_dense(scores, candidates, f"momenta at step {step}")
         return scores
 
@@ -104,9 +100,6 @@ class SNFS(DropAndGrow):
             0.25 * self.adjustment + 0.75 * self.residuals[-1] + sum(self.residuals) / len(self.residuals)
         )
         return totals
-
-    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
-        return super().layout(context) if self.config.redistribution == "none" else None
 
     def paper_train_ratio(self, context: Context) -> float | None:
         """Return (2 E[f_S] + f_D) / 3 f_D (Evci et al. 2020, appendix H), which has updates until the end."""

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 torch = lazy_import("torch")
 accounting = lazy_import("prune_lab.accounting")
-optim = lazy_import("prune_lab.optim")
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,7 @@ class GradientGrowth(DropAndGrow):
         self.gradient_sums: dict[str, Tensor] = {}
         self.num_summed = 0
         self.due = False
+        self.postponed = False
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -60,8 +60,6 @@ class GradientGrowth(DropAndGrow):
             context.report(f"the first mask update, at step {first}, has the gradients of {first + 1} steps only")
         if self.config.redistribution == "momentum":
             self.require_momentum(context, "method.redistribution=momentum")
-        if self.config.redistribution != "none":
-            self.report_redistribution(context)
 
     def needs_dense_gradient(self, step: int) -> bool:
         return super().needs_dense_gradient(step) or self._in_window(step)
@@ -127,25 +125,27 @@ class GradientGrowth(DropAndGrow):
         check_dense(scores, candidates, f"gradients at step {step}")
         return scores
 
+    def redistributes(self) -> bool:
+        return self.config.redistribution != "none"
+
     def redistribution_signal(self, context: Context, names: Iterable[str]) -> dict[str, Tensor] | None:
-        if self.config.redistribution == "none":
+        if not self.redistributes():
             return None
         if self.config.redistribution == "gradient":
             return self.gradients(context, names)
-        named = context.parameters()
-        return {name: optim.momentum(context.optimizer, named[name]) for name in names}
-
-    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
-        return super().layout(context) if self.config.redistribution == "none" else None
+        return self.momenta(context, names)
 
     def paper_train_ratio(self, context: Context) -> float | None:
-        if self.config.redistribution != "none":  # the formula has one f_S
+        if self.redistributes():  # the formula has one f_S
             return None
         return accounting.rigl_training_ratio(context.forward_macs, context.dense_macs, self.interval(context))
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"gradient_sums": self.gradient_sums, "num_summed": self.num_summed}
+        return super().state_dict() | {
+            "gradient_sums": self.gradient_sums, "num_summed": self.num_summed, "postponed": self.postponed,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.gradient_sums, self.num_summed = dict(state["gradient_sums"]), state["num_summed"]
+        self.postponed = state["postponed"]

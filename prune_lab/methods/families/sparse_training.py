@@ -96,11 +96,14 @@ class DropAndGrow(SparseTraining):
         super().__init__(config)
         self.updates = range(0)
         self.churn = dict.fromkeys(("updates", "dropped", "grown", "regrown"), 0)
-        self.postponed = False
 
     def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a score per position of each parameter named in `candidates`; higher grows first."""
         raise TypeError(f"{type(self).__name__} does not say where weights grow")
+
+    def redistributes(self) -> bool:
+        """Return whether weights that layers freed may go to other layers."""
+        return False
 
     def redistribution_signal(self, context: Context, names: Iterable[str]) -> dict[str, Tensor] | None:
         """Return a value per weight whose mean over a layer's active weights is its claim on the freed weights.
@@ -113,6 +116,8 @@ class DropAndGrow(SparseTraining):
         super().setup(context)
         self.updates = self.update_steps(context)
         self._check_moves(context)
+        if self.redistributes():
+            self._report_redistribution(context)
         context.report(f"mask updates: {len(self.updates)}, at steps {_preview(self.updates)} of {context.total_steps}")
 
     def needs_dense_gradient(self, step: int) -> bool:
@@ -138,7 +143,15 @@ class DropAndGrow(SparseTraining):
                 "or method.skip_step_on_update false"
             )
 
-    def report_redistribution(self, context: Context) -> None:
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        return None if self.redistributes() else super().layout(context)
+
+    def momenta(self, context: Context, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the optimizer's running mean of gradients of each parameter."""
+        named = context.parameters()
+        return {name: optim.momentum(context.optimizer, named[name]) for name in names}
+
+    def _report_redistribution(self, context: Context) -> None:
         """Say that budgets do not stay what `distribution` made them."""
         if len(context.eligible()) < 2:
             context.report("one layer only: there is nothing to redistribute")
@@ -275,10 +288,10 @@ class DropAndGrow(SparseTraining):
         return {f"mask/{name}": count for name, count in self.churn.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"churn": dict(self.churn), "postponed": self.postponed}
+        return {"churn": dict(self.churn)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.churn, self.postponed = dict(state["churn"]), state["postponed"]
+        self.churn = dict(state["churn"])
 
 
 def check_dense(scores: dict[str, Tensor], active: dict[str, Tensor], what: str) -> None:
