@@ -53,16 +53,6 @@ def batches(
         yield images, labels
 
 
-def balanced(labels: Tensor, per_class: int, num_classes: int, order: Order, source: torch.Generator) -> Tensor:
-    """Return positions [per_class * num_classes] in `labels`, `per_class` of each class.
-
-    Raises:
-        ConfigError: a class has fewer.
-    """
-    check_classes(labels, per_class, num_classes)
-    return _ordered(_draw(labels, per_class, num_classes, source), order, source)
-
-
 def _draw(labels: Tensor, count: int, num_classes: int, source: torch.Generator) -> Tensor:
     """Return random positions [num_classes, count] in `labels`, a row per class."""
     rows = []
