@@ -181,7 +181,7 @@ def check(node: Mapping[str, Any]) -> RunConfig:
     """
     root = parse(_Root, node, "")
     _check_output_dir(root.output_dir)
-    return RunConfig(
+    config = RunConfig(
         model=models.parse_config(root.model),
         dataset=datasets.parse_config(root.dataset),
         method=_method(root.method),
@@ -194,6 +194,8 @@ def check(node: Mapping[str, Any]) -> RunConfig:
         dry_run=root.dry_run,
         resolved=dict(node),
     )
+    config.method.check_run(config)
+    return config
 
 
 def _check_output_dir(name: str) -> None:

@@ -61,7 +61,7 @@ def plan(
             inputs["optimizer"] = asdict(config.optimizer)
             inputs["trainer"] = training
         if phase.active:
-            inputs["method"] = config.method.identity()
+            inputs["method"] = config.method.phase_identity(phase)
         previous = digest(inputs)
         planned.append(PlannedPhase(phase, previous, schedule, inputs))
     return planned

@@ -180,8 +180,9 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
     torch.manual_seed(stable_hash(training.data_seed, "step", step, distributed.rank()))  # dropout
     set_learning_rate(context.optimizer, learning_rate(training.schedule, step, context.steps_per_epoch))
     context.optimizer.zero_grad(set_to_none=True)
-    forward_macs = context.forward_macs
+    forward_macs = method.forward_macs(context)
     gradient_macs = method.weight_gradient_macs(context, step)
+    method.before_forward(context, step)
     _forward_backward(training, images, labels)
     training.scaler.unscale_(context.optimizer)
     if method.after_backward(context, step):
@@ -193,9 +194,14 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
         context.masks.apply()
     if training.ema is not None:
         training.ema.update_parameters(context.model)
-        if context.masks is not None:
-            context.masks.apply_to(dict(training.ema.module.named_parameters()))
+        _mask_average(training)
     context.cost.add(len(images) * distributed.world_size(), forward_macs, gradient_macs)
+
+
+def _mask_average(training: Training) -> None:
+    """Zero the pruned weights of the moving average."""
+    if training.ema is not None and training.context.masks is not None:
+        training.context.masks.apply_to(dict(training.ema.module.named_parameters()))
 
 
 def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> None:
@@ -291,6 +297,7 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
         row["sparsity"] = 1 - context.masks.density
         row |= context.history.figures(context.masks.masks)
     row |= training.method.end_epoch(context, progress.epoch)
+    _mask_average(training)  # the method may have masked the network only now
     last = progress.epoch + 1 == training.schedule.epochs
     if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:
         # The last epoch is what is reported: measured in fp32, once.

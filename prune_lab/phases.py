@@ -21,7 +21,6 @@ from prune_lab.loop import Interrupted, Progress, Training, fit, measure
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.models.weights import load_weights
 from prune_lab.numerics import Numerics
-from prune_lab.optim import build_optimizer
 from prune_lab.schema import ConfigError
 from prune_lab.seeding import seed_everything, stable_hash
 
@@ -204,7 +203,7 @@ def steps_per_epoch(job: Job) -> int:
 def open_training(job: Job, context: Context) -> Training:
     """Return the loop's state for a training phase, with a fresh optimizer and no moving average yet."""
     config, numerics = job.config, job.numerics
-    context.optimizer = build_optimizer(context.model, config.optimizer)
+    context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
     forward = distributed.parallel(context.model)
     if numerics.compile:
         forward = torch.compile(forward)

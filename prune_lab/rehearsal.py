@@ -17,7 +17,6 @@ from prune_lab.context import Context
 from prune_lab.identity import PlannedPhase
 from prune_lab.loop import train_step
 from prune_lab.numerics import Numerics
-from prune_lab.optim import build_optimizer
 from prune_lab.phases import Job, open_context, open_training, steps_per_epoch
 
 _IMAGES = 4
@@ -58,7 +57,8 @@ def rehearse(config: RunConfig, model_config: Any, first: PlannedPhase, dataset:
     fresh = replace(config, method=type(config.method)(config.method.config))
     job = job_without_files(fresh, model_config, first, dataset, arithmetic, None)
     context = open_context(job)
-    context.optimizer = build_optimizer(context.model, config.optimizer)
+    if first.phase.hook == "train":
+        context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
     job.method.setup(context)
     fresh.method.layout(context)
     steps_per_epoch(job)  # of the training that follows, if the first phase is none
@@ -90,7 +90,7 @@ def set_up(job: Job) -> tuple[dict[str, Any], Context]:
     """Do everything of a phase but its training and return what the next phase starts from."""
     context = open_context(job)
     if job.planned.phase.hook == "train":
-        context.optimizer = build_optimizer(context.model, job.config.optimizer)
+        context.optimizer = job.method.build_optimizer(context.model, job.config.optimizer)
     job.method.setup(context)
     if job.planned.phase.hook != "train":
         getattr(job.method, job.planned.phase.hook)(context)

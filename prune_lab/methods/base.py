@@ -9,12 +9,15 @@ from prune_lab.lazy import lazy_import
 from prune_lab.schema import Name
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
+    from prune_lab.config import AdamConfig, RunConfig, SGDConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
 
 eligibility = lazy_import("prune_lab.eligibility")
+optim = lazy_import("prune_lab.optim")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,20 @@ class Method:
         """Return what decides the method's results: its options; a file counts by its content, not by its name."""
         return asdict(self.config)
 
+    def phase_identity(self, phase: Phase) -> dict[str, Any]:
+        """Return what decides the result of one active phase, given the result of the phase before it.
+
+        A method that leaves out what a phase does not depend on lets runs with other options share it.
+        """
+        return self.identity()
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse options of other groups, such as an optimizer, that do not go with the method.
+
+        Raises:
+            ConfigError: naming the option as typed.
+        """
+
     def chain(self) -> tuple[Phase, ...]:
         """Return the phases of a run in order."""
         return (TRAIN_DENSE,)
@@ -111,8 +128,19 @@ class Method:
         """Return every conv and linear layer with its eligibility; sparsity is counted over the eligible ones."""
         return eligibility.select_layers(model)
 
+    def build_optimizer(self, model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
+        """Return the optimizer of an active training phase; a method with one of its own builds it here."""
+        return optim.build_optimizer(model, config)
+
     def setup(self, context: Context) -> None:
         """Prepare an active phase: masks, buffers. Called once, before any checkpoint is restored."""
+
+    def before_forward(self, context: Context, step: int) -> None:
+        """Act once in each step before the forward passes of its micro-batches; gradients are zero."""
+
+    def forward_macs(self, context: Context) -> int:
+        """Return the MACs per image of a training step's forward pass."""
+        return context.forward_macs
 
     def needs_dense_gradient(self, step: int) -> bool:
         """Return whether `after_backward` reads gradients of pruned weights at `step` (counted in the cost)."""
