@@ -207,18 +207,20 @@ def planned_training_macs(
     costs: Sequence[LayerCost],
     layout: Sequence[tuple[int, Mapping[str, int]]],
     *,
-    total_steps: int,
+    last_step: int,
     batch_size: int,
     dense_steps: Sequence[int],
+    first_step: int = 0,
 ) -> int:
     """Return the MACs of a training phase whose masks are known beforehand.
 
     Args:
+        first_step, last_step: the phase does the steps from `first_step` up to `last_step` - 1 of its schedule.
         layout: (first step, kept weights per parameter) in order, as from Method.layout.
         dense_steps: the steps that need gradients of pruned weights, rising.
     """
     cost, dense = TrainingCost(), dense_macs(costs)
-    starts = [min(start, total_steps) for start, _ in layout] + [total_steps]
+    starts = [min(max(start, first_step), last_step) for start, _ in layout] + [last_step]
     for (_, kept), start, end in zip(layout, starts[:-1], starts[1:], strict=True):
         forward = sparse_macs(costs, kept)
         num_dense = bisect_left(dense_steps, end) - bisect_left(dense_steps, start)

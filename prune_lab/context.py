@@ -32,10 +32,18 @@ class Context:
     phase: str
     seed: int
     total_steps: int
-    """optimizer steps of the phase, 0 for a phase without training"""
+    """optimizer steps of the phase's schedule, 0 for a phase without training"""
     steps_per_epoch: int
+    first_step: int = 0
+    """step of the schedule with which the phase starts"""
+    last_step: int | None = None
+    """step of the schedule before which the phase ends; None: `total_steps`"""
     schedule: PhaseSchedule | None = None
     """learning rates of the phase, None for a phase without training"""
+    origin: dict[str, Any] | None = None
+    """result of the earlier phase that the chain names as origin"""
+    optimizer_state: dict[str, Any] | None = None
+    """state with which the optimizer of the next phase starts; None: anew"""
     dataset: Any = None
     """the training images, for methods that score weights on them (see scoring.batches)"""
     fresh_model: Callable[[str], nn.Module] | None = None
@@ -57,6 +65,8 @@ class Context:
 
     def __post_init__(self) -> None:
         self.forward_macs = self.dense_macs if self.masks is None else self._count()
+        if self.last_step is None:
+            self.last_step = self.total_steps
 
     @property
     def dense_macs(self) -> int:

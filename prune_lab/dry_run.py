@@ -35,11 +35,13 @@ def dry_run(config: RunConfig) -> int:
     planned = identity.plan(config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=1)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": 1}
     folder = results.RunFolder.of(config, fingerprint=None, **inputs)
-    dataset, spent, kept, previous = RandomImages(info, arithmetic.torch_device), 0, {}, None
+    dataset, spent, kept = RandomImages(info, arithmetic.torch_device), 0, {}
+    done = identity.Results(entry.phase for entry in planned)
     for entry in planned:
-        job = job_without_files(config, model_config, entry, dataset, arithmetic, previous)
+        job = job_without_files(config, model_config, entry, dataset, arithmetic, done)
         with matching.naming_reference(config):
-            previous, context = one_step(job)
+            result, context = one_step(job)
+        done.add(entry.phase, result)
         outlook = PhaseOutlook(entry.phase, job.method, context, config.schedule.batch_size)
         layout, cost = outlook.layout(), outlook.macs()
         spent = None if spent is None or cost is None else spent + cost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,9 +25,42 @@ _NOT_TRAINING = {
 @dataclass(frozen=True)
 class PlannedPhase:
     phase: Phase
+    """`begin` and `end` are places in `schedule`"""
     key: str
     schedule: PhaseSchedule | None
+    """with the multiplier applied"""
     inputs: dict[str, Any]
+
+
+class Results:
+    """Results of a chain's phases, as far as later ones start from them."""
+
+    def __init__(self, phases: Iterable[Phase]) -> None:
+        self._origins = {phase.origin for phase in phases}
+        self._kept: dict[str | None, Any] = {}
+        self._last: Any = None
+
+    def add(self, phase: Phase, result: Any) -> None:
+        self._last = result
+        if phase.name in self._origins:
+            self._kept[phase.name] = result
+
+    def before(self, phase: Phase) -> Any:
+        """Return the result that `phase` starts from, None if it starts from the initial network."""
+        return None if phase.fresh else self._last
+
+    def origin(self, phase: Phase) -> Any:
+        """Return the result of the phase's origin, None if it has none."""
+        return self._kept.get(phase.origin)
+
+
+def in_force(phase: Phase, config: RunConfig) -> tuple[Phase, PhaseSchedule | None]:
+    """Return a phase and its schedule with the schedule's multiplier applied to both."""
+    if phase.schedule is None:
+        return phase, None
+    factor = config.schedule.multiplier
+    begin, end = (place.stretched(factor) if place else None for place in (phase.begin, phase.end))
+    return replace(phase, begin=begin, end=end), config.schedule.phase(phase.schedule)
 
 
 def plan(
@@ -49,10 +83,12 @@ def plan(
         "eval_images": _evaluated(config),
     }
     training = _without(asdict(config.trainer), _NOT_TRAINING)
-    planned, previous = [], None
-    for phase in config.method.chain():
-        inputs = shared | {"phase": asdict(phase), "previous": previous}
-        schedule = config.schedule.phase(phase.schedule) if phase.schedule else None
+    planned, previous, keys = [], None, {}
+    for declared in config.method.chain():
+        phase, schedule = in_force(declared, config)
+        inputs = shared | {"phase": _told(phase), "previous": None if phase.fresh else previous}
+        if phase.origin is not None:
+            inputs["origin"] = keys[phase.origin]
         if schedule is not None:
             inputs["schedule"] = asdict(schedule) | {
                 "batch_size": config.schedule.batch_size,
@@ -62,9 +98,17 @@ def plan(
             inputs["trainer"] = training
         if phase.active:
             inputs["method"] = config.method.phase_identity(phase)
-        previous = digest(inputs)
+        previous = keys[phase.name] = digest(inputs)
         planned.append(PlannedPhase(phase, previous, schedule, inputs))
     return planned
+
+
+def _told(phase: Phase) -> dict[str, Any]:
+    """Return what of a phase's description decides its result; what it leaves at its default is not told."""
+    told = {"name": phase.name, "hook": phase.hook, "schedule": phase.schedule, "active": phase.active}
+    places = {key: asdict(place) for key in ("begin", "end") if (place := getattr(phase, key)) is not None}
+    others = {key: value for key in ("order", "keeps_optimizer") if (value := getattr(phase, key))}
+    return told | places | others
 
 
 def _evaluated(config: RunConfig) -> int | None:

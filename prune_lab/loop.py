@@ -111,14 +111,14 @@ class Training:
 
 
 def fit(training: Training) -> None:
-    """Train to the end of the phase, from wherever `training.progress` stands.
+    """Train to the end of the phase, which may lie within an epoch, from wherever `training.progress` stands.
 
     Raises:
         Interrupted: after a checkpoint, when `training.stop()` says so.
         NonFiniteLoss: naming phase, epoch, step and the last good checkpoint.
     """
     progress = training.progress
-    while progress.epoch < training.schedule.epochs:
+    while progress.step < training.context.last_step:
         started, first = time.monotonic(), progress.batch
         _train_epoch(training)
         seconds = time.monotonic() - started
@@ -133,7 +133,7 @@ def fit(training: Training) -> None:
 
 
 def _train_epoch(training: Training) -> None:
-    progress, steps = training.progress, training.context.steps_per_epoch
+    progress, steps, last_step = training.progress, training.context.steps_per_epoch, training.context.last_step
     training.context.model.train()
     sync_every = 1 if training.numerics.torch_device.type == "cpu" else 50  # reading the loss stalls a GPU
     last_saved = time.monotonic()
@@ -147,7 +147,7 @@ def _train_epoch(training: Training) -> None:
             world_size=distributed.world_size(),
         )
     )
-    while progress.batch < steps:
+    while progress.batch < steps and progress.step < last_step:
         try:
             train_step(training, *next(batches))
         except ValueError:
@@ -157,7 +157,7 @@ def _train_epoch(training: Training) -> None:
         progress.step += 1
         if progress.step % sync_every == 0:
             check_finite(training)
-            training.show(progress.step, training.context.total_steps, training.context.phase)
+            training.show(progress.step, last_step, training.context.phase)
         if _agreed(training, progress.step, time.monotonic() - last_saved > training.trainer.checkpoint_interval_s):
             save_checkpoint(training)
             last_saved = time.monotonic()
@@ -284,7 +284,7 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
     row = {
         "phase": context.phase,
         "epoch": progress.epoch + 1,
-        "step": progress.step,
+        "step": progress.step - context.first_step,
         "lr": context.optimizer.param_groups[0]["lr"],
         "train/loss": loss / images,
         "train/top1": 100 * correct / images,
@@ -298,7 +298,7 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
         row |= context.history.figures(context.masks.masks)
     row |= training.method.end_epoch(context, progress.epoch)
     _mask_average(training)  # the method may have masked the network only now
-    last = progress.epoch + 1 == training.schedule.epochs
+    last = progress.step == context.last_step
     if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:
         # The last epoch is what is reported: measured in fp32, once.
         numerics = training.numerics.exact() if last else training.numerics

@@ -21,6 +21,7 @@ from prune_lab.loop import Interrupted, Progress, Training, fit, measure
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.models.weights import load_weights
 from prune_lab.numerics import Numerics
+from prune_lab.positions import Position
 from prune_lab.schema import ConfigError
 from prune_lab.seeding import seed_everything, stable_hash
 
@@ -35,6 +36,7 @@ class Job:
     dataset: Any
     numerics: Numerics
     previous: dict[str, Any] | None
+    """result of the phase before; None: the phase starts from the initial network"""
     checkpoints: CheckpointPair
     resumed: dict[str, Any] | None
     """checkpoint to go on from"""
@@ -42,6 +44,8 @@ class Job:
     show: Callable[[int, int, str], None]
     report: Callable[[str], None]
     stop: Callable[[], bool]
+    origin: dict[str, Any] | None = None
+    """result of the phase's origin"""
     rehearsal: bool = False
     """nothing of it counts: a method does repeated work once"""
 
@@ -74,7 +78,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     context = open_context(job)
     method, phase = job.method, job.planned.phase
     started, model = time.monotonic(), context.model
-    progress, scores, train_s, noted = Progress(), None, 0.0, {}
+    progress, scores, train_s, noted, resumed_at = Progress(), None, 0.0, {}, context.first_step
     if phase.hook == "train":
         training = open_training(job, context)
         method.setup(context)
@@ -82,8 +86,10 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         if job.resumed is not None:
             training.load_state_dict(job.resumed)
             started -= training.progress.wall_s
+            resumed_at = training.progress.step
         fit(training)
-        model, progress = training.evaluated, training.progress
+        # The moving average is a result; what training goes on from is the network itself.
+        model, progress = context.model if phase.keeps_optimizer else training.evaluated, training.progress
         scores, train_s = training.last_scores, training.train_s
     else:
         method.setup(context)
@@ -95,12 +101,13 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
     if phase.hook != "train":
         job.record(_row(context, scores) | noted)
     figures = scores | {
-        "epochs": progress.epoch,
-        "steps": progress.step,
+        "epochs": epochs_done(context, progress.step),
+        "steps": progress.step - context.first_step,
         "macs_train": context.cost.total,
         "macs_inference": context.forward_macs,
         "wall_s": time.monotonic() - started,
         "train_s_here": train_s,
+        "steps_here": progress.step - resumed_at,
         "paper_train_ratio": method.paper_train_ratio(context),
         "explained": noted | method.explain() | _totals(context),
     }
@@ -109,7 +116,18 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "masks": None if context.masks is None else {k: v.cpu() for k, v in context.masks.state_dict().items()},
         "method": method.state_dict(),
     }
+    if phase.keeps_optimizer:
+        context.optimizer_state = context.optimizer.state_dict()
+    if context.optimizer_state is not None:
+        result["optimizer"] = context.optimizer_state
     return result, figures
+
+
+def epochs_done(context: Context, step: int) -> float:
+    """Return the epochs between the start of the phase and `step`; whole numbers as such."""
+    steps = step - context.first_step
+    per_epoch = max(context.steps_per_epoch, 1)
+    return steps / per_epoch if steps % per_epoch else steps // per_epoch
 
 
 def _totals(context: Context) -> dict[str, float]:
@@ -138,17 +156,21 @@ def open_context(job: Job) -> Context:
     if config.trainer.sync_bn and job.planned.phase.hook == "train":
         model = distributed.join_batch_norm(model, job.numerics.torch_device)
     model.to(job.numerics.torch_device, memory_format=job.numerics.memory_format)
-    steps = 0
+    steps, phase = 0, job.planned.phase
     if job.planned.schedule is not None:
         steps = steps_per_epoch(job)
+    total_steps = steps * job.planned.schedule.epochs if steps else 0
     context = Context(
         model=model,
         costs=list(costs),
         layers=config.method.layers(model),
-        phase=job.planned.phase.name,
+        phase=phase.name,
         seed=config.seed,
-        total_steps=steps * job.planned.schedule.epochs if steps else 0,
+        total_steps=total_steps,
         steps_per_epoch=steps,
+        first_step=_place(phase.begin, steps, total_steps, 0),
+        last_step=_place(phase.end, steps, total_steps, total_steps),
+        origin=job.origin,
         schedule=job.planned.schedule,
         report=job.report,
         amp_scaled=job.numerics.precision == "fp16",
@@ -162,6 +184,18 @@ def open_context(job: Job) -> Context:
     if job.previous is not None and job.planned.phase.active and job.previous["method"]:
         job.method.load_state_dict(job.previous["method"])
     return context
+
+
+def _place(position: Position | None, steps_per_epoch: int, total_steps: int, default: int) -> int:
+    """Return the step at a place in the schedule.
+
+    Raises:
+        ConfigError: the training ends before it.
+    """
+    step = default if position is None else position.step(steps_per_epoch)
+    if step > total_steps:
+        raise ConfigError(f"method.rewind_to: step {step} lies beyond the training's {total_steps} steps")
+    return step
 
 
 @lru_cache(maxsize=32)
@@ -202,11 +236,15 @@ def steps_per_epoch(job: Job) -> int:
 
 def open_training(job: Job, context: Context) -> Training:
     """Return the loop's state for a training phase, with a fresh optimizer and no moving average yet."""
-    config, numerics = job.config, job.numerics
+    config, numerics, order = job.config, job.numerics, job.planned.phase.order
     context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
+    start = None if job.previous is None else job.previous.get("optimizer")
+    if start is not None:
+        context.optimizer.load_state_dict(start)
     forward = distributed.parallel(context.model)
     if numerics.compile:
         forward = torch.compile(forward)
+    spe, first = max(context.steps_per_epoch, 1), context.first_step
     return Training(
         context=context,
         method=job.method,
@@ -217,11 +255,12 @@ def open_training(job: Job, context: Context) -> Training:
         trainer=config.trainer,
         numerics=numerics,
         forward=forward,
-        data_seed=stable_hash(config.seed, context.phase) % 2**31,
+        data_seed=stable_hash(config.seed, order or context.phase) % 2**31,
         checkpoints=job.checkpoints,
         record=job.record,
         show=job.show,
         stop=job.stop,
+        progress=Progress(epoch=first // spe, batch=first % spe, step=first),
         scaler=torch.amp.GradScaler(numerics.torch_device.type, enabled=numerics.precision == "fp16"),
     )
 

@@ -157,27 +157,28 @@ def _carry_out(run: Run) -> int:
         run.tracker.message(f"control {run.config.method.config.control} of {run.own.directory.name}")
     if run.config.model.weights is not None:
         run.tracker.message("note: macs/train does not count the training of model.weights")
-    previous = None
+    done = identity.Results(entry.phase for entry in run.planned)
     for planned in run.planned:
-        previous, figures = _obtain(run, planned, previous)
+        result, figures = _obtain(run, planned, done)
+        done.add(planned.phase, result)
         run.outcomes.append(figures)
         run.step_offset += figures["steps"]
         run.macs_offset += figures["macs_train"]
-    results.complete(run, previous, wall_s=time.monotonic() - started)
+    results.complete(run, result, wall_s=time.monotonic() - started)
     return 0
 
 
-def _obtain(run: Run, planned: identity.PlannedPhase, previous: dict | None) -> tuple[dict, dict]:
+def _obtain(run: Run, planned: identity.PlannedPhase, done: identity.Results) -> tuple[dict, dict]:
     """Return (result, figures) of a phase: stored already, or done now by whoever holds its lock."""
     store = PhaseStore(Path(run.config.output_dir), planned.key, run.tracker.message)
     if not distributed.is_main():
-        return _obtain_locked(run, planned, previous, store)
+        return _obtain_locked(run, planned, done, store)
     with store.lock(what=f"phase {planned.phase.name} ({planned.key[:8]})", poll=run.poll):
-        return _obtain_locked(run, planned, previous, store)
+        return _obtain_locked(run, planned, done, store)
 
 
 def _obtain_locked(
-    run: Run, planned: identity.PlannedPhase, previous: dict | None, store: PhaseStore
+    run: Run, planned: identity.PlannedPhase, done: identity.Results, store: PhaseStore
 ) -> tuple[dict, dict]:
     figures = distributed.share(store.finished() if distributed.is_main() else None)
     result = distributed.share(store.result() if distributed.is_main() and figures else None)
@@ -188,14 +189,13 @@ def _obtain_locked(
         run.tracker.message(f"phase {planned.phase.name}: reused ({planned.key[:8]})")
         return result, figures | {"reused": True}
     resumed = distributed.share(store.checkpoints.load() if distributed.is_main() else None)
-    done = resumed["progress"]["step"] if resumed else 0
     if distributed.is_main():
         for record in store.begin(resumed["progress"]["epoch"] if resumed else -1):
             run.tracker.log(_absolute(run, record), replayed=True)
     if resumed:
-        run.tracker.message(f"phase {planned.phase.name}: resumed at step {done}")
-    result, figures = perform(_job(run, planned, previous, store, resumed))
-    run.images_done += (figures["steps"] - done) * run.config.schedule.batch_size
+        run.tracker.message(f"phase {planned.phase.name}: resumed at step {resumed['progress']['step']}")
+    result, figures = perform(_job(run, planned, done, store, resumed))
+    run.images_done += figures.pop("steps_here") * run.config.schedule.batch_size
     run.train_s += figures.pop("train_s_here")
     if distributed.is_main():
         store.finish(result, figures, planned.inputs)
@@ -204,7 +204,7 @@ def _obtain_locked(
 
 
 def _job(
-    run: Run, planned: identity.PlannedPhase, previous: dict | None, store: PhaseStore, resumed: dict | None
+    run: Run, planned: identity.PlannedPhase, done: identity.Results, store: PhaseStore, resumed: dict | None
 ) -> Job:
     def record(row: dict) -> None:
         if distributed.is_main():
@@ -217,7 +217,8 @@ def _job(
         planned=planned,
         dataset=run.dataset,
         numerics=run.numerics,
-        previous=previous,
+        previous=done.before(planned.phase),
+        origin=done.origin(planned.phase),
         checkpoints=store.checkpoints,
         resumed=resumed,
         record=record,

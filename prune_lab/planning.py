@@ -10,7 +10,7 @@ from prune_lab.accounting import planned_training_macs
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
 from prune_lab.datasets import DatasetInfo
-from prune_lab.identity import PlannedPhase
+from prune_lab.identity import PlannedPhase, Results, in_force
 from prune_lab.methods.base import Method, Phase
 from prune_lab.numerics import Numerics
 from prune_lab.rehearsal import RandomImages, job_without_files, set_up
@@ -32,7 +32,8 @@ class PhaseOutlook:
     @cached_property
     def dense_steps(self) -> list[int]:
         """Steps that need gradients of pruned weights."""
-        return [step for step in range(self.context.total_steps) if self.method.needs_dense_gradient(step)]
+        steps = range(self.context.first_step, self.context.last_step)
+        return [step for step in steps if self.method.needs_dense_gradient(step)]
 
     def layout(self, other: Method | None = None) -> list[tuple[int, dict[str, int]]] | None:
         """Return what will be in force from which step on; None: it depends on trained weights."""
@@ -45,7 +46,8 @@ class PhaseOutlook:
         layout = self.layout(other)
         if layout is None:
             return None
-        steps = {"total_steps": self.context.total_steps, "dense_steps": self.dense_steps}
+        steps = {"first_step": self.context.first_step, "last_step": self.context.last_step,
+                 "dense_steps": self.dense_steps}
         return planned_training_macs(self.context.costs, layout, batch_size=self.batch_size, **steps)
 
     def _method(self, other: Method | None) -> Method:
@@ -58,11 +60,13 @@ def outlook(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic:
     Raises:
         ConfigError: whatever a set-up refuses.
     """
-    phases, previous, images = [], None, RandomImages(info, arithmetic.torch_device)
-    for phase in config.method.chain():
-        schedule = config.schedule.phase(phase.schedule) if phase.schedule else None
+    chain, images = config.method.chain(), RandomImages(info, arithmetic.torch_device)
+    phases, results = [], Results(chain)
+    for declared in chain:
+        phase, schedule = in_force(declared, config)
         entry = PlannedPhase(phase, "", schedule, {})  # nothing is stored: no key
-        job = job_without_files(config, model_config, entry, images, arithmetic, previous)
-        previous, context = set_up(job)
+        job = job_without_files(config, model_config, entry, images, arithmetic, results)
+        result, context = set_up(job)
+        results.add(phase, result)
         phases.append(PhaseOutlook(phase, job.method, context, config.schedule.batch_size))
     return phases

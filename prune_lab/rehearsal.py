@@ -14,7 +14,7 @@ from prune_lab import datasets
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
-from prune_lab.identity import PlannedPhase
+from prune_lab.identity import PlannedPhase, Results
 from prune_lab.loop import train_step
 from prune_lab.numerics import Numerics
 from prune_lab.phases import Job, open_context, open_training, steps_per_epoch
@@ -55,7 +55,7 @@ def rehearse(config: RunConfig, model_config: Any, first: PlannedPhase, dataset:
         ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short ...
     """
     fresh = replace(config, method=type(config.method)(config.method.config))
-    job = job_without_files(fresh, model_config, first, dataset, arithmetic, None)
+    job = job_without_files(fresh, model_config, first, dataset, arithmetic, Results(()))
     context = open_context(job)
     if first.phase.hook == "train":
         context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
@@ -65,9 +65,9 @@ def rehearse(config: RunConfig, model_config: Any, first: PlannedPhase, dataset:
 
 
 def job_without_files(
-    config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, arithmetic: Numerics, previous: Any
+    config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, arithmetic: Numerics, done: Results
 ) -> Job:
-    """Return a phase that reads and writes no file."""
+    """Return a phase that reads and writes no file, on what the phases before it left in `done`."""
     nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
     return Job(
         config=config,
@@ -75,7 +75,8 @@ def job_without_files(
         planned=entry,
         dataset=dataset,
         numerics=arithmetic,
-        previous=previous,
+        previous=done.before(entry.phase),
+        origin=done.origin(entry.phase),
         checkpoints=nowhere,
         resumed=None,
         record=lambda row: None,
@@ -112,4 +113,7 @@ def one_step(job: Job) -> tuple[dict[str, Any], Context]:
 
 def _result(job: Job, context: Context) -> dict[str, Any]:
     masks = None if context.masks is None else context.masks.state_dict()
-    return {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict()}
+    if job.planned.phase.keeps_optimizer:
+        context.optimizer_state = context.optimizer.state_dict()
+    result = {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict()}
+    return result if context.optimizer_state is None else result | {"optimizer": context.optimizer_state}

@@ -82,7 +82,7 @@ def _training(method: str, overrides: list[str]) -> Training:
         config, model=config.model, fingerprint=None, numerics=arithmetic.identity(), world_size=1
     )
     dataset = RandomImages(datasets.describe(config.dataset), arithmetic.torch_device)
-    job = job_without_files(config, config.model, entry, dataset, arithmetic, None)
+    job = job_without_files(config, config.model, entry, dataset, arithmetic, identity.Results(()))
     context = open_context(job)
     training = open_training(job, context)
     job.method.setup(context)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from prune_lab.config import AdamConfig, RunConfig, SGDConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
+    from prune_lab.positions import Position
 
 eligibility = lazy_import("prune_lab.eligibility")
 optim = lazy_import("prune_lab.optim")
@@ -50,9 +51,21 @@ class Phase:
     """block of the schedule that says how long and with which learning rate; None for phases without steps"""
     active: bool
     """False: the method does nothing here, so that every method shares the finished phase"""
+    fresh: bool = False
+    """True: starts from the initial network, whatever comes before it in the chain"""
+    origin: str | None = None
+    """name of an earlier phase whose result the hook reads besides that of the one before"""
+    begin: Position | None = None
+    """training: where in the schedule it starts; None: at the start"""
+    end: Position | None = None
+    """training: where in the schedule it ends; None: at the end"""
+    order: str | None = None
+    """training: phases with the same word see their batches in the same order; None: its name"""
+    keeps_optimizer: bool = False
+    """True: the result holds the optimizer's state, so that a later phase can go on with it"""
 
 
-TRAIN_DENSE = Phase("train", "train", "train", active=False)
+TRAIN_DENSE = Phase("train", "train", "train", active=False, fresh=True)
 TRAIN = Phase("train", "train", "train", active=True)
 PRUNE = Phase("prune", "prune", None, active=True)
 FINETUNE = Phase("finetune", "train", "finetune", active=True)
