@@ -34,13 +34,20 @@ TINY = (
 # Values for short runs, by the name of the option, so that new methods with the same options fit in.
 SHORT = {
     "sparsity": 0.8, "interval": 2, "num_cuts": 3, "samples_per_class": 2, "threshold_init": -10,
-    "threshold_decay": 0.2,
+    "threshold_decay": 0.2, "c": 0.05,
 }  # fmt: skip
 
 
 def yaml_node(name: str) -> dict[str, Any]:
-    """Return conf/method/NAME.yaml."""
-    return yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    """Return conf/method/NAME.yaml without Hydra's own key."""
+    node = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
+    node.pop("defaults", None)
+    return node
+
+
+def brings(name: str, group: str) -> bool:
+    """Return whether conf/method/NAME.yaml chooses the options of another group, such as optimizer, itself."""
+    return f"- override /{group}@" in (CONF / "method" / f"{name}.yaml").read_text()
 
 
 def method_class(name: str) -> type[Method]:

@@ -68,7 +68,7 @@ def test_keys_of_every_file_are_the_fields_of_its_class(path: Path) -> None:
 def test_names_are_those_of_the_files(path: Path) -> None:
     node = read(path)
     if path.parent.name in ("schedule", "optimizer", "dataset") or (path.parent.name == "model" and node["name"]):
-        assert node["name"] == ("sgd" if path.stem == "sgd_imagenet" else path.stem)
+        assert node["name"] == ("sgd" if path.stem in ("sgd_imagenet", "sgd_plain") else path.stem)
 
 
 def test_the_default_run_is_dense_resnet20_on_digits() -> None:

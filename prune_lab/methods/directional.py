@@ -1,0 +1,182 @@
+"""Directional pruning: the gRDA optimizer drives weights to zero along the flat directions of the loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import TRAIN, Card, Method, MethodConfig, Phase
+from prune_lab.schema import ConfigError, NonNegative, Range
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from prune_lab.config import AdamConfig, RunConfig, SGDConfig
+    from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+    from prune_lab.grda import GRDA
+
+torch = lazy_import("torch")
+accounting = lazy_import("prune_lab.accounting")
+eligibility = lazy_import("prune_lab.eligibility")
+grda = lazy_import("prune_lab.grda")
+optim = lazy_import("prune_lab.optim")
+
+_TYPICAL_WEIGHT = 0.02
+"""size of weight by which the set-up tells how far a schedule gets"""
+
+
+@dataclass(frozen=True)
+class DirectionalConfig(MethodConfig):
+    c: NonNegative
+    """size of the threshold; 0: plain SGD"""
+    mu: Annotated[float, Range(0, 1, open_low=True)]
+    """exponent of the threshold's growth with the steps"""
+    prune_bn: bool
+    """whether weights and biases of normalisation layers are thresholded too"""
+    prune_bias: bool
+    """whether biases of all other layers are thresholded too"""
+
+    @classmethod
+    def absent(cls, option: str) -> str | None:
+        if option != "sparsity":
+            return None
+        return (
+            "the sparsity is an outcome of method.c, method.mu, the learning rates and the number of steps; raise "
+            "method.c or method.mu for more zeros"
+        )
+
+
+class Directional(Method):
+    Config = DirectionalConfig
+    card = Card(
+        summary="train with gRDA, whose growing soft threshold zeroes the weights that the loss does not hold in place",
+        paper="Chao, Wang, Xing, Cheng 2020, Directional Pruning of Deep Neural Networks, arXiv 2006.09358",
+        acts="in every step of one training, in place of the optimizer; zeros may come back until its end",
+        eligible="all trained parameters; the sparsity that is compared counts weights of convolutions (depthwise ones "
+        "too) and linear layers, sparsity/all_parameters the rest as well (the papers' figure)",
+        cost="one more tensor as large as the parameters, two passes over them per step; training is computed dense",
+        differences="threshold summed up with the learning rates in force, as in the official PyTorch and TensorFlow "
+        "code (Keras and PlaidML: from the present rate). The paper's CIFAR schedule (constant to half, linear to a "
+        "hundredth at 0.9, then constant) is not offered; step and linear come near it",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.figures: dict[str, float] = {}
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (TRAIN,)
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse an optimizer that is anything else than plain SGD."""
+        chosen = config.optimizer
+        wrong = None
+        if chosen.name != "sgd":
+            wrong = f"optimizer={chosen.name}"
+        elif chosen.momentum or chosen.weight_decay:
+            option = "momentum" if chosen.momentum else "weight_decay"
+            wrong = f"optimizer.{option}={getattr(chosen, option):g}"
+        if wrong:
+            raise ConfigError(
+                f"{wrong} does not go with method={self.config.name}: gRDA is SGD without momentum and weight decay; "
+                "use optimizer=sgd_plain, which sets both to 0",
+                wrong.partition("=")[0],
+            )
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        return eligibility.select_layers(model, include=["*"])
+
+    def build_optimizer(self, model: nn.Module, config: SGDConfig | AdamConfig) -> GRDA:
+        """Return gRDA; parameters that are not to be thresholded are a group with c = 0."""
+        spared = self._spared(model)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        groups = [
+            {"params": [parameter for name, parameter in trained.items() if name not in spared]},
+            {"params": [trained[name] for name in trained if name in spared], "c": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return grda.GRDA(groups, lr=0.0, c=self.config.c, mu=self.config.mu)
+
+    def _spared(self, model: nn.Module) -> set[str]:
+        """Return the paths of the parameters that plain SGD trains."""
+        paths = set()
+        for name, module in model.named_modules():
+            is_norm = isinstance(module, _norm_types())
+            for own, _ in module.named_parameters(recurse=False):
+                kept = not self.config.prune_bn if is_norm else own.endswith("bias") and not self.config.prune_bias
+                if kept:
+                    paths.add(f"{name}.{own}" if name else own)
+        return paths
+
+    def setup(self, context: Context) -> None:
+        """Tell how far the threshold will get: a short schedule prunes little."""
+        config = self.config
+        if not 0.5 < config.mu < 1:
+            context.report(f"method.mu={config.mu:g} lies outside of (0.5, 1), which the theory of gRDA covers")
+        if config.c and context.total_steps:
+            context.report(self._outlook(context))
+
+    def _outlook(self, context: Context) -> str:
+        total, rule = context.total_steps, {"c": self.config.c, "mu": self.config.mu}
+        rates = (optim.learning_rate(context.schedule, step, context.steps_per_epoch) for step in range(total))
+        values = list(grda.thresholds(rates, **rule))
+        reached = next((step for step, value in enumerate(values, start=1) if value >= _TYPICAL_WEIGHT), None)
+        known = f"threshold: from 0 to {values[-1]:.4g} in {total} steps; a weight of {_TYPICAL_WEIGHT}"
+        known += " without gradient"
+        if reached is not None:
+            return f"{known} is zero after {reached}"
+        needed = grda.steps_to_reach(_TYPICAL_WEIGHT, context.schedule.lr, **rule)
+        return (
+            f"{known} stays above it (at a constant learning rate of {context.schedule.lr:g} it is zero after "
+            f"{needed:.6g}); method.c={self.config.c * _TYPICAL_WEIGHT / values[-1]:.2g} would zero it at the end"
+        )
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return threshold, sparsity and density per layer; after the last epoch zeros become the masks.
+
+        sparsity counts the weights of convolutions and linear layers, sparsity/all_parameters everything trained.
+        Both, and the masks, are of the trained weights; trainer.ema_decay averages normalisation and biases to nonzero.
+        """
+        named = context.parameters()
+        counts = torch.stack([torch.count_nonzero(parameter.detach()) for parameter in named.values()]).tolist()
+        nonzero = dict(zip(named, counts, strict=True))
+        kept = {layer.parameter: nonzero[layer.parameter] for layer in context.layers}
+        self.figures = {
+            "threshold": context.optimizer.threshold,
+            "sparsity/all_parameters": 1 - sum(counts) / sum(parameter.numel() for parameter in named.values()),
+        }
+        if (epoch + 1) * context.steps_per_epoch >= context.last_step:
+            self._take_masks(context, kept)
+        return self.figures | {
+            "sparsity": 1 - sum(kept.values()) / sum(layer.size for layer in context.layers),
+            "macs/inference": accounting.sparse_macs(context.costs, kept),
+            **{f"mask/density/{layer.name}": kept[layer.parameter] / layer.size for layer in context.layers},
+        }
+
+    def _take_masks(self, context: Context, kept: dict[str, int]) -> None:
+        named = context.parameters()
+        # The history of the masks starts with a dense network, as the training did.
+        context.install_masks({name: torch.ones_like(named[name], dtype=torch.bool) for name in kept})
+        context.install_masks({name: named[name].detach() != 0 for name in kept})
+        if context.masks.density == 1 and self.config.c:
+            context.report("nothing was pruned: no weight became zero; raise method.c or train longer")
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        """Return None: which weights become zero is an outcome of the training."""
+        return None
+
+    def explain(self) -> dict[str, float]:
+        return self.figures
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"figures": self.figures}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.figures = dict(state["figures"])
+
+
+def _norm_types() -> tuple[type, ...]:
+    norm = torch.nn.modules
+    return (norm.batchnorm._NormBase, torch.nn.GroupNorm, torch.nn.LayerNorm)
