@@ -91,7 +91,7 @@ def _summary(
         "macs/train_dense": train_dense,
         "macs/train_ratio": spent / train_dense if spent is not None and train_dense else None,
         "phases": [
-            {"name": entry.phase.name, "epochs": entry.schedule.epochs if entry.schedule else 0} for entry in planned
+            {"name": entry.phase.name, "epochs": entry.epochs} for entry in planned
         ],
     }
     return summary | (config.matched.figures(summary) if config.matched else {})
@@ -99,7 +99,7 @@ def _summary(
 
 def _show(directory: Path, planned: list, rows: list[dict], summary: dict[str, Any]) -> None:
     print(f"dry run of {directory.name}")
-    lengths = {entry.phase.name: f" ({entry.schedule.epochs} epochs)" if entry.schedule else "" for entry in planned}
+    lengths = {entry.phase.name: f" ({entry.length})" if entry.length else "" for entry in planned}
     print("plan: " + " -> ".join(name + length for name, length in lengths.items()))
     width = max(len(row["name"]) for row in rows)
     print(f"{'layer':{width}}  {'kind':14} {'shape':>18} {'density':>8} {'kept':>11} "

@@ -31,6 +31,27 @@ class PlannedPhase:
     """with the multiplier applied"""
     inputs: dict[str, Any]
 
+    @property
+    def epochs(self) -> float | None:
+        """Epochs of training; None for a phase that starts or ends at an optimizer step."""
+        if self.schedule is None:
+            return 0
+        begin, end = self.phase.begin, self.phase.end
+        if any(place and place.unit == "it" and place.count for place in (begin, end)):
+            return None
+        length = (end.count if end else self.schedule.epochs) - (begin.count if begin else 0)
+        return int(length) if length == int(length) else length
+
+    @property
+    def length(self) -> str:
+        """The training's length in words, empty for a phase without one."""
+        if self.schedule is None:
+            return ""
+        if self.epochs is not None:
+            return f"{self.epochs:g} epochs" if self.epochs != 1 else "1 epoch"
+        begin, end = self.phase.begin, self.phase.end
+        return f"to {end.count}it" if end else f"from {begin.count}it to {self.schedule.epochs}ep"
+
 
 class Results:
     """Results of a chain's phases, as far as later ones start from them."""

@@ -211,6 +211,15 @@ class MaskSet:
                 elif torch.is_tensor(value) and value.numel() != 1:
                     raise ValueError(f"optimizer state {key} of {name} has shape {tuple(value.shape)}: cannot reset it")
 
+    @torch.no_grad()
+    def mask_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the optimizer's running means of every pruned weight."""
+        named = [(self._parameters[name], mask) for name, mask in self.masks.items()]
+        states = [(value, mask) for parameter, mask in named for value in optimizer.state.get(parameter, {}).values()
+                  if torch.is_tensor(value) and value.shape == parameter.shape]
+        if states:
+            torch._foreach_mul_([value for value, _ in states], [mask for _, mask in states])
+
     def state_dict(self) -> dict[str, Tensor]:
         return dict(self.masks)
 

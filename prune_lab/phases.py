@@ -194,7 +194,8 @@ def _place(position: Position | None, steps_per_epoch: int, total_steps: int, de
     """
     step = default if position is None else position.step(steps_per_epoch)
     if step > total_steps:
-        raise ConfigError(f"method.rewind_to: step {step} lies beyond the training's {total_steps} steps")
+        place = f"{position.count:g}{position.unit}"
+        raise ConfigError(f"method.rewind_to={place} lies beyond the training's {total_steps} steps")
     return step
 
 

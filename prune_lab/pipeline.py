@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Run:
     folder: results.RunFolder
     tracker: Tracker
     stop: StopFlag
+    tally: Counter[str]
     own: results.RunFolder | None = None
     """a control: where the method's own run is"""
     outcomes: list[dict] = field(default_factory=list)
@@ -57,10 +59,13 @@ class Run:
             self.poll()
 
 
-def run(*configs: RunConfig) -> int:
+def run(*configs: RunConfig, tally: Counter[str] | None = None) -> int:
     """Carry out runs on the same device in turn, up to the first that does not finish, and return the exit code.
 
     0: all are finished, 1: one failed, 128 + signal: one was interrupted.
+
+    Args:
+        tally: counts the runs' phases as "done" now or "reused".
 
     Raises:
         ConfigError: wrong options or data, before the run directory is touched.
@@ -69,12 +74,13 @@ def run(*configs: RunConfig) -> int:
     arithmetic = numerics.resolve(configs[0].trainer, local_rank=local_rank)
     distributed.start(arithmetic.torch_device)
     try:
-        return next((code for code in (_run(config, arithmetic) for config in configs) if code), 0)
+        tally = Counter() if tally is None else tally
+        return next((code for code in (_run(config, arithmetic, tally) for config in configs) if code), 0)
     finally:
         distributed.stop()
 
 
-def _run(config: RunConfig, arithmetic: Numerics) -> int:
+def _run(config: RunConfig, arithmetic: Numerics, tally: Counter[str]) -> int:
     info = datasets.describe(config.dataset)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model_config = config.method.adapt_model(config.model, **sizes)
@@ -95,7 +101,8 @@ def _run(config: RunConfig, arithmetic: Numerics) -> int:
         with matching.naming_reference(config):
             rehearse(config, model_config, planned[0], dataset, arithmetic)
     with stop_flag() as stop:
-        run = Run(config, model_config, dataset, arithmetic, planned, folder, folder.tracker(config), stop, own_folder)
+        tracker = folder.tracker(config)
+        run = Run(config, model_config, dataset, arithmetic, planned, folder, tracker, stop, tally, own_folder)
         try:
             if not distributed.is_main():
                 return _guarded(run)
@@ -113,6 +120,7 @@ def _guarded(run: Run) -> int:
     done = distributed.share(run.folder.finished() if distributed.is_main() else None)
     if done is not None:
         run.tracker.message(f"done already: {run.folder.directory}")
+        run.tally["reused"] += len(run.planned)
         _show(run, done)
         return 0
     try:
@@ -161,6 +169,7 @@ def _carry_out(run: Run) -> int:
     for planned in run.planned:
         result, figures = _obtain(run, planned, done)
         done.add(planned.phase, result)
+        run.tally["reused" if figures["reused"] else "done"] += 1
         run.outcomes.append(figures)
         run.step_offset += figures["steps"]
         run.macs_offset += figures["macs_train"]

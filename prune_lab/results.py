@@ -87,7 +87,8 @@ class RunFolder:
     def start(self, tracker: Tracker, config: RunConfig, planned: list[PlannedPhase]) -> None:
         """Begin or begin again: options on disk, all sinks told."""
         plan = [
-            {"name": entry.phase.name, "key": entry.key, "epochs": entry.schedule.epochs if entry.schedule else 0}
+            {"name": entry.phase.name, "key": entry.key, "epochs": entry.schedule.epochs if entry.schedule else 0,
+             "length": entry.length}
             for entry in planned
         ]
         if distributed.is_main():
@@ -103,8 +104,9 @@ class RunFolder:
         """Show under the run's directory which phases it consists of."""
         links = self.directory / "phases"
         links.mkdir(exist_ok=True)
+        width = len(str(len(planned) - 1))  # so that names sort
         for index, entry in enumerate(planned):
-            link = links / f"{index}-{entry.phase.name}"
+            link = links / f"{index:0{width}}-{entry.phase.name}"
             link.unlink(missing_ok=True)
             link.symlink_to(Path("..") / ".." / "phases" / entry.key)
 

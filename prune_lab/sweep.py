@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ def run_all(conf_dir: Path, arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     jobs: list[tuple[str, int]] = []
+    tally: Counter[str] = Counter()
 
     def task(node: Any) -> None:
         task_overrides = list(HydraConfig.get().overrides.task)
@@ -35,7 +37,7 @@ def run_all(conf_dir: Path, arguments: list[str]) -> int:
         sweeping = HydraConfig.get().mode.name == "MULTIRUN"
         if sweeping:
             print(f"{'' if not jobs else chr(10)}run {len(jobs) + 1}: {name}", flush=True)
-        code = run_composed(node, task_overrides)
+        code = run_composed(node, task_overrides, tally)
         jobs.append((name, code))
         if code > INTERRUPTED:
             raise SystemExit(code)  # the one way out of Hydra that starts no further job
@@ -52,13 +54,15 @@ def run_all(conf_dir: Path, arguments: list[str]) -> int:
         sys.argv = argv
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
-    return _conclude(jobs)
+    return _conclude(jobs, tally)
 
 
-def _conclude(jobs: list[tuple[str, int]]) -> int:
+def _conclude(jobs: list[tuple[str, int]], tally: Counter[str]) -> int:
     failed = [(name, code) for name, code in jobs if code]
     if len(jobs) > 1:
-        print(f"\nsweep: {len(jobs) - len(failed)} of {len(jobs)} runs finished", flush=True)
+        done, reused = tally["done"], tally["reused"]
+        print(f"\nphases: {done} done, {reused} reused; without sharing {done + reused}", flush=True)
+        print(f"sweep: {len(jobs) - len(failed)} of {len(jobs)} runs finished", flush=True)
         for name, code in failed:
             print(f"prune-lab: not finished (exit code {code}): {name}", file=sys.stderr)
     return failed[0][1] if failed else 0
@@ -85,9 +89,8 @@ def _master_free(arguments: list[str]) -> list[str]:
     return flags + written
 
 
-def run_composed(node: Any, overrides: Sequence[str] = ()) -> int:
+def run_composed(node: Any, overrides: Sequence[str], tally: Counter[str]) -> int:
     """Run one composed configuration and return its exit code; torch is imported here for the first time."""
-
     try:
         config = replace(check(plain(node)), overrides=tuple(overrides))
         if config.dry_run:
@@ -96,6 +99,6 @@ def run_composed(node: Any, overrides: Sequence[str] = ()) -> int:
             return dry_run(config)
         from prune_lab.pipeline import run
 
-        return run(*in_order(config))
+        return run(*in_order(config), tally=tally)
     except Exception as error:
         return fail(error)

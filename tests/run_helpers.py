@@ -47,6 +47,7 @@ METHODS = {
     "autosparse_topk": ("method=autosparse_topk",),
     "str": ("method=str", "method.threshold_init=-10", "method.threshold_decay=0.2"),
     "directional": ("method=directional", "method.c=0.05"),
+    "lottery": ("method=lottery", "method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=7it"),
     "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),
 }
 """Each method with the options that make it act within such a run."""

@@ -20,8 +20,7 @@ def plan_lines(info: RunInfo) -> list[str]:
 
 
 def _phase(phase: dict[str, Any]) -> str:
-    epochs = phase.get("epochs")
-    notes = [f"{epochs} epochs" if epochs != 1 else "1 epoch"] if epochs else []
+    notes = [phase["length"]] if phase.get("length") else []
     notes += ["reused"] if phase.get("reused") else []
     return f"{phase['name']} ({', '.join(notes)})" if notes else str(phase["name"])
 

@@ -12,9 +12,9 @@ from prune_lab.tracking.console import LogFile, PlainConsole, RichConsole, conso
 from prune_lab.tracking.lines import duration, epoch_line, plan_lines, quantity, summary_rows
 
 PLAN = [
-    {"name": "train", "epochs": 8},
-    {"name": "prune", "epochs": 0},
-    {"name": "finetune", "epochs": 1, "reused": True},
+    {"name": "train", "epochs": 8, "length": "8 epochs"},
+    {"name": "prune", "epochs": 0, "length": ""},
+    {"name": "finetune", "epochs": 1, "length": "1 epoch", "reused": True},
 ]
 RECORD = {
     "phase": "train",

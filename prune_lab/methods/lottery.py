@@ -1,0 +1,294 @@
+"""Lottery tickets: iterative or one-shot magnitude pruning, and where the surviving weights start again."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import TRAIN_DENSE, Card, Method, MethodConfig, Phase
+from prune_lab.positions import parse_position
+from prune_lab.schema import ConfigError, Example, Index, OpenFraction
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from prune_lab.config import RunConfig
+    from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+
+torch = lazy_import("torch")
+distributions = lazy_import("prune_lab.distributions")
+eligibility = lazy_import("prune_lab.eligibility")
+mask_tools = lazy_import("prune_lab.masks")
+weight_correlation = lazy_import("prune_lab.weight_correlation")
+
+Arm = Literal["LT-IMP", "LT-OMP", "RR-IMP", "RR-OMP", "IMP-rewind", "OMP-rewind", "LR-rewinding-IMP",
+              "LR-rewinding-OMP", "fine-tune-IMP", "fine-tune-OMP", "random-layerwise", "random-global"]  # fmt: skip
+
+_REWINDS = ("IMP-rewind", "OMP-rewind", "LR-rewinding-IMP", "LR-rewinding-OMP", "random-layerwise", "random-global")
+"""arms that start again at `rewind_to`; the others start at the beginning"""
+_LEVELS = 4
+"""without a target; the fourth is the first at which unstructured sparsity counts as non-trivial (Ma et al. 2021)"""
+_LARGE = 0.1
+"""share of a layer's weights that count as large (Ma et al. 2021)"""
+
+
+@dataclass(frozen=True)
+class LotteryConfig(MethodConfig):
+    arm: Arm
+    """where the mask comes from and what the surviving weights start from (Ma et al. 2021, Renda et al. 2020)"""
+    levels: Index | None
+    """rounds of pruning; None: as many as `sparsity` needs, 4 without a target"""
+    sparsity: OpenFraction | None
+    """target over eligible weights; the last round prunes less if that meets it. None: what `levels` rounds leave"""
+    fraction: OpenFraction
+    """share of the surviving weights that each round removes"""
+    distribution: Literal["global", "uniform"]
+    """one ranking over all layers, or the same fraction of each layer"""
+    rewind_to: Annotated[str, Example("8ep")]
+    """place in the dense training, as epochs (8ep) or steps (500it): weights and schedule go back there"""
+    optimizer_state: Literal["restore", "zero"]
+    """the optimizer's running means after rewinding: those of that step, or zeros (official code, open_lth)"""
+    copy: Index
+    """a number above 0: the last training sees its batches in another order, drawn from this number, so that two copies
+    from one point can be compared (Frankle et al. 2020)"""
+    include: list[str]
+    """layer patterns to prune although they are dense by default (depthwise convolutions)"""
+    exclude: list[str]
+    """layer patterns to keep dense and out of the count"""
+
+    def check(self, path: str) -> None:
+        if self.levels is not None and self.sparsity is not None:
+            raise ConfigError(
+                f"{path}.levels={self.levels} and {path}.sparsity={self.sparsity:g}: give one of them; levels of "
+                f"{path}.fraction={self.fraction:g} end at sparsity {1 - (1 - self.fraction) ** self.levels:.6g}"
+            )
+        place = parse_position(self.rewind_to, f"{path}.rewind_to")
+        if place.count and self.arm not in _REWINDS:
+            raise ConfigError(
+                f"{path}.rewind_to={self.rewind_to}: {path}.arm={self.arm} starts at the beginning of the training; "
+                f"arms that rewind: {', '.join(_REWINDS)}"
+            )
+        if self.levels == 0 and self.arm not in ("LT-IMP", "IMP-rewind"):
+            raise ConfigError(f"{path}.levels=0 prunes nothing; it goes with {path}.arm=LT-IMP or IMP-rewind")
+
+
+class Lottery(Method):
+    Config = LotteryConfig
+    card = Card(
+        summary="prune the smallest weights of the trained network in rounds, start the rest again from early weights",
+        paper="Frankle, Carbin 2019, The Lottery Ticket Hypothesis, arXiv 1803.03635; Frankle et al. 2020, Linear Mode "
+        "Connectivity and the Lottery Ticket Hypothesis, arXiv 1912.05671; Renda, Frankle, Carbin 2020, Comparing "
+        "Rewinding and Fine-tuning in Neural Network Pruning, arXiv 2003.02389; Ma et al. 2021, Sanity Checks for "
+        "Lottery Tickets, arXiv 2107.00166",
+        acts="between complete trainings; masks never change within one",
+        eligible="weights of convolutions and linear layers, depthwise ones only if included; open_lth keeps VGG's "
+        "linear layer, Ma et al. the first convolution and the last linear layer (method.exclude)",
+        cost="a training per round, shared by all runs with the same rounds; no extra time within one",
+        differences="removes exactly round(fraction * survivors), where open_lth removes one more; momentum is "
+        "restored at rewind_to > 0 (method.optimizer_state=zero as open_lth); the mask comes from the last epoch, in "
+        "Ma et al.'s code from the epoch with the best test accuracy",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.start: dict[str, Tensor] = {}  # weights at the start of the training that is under way
+
+    @property
+    def levels(self) -> int:
+        """Rounds of pruning."""
+        config = self.config
+        if config.sparsity is None:
+            return _LEVELS if config.levels is None else config.levels
+        # 0.5904 is four rounds of 0.2 although logarithms say 4.000...1
+        return max(1, math.ceil(math.log(1 - config.sparsity) / math.log(1 - config.fraction) - 1e-9))
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse a place beyond the training or within its warm-up."""
+        place, train = parse_position(self.config.rewind_to, "method.rewind_to"), config.schedule.train
+        if place.unit == "ep" and place.count > train.epochs:
+            raise ConfigError(
+                f"method.rewind_to={self.config.rewind_to} lies beyond schedule.train.epochs={train.epochs}"
+            )
+        if place.unit == "ep" and 0 < place.count < train.warmup_epochs:
+            raise ConfigError(
+                f"method.rewind_to={self.config.rewind_to} lies within the warm-up "
+                f"(schedule.train.warmup_epochs={train.warmup_epochs:g})"
+            )
+
+    # The chain
+
+    def chain(self) -> tuple[Phase, ...]:
+        arm, last = self.config.arm, self.levels
+        early = Phase("early", "train", "train", active=False, end=self._place(), order="train", keeps_optimizer=True)
+        if last == 0:
+            return (early, self._train(0)) if self.config.copy else (TRAIN_DENSE,)
+        kept = "LR-rewinding" in arm or "fine-tune" in arm
+        head = (TRAIN_DENSE,) if kept else (early, TRAIN_DENSE)
+        if arm.endswith("-OMP") or arm == "OMP-rewind":
+            return (*head, self._prune(last), *self._restart(last))
+        before = [phase for level in range(1, last) for phase in (self._prune(level), *self._again(level))]
+        return (*head, *before, self._prune(last), *self._restart(last))
+
+    def _place(self) -> Any:
+        return parse_position(self.config.rewind_to, "method.rewind_to")
+
+    def _prune(self, level: int) -> Phase:
+        return Phase(f"prune_{level}", "prune", None, active=True)
+
+    def _train(self, level: int, block: str = "train") -> Phase:
+        """Return the training of a round: from `rewind_to` on, except for new weights and fine-tuning."""
+        arm, last = self.config.arm, level == self.levels
+        from_start = block == "finetune" or (last and arm.startswith("RR"))
+        begin = None if from_start or not self._place().count else self._place()
+        order = f"copy_{self.config.copy}" if last and self.config.copy else None
+        return Phase(f"{block}_{level}", "train", block, active=True, begin=begin, order=order)
+
+    def _again(self, level: int) -> tuple[Phase, ...]:
+        """Return how a round goes on after its pruning."""
+        if "fine-tune" in self.config.arm:
+            return (self._train(level, "finetune"),)
+        if "LR-rewinding" in self.config.arm:
+            return (self._train(level),)
+        return Phase(f"rewind_{level}", "rewind", None, active=True, origin="early"), self._train(level)
+
+    def _restart(self, level: int) -> tuple[Phase, ...]:
+        """Return what the arm does with the final mask."""
+        hooks = {"RR-IMP": "reinit", "RR-OMP": "reinit", "random-layerwise": "shuffle", "random-global": "shuffle"}
+        hook = hooks.get(self.config.arm)
+        if hook is None:
+            return self._again(level)
+        origin = None if hook == "reinit" else "early"
+        return Phase(f"{hook}_{level}", hook, None, active=True, origin=origin), self._train(level)
+
+    def phase_identity(self, phase: Phase) -> dict[str, Any]:
+        """Return the options a phase depends on, so that runs which differ in others only share it."""
+        config, place = self.config, phase.name.partition("_")[0]
+        if phase.hook == "prune":
+            options = {key: getattr(config, key) for key in ("fraction", "distribution", "include", "exclude")}
+            final = config.sparsity if phase.name == f"prune_{self.levels}" else None
+            return {"lottery": options, "from": self._rounds_at_once(), "target": final}
+        return {"lottery": {"rewind": config.optimizer_state, "shuffle": config.arm}.get(place)}
+
+    def _rounds_at_once(self) -> int:
+        """Return how many rounds a pruning phase does: all of them in one-shot arms."""
+        return self.levels if self.config.arm.endswith("-OMP") or self.config.arm == "OMP-rewind" else 1
+
+    # Budgets
+
+    def requested_sparsity(self) -> float | None:
+        return self.config.sparsity
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        return eligibility.select_layers(model, include=self.config.include, exclude=self.config.exclude)
+
+    def _remaining(self, counts: dict[str, int], level: int, sizes: dict[str, int]) -> dict[str, int]:
+        """Return how many of `counts` weights are left after round `level`; the last round meets the target."""
+        for _ in range(self._rounds_at_once()):
+            counts = {name: count - round(self.config.fraction * count) for name, count in counts.items()}
+        if level < self.levels or self.config.sparsity is None:
+            return counts
+        keep = distributions.num_keep_total(sum(sizes.values()), self.config.sparsity)
+        if len(sizes) == 1:
+            return dict.fromkeys(sizes, keep)
+        layers = [distributions.LayerSize(name, (size,)) for name, size in sizes.items()]
+        return distributions.allocate("uniform", layers, keep, first_layer="sparse", power=1.0)
+
+    def counts_at(self, context: Context, level: int) -> dict[str, int]:
+        """Return the kept weights after round `level`: in all ("all") with one ranking, per parameter otherwise."""
+        sizes = {layer.parameter: layer.size for layer in context.eligible()}
+        if self.config.distribution == "global":
+            sizes = {"all": sum(sizes.values())}
+        counts, at_once = sizes, self._rounds_at_once()
+        for number in range(at_once, level + 1, at_once):
+            counts = self._remaining(counts, number, sizes)
+        return counts
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        level = _level(context.phase)
+        if self.config.distribution == "global" and level:
+            return None
+        return [(0, self.counts_at(context, level) if level else {})]
+
+    # Phases without training
+
+    def prune(self, context: Context) -> None:
+        """Remove the smallest |w| among the weights that are left; ties remove the later position."""
+        named, level = context.parameters(), _level(context.phase)
+        scores = {layer.parameter: named[layer.parameter].detach().abs() for layer in context.eligible()}
+        old = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+        old = old if context.masks is None else context.masks.masks
+        counts = self.counts_at(context, level)
+        if self.config.sparsity is not None and level == self.levels:
+            context.report(f"round {level} ends at method.sparsity={self.config.sparsity:g}")
+        if self.config.distribution == "global":
+            kept = mask_tools.keep_top_global(scores, counts["all"], candidates=old)
+        else:
+            kept = {name: mask_tools.keep_top(score, counts[name], candidates=old[name])
+                    for name, score in scores.items()}
+        context.install_masks(kept)
+        empty = [name.removesuffix(".weight") for name, count in context.masks.counts().items() if count == 0]
+        if empty:
+            context.report(f"layers without any weight left: {', '.join(empty)}")
+
+    def rewind(self, context: Context) -> None:
+        """Put the network back to where the dense training was at `rewind_to`, batch-norm statistics included."""
+        context.model.load_state_dict(context.origin["model"])
+        context.masks.apply()
+        if self.config.optimizer_state == "restore":
+            context.optimizer_state = context.origin.get("optimizer")
+
+    def reinit(self, context: Context) -> None:
+        """Give the network new initial weights under the same masks."""
+        context.model.load_state_dict(context.fresh_model("reinit").state_dict())
+        context.masks.apply()
+
+    def shuffle(self, context: Context) -> None:
+        """Draw the kept positions anew, within each layer or over all layers, and rewind."""
+        old, source = context.masks, context.generator("shuffle")
+        shapes = {name: tuple(mask.shape) for name, mask in old.masks.items()}
+        if self.config.arm == "random-layerwise":
+            counts = old.counts()
+            drawn = {name: mask_tools.random_mask(shape, counts[name], source) for name, shape in shapes.items()}
+        else:
+            parts = mask_tools.random_mask((old.num_weights,), old.num_kept, source).split(
+                [mask.numel() for mask in old.masks.values()]
+            )
+            drawn = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+        context.install_masks({name: mask.to(context.device) for name, mask in drawn.items()})
+        self.rewind(context)
+
+    # Training under a mask
+
+    def setup(self, context: Context) -> None:
+        named = context.parameters()
+        if context.masks is not None:
+            self.start = {name: named[name].detach().clone() for name in context.masks.masks}
+
+    def after_step(self, context: Context, step: int) -> None:
+        """Keep the running means of pruned weights at zero, as the weights themselves."""
+        if context.masks is not None:
+            context.masks.mask_state(context.optimizer)
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return how many of the large weights were large at the start of this training already."""
+        if context.masks is None:
+            return {}
+        now = {name: context.parameters()[name].detach() for name in self.start}
+        return {"weights/overlap": weight_correlation.overlap_of_largest(self.start, now, _LARGE, context.masks.masks)}
+
+    def explain(self) -> dict[str, Any]:
+        """Return which arm this is and after how many rounds."""
+        config = self.config
+        return {"lottery/arm": config.arm, "lottery/levels": self.levels, "lottery/rewind_to": config.rewind_to}
+
+
+def _level(phase: str) -> int:
+    """Return the round a phase belongs to; 0 before the first."""
+    number = phase.rpartition("_")[2]
+    return int(number) if number.isdigit() else 0
+
+
+ARMS = get_args(Arm)
