@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 from prune_lab import __version__
@@ -15,6 +16,14 @@ SWEEP_FLAGS = ("-m", "--multirun")
 _PRINT_FLAGS = ("-c", "--cfg", "-p", "--package", "--resolve")
 _COMPLETION_FLAGS = ("-sc", "--shell-completion")
 _FLAGS_WITH_VALUE = {"-c": ("job", "hydra", "all"), "--cfg": ("job", "hydra", "all"), "-p": None, "--package": None}
+_MODULES = {
+    "compare": "prune_lab.report",
+    "verdict": "prune_lab.verdict_runs",
+    "connect": "prune_lab.analysis.connect",
+    "hessian-projection": "prune_lab.analysis.hessian_projection",
+    "wandb-sync": "prune_lab.tracking.refill",
+}
+"""sub-command -> module whose `main` does it"""
 FLAGS = (*SWEEP_FLAGS, *_PRINT_FLAGS, *_COMPLETION_FLAGS)
 
 HELP = """prune-lab {version}: trains, prunes and fine-tunes neural networks, and keeps exact accounts.
@@ -24,6 +33,9 @@ HELP = """prune-lab {version}: trains, prunes and fine-tunes neural networks, an
   prune-lab dry_run=true method=rigl model=resnet50         the plan, layer by layer; trains nothing
   prune-lab list models|datasets|methods|schedules|experiments
   prune-lab compare outputs                                 table over seeds of the runs found there
+  prune-lab verdict OPTIONS | RUNS                          is there a winning ticket? trains what the answer needs
+  prune-lab connect RUN RUN                                 loss along a line or a curve between two networks
+  prune-lab hessian-projection RUN RUN                      does the way between two runs lie in flat directions?
   prune-lab wandb-sync RUN...                               send runs to W&B from their local files
 
 Groups (GROUP=CHOICE; single options as GROUP.KEY=VALUE):
@@ -86,12 +98,8 @@ def _command(name: str, arguments: list[str]) -> int:
         from prune_lab.listing import show
 
         return show(conf_dir(), arguments)
-    if name == "compare":
-        from prune_lab.report import main as command
-    else:
-        from prune_lab.tracking.refill import main as command
     try:
-        return command(arguments)
+        return import_module(_MODULES[name]).main(arguments)
     except SystemExit as error:  # argparse after --help
         return int(error.code or 0)
 

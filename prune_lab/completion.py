@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-COMMANDS = ("run", "list", "compare", "wandb-sync")
+COMMANDS = ("run", "list", "compare", "verdict", "connect", "hessian-projection", "wandb-sync")
 LISTS = ("models", "datasets", "methods", "schedules", "experiments")
 
 
@@ -18,7 +18,8 @@ def completions(line: str) -> list[str] | None:
         return [command for command in COMMANDS if command.startswith(words[1])] or None
     if len(words) > 2 and words[1] == "list":
         return [name for name in LISTS if name.startswith(words[2])] if len(words) == 3 else []
-    return [] if len(words) > 2 and words[1] in ("compare", "wandb-sync") else None
+    takes_runs = len(words) > 2 and words[1] in COMMANDS and words[1] not in ("run", "list")
+    return [] if takes_runs and "=" not in words[-1] else None
 
 
 def without_run(line: str) -> str:

@@ -45,7 +45,7 @@ class PlannedPhase:
     @property
     def length(self) -> str:
         """The training's length in words, empty for a phase without one."""
-        if self.schedule is None:
+        if self.schedule is None or self.epochs == 0:
             return ""
         if self.epochs is not None:
             return f"{self.epochs:g} epochs" if self.epochs != 1 else "1 epoch"
