@@ -135,7 +135,7 @@ def test_help_names_every_command_and_choice(capsys: pytest.CaptureFixture, argu
     assert max(len(line) for line in text.splitlines() if "Groups" not in line) < 240
 
 
-@pytest.mark.parametrize("command", ["compare", "wandb-sync"])
+@pytest.mark.parametrize("command", ["compare", "verdict", "connect", "hessian-projection", "wandb-sync"])
 def test_sub_commands_have_help_of_their_own(capsys: pytest.CaptureFixture, command: str) -> None:
     assert cli.main([command, "--help"]) == 0
     assert f"usage: prune-lab {command}" in capsys.readouterr().out
