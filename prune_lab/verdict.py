@@ -29,6 +29,7 @@ Accuracies = Mapping[float, Sequence[float]]
 
 Outcome = Literal["jackpot", "secondary prize", "none", "insufficient", "incomplete", "refused"]
 
+PRIZES: tuple[Outcome, ...] = ("jackpot", "secondary prize")
 TITLES: dict[Outcome, str] = {
     "jackpot": "Jackpot winning ticket",
     "secondary prize": "secondary prize ticket",
