@@ -162,6 +162,9 @@ class Directional(Method):
         context.install_masks({name: named[name].detach() != 0 for name in kept})
         if context.masks.density == 1 and self.config.c:
             context.report("nothing was pruned: no weight became zero; raise method.c or train longer")
+        empty = [name.removesuffix(".weight") for name, count in kept.items() if count == 0]
+        if empty:
+            context.report(f"layers without any weight left: {', '.join(empty)}; lower method.c or method.mu")
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         """Return None: which weights become zero is an outcome of the training."""
