@@ -43,9 +43,14 @@ class PlannedPhase:
         return int(length) if length == int(length) else length
 
     @property
+    def trains(self) -> bool:
+        """Whether the phase takes optimizer steps."""
+        return self.schedule is not None and self.epochs != 0
+
+    @property
     def length(self) -> str:
         """The training's length in words, empty for a phase without one."""
-        if self.schedule is None or self.epochs == 0:
+        if not self.trains:
             return ""
         if self.epochs is not None:
             return f"{self.epochs:g} epochs" if self.epochs != 1 else "1 epoch"

@@ -65,7 +65,7 @@ def run(*configs: RunConfig, tally: Counter[str] | None = None) -> int:
     0: all are finished, 1: one failed, 128 + signal: one was interrupted.
 
     Args:
-        tally: counts the runs' phases as "done" now or "reused".
+        tally: counts the runs' phases with training as "trained" now or "reused".
 
     Raises:
         ConfigError: wrong options or data, before the run directory is touched.
@@ -120,7 +120,7 @@ def _guarded(run: Run) -> int:
     done = distributed.share(run.folder.finished() if distributed.is_main() else None)
     if done is not None:
         run.tracker.message(f"done already: {run.folder.directory}")
-        run.tally["reused"] += len(run.planned)
+        run.tally["reused"] += sum(entry.trains for entry in run.planned)
         _show(run, done)
         return 0
     try:
@@ -169,7 +169,7 @@ def _carry_out(run: Run) -> int:
     for planned in run.planned:
         result, figures = _obtain(run, planned, done)
         done.add(planned.phase, result)
-        run.tally["reused" if figures["reused"] else "done"] += 1
+        run.tally["reused" if figures["reused"] else "trained"] += planned.trains
         run.outcomes.append(figures)
         run.step_offset += figures["steps"]
         run.macs_offset += figures["macs_train"]

@@ -60,8 +60,8 @@ def run_all(conf_dir: Path, arguments: list[str]) -> int:
 def _conclude(jobs: list[tuple[str, int]], tally: Counter[str]) -> int:
     failed = [(name, code) for name, code in jobs if code]
     if len(jobs) > 1:
-        done, reused = tally["done"], tally["reused"]
-        print(f"\nphases: {done} done, {reused} reused; without sharing {done + reused}", flush=True)
+        trained, reused = tally["trained"], tally["reused"]
+        print(f"\nphases with training: {trained} done, {trained + reused} without sharing", flush=True)
         print(f"sweep: {len(jobs) - len(failed)} of {len(jobs)} runs finished", flush=True)
         for name, code in failed:
             print(f"prune-lab: not finished (exit code {code}): {name}", file=sys.stderr)

@@ -269,7 +269,7 @@ def test_a_sweep_says_how_many_phases_sharing_saved(tmp_path: Path, capsys: pyte
             "model.width=0.25", "schedule.batch_size=8", "schedule.train.epochs=2", "trainer.device=cpu",
             "logger.wandb=disabled", f"output_dir={tmp_path}"]  # fmt: skip
     assert cli.main(["-m", "method=lottery", "method.levels=1,2", "seed=0,1", *tiny]) == 0
-    assert "phases: 16 done, 10 reused; without sharing 26" in capsys.readouterr().out
+    assert "phases with training: 6 done, 10 without sharing\n" in capsys.readouterr().out
 
 
 # The diagnostic
