@@ -118,7 +118,9 @@ def fit(training: Training) -> None:
         NonFiniteLoss: naming phase, epoch, step and the last good checkpoint.
     """
     progress = training.progress
-    while progress.step < training.context.last_step:
+    context = training.context
+    # An epoch may be resumed after its last step: its end is still to come.
+    while progress.step < context.last_step or (progress.batch and progress.step > context.first_step):
         started, first = time.monotonic(), progress.batch
         _train_epoch(training)
         seconds = time.monotonic() - started

@@ -337,12 +337,13 @@ def test_positions_in_epochs_stretch_with_the_schedule() -> None:
         parse_position("-1ep", "x")
 
 
-def test_a_round_killed_midway_goes_on_within_the_schedule(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("stop", [4, 6, 8])
+def test_a_round_stopped_midway_goes_on_within_the_schedule(stop: int, tmp_path: Path, monkeypatch) -> None:
     options = ("method.levels=1", "method.arm=IMP-rewind", "method.rewind_to=4it")
     straight = finish(configure(tmp_path / "a", "lottery", *options, short={}))
 
     def look(training: Training, step: int) -> None:
-        if training.context.phase == "train_1" and step == 6:
+        if training.context.phase == "train_1" and step == stop:
             monkeypatch.setattr(training, "stop", lambda: True)
 
     with monkeypatch.context() as patch:
@@ -352,5 +353,7 @@ def test_a_round_killed_midway_goes_on_within_the_schedule(tmp_path: Path, monke
     assert pipeline.run(resumed) == 0
     files = [(folder / "model.safetensors").read_bytes() for folder in (straight, run_folder(resumed))]
     assert files[0] == files[1]
-    steps = [json.loads(line)["global_step"] for line in (straight / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps[-1] == 4 + 9 + 5
+    rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            for folder in (straight, run_folder(resumed))]
+    steps, again = ([row["global_step"] for row in run] for run in rows)
+    assert steps == again == sorted(steps) and steps[-1] == 4 + 9 + 5
