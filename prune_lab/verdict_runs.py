@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,7 +157,7 @@ def _show(judged: Sequence[Judged], notes: Sequence[str], folder: Path, options:
 
 
 def _judge_new(conf_dir: Path, typed: Sequence[str], options: Namespace) -> int:
-    planned = plan(conf_dir, with_preset(conf_dir, typed, options.preset))
+    planned = plan(conf_dir, with_preset(typed, options.preset))
     _check_rules(planned, options)
     print(f"{len(planned)} runs: {sharing(planned)}", flush=True)
     if options.dry_run or planned[0].config.dry_run:
@@ -164,10 +165,10 @@ def _judge_new(conf_dir: Path, typed: Sequence[str], options: Namespace) -> int:
             print(f"  {entry.label}: {entry.directory.name}{' (done)' if _result(entry).summary else ''}")
         return 0
     _check_data(planned)
-    code = 0
+    code, tally = 0, Counter()
     for number, entry in enumerate(planned, start=1):
         print(f"\nrun {number} of {len(planned)}: {entry.label}", flush=True)
-        result = _run(entry.config)
+        result = _run(entry.config, tally)
         if result > _INTERRUPTED:
             return result
         code = code or result
@@ -175,11 +176,11 @@ def _judge_new(conf_dir: Path, typed: Sequence[str], options: Namespace) -> int:
     judged, notes = judge_runs(runs, options)
     print()
     _show(judged, [*notes, *unfinished(runs)], Path(planned[0].config.output_dir), options)
-    print(f"{len(planned)} runs: {sharing(planned)}")
+    print(f"{len(planned)} runs: {sharing(planned)}; {tally['trained']} done now")
     return code
 
 
-def with_preset(conf_dir: Path, typed: Sequence[str], preset: str | None) -> list[str]:
+def with_preset(typed: Sequence[str], preset: str | None) -> list[str]:
     """Return the typed options and those of the preset that are not typed."""
     names = {argument.partition("=")[0] for argument in typed}
     if "method.sparsity" in names:
@@ -229,7 +230,8 @@ def _check_rules(planned: Sequence[Planned], options: Namespace) -> None:
     highest = max(sparsity_of(entry.config.resolved["method"]) for entry in planned if _is_ticket(entry.config))
     if highest < options.min_sparsity - 1e-9:
         raise ConfigError(
-            f"method.levels: the highest sparsity is {highest:.4g}, trivial below --min-sparsity {options.min_sparsity:g}"
+            f"method.levels: every sparsity is trivial, the highest is {highest:.4g}; --min-sparsity is "
+            f"{options.min_sparsity:g}"
         )
 
 
@@ -275,12 +277,12 @@ def _small_jobs(jobs: Sequence[RunConfig], small: Sequence[str]) -> list[list[st
     for config in jobs:
         if _is_ticket(config):
             shared = [line for line in config.overrides if not line.startswith("method")]
-            job = [*shared, "method=small_dense", *small, f"method.sparsity={_small_sparsity(config):.6g}"]
+            job = [*shared, "method=small_dense", *small, f"method.sparsity={small_sparsity(config):.6g}"]
             found[tuple(job)] = job
     return list(found.values())
 
 
-def _small_sparsity(config: RunConfig) -> float:
+def small_sparsity(config: RunConfig) -> float:
     """Return which fraction of all parameters a ticket lacks; its own sparsity counts eligible weights only."""
     info = datasets.describe(config.dataset)
     with torch.device("meta"):
@@ -316,7 +318,7 @@ def _planned(config: RunConfig, varied: set[str], widths: dict[str, Any]) -> Pla
         " ".join([name, *shown]),
         config,
         results.RunFolder.of(config, fingerprint=None, **inputs).directory,
-        tuple(entry.key for entry in phases if entry.schedule is not None and entry.epochs != 0),
+        tuple(entry.key for entry in phases if entry.trains),
     )
 
 
@@ -341,10 +343,14 @@ def _check_data(planned: Sequence[Planned]) -> None:
         datasets.load(config.dataset, fmt).close()
 
 
-def _run(config: RunConfig) -> int:
-    """Do one run and return its exit code; a failed one is reported and does not stop the others."""
+def _run(config: RunConfig, tally: Counter[str]) -> int:
+    """Do one run and return its exit code; a failed one is reported and does not stop the others.
+
+    Args:
+        tally: counts what was trained and what was there already.
+    """
     try:
-        return pipeline.run(config)
+        return pipeline.run(config, tally=tally)
     except Exception as error:
         return fail(error)
 

@@ -106,7 +106,8 @@ def _doubts(verdict: Verdict) -> list[str]:
         return []
     gaps = [condition for condition in verdict.conditions if condition.number in (2, 3)]
     weak = [str(gap.number) for gap in gaps if gap.noise is not None and gap.difference <= gap.noise]
-    return [f"may be chance: the gap of condition {' and '.join(weak)} is no larger than noise"] if weak else []
+    words = {1: "gap of condition", 2: "gaps of conditions"}
+    return [f"may be chance: noise covers the {words[len(weak)]} {' and '.join(weak)}"] if weak else []
 
 
 def _table(case: Case) -> str:
