@@ -61,7 +61,7 @@ class Planned:
     """keys of its phases that train"""
 
 
-def main(argv: list[str], conf_dir: Path | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Judge the runs named in `argv`, or do and judge those that its options ask for; return the exit code.
 
     Raises:
@@ -80,11 +80,9 @@ def main(argv: list[str], conf_dir: Path | None = None) -> int:
         return _judge_there(paths, options)
     if not overrides and not options.preset:
         parser.error("name run directories, or options of new runs such as model=resnet20 dataset=cifar10")
-    if conf_dir is None:
-        from prune_lab.cli import conf_dir as found
+    from prune_lab.cli import conf_dir
 
-        conf_dir = found()
-    return _judge_new(conf_dir, overrides, options)
+    return _judge_new(conf_dir(), overrides, options)
 
 
 def _parser() -> Arguments:
@@ -97,7 +95,8 @@ def _parser() -> Arguments:
     add("--gap", type=float, default=0.5, metavar="POINTS", help="clearly better: by more than this (default 0.5)")
     add("--min-sparsity", type=float, default=0.59, metavar="S", help="non-trivial from here on (default 0.59)")
     add("--same-lr", action="store_true", help="one learning rate must satisfy conditions 3 and 4 together")
-    add("--preset", choices=PRESETS, help="runs of a question of the paper: " + ", ".join(PRESETS))
+    add("--preset", choices=PRESETS, help="lists of options for a question of the paper; typed options win: "
+        + "; ".join(f"{name}: {' '.join(lines)}" for name, lines in PRESETS.items()))
     add("--dry-run", action="store_true", help="list the runs and how many trainings they share; train nothing")
     add("--json", metavar="FILE", help="where the verdict is written (default: verdict.json beside the runs)")
     return parser
@@ -157,7 +156,11 @@ def _show(judged: Sequence[Judged], notes: Sequence[str], folder: Path, options:
 
 
 def _judge_new(conf_dir: Path, typed: Sequence[str], options: Namespace) -> int:
-    planned = plan(conf_dir, with_preset(typed, options.preset))
+    overrides = with_preset(typed, options.preset)
+    if options.preset:
+        print(f"preset {options.preset}: {' '.join(line for line in overrides if line not in typed)}")
+    print("checking every run before the first one starts", flush=True)
+    planned = plan(conf_dir, overrides)
     _check_rules(planned, options)
     print(f"{len(planned)} runs: {sharing(planned)}", flush=True)
     if options.dry_run or planned[0].config.dry_run:

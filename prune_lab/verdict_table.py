@@ -28,6 +28,8 @@ def text(judged: Sequence[Judged], notes: Sequence[str]) -> str:
     if judged:
         lines.append("accuracies: top-1 %, mean +- sample standard deviation (runs); conditions: Ma et al. 2021, "
                      "arXiv 2107.00166")  # fmt: skip
+    if any(case.network.get("dataset.validation") for case, _, _ in judged):
+        lines.append("with dataset.validation the accuracies are those of held-out training images")
     return to_ascii("\n".join([*lines, *notes])) + "\n"
 
 

@@ -214,6 +214,12 @@ def test_the_small_network_is_the_one_with_as_many_parameters(write, tmp_path):
     assert outcomes(judged(tmp_path)) == [("jackpot", [])]
 
 
+def test_accuracies_of_held_out_images_are_called_so(write, tmp_path, capsys):
+    write_all(write, dataset__validation=0.1)
+    assert outcomes(judged(tmp_path)) == [("jackpot", [])]
+    assert "with dataset.validation the accuracies are those of held-out training images\n" in capsys.readouterr().out
+
+
 def test_copies_repeats_and_other_comparisons_are_left_out(write, tmp_path):
     runs = write_all(write)
     again = write("RR-IMP", 0.1, 0, 99.0)
@@ -338,8 +344,8 @@ def test_the_small_network_has_as_many_parameters_as_the_mask_keeps():
 def test_a_dry_run_lists_the_runs_and_leaves_nothing(planned, tmp_path, capsys):
     assert main([*SMALLEST, "--dry-run", "--sim", "1", "--min-sparsity", "0.3"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("28 runs: 32 trainings") and len(printed) == 29
-    assert printed[1].startswith("  dense schedule.train.lr=0.05 seed=0: fake-resnet20-dense-s0-")
+    assert printed[1].startswith("28 runs: 32 trainings") and len(printed) == 30
+    assert printed[2].startswith("  dense schedule.train.lr=0.05 seed=0: fake-resnet20-dense-s0-")
     assert list(tmp_path.iterdir()) == []
 
 
