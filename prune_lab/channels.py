@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from prune_lab.schema import ConfigError
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _POINTWISE = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout,
     nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
@@ -96,7 +97,7 @@ def _trace(model: nn.Module, image_size: int) -> tuple[fx.GraphModule, dict[fx.N
     """Return the graph of a copy in evaluation mode without memory, and the shape of each tensor for two images."""
     try:
         ghost = copy.deepcopy(model).to("meta").eval()
-        traced = fx.symbolic_trace(ghost)
+        traced = fx.GraphModule(ghost, _Tracer().trace(ghost))
         recorder = _ShapeRecorder(traced)
         with torch.no_grad():
             recorder.run(torch.zeros(2, 3, image_size, image_size, device="meta"))
@@ -106,6 +107,13 @@ def _trace(model: nn.Module, image_size: int) -> tuple[fx.GraphModule, dict[fx.N
             f"removing channels needs a network that torch.fx can trace; {type(model).__name__} is not: {reason}"
         ) from error
     return traced, recorder.shapes
+
+
+class _Tracer(fx.Tracer):
+    """Takes every batch norm as one step, also those of other libraries, which work channel by channel as well."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _NORMS) or super().is_leaf_module(m, module_qualified_name)
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -222,3 +230,35 @@ def columns(channels: Tensor, span: int) -> Tensor:
     if channels.dtype == torch.bool:
         return channels.repeat_interleave(span)
     return (channels[:, None] * span + torch.arange(span, device=channels.device)).flatten()
+
+
+def weight_masks(
+    model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the masks that leave out channels: parameter path -> bool, True = kept, for all layers of `groups`.
+
+    Args:
+        kept: producer -> bool [size]; a group that is missing keeps all of its channels.
+    """
+    device = next(model.parameters()).device
+    paths = dict.fromkeys(path for group in groups for path in group.layers())
+    masks = {path: torch.ones_like(model.get_submodule(path).weight, dtype=torch.bool) for path in paths}
+    for group in groups:
+        if group.producer not in kept:
+            continue
+        gone = ~kept[group.producer].to(device)
+        for path in (group.producer, *group.depthwise):
+            masks[path][gone] = False
+        for consumer in group.consumers:
+            masks[consumer.path][:, columns(gone, consumer.span)] = False
+    return {f"{path}.weight": mask for path, mask in masks.items()}
+
+
+def weight_counts(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, int]) -> dict[str, int]:
+    """Return the weights that `weight_masks` keeps per parameter when each producer keeps so many channels."""
+    paths = dict.fromkeys(path for group in groups for path in group.layers())
+    counts = {path: model.get_submodule(path).weight.numel() for path in paths}
+    for group in groups:
+        for path in group.layers():  # a layer's rows and columns belong to one group each
+            counts[path] = counts[path] // group.size * kept.get(group.producer, group.size)
+    return {f"{path}.weight": count for path, count in counts.items()}
