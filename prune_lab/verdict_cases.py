@@ -205,10 +205,14 @@ def _cases_of(peers: list[Entry]) -> list[Case]:
     leaders += [entry for entry in peers if entry.arm == REINIT and _level(entry) not in covered]
     found: dict[str, Case] = {}
     for entry in sorted(leaders, key=lambda entry: (repr(entry.settings), entry.rewind, entry.sparsity)):
-        key = repr((entry.settings, entry.rewind, _level(entry)))
+        key = repr((entry.settings, _ticket(entry), entry.rewind, _level(entry)))
         if key not in found:
             found[key] = _case(entry, peers)
     return list(found.values())
+
+
+def _ticket(leader: Entry) -> str:
+    return TICKET if leader.arm == REINIT else leader.arm
 
 
 def _level(entry: Entry) -> float:
@@ -217,7 +221,7 @@ def _level(entry: Entry) -> float:
 
 def _case(leader: Entry, peers: list[Entry]) -> Case:
     """Return the case that the run `leader` belongs to."""
-    ticket = TICKET if leader.arm == REINIT else leader.arm
+    ticket = _ticket(leader)
     level = [entry for entry in peers if entry.mask and _level(entry) == _level(leader)]
     start = {ticket: leader.rewind, REINIT: ""}
     dense = next((entry.params for entry in peers if entry.arm == DENSE and entry.params), None)

@@ -84,7 +84,7 @@ def _title(case: Case, shown: Sequence[str]) -> str:
     known = case.network | case.settings
     epochs = known["schedule.train.epochs"]
     differing = [f"{key}={known[key]}" for key in shown if key in known]
-    start = f", tickets rewound to {case.rewind}" if case.ticket == REWOUND else ""
+    start = f", tickets rewound to {case.rewind or 'the start'}" if case.ticket == REWOUND else ""
     name = f"{known['model.name']} on {known['dataset.name']}, {epochs} epochs{start}"
     return ", ".join([name, *differing])
 
@@ -96,7 +96,7 @@ def _case_lines(case: Case, rules: Rules, verdict: Verdict) -> list[str]:
         return [f"{head}: trivial, below {rules.min_sparsity:g}; not judged"]
     lines = [f"{head}:", "", *_table(case).splitlines(), ""]
     for condition in verdict.conditions:
-        lines.append(f"  {condition.number} {_WORDS[condition.holds]}  {condition.text}")
+        lines.append(f"  {condition.number} {_WORDS[condition.holds]:5}  {condition.text}")
         lines += [f"           {line}" for line in _numbers(condition)]
     lines.append(f"verdict at sparsity {case.sparsity:.4g}: {verdict.title}")
     return lines + [f"  {reason}" for reason in [*verdict.reasons, *_doubts(verdict)]]

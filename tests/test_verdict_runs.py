@@ -148,19 +148,22 @@ def test_rewound_tickets_get_a_verdict_of_their_own(write, tmp_path):
     write_all(write)
     write_all(write, {"IMP-rewind": (90.0, 90.0)}, method={"rewind_to": "8ep"})
     write_all(write, {"IMP-rewind": (93.0, 93.0)}, method={"rewind_to": "500it", "optimizer_state": "zero"})
+    write_all(write, {"IMP-rewind": (91.0, 91.0)})
     found = {network["title"]: network["sparsities"][0]["verdict"] for network in judged(tmp_path)["networks"]}
     assert found == {
         "resnet20 on cifar10, 160 epochs": "jackpot",
         "resnet20 on cifar10, 160 epochs, tickets rewound to 500it, momentum zero": "jackpot",
         "resnet20 on cifar10, 160 epochs, tickets rewound to 8ep": "none",
+        "resnet20 on cifar10, 160 epochs, tickets rewound to the start": "none",
     }
 
 
 @pytest.mark.parametrize("arm", WINNING)
-def test_an_arm_without_runs_is_named(write, tmp_path, arm):
+def test_an_arm_without_runs_is_named(write, tmp_path, capsys, arm):
     write_all(write, {name: values for name, values in WINNING.items() if name != arm})
     ((outcome, reasons),) = outcomes(judged(tmp_path))
     assert outcome == "incomplete" and f"{arm} is missing" in reasons
+    assert "  5 open   similar to" in capsys.readouterr().out or arm in ("RR-IMP", "small_dense")
 
 
 def test_runs_without_results_are_named(write, tmp_path, capsys):
@@ -169,6 +172,7 @@ def test_runs_without_results_are_named(write, tmp_path, capsys):
     ((outcome, reasons),) = outcomes(judged(tmp_path))
     assert (outcome, reasons) == ("incomplete", ["RR-IMP at lr=0.1, seed 2: failed"])
     printed = capsys.readouterr().out
+    assert "  2 holds  clearly better" in printed
     assert f"failed: {failed}" in printed and "Jackpot" not in printed
     assert "resnet20 on cifar10, 160 epochs: no verdict at sparsity 0.8322" in printed
 
