@@ -61,6 +61,7 @@ def largest(
     basis = torch.empty(iterations, size, dtype=start.dtype, device=start.device)
     basis[0] = start / start.norm()
     tridiagonal = torch.zeros(iterations, iterations, dtype=torch.float64)
+    found: Tensor | None = None  # eigenvalues when a subspace was last exhausted
     for step in range(iterations):
         image = product(basis[step])
         if not bool(torch.isfinite(image).all()):
@@ -74,11 +75,17 @@ def largest(
         residuals = (beta * mixing[-1, chosen].abs()).clamp(min=torch.finfo(start.dtype).eps * scale)
         report(step + 1, values[chosen], residuals)
         enough = step + 1 >= count and bool((residuals <= tolerance * values[chosen].abs() + _ROUNDING * scale).all())
-        # An invariant subspace may lack eigenvectors: the last residual is then zero for a reason that says nothing.
+        # An invariant subspace may lack eigenvectors, such as a second one of the same eigenvalue, although all
+        # residuals are zero: from then on the end is where the subspace of another drawn direction has added nothing.
         broken = beta <= _ROUNDING * scale
-        if (enough and not broken) or step + 1 == iterations:
+        if found is None:
+            whole = not broken
+        else:
+            whole = broken and found.shape == values[chosen].shape and torch.allclose(values[chosen], found)
+        if (enough and whole) or step + 1 == iterations:
             break
         if broken:
+            found = values[chosen]
             drawn = torch.randn(size, generator=source, dtype=torch.float64).to(start)
             rest, beta = _orthogonal(drawn, basis[: step + 1]), 0.0
         basis[step + 1] = rest / rest.norm()
