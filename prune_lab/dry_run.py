@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from prune_lab import datasets, identity, matching, numerics, results
+from prune_lab import chain, datasets, identity, matching, numerics, results
 from prune_lab.accounting import layer_table
 from prune_lab.config import RunConfig
 from prune_lab.files import write_json
@@ -36,7 +36,7 @@ def dry_run(config: RunConfig) -> int:
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": 1}
     folder = results.RunFolder.of(config, fingerprint=None, **inputs)
     dataset, spent, kept = RandomImages(info, arithmetic.torch_device), 0, {}
-    done = identity.Results(entry.phase for entry in planned)
+    done = chain.Results(entry.phase for entry in planned)
     for entry in planned:
         job = job_without_files(config, model_config, entry, dataset, arithmetic, done)
         with matching.naming_reference(config):

@@ -13,10 +13,10 @@ from torch import nn
 
 from prune_lab import distributed, models
 from prune_lab.accounting import LayerCost, profile
+from prune_lab.chain import PlannedPhase
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
-from prune_lab.identity import PlannedPhase
 from prune_lab.loop import Interrupted, Progress, Training, fit, measure
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.models.weights import load_weights

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from prune_lab import control_runs, datasets, distributed, identity, matching, numerics, results
+from prune_lab import chain, control_runs, datasets, distributed, identity, matching, numerics, results
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
 from prune_lab.files import SaveError
@@ -36,7 +36,7 @@ class Run:
     model_config: Any
     dataset: Any
     numerics: Numerics
-    planned: list[identity.PlannedPhase]
+    planned: list[chain.PlannedPhase]
     folder: results.RunFolder
     tracker: Tracker
     stop: StopFlag
@@ -165,7 +165,7 @@ def _carry_out(run: Run) -> int:
         run.tracker.message(f"control {run.config.method.config.control} of {run.own.directory.name}")
     if run.config.model.weights is not None:
         run.tracker.message("note: macs/train does not count the training of model.weights")
-    done = identity.Results(entry.phase for entry in run.planned)
+    done = chain.Results(entry.phase for entry in run.planned)
     for planned in run.planned:
         result, figures = _obtain(run, planned, done)
         done.add(planned.phase, result)
@@ -177,7 +177,7 @@ def _carry_out(run: Run) -> int:
     return 0
 
 
-def _obtain(run: Run, planned: identity.PlannedPhase, done: identity.Results) -> tuple[dict, dict]:
+def _obtain(run: Run, planned: chain.PlannedPhase, done: chain.Results) -> tuple[dict, dict]:
     """Return (result, figures) of a phase: stored already, or done now by whoever holds its lock."""
     store = PhaseStore(Path(run.config.output_dir), planned.key, run.tracker.message)
     if not distributed.is_main():
@@ -187,7 +187,7 @@ def _obtain(run: Run, planned: identity.PlannedPhase, done: identity.Results) ->
 
 
 def _obtain_locked(
-    run: Run, planned: identity.PlannedPhase, done: identity.Results, store: PhaseStore
+    run: Run, planned: chain.PlannedPhase, done: chain.Results, store: PhaseStore
 ) -> tuple[dict, dict]:
     figures = distributed.share(store.finished() if distributed.is_main() else None)
     result = distributed.share(store.result() if distributed.is_main() and figures else None)
@@ -213,7 +213,7 @@ def _obtain_locked(
 
 
 def _job(
-    run: Run, planned: identity.PlannedPhase, done: identity.Results, store: PhaseStore, resumed: dict | None
+    run: Run, planned: chain.PlannedPhase, done: chain.Results, store: PhaseStore, resumed: dict | None
 ) -> Job:
     def record(row: dict) -> None:
         if distributed.is_main():

@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from prune_lab.accounting import planned_training_macs
+from prune_lab.chain import PlannedPhase, Results, in_force
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
 from prune_lab.datasets import DatasetInfo
-from prune_lab.identity import PlannedPhase, Results, in_force
 from prune_lab.methods.base import Method, Phase
 from prune_lab.numerics import Numerics
 from prune_lab.rehearsal import RandomImages, job_without_files, set_up

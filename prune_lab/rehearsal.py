@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from prune_lab import datasets
+from prune_lab.chain import PlannedPhase, Results
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
-from prune_lab.identity import PlannedPhase, Results
 from prune_lab.loop import train_step
 from prune_lab.numerics import Numerics
 from prune_lab.phases import Job, open_context, open_training, steps_per_epoch

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from prune_lab import __version__, control_runs, distributed, models
 from prune_lab.accounting import LayerCost, count_parameters, dense_macs, layer_table, profile, sparse_macs
+from prune_lab.chain import PlannedPhase
 from prune_lab.config import RunConfig
 from prune_lab.distributions import num_keep_total
 from prune_lab.files import read_json, write_text
-from prune_lab.identity import PlannedPhase, group_key, plan, run_key
+from prune_lab.identity import group_key, plan, run_key
 from prune_lab.loop import measure
 from prune_lab.numerics import Numerics
 from prune_lab.phases import build_model, fresh, layer_costs

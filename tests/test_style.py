@@ -20,7 +20,7 @@ TEXTS = [
 RECIPES = ("experiment", "debug", "conf")
 """they set options that are explained where they live"""
 
-TORCH_FREE = ["cli", "config", "overrides", "schema", "listing", "completion", "sweep", "identity", "files", "lazy",
+TORCH_FREE = ["cli", "config", "overrides", "schema", "listing", "completion", "sweep", "identity", "files", "lazy", "chain",
               "report", "tracking", "tracking.refill", "models", "datasets", "methods.base"]  # fmt: skip
 
 
