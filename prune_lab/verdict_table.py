@@ -28,6 +28,8 @@ def text(judged: Sequence[Judged], notes: Sequence[str]) -> str:
     if judged:
         lines.append("accuracies: top-1 %, mean +- sample standard deviation (runs); conditions: Ma et al. 2021, "
                      "arXiv 2107.00166")  # fmt: skip
+        lines.append("condition 1 also asks for enough epochs, which these numbers cannot tell: beside an undertrained "
+                     "dense network any ticket looks good")  # fmt: skip
     if any(case.network.get("dataset.validation") for case, _, _ in judged):
         lines.append("with dataset.validation the accuracies are those of held-out training images")
     return to_ascii("\n".join([*lines, *notes])) + "\n"

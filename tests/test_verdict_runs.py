@@ -89,6 +89,7 @@ def test_runs_in_a_folder_are_judged_and_the_verdict_is_written_beside_them(writ
     assert "verdict at sparsity 0.8322: Jackpot winning ticket\n" in printed
     assert "resnet20 on cifar10, 160 epochs: has a Jackpot winning ticket at sparsity 0.8322\n" in printed
     assert "92.00 (lr=0.01) against 91.30 (lr=0.1): +0.70; satisfied at lr=0.01" in printed
+    assert "condition 1 also asks for enough epochs" in printed
     (network,) = json.loads((tmp_path / "runs" / "verdict.json").read_text())["networks"]
     (case,) = network["sparsities"]
     assert case["verdict"] == "jackpot" and [entry["holds"] for entry in case["conditions"]] == [True] * 5
