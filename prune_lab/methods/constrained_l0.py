@@ -1,0 +1,257 @@
+"""Constrained L0: hard-concrete gates, and multipliers that rise until an expected density is met."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.gated_weights import LOWEST, GatedWeights, GatesConfig
+from prune_lab.schema import ConfigError, Momentum, OpenFraction, Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+torch = lazy_import("torch")
+distributions = lazy_import("prune_lab.distributions")
+hard_concrete = lazy_import("prune_lab.hard_concrete")
+masks = lazy_import("prune_lab.masks")
+
+TOLERANCE = 0.01
+"""excess over a target, as a fraction of the dense cost, up to which it counts as met"""
+
+
+@dataclass(frozen=True)
+class ConstrainedL0Config(GatesConfig):
+    sparsity: OpenFraction | None
+    """expected fraction of closed weights among the gated ones; null: only `macs_ratio` counts"""
+    constrain: Literal["model", "layer"]
+    """what `sparsity` is the target of: all gated layers together, or each of them"""
+    layer_sparsities: list[Momentum]
+    """layer: a target per gated layer, in order, instead of `sparsity` for each; [] without"""
+    macs_ratio: OpenFraction | None
+    """target of the expected MACs as a fraction of the dense network's, beside or instead of `sparsity`"""
+    dual_lr: Positive
+    """learning rate of the multipliers"""
+    dual_restart: bool
+    """whether a multiplier is set to 0 when its target is met (strictly)"""
+    rounding: Literal["gates", "exact"]
+    """at the end, gates: weights whose gates are open without chance; exact: the budget, by the rank of the gates"""
+
+    @classmethod
+    def absent(cls, option: str) -> str | None:
+        if option != "penalty":
+            return None
+        return "the price of open gates is found by the multipliers; method=l0 takes one"
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        if self.sparsity is None and self.macs_ratio is None:
+            raise ConfigError(f"{path}.sparsity and {path}.macs_ratio are both null; give at least one target")
+        if self.layer_sparsities and self.constrain != "layer":
+            raise ConfigError(f"{path}.layer_sparsities goes with {path}.constrain=layer, got {self.constrain}")
+        if self.sparsity is None and self.constrain == "layer":
+            raise ConfigError(f"{path}.constrain=layer needs {path}.sparsity, got null")
+        if self.rounding == "exact" and (self.sparsity, self.constrain, self.granularity) != (
+            self.sparsity or 0.0, "model", "weight"
+        ):
+            raise ConfigError(
+                f"{path}.rounding=exact needs {path}.sparsity, {path}.constrain=model and {path}.granularity=weight, "
+                f"got {'null' if self.sparsity is None else f'{self.sparsity:g}'}, {self.constrain} and "
+                f"{self.granularity}"
+            )
+        self._check_floor(path)
+
+    def _check_floor(self, path: str) -> None:
+        targets = {f"{path}.sparsity": self.sparsity or 0.0}
+        targets |= {f"{path}.layer_sparsities[{index}]": value for index, value in enumerate(self.layer_sparsities)}
+        for option, value in targets.items():
+            if self.clamp_gates and 1 - value < LOWEST:
+                raise ConfigError(
+                    f"{option}={value:g}: clamped gates are open with a probability of {LOWEST} at least; a target "
+                    f"above {1 - LOWEST:.5g} needs {path}.clamp_gates=false"
+                )
+
+
+def ascend(multipliers: Tensor, violations: Tensor, *, lr: float, restart: bool) -> Tensor:
+    """Return the multipliers after a step: max(0, lambda + lr v), and 0 where v < 0 with `restart`.
+
+    Args:
+        multipliers: lambda, one per constraint.
+        violations: v, expected density minus its target; a target that is met exactly does not restart.
+
+    Source: Gallego-Posada et al. 2022, arXiv 2208.04425, dual restarts as in cooper 0.1.
+    """
+    raised = (multipliers + lr * violations).clamp_(min=0)
+    return raised.masked_fill_(violations < 0, 0) if restart else raised
+
+
+class ConstrainedL0(GatedWeights):
+    Config = ConstrainedL0Config
+    rule = "median"
+    card = Card(
+        summary="random gates on weights or channels learn to shut until the network, or each layer, has its density",
+        paper="Gallego-Posada, Ramirez, Erraqabi, Bengio, Lacoste-Julien 2022, Controlled Sparsity via Constrained "
+        "Optimization, arXiv 2208.04425",
+        acts="during training, in every step",
+        eligible="weight: weights of convolutions and linear layers, depthwise ones only if included; filter: channels "
+        "that no addition or concatenation ties to others. The target counts gated layers only",
+        cost="a second copy of the weights, with granularity=weight three more tensors of their size, a few passes "
+        "over them per step; training is computed dense",
+        differences="the official code clamps gates on one device only, here method.clamp_gates decides; the target of "
+        "MACs, rounding=exact and Adam for the gates are this program's; biases have no gates",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.multipliers: Tensor | None = None
+        self.targets: Tensor | None = None
+        self.violations: Tensor | None = None
+        self.names: list[str] = []
+        self.costs: list[Tensor] = []
+
+    def requested_sparsity(self) -> float | None:
+        """Return the target where it is about the weights that `sparsity` counts, those of all gated layers."""
+        config = self.config
+        comparable = config.granularity == "weight" and not config.layer_sparsities
+        return config.sparsity if comparable else None
+
+    def budget_is_exact(self) -> bool:
+        return self.config.rounding == "exact"
+
+    def setup(self, context: Context) -> None:
+        """Set up gates, targets and multipliers.
+
+        Raises:
+            ConfigError: as many targets as layers are needed; MACs that gates cannot reach.
+        """
+        super().setup(context)
+        config, groups = self.config, self.layout_of.groups
+        if config.layer_sparsities and len(config.layer_sparsities) != len(groups):
+            raise ConfigError(
+                f"method.layer_sparsities has {len(config.layer_sparsities)} targets for {len(groups)} gated layers: "
+                f"{', '.join(group.name for group in groups)}"
+            )
+        wanted: dict[str, float] = {}
+        if config.constrain == "layer":
+            each = config.layer_sparsities or [config.sparsity] * len(groups)
+            wanted = {group.name: 1 - sparsity for group, sparsity in zip(groups, each, strict=True)}
+        elif config.sparsity is not None:
+            wanted["density"] = 1 - config.sparsity
+        self.costs = self._cost_matrices(context)
+        if config.macs_ratio is not None:
+            wanted["MACs"] = config.macs_ratio
+        self.names, self.targets = list(wanted), torch.tensor(list(wanted.values()), device=context.device)
+        self.multipliers = torch.zeros_like(self.targets)
+        self._check_reach()
+        self._tell_start(context)
+
+    def _cost_matrices(self, context: Context) -> list[Tensor]:
+        """Return the costs with a target that are those of the whole network."""
+        config, terms = self.config, []
+        if config.constrain == "model" and config.sparsity is not None:
+            terms.append(self.layout_of.weight_terms())
+        if config.macs_ratio is not None:
+            terms.append(self.layout_of.macs_terms(context.costs))
+        num_groups = len(self.layout_of.groups)
+        return [hard_concrete.cost_matrix(part, num_groups).to(context.device) for part in terms]
+
+    def _check_reach(self) -> None:
+        """Refuse MACs that are above the target even with all gates as shut as they can be."""
+        lowest = LOWEST if self.config.clamp_gates else 0.0
+        values, _ = self._constrained(torch.full((len(self.layout_of.groups),), lowest, device=self.targets.device))
+        if self.config.macs_ratio is not None and float(values[-1]) > self.config.macs_ratio:
+            raise ConfigError(
+                f"method.macs_ratio={self.config.macs_ratio:g} is out of reach: {float(values[-1]):.4g} of the MACs "
+                "are in layers without gates or behind gates that cannot shut further"
+            )
+
+    def _tell_start(self, context: Context) -> None:
+        values, _ = self._constrained(self.open_fractions())
+        rows = zip(self.names, values.tolist(), self.targets.tolist(), strict=True)
+        shown = ", ".join(f"{name} {value:.4g} (target {target:.4g})" for name, value, target in rows)
+        num_met = int((values <= self.targets).sum())
+        note = f"; {num_met} of {len(values)} targets are met before training" if num_met else ""
+        context.report(
+            f"gates: {self.layout_of.num_gates} on {len(self.layout_of.groups)} layers; expected at the start: "
+            f"{shown}{note}"
+        )
+
+    def _constrained(self, fractions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the constrained quantities [constraints] and their derivatives [constraints, groups].
+
+        Args:
+            fractions: expected open fraction of each group's gates [groups].
+        """
+        pairs = [hard_concrete.expected_cost(fractions, matrix) for matrix in self.costs]
+        values, rows = [value[None] for value, _ in pairs], [gradient[None] for _, gradient in pairs]
+        if self.config.constrain == "layer":
+            values, rows = [fractions, *values], [torch.eye(len(fractions), device=fractions.device), *rows]
+        return torch.cat(values), torch.cat(rows)
+
+    def price(self, context: Context, probability: Tensor) -> Tensor:
+        """Return the derivative of sum lambda (value - target) with respect to each P(open); note the violations."""
+        values, derivatives = self._constrained(self.layout_of.fractions(probability))
+        self.violations = values - self.targets
+        return self.layout_of.spread(self.multipliers @ derivatives)
+
+    def move_gates(self) -> None:
+        """Step gates and multipliers at once, both from the densities of the step."""
+        super().move_gates()
+        config = self.config
+        self.multipliers = ascend(self.multipliers, self.violations, lr=config.dual_lr, restart=config.dual_restart)
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return also how far the constraints are from being met.
+
+        l0/violation: the largest excess over a target; l0/feasible: 1 if it is at most 0.01; l0/multiplier,
+        l0/multiplier_max: mean and largest multiplier; l0/expected_macs: with a target of MACs, as a fraction.
+        """
+        super().end_epoch(context, epoch)
+        values, _ = self._constrained(self.open_fractions())
+        violation = float((values - self.targets).max())
+        self.figures |= {
+            "l0/violation": violation,
+            "l0/feasible": float(violation <= TOLERANCE),
+            "l0/multiplier": float(self.multipliers.mean()),
+            "l0/multiplier_max": float(self.multipliers.max()),
+        }
+        if self.config.macs_ratio is not None:
+            self.figures["l0/expected_macs"] = float(values[-1])
+        if (epoch + 1) * context.steps_per_epoch >= context.last_step:
+            self._end(context, violation)
+        return self.figures
+
+    def _end(self, context: Context, violation: float) -> None:
+        if violation > TOLERANCE:
+            context.report(
+                f"the target is missed by {violation:.4g} (l0/violation); raise method.dual_lr or method.gate_lr, or "
+                "train longer"
+            )
+        if self.config.rounding == "exact":
+            self._keep_budget(context)
+
+    def _keep_budget(self, context: Context) -> None:
+        """Keep exactly the requested number of weights: those with the highest gates.
+
+        A closed gate among them takes the median of its variable before it is stretched, which is never 0.
+        """
+        log_alpha = self.log_alpha.detach()
+        num_keep = distributions.num_keep_total(self.layout_of.num_gates, self.config.sparsity)
+        best = masks.keep_top(log_alpha, num_keep)
+        gates = hard_concrete.fixed_gate(log_alpha, self.rule)
+        gates = torch.where(gates > 0, gates, torch.sigmoid(log_alpha / hard_concrete.BETA)) * best
+        self.write(context, gates)
+        context.masks.replace_all(self.layout_of.masks(context.model, gates))
+        context.commit()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"multipliers": self.multipliers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self.multipliers is not None:
+            self.multipliers.copy_(state["multipliers"])

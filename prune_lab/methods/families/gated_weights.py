@@ -1,0 +1,282 @@
+"""Methods that multiply weights by hard-concrete gates, drawn anew in each step and trained with the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import TRAIN, Method, MethodConfig, Phase
+from prune_lab.methods.families.annealed_gradient import restore
+from prune_lab.schema import ConfigError, OpenFraction, Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+    from prune_lab.gate_layout import WeightGates
+
+torch = lazy_import("torch")
+distributed = lazy_import("prune_lab.distributed")
+eligibility = lazy_import("prune_lab.eligibility")
+gate_layout = lazy_import("prune_lab.gate_layout")
+hard_concrete = lazy_import("prune_lab.hard_concrete")
+seeding = lazy_import("prune_lab.seeding")
+
+LOWEST = 0.04713
+"""P(open) of a gate that the clamp holds at -log 100"""
+
+
+@dataclass(frozen=True)
+class GatesConfig(MethodConfig):
+    granularity: Literal["weight", "filter"]
+    """one gate per weight, or one per hidden channel, which takes the columns that read the channel with it"""
+    drop_rate: OpenFraction
+    """rho: gates start at a = log((1 - rho) / rho) with a standard deviation of 0.01"""
+    rescale: bool
+    """whether gated weights are divided by 1 - rho at the start"""
+    gate_optimizer: Literal["adam", "sgd"]
+    """what moves the gates; sgd has momentum 0.9"""
+    gate_lr: Positive
+    """learning rate of the gates, which no schedule changes"""
+    clamp_gates: bool
+    """whether a is kept within +-log 100 after each step"""
+    decay_moves_gates: bool
+    """whether the weight decay 0.5 wd P(open) |w|^2 also pushes gates shut"""
+    include: list[str]
+    """weight: layer patterns to gate although they are dense by default (depthwise convolutions)"""
+    exclude: list[str]
+    """layer patterns to leave without gates"""
+
+    def check(self, path: str) -> None:
+        if self.include and self.granularity == "filter":
+            raise ConfigError(
+                f"{path}.include={','.join(self.include)} goes with {path}.granularity=weight: with filter a depthwise "
+                "convolution follows the channels it gets"
+            )
+
+
+class GatedWeights(Method):
+    """Keeps the raw weights, which the optimizer moves; the network holds them times the gates.
+
+    In a step these are the gates drawn for it, between steps the gates without chance (`rule`), so that evaluation,
+    moving average, saved network and costs see real zeros. Subclasses say in `price` what open gates cost.
+    """
+
+    rule: Literal["louizos", "median"]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.raw: dict[str, Tensor] = {}
+        self.log_alpha: Tensor | None = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.figures: dict[str, float] = {}
+        self.layout_of: WeightGates | None = None
+        self.optimizer_group: dict[str, int] = {}
+        self.drawn: Tensor | None = None
+        self.probability: Tensor | None = None
+        self.overflow = False
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (TRAIN,)
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        return eligibility.select_layers(model, include=self.config.include, exclude=self.config.exclude)
+
+    def price(self, context: Context, probability: Tensor) -> Tensor:
+        """Return the derivative [gates] of what is added to the loss with respect to each gate's P(open)."""
+        raise TypeError(f"{type(self).__name__} does not say what an open gate costs")
+
+    def forward_macs(self, context: Context) -> int:
+        """Return the MACs of the dense network: drawn zeros save nothing."""
+        return context.dense_macs
+
+    def trains_pruned(self) -> bool:
+        return True
+
+    def setup(self, context: Context) -> None:
+        """Make gates and raw weights.
+
+        Raises:
+            ConfigError: a network without channels to gate.
+        """
+        config, named = self.config, context.parameters()
+        kind = gate_layout.FilterGates if config.granularity == "filter" else gate_layout.WeightGates
+        self.layout_of = kind(context)
+        spread = torch.randn(self.layout_of.num_gates, generator=context.generator("gates at the start"))
+        start = (spread * 0.01 + hard_concrete.start(config.drop_rate)).to(context.device)
+        self.log_alpha = torch.nn.Parameter(start)
+        make = torch.optim.SGD if config.gate_optimizer == "sgd" else torch.optim.Adam
+        options = {"momentum": 0.9} if config.gate_optimizer == "sgd" else {}
+        self.optimizer = make([self.log_alpha], lr=config.gate_lr, **options)
+        self.raw = {path: named[path].detach().clone() for path in self.layout_of.parameters}
+        if config.rescale:
+            for group in self.layout_of.groups:
+                self.raw[group.parameter].div_(1 - config.drop_rate)
+        self.optimizer_group = _optimizer_groups(context, [group.parameter for group in self.layout_of.groups])
+        rate = 0.0 if context.schedule is None else context.schedule.lr
+        if config.gate_optimizer == "sgd" and config.gate_lr <= rate:
+            context.report(
+                f"method.gate_lr={config.gate_lr:g} does not exceed the weights' learning rate {rate:g}: the gates "
+                "will hardly move; 6 is published"
+            )
+        context.install_masks(self.project(context))
+
+    def project(self, context: Context) -> dict[str, Tensor]:
+        """Write the weights times the gates without chance into the model and return the masks."""
+        gates = hard_concrete.fixed_gate(self.log_alpha.detach(), self.rule)
+        self.write(context, gates)
+        return self.layout_of.masks(context.model, gates)
+
+    @torch.no_grad()
+    def write(self, context: Context, gates: Tensor) -> None:
+        """Write the raw weights times `gates` into the model."""
+        named, factors = context.parameters(), self.layout_of.factors(gates)
+        products = torch._foreach_mul([self.raw[path] for path in factors], list(factors.values()))
+        torch._foreach_copy_([named[path] for path in factors], products)
+
+    def before_forward(self, context: Context, step: int) -> None:
+        """Draw the gates of the step: on every process the same."""
+        source = seeding.generator(context.seed, context.phase, "gates", step, device=context.device)
+        logistic = hard_concrete.noise(self.layout_of.num_gates, source)
+        self.drawn = hard_concrete.sample(self.log_alpha.detach(), logistic)
+        self.write(context, self.drawn)
+        self.layout_of.save_statistics()
+
+    def after_backward(self, context: Context, step: int) -> bool:
+        """Turn dL/d(w z) into dL/dw and dL/da, and hand the raw weights to the optimizer."""
+        named = context.parameters()
+        self.layout_of.restore_statistics(self.drawn)
+        self.overflow = context.amp_scaled and not _finite(context.model)
+        gradients = {path: _gradient(named[path]) for path in self.raw}
+        self.probability = hard_concrete.open_probability(self.log_alpha.detach())
+        by_gates = self.layout_of.gate_gradient(gradients, self.raw, self.drawn)
+        price = self.price(context, self.probability) + self._decay_price(context)
+        steepness = self.probability * (1 - self.probability)
+        self.log_alpha.grad = hard_concrete.slope(self.drawn) * by_gates + steepness * price
+        for path, factor in self.layout_of.factors(self.drawn).items():
+            gradients[path].mul_(factor)
+        self._correct_decay(context, gradients, decoupled=False)
+        torch._foreach_copy_([named[path].detach() for path in self.raw], list(self.raw.values()))
+        return True
+
+    def _decay_price(self, context: Context) -> Tensor | float:
+        """Return the derivative of 0.5 wd P |w|^2 with respect to P, per gate."""
+        if not self.config.decay_moves_gates:
+            return 0.0
+        decays = [group["weight_decay"] for _, group in self._decayed(context)]
+        squares = self.layout_of.squares(self.raw)
+        return torch.cat([0.5 * decay * square for decay, square in zip(decays, squares, strict=True)])
+
+    def _decayed(self, context: Context) -> list[tuple[str, dict]]:
+        """Return each gated parameter's path with the optimizer's options for it."""
+        groups = context.optimizer.param_groups  # new objects after a resume
+        return [(path, groups[index]) for path, index in self.optimizer_group.items()]
+
+    def _correct_decay(self, context: Context, targets: dict[str, Tensor], *, decoupled: bool) -> None:
+        """Make the optimizer's weight decay wd w of gated weights wd P(open) w.
+
+        Args:
+            targets: gradients, of an optimizer that adds wd w to them; or the weights after the step of one that
+                shrinks them by lr wd apart from the gradient (AdamW).
+
+        Source: Louizos et al. 2018, section 2.3: the L2 norm counts open weights.
+        """
+        shut = self.layout_of.parts(self.probability - 1)
+        for (path, group), part in zip(self._decayed(context), shut, strict=True):
+            if group["weight_decay"] and bool(group.get("decoupled_weight_decay")) == decoupled:
+                factor = -group["lr"] * group["weight_decay"] if decoupled else group["weight_decay"]
+                targets[path].addcmul_(self.raw[path], part, value=factor)
+
+    def after_step(self, context: Context, step: int) -> None:
+        """Take the raw weights back and move the gates; a step that fp16 skipped moves neither."""
+        if not self.overflow:
+            weights = {path: context.parameters()[path].detach() for path in self.raw}
+            self._correct_decay(context, weights, decoupled=True)
+            torch._foreach_copy_(list(self.raw.values()), list(weights.values()))
+            self.move_gates()
+        context.masks.replace_all(self.project(context))
+        context.commit(compare=False)
+
+    def move_gates(self) -> None:
+        """Do the step of the gates."""
+        self.optimizer.step()
+        if self.config.clamp_gates:
+            self.log_alpha.detach().clamp_(-hard_concrete.LIMIT, hard_concrete.LIMIT)
+
+    def open_fractions(self) -> Tensor:
+        """Return the mean P(open) of each layer's gates [groups]."""
+        return self.layout_of.fractions(hard_concrete.open_probability(self.log_alpha.detach()))
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return what the gates leave: all densities as fractions of the gated weights.
+
+        l0/expected_density: sum of P(open) times the weights of the gate; l0/density: of the gates without chance;
+        l0/open_gates: open ones among all gates; l0/undecided: gates that are neither 0 nor 1.
+        """
+        if distributed.world_size() > 1:
+            distributed.assert_same(context.masks.digest(), "masks")
+        log_alpha = self.log_alpha.detach()
+        gates, sizes = hard_concrete.fixed_gate(log_alpha, self.rule), [g.weights for g in self.layout_of.groups]
+        expected = self.open_fractions().tolist()
+        opened = self.layout_of.fractions((gates > 0).float()).tolist()
+        total = sum(sizes)
+        self.figures = {
+            "l0/expected_density": sum(a * b for a, b in zip(expected, sizes, strict=True)) / total,
+            "l0/density": sum(a * b for a, b in zip(opened, sizes, strict=True)) / total,
+            "l0/open_gates": float((gates > 0).double().mean()),
+            "l0/undecided": float(((gates > 0) & (gates < 1)).double().mean()),
+        }
+        if (epoch + 1) * context.steps_per_epoch >= context.last_step:
+            self._tell(context, dict(zip([group.name for group in self.layout_of.groups], opened, strict=True)))
+        return self.figures
+
+    def _tell(self, context: Context, opened: dict[str, float]) -> None:
+        empty = [name for name, fraction in opened.items() if fraction == 0]
+        if empty:
+            context.report(f"layers without any open gate: {', '.join(empty)}")
+        if min(opened.values()) == 1:
+            chance = self.figures["l0/expected_density"]
+            context.report(f"nothing was pruned: no gate is closed; on average P(open) is {chance:.4g}")
+
+    def explain(self) -> dict[str, float]:
+        return self.figures
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        """Return None: which gates close is learned."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "raw": dict(self.raw),
+            "log_alpha": self.log_alpha.detach(),
+            "gate_optimizer": self.optimizer.state_dict(),
+            "figures": dict(self.figures),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the state; the gates' optimizer only after `setup`, as nothing else needs it."""
+        restore(self.raw, state["raw"])
+        self.figures = dict(state["figures"])
+        if self.log_alpha is not None:
+            self.log_alpha.detach().copy_(state["log_alpha"])
+            self.optimizer.load_state_dict(state["gate_optimizer"])
+
+
+def _optimizer_groups(context: Context, paths: list[str]) -> dict[str, int]:
+    """Return the index of the optimizer's group of each parameter, by its path."""
+    groups = context.optimizer.param_groups
+    owner = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
+    named = context.parameters()
+    return {path: owner[id(named[path])] for path in paths}
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _finite(model: nn.Module) -> bool:
+    """Return whether all gradients are; the loss scaler skips the step otherwise."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())

@@ -1,0 +1,58 @@
+"""L0 regularisation: hard-concrete gates, and a price on the expected number of open ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.gated_weights import GatedWeights, GatesConfig
+from prune_lab.schema import NonNegative
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.context import Context
+
+torch = lazy_import("torch")
+
+
+@dataclass(frozen=True)
+class L0Config(GatesConfig):
+    penalty: NonNegative
+    """lambda: price of one expected weight, divided by the number of training images"""
+
+    @classmethod
+    def absent(cls, option: str) -> str | None:
+        if option != "sparsity":
+            return None
+        return (
+            "the sparsity is an outcome of method.penalty; raise it for more zeros, or take method=constrained_l0, "
+            "which finds the price that meets a target"
+        )
+
+
+class L0(GatedWeights):
+    Config = L0Config
+    rule = "louizos"
+    card = Card(
+        summary="random gates on weights or channels learn to stay shut, because every open one has a price",
+        paper="Louizos, Welling, Kingma 2018, Learning Sparse Neural Networks through L0 Regularization, "
+        "arXiv 1712.01312",
+        acts="during training, in every step",
+        eligible="weight: weights of convolutions and linear layers, depthwise ones only if included; filter: channels "
+        "that no addition or concatenation ties to others",
+        cost="a second copy of the weights, with granularity=weight three more tensors of their size, a few passes "
+        "over them per step; training is computed dense",
+        differences="a gated layer's bias is left as it is (official code: a sign error rewards its open gates; "
+        "dropped in training, added in tests); filter gates work as the L0BatchNorm of Gallego-Posada et al. 2022; "
+        "gates have an optimizer of their own, as under the weights' SGD rate they hardly move (AMLab-Amsterdam/"
+        "L0_regularization issue 6)",
+    )
+
+    def price(self, context: Context, probability: Tensor) -> Tensor:
+        """Return lambda / N times the weights that each gate controls."""
+        images = context.dataset.info.num_train
+        weights = torch.tensor([float(group.weights) for group in self.layout_of.groups], device=probability.device)
+        return self.layout_of.spread(weights) * (self.config.penalty / images)
