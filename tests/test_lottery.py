@@ -243,6 +243,23 @@ def test_copies_differ_in_nothing_but_the_order_of_the_last_training(tmp_path: P
     assert len({float(end["conv1.weight"].sum()) for _, end in ends}) == 3
 
 
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    options = ("method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=4it")
+    return last_result(finish(configure(tmp_path_factory.mktemp("usual"), "lottery", *options, short={})))["model"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["arm=OMP-rewind", "levels=3", "fraction=0.3", "distribution=uniform", "rewind_to=5it", "optimizer_state=zero",
+     "copy=1", "exclude=[conv1]"],
+)  # fmt: skip
+def test_every_option_changes_the_run(option: str, usual: dict, tmp_path: Path) -> None:
+    options = ("method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=4it", f"method.{option}")
+    changed = last_result(finish(configure(tmp_path, "lottery", *options, short={})))["model"]
+    assert any(not torch.equal(changed[name], tensor) for name, tensor in usual.items())
+
+
 # Sharing
 
 
