@@ -100,7 +100,8 @@ def _trace(model: nn.Module, image_size: int) -> tuple[fx.GraphModule, dict[fx.N
         traced = fx.GraphModule(ghost, _Tracer().trace(ghost))
         recorder = _ShapeRecorder(traced)
         with torch.no_grad():
-            recorder.run(torch.zeros(2, 3, image_size, image_size, device="meta"))
+            precision = next(model.parameters()).dtype
+            recorder.run(torch.zeros(2, 3, image_size, image_size, device="meta", dtype=precision))
     except Exception as error:  # a traced forward may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(

@@ -157,8 +157,8 @@ def refit(gram: Tensor, *, ridge: float = 1e-10) -> Iterator[Addition]:
         yield Addition(index, float(weights[index]), weights, _error(weights, product, target))
 
 
-STEP_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""steps that a step search tries, as multiples of 1 / n"""
+STEP_FACTORS = (0.25, 0.5, 2.0, 4.0)
+"""steps that a step search tries besides 1 / n, as multiples of it"""
 
 
 def descend(
@@ -178,23 +178,24 @@ def descend(
         shortlist: (a, allowed bool [size]) -> neurons to try, at least one of the allowed; called once per addition.
         repeat: whether a neuron may come again. False with step 1 / n: uniform weights (official code); True: counts
             / n (Ye et al. 2020, arXiv 2003.01794).
-        search: try each neuron with several steps about 1 / n (STEP_FACTORS) instead of 1 / n alone.
+        search: once the neuron is found with step 1 / n, try other steps towards it (STEP_FACTORS).
     """
     weights, allowed = torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.bool)
     for number in range(1, size + 1) if not repeat else _endless():
-        steps = [factor / number for factor in STEP_FACTORS] if search else [1 / number]
-        steps = [1.0] if number == 1 else [step for step in steps if step < 1]
-        best: Addition | None = None
-        for index in shortlist(weights, allowed):
-            for step in steps:
-                trial = (1 - step) * weights
-                trial[index] += step
-                value = loss(trial)
-                if best is None or value < best.error:
-                    best = Addition(int(index), step, trial, value)
+        trials = [_towards(weights, index, 1 / number, loss) for index in shortlist(weights, allowed)]
+        best = min(trials, key=lambda trial: trial.error)
+        if search and number > 1:
+            steps = [factor / number for factor in STEP_FACTORS if factor < number]
+            best = min([best, *(_towards(weights, best.index, step, loss) for step in steps)], key=lambda t: t.error)
         weights = best.weights
         allowed[best.index] = repeat
         yield best
+
+
+def _towards(weights: Tensor, index: int, step: float, loss: Callable[[Tensor], float]) -> Addition:
+    moved = (1 - step) * weights
+    moved[index] += step
+    return Addition(index, step, moved, loss(moved))
 
 
 def growing(additions: Iterator[Addition], *, patience: int) -> Iterator[tuple[list[int], Tensor]]:

@@ -34,7 +34,8 @@ TINY = (
 # Values for short runs, by the name of the option, so that new methods with the same options fit in.
 SHORT = {
     "sparsity": 0.8, "interval": 2, "num_cuts": 3, "samples_per_class": 2, "threshold_init": -10,
-    "threshold_decay": 0.2, "c": 0.05,
+    "threshold_decay": 0.2, "c": 0.05, "gate_lr": 1.0, "dual_lr": 1000.0, "penalty": 1000.0,
+    "rounding": "exact", "macs_ratio": 0.8,
 }  # fmt: skip
 
 

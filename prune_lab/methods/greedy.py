@@ -1,0 +1,396 @@
+"""Greedy forward selection: each layer starts empty and takes back the channels that restore its output first."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import FINETUNE, PRUNE, TRAIN_DENSE, Card, Method, MethodConfig, Phase
+from prune_lab.schema import (
+    ConfigError,
+    Count,
+    Momentum,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    Range,
+    suggestion,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from prune_lab.channel_probe import WeighedNetwork
+    from prune_lab.channels import ChannelGroup
+    from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+    from prune_lab.scoring_images import DrawnImages
+
+torch = lazy_import("torch")
+channel_budget = lazy_import("prune_lab.channel_budget")
+channel_probe = lazy_import("prune_lab.channel_probe")
+channels = lazy_import("prune_lab.channels")
+distributed = lazy_import("prune_lab.distributed")
+eligibility = lazy_import("prune_lab.eligibility")
+imitation = lazy_import("prune_lab.imitation")
+scoring = lazy_import("prune_lab.scoring")
+scoring_images = lazy_import("prune_lab.scoring_images")
+seeding = lazy_import("prune_lab.seeding")
+
+_GLOBAL = ("global-code", "global")
+_MAY_REPEAT = ("local-uniform", "global-code")
+_PATIENCE = 10
+"""additions per channel of the layer that may pass without a new channel; step searches can circle among a few"""
+
+
+@dataclass(frozen=True)
+class GreedyConfig(MethodConfig):
+    variant: Literal["local-refit", "local-line-search", "local-uniform", "global-code", "global"]
+    """what a channel is chosen by, and with which weight it comes in"""
+    macs_ratio: OpenFraction | None
+    """kept fraction of the dense network's MACs; every layer keeps about the same fraction of its channels"""
+    channels_ratio: OpenFraction | None
+    """kept fraction of each layer's channels"""
+    top1_tol: OpenFraction | None
+    """each layer grows until the training accuracy is at most this fraction below what it was before that layer"""
+    skip_eval_converge: Annotated[float, Range(0, 1, open_high=True)]
+    """top1_tol: the accuracy is measured once that of the scoring minibatch is at most this fraction below"""
+    eval_images: Count
+    """top1_tol: training images that the accuracy is measured on"""
+    repeat: bool
+    """local-uniform, global-code: a channel may come again, and weights are its share of the additions"""
+    loss: Literal["cross_entropy", "output_distance"]
+    """global variants: of the labels, or squared distance of the logits to those before the layer was pruned"""
+    candidates: Literal["taylor", "random"]
+    """global variants: which channels are tried in each step"""
+    num_evaluate: Count
+    """global variants: how many"""
+    batch: Count
+    """images of the minibatch that losses are measured on"""
+    fresh_batch: bool
+    """global variants: another minibatch for each addition"""
+    images: Count
+    """local variants: training images that the layer's output is imitated on"""
+    positions: Count
+    """local variants: places per image, where the next layer is a convolution"""
+    augment_scoring: bool
+    """whether the images of all these measurements are cropped and flipped as in training"""
+    exclude: list[str]
+    """patterns of layers that keep all of their output channels"""
+    between_epochs: NonNegative
+    """epochs of training after each pruned layer"""
+    between_lr: Positive
+    between_momentum: Momentum
+    between_weight_decay: NonNegative
+    between_batch: Count
+
+    def check(self, path: str) -> None:
+        goals = {name: getattr(self, name) for name in ("macs_ratio", "channels_ratio", "top1_tol")}
+        given = [f"{path}.{name}={value:g}" for name, value in goals.items() if value is not None]
+        if len(given) != 1:
+            raise ConfigError(
+                f"exactly one of {path}.macs_ratio, {path}.channels_ratio and {path}.top1_tol must be set, the others "
+                f"null; got {' and '.join(given) or 'none'}"
+            )
+        if self.repeat and self.variant not in _MAY_REPEAT:
+            raise ConfigError(
+                f"{path}.repeat=true is for {path}.variant={' or '.join(_MAY_REPEAT)}; {self.variant} has a rule of "
+                "its own"
+            )
+
+
+class Greedy(Method):
+    Config = GreedyConfig
+    card = Card(
+        summary="train dense, then rebuild each layer from its most useful channels, re-weighted; fine-tune",
+        paper="Ye, Gong, Nie, Zhou, Klivans, Liu 2020, Good Subnetworks Provably Exist: Pruning via Greedy Forward "
+        "Selection, arXiv 2003.01794; Ye, Wu, Liu 2020, Greedy Optimization Provably Wins the Lottery, "
+        "arXiv 2010.15969",
+        acts="between dense training and fine-tuning, layer after layer from the input, with a little training between",
+        eligible="hidden channels that only batch norm, activations, pooling and depthwise convolutions separate from "
+        "the layers that read them; sparsity counts all weights of convolutions and linear layers",
+        cost="local: one pass over method.images per layer; global: method.num_evaluate passes per channel; "
+        "method.between_epochs of training per layer",
+        differences="the official code has variant=global-code with candidates=random, top1_tol=0.02, batch=128 and "
+        "augment_scoring=true, for MobileNetV2 only, and also drops channels of its residual sums, which stay here. "
+        "The closed form of local-line-search and the refit (least squares) are derived, not taken from the papers. "
+        "Removed channels are zeros in producer and reader",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self._spent = 0
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (TRAIN_DENSE, PRUNE, FINETUNE)
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """Return all layers, depthwise ones too: their filters go with the channel."""
+        return eligibility.select_layers(model, include=["*"])
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        """Return the kept weights of the budget; with top1_tol they depend on trained weights."""
+        groups = self.groups(context)
+        budget = self.budget(context, groups)
+        if budget is None:
+            return None
+        whole = {layer.parameter: layer.size for layer in context.eligible()}
+        return [(0, whole | channels.weight_counts(context.model, groups, budget))]
+
+    def groups(self, context: Context) -> list[ChannelGroup]:
+        """Return the channel groups to prune, from input to output.
+
+        Raises:
+            ConfigError: there are none, or a pattern of method.exclude matches none.
+        """
+        found = channels.channel_groups(context.model, context.dataset.info.image_size)
+        names = [group.producer for group in found]
+        for pattern in self.config.exclude:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(
+                    f"method.exclude: {pattern!r} matches no layer whose channels can be removed"
+                    f"{suggestion(pattern, names)}; there are {', '.join(names) or 'none'}"
+                )
+        groups = [
+            group for group in found if not any(fnmatch.fnmatch(group.producer, p) for p in self.config.exclude)
+        ]
+        if not groups:
+            if found:
+                raise ConfigError("method.exclude leaves no layer to prune")
+            raise ConfigError("method=greedy: no hidden channels of this network can be removed on their own")
+        return groups
+
+    def budget(self, context: Context, groups: list[ChannelGroup]) -> dict[str, int] | None:
+        """Return the channels each producer keeps; None: the accuracy decides.
+
+        Raises:
+            ConfigError: a MACs target below what one channel per layer costs.
+        """
+        config = self.config
+        if config.channels_ratio is not None:
+            return {group.producer: max(1, round(config.channels_ratio * group.size)) for group in groups}
+        if config.macs_ratio is None:
+            return None
+        limit = Fraction(str(config.macs_ratio)) * context.dense_macs
+        cost = functools.partial(channel_budget.macs, context, groups)
+        return channel_budget.largest_within(groups, limit, cost, context.dense_macs)
+
+    def prune(self, context: Context) -> dict[str, float]:
+        """Select the channels of each group, write their weights into the network, train a little, go on."""
+        groups = self.groups(context)
+        budget = self.budget(context, groups)
+        masks: dict[str, Tensor] = {}
+        for number, group in enumerate(groups):
+            counts = {name: int(mask.sum()) for name, mask in masks.items()}
+            if context.rehearsal and number:
+                masks[group.producer] = _first(group.size, group.size if budget is None else budget[group.producer])
+            else:
+                want = None if budget is None else budget[group.producer]
+                macs = channel_budget.macs(context, groups, counts)
+                masks[group.producer] = self._prune_group(context, group, want, macs)
+            kept = masks[group.producer]
+            if not context.rehearsal:
+                context.report(f"{group.producer}: {int(kept.sum())} of {group.size} channels kept")
+            if not bool(kept.all()) and not (context.rehearsal and number):
+                counts[group.producer] = int(kept.sum())
+                self._train_between(context, groups, masks, channel_budget.macs(context, groups, counts))
+        whole = {layer.parameter: torch.ones(layer.shape, dtype=torch.bool) for layer in context.eligible()}
+        whole = {name: mask.to(context.device) for name, mask in whole.items()}
+        context.install_masks(whole | channels.weight_masks(context.model, groups, masks))
+        total = sum(group.size for group in groups)
+        return {"prune/channels_kept": sum(int(mask.sum()) for mask in masks.values()) / total}
+
+    def phase_cost(self, context: Context) -> int | None:
+        """Return the MACs of selection and of the training between layers.
+
+        Known beforehand with a ratio and a variant in which no channel comes again; else None in a dry run, and what
+        was really spent afterwards. Images of the accuracy for top1_tol are counted; the arithmetic on Gram matrices
+        is not (it is no pass through the network).
+        """
+        return self._planned(context) if context.rehearsal else self._spent
+
+    # Selection
+
+    def _prune_group(self, context: Context, group: ChannelGroup, want: int | None, macs: int) -> Tensor:
+        """Choose and re-weight the channels of one group; return the kept ones, bool [size]."""
+        with scoring.untouched(context.model, train_mode=False), torch.no_grad():
+            kept, weights = distributed.share(self._select(context, group, want, macs))
+        mask = torch.zeros(group.size, dtype=torch.bool)
+        mask[kept] = True
+        if not bool(mask.all()):
+            channel_probe.fold(context.model, group, mask, group.size * weights)
+        return mask
+
+    def _select(
+        self, context: Context, group: ChannelGroup, want: int | None, macs: int
+    ) -> tuple[list[int], Tensor]:
+        """Return (kept channels, weights a): the first `want` that come in, or as many as the accuracy needs."""
+        source = scoring_images.DrawnImages(context, group.producer, augment=self.config.augment_scoring)
+        objective = self.config.loss if self.config.variant in _GLOBAL else "cross_entropy"
+        with channel_probe.WeighedNetwork(context.model, group, objective=objective) as network:
+            if self.config.variant in _GLOBAL:
+                additions = self._global(network, source)
+            else:
+                additions = self._local(context, group, source, macs)
+            enough = self._enough(context, network, source, want)
+            kept, weights = self._grow(context, additions, enough, group.size, want)
+        self._spent += network.num_images * macs
+        return kept, weights
+
+    def _grow(
+        self, context: Context, additions: Iterator, enough: Callable, size: int, want: int | None
+    ) -> tuple[list[int], Tensor]:
+        kept, weights = [], torch.zeros(size, dtype=torch.float64)
+        for kept, weights in imitation.growing(additions, patience=_PATIENCE * size):
+            context.poll()
+            if context.rehearsal or enough(kept, weights):
+                break
+        else:
+            want = size if want is None else want  # never within the tolerance: the layer stays whole
+        missing = [index for index in range(size) if index not in kept][: (want or 0) - len(kept)]
+        return (kept + missing if want else kept), weights  # without a weight: their readers start from zero
+
+    def _local(self, context: Context, group: ChannelGroup, source: DrawnImages, macs: int) -> Iterator:
+        config = self.config
+        positions = source.positions("imitation", config.images).split(config.batch)
+        data = source.read("imitation", positions)
+        places = {"num_positions": config.positions, "generator": context.generator("positions", group.producer)}
+        gram = channel_probe.group_gram(context.model, group, data, **places)
+        if not bool(torch.isfinite(gram).all()):
+            raise ConfigError(
+                f"outputs of {group.producer} are infinite or NaN: look at the trained weights, or lower "
+                "method.between_lr"
+            )
+        self._spent += sum(map(len, positions)) * macs
+        if config.variant == "local-refit":
+            return imitation.refit(gram)
+        if config.variant == "local-line-search":
+            return imitation.line_search(gram)
+        return imitation.fixed_step(gram, repeat=config.repeat)
+
+    def _global(self, network: WeighedNetwork, source: DrawnImages) -> Iterator:
+        config, size = self.config, network.group.size
+        search = config.variant == "global"
+        minibatches = source.stream("minibatch", config.batch, fresh=config.fresh_batch)
+        draws = source.context.generator("candidates", network.group.producer)
+        shown = None
+
+        def shortlist(weights: Tensor, allowed: Tensor) -> list[int]:
+            nonlocal shown
+            source.context.poll()
+            batch = next(minibatches)
+            if batch is not shown:
+                network.see(*batch)
+                shown = batch
+            pool = allowed.nonzero().flatten()
+            if config.candidates == "random" or not bool(weights.any()):  # without a layer there is no slope to rank by
+                chosen = pool[torch.randperm(len(pool), generator=draws)]
+            else:
+                chosen = pool[network.slopes(weights)[pool].argsort(stable=True)]
+            return chosen[: config.num_evaluate].tolist()
+
+        return imitation.descend(size, network.loss, shortlist, repeat=config.repeat or search, search=search)
+
+    def _enough(
+        self, context: Context, network: WeighedNetwork, source: DrawnImages, want: int | None
+    ) -> Callable[[list[int], Tensor], bool]:
+        """Return the test that ends a layer's growth."""
+        if want is not None:
+            return lambda kept, weights: len(kept) >= want
+        config = self.config
+        if context.rehearsal:
+            return lambda kept, weights: True
+        spread = scoring_images.evenly(context.dataset.info.num_train, config.eval_images).split(config.batch)
+        first_look = list(source.stream("first look", config.batch, fresh=False, count=1))
+
+        def accuracy(weights: Tensor | None) -> float:
+            return network.accuracy(source.read("accuracy", spread), weights)
+
+        before = accuracy(None)
+
+        def enough(kept: list[int], weights: Tensor) -> bool:
+            if network.accuracy(first_look, weights) < (1 - config.skip_eval_converge) * before:
+                return False
+            return accuracy(weights) >= (1 - config.top1_tol) * before
+
+        return enough
+
+    # Training between layers
+
+    def _train_between(
+        self, context: Context, groups: list[ChannelGroup], kept: dict[str, Tensor], macs: int
+    ) -> None:
+        """Train the whole network a little, batch norm on batch statistics; removed channels stay zero."""
+        config, model = self.config, context.model
+        steps, batch = self._between_steps(context)
+        if not steps:
+            return
+        masks, named = channels.weight_masks(model, groups, kept), context.parameters()
+        optimizer = torch.optim.SGD(
+            model.parameters(), config.between_lr, config.between_momentum, weight_decay=config.between_weight_decay
+        )
+        word = f"between {len(kept)}"
+        source = scoring_images.DrawnImages(context, word, augment=True)
+        with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
+            torch.manual_seed(seeding.stable_hash(context.seed, word))  # dropout
+            model.train()
+            for images, labels in source.stream("order", batch, fresh=True, count=1 if context.rehearsal else steps):
+                context.poll()
+                optimizer.zero_grad(set_to_none=True)
+                torch.nn.functional.cross_entropy(model(images).float(), labels).backward()
+                optimizer.step()
+                torch._foreach_mul_([named[name].data for name in masks], list(masks.values()))
+                self._spent += 3 * batch * macs
+            model.eval()
+        optimizer.zero_grad(set_to_none=True)
+        _share_state(model)
+
+    def _between_steps(self, context: Context) -> tuple[int, int]:
+        """Return (steps, images per step) of the training after a layer."""
+        num_train = context.dataset.info.num_train
+        batch = min(self.config.between_batch, num_train)
+        epochs = self.config.between_epochs
+        return (max(1, round(epochs * num_train / batch)) if epochs else 0), batch
+
+    # Cost
+
+    def _planned(self, context: Context) -> int | None:
+        groups = self.groups(context)
+        budget = self.budget(context, groups)
+        if budget is None or self.config.variant == "global" or self.config.repeat:
+            return None
+        steps, batch = self._between_steps(context)
+        total, done = 0, {}
+        for group in groups:
+            want = budget[group.producer]
+            total += self._images_for(context, group.size, want) * channel_budget.macs(context, groups, done)
+            done[group.producer] = want
+            total += 3 * batch * steps * channel_budget.macs(context, groups, done) if want < group.size else 0
+        return total
+
+    def _images_for(self, context: Context, size: int, want: int) -> int:
+        """Return the images that pass the network while `want` of `size` channels are chosen, none of them twice."""
+        config, num_train = self.config, context.dataset.info.num_train
+        if config.variant not in _GLOBAL:
+            return min(config.images, num_train)
+        passes = sum(min(config.num_evaluate, size - have) for have in range(want))
+        passes += 2 * (want - 1) if config.candidates == "taylor" else 0
+        if config.loss == "output_distance":
+            passes += want if config.fresh_batch else 1
+        return passes * min(config.batch, num_train)
+
+
+def _first(size: int, count: int) -> Tensor:
+    return torch.arange(size) < count
+
+
+def _share_state(model: nn.Module) -> None:
+    """Give every process the weights of the first, from which rounding would lead the others away."""
+    if torch.distributed.is_initialized():
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, src=0)
