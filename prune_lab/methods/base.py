@@ -182,7 +182,7 @@ class Method:
         """Return whether weights that count as pruned are trained too, so that clipping must see their gradients."""
         return False
 
-    def phase_cost(self, context: Context) -> int:
+    def phase_cost(self, context: Context) -> int | None:
         """Return the MACs that an active phase without steps spends, such as scoring passes; known beforehand."""
         return 0
 
