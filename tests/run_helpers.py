@@ -47,8 +47,11 @@ METHODS = {
     "autosparse_topk": ("method=autosparse_topk",),
     "str": ("method=str", "method.threshold_init=-10", "method.threshold_decay=0.2"),
     "directional": ("method=directional", "method.c=0.05"),
-    "l0": ("method=l0", "method.gate_lr=1", "method.penalty=1000"),
-    "constrained_l0": ("method=constrained_l0", "method.gate_lr=1", "method.dual_lr=1000", "method.rounding=exact"),
+    "l0": ("method=l0", "method.gate_lr=1", "method.penalty=1000", "method.bn_images=0"),
+    "constrained_l0": (
+        "method=constrained_l0", "method.gate_lr=1", "method.dual_lr=1000", "method.rounding=exact",
+        "method.bn_images=0",
+    ),
     "lottery": ("method=lottery", "method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=7it"),
     "greedy": ("method=greedy", "method.images=24", "method.positions=4", "method.between_batch=8"),
     "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),

@@ -34,8 +34,8 @@ class ConstrainedL0Config(GatesConfig):
     """layer: a target per gated layer, in order, instead of `sparsity` for each; [] without"""
     macs_ratio: OpenFraction | None
     """target of the expected MACs as a fraction of the dense network's, beside or instead of `sparsity`"""
-    dual_lr: Positive
-    """learning rate of the multipliers"""
+    dual_lr: Positive | None
+    """learning rate of the multipliers; None: see `dual_rate`"""
     dual_restart: bool
     """whether a multiplier is set to 0 when its target is met (strictly)"""
     rounding: Literal["gates", "exact"]
@@ -76,7 +76,16 @@ class ConstrainedL0Config(GatesConfig):
                 )
 
 
-def ascend(multipliers: Tensor, violations: Tensor, *, lr: float, restart: bool) -> Tensor:
+def dual_rate(num_gates: int, num_steps: int) -> float:
+    """Return the learning rate of a multiplier where none is given: 0.01 x gates under its constraint / steps.
+
+    So the price of a single gate rises alike in networks of all sizes and trainings of all lengths. This rule is not
+    the paper's; the rates of the official scripts are 0.006 to 0.05 x gates / steps.
+    """
+    return 0.01 * num_gates / max(num_steps, 1)
+
+
+def ascend(multipliers: Tensor, violations: Tensor, *, lr: float | Tensor, restart: bool) -> Tensor:
     """Return the multipliers after a step: max(0, lambda + lr v), and 0 where v < 0 with `restart`.
 
     Args:
@@ -110,6 +119,7 @@ class ConstrainedL0(GatedWeights):
         self.multipliers: Tensor | None = None
         self.targets: Tensor | None = None
         self.violations: Tensor | None = None
+        self.rates: Tensor | None = None
         self.names: list[str] = []
         self.costs: list[Tensor] = []
 
@@ -146,8 +156,16 @@ class ConstrainedL0(GatedWeights):
             wanted["MACs"] = config.macs_ratio
         self.names, self.targets = list(wanted), torch.tensor(list(wanted.values()), device=context.device)
         self.multipliers = torch.zeros_like(self.targets)
+        self.rates = torch.tensor(self._rates(context.total_steps), device=context.device)
         self._check_reach()
         self._tell_start(context)
+
+    def _rates(self, num_steps: int) -> list[float]:
+        """Return the learning rate of each multiplier."""
+        if self.config.dual_lr is not None:
+            return [self.config.dual_lr] * len(self.names)
+        sizes = {group.name: group.size for group in self.layout_of.groups}
+        return [dual_rate(sizes.get(name, self.layout_of.num_gates), num_steps) for name in self.names]
 
     def _cost_matrices(self, context: Context) -> list[Tensor]:
         """Return the costs with a target that are those of the whole network."""
@@ -201,8 +219,8 @@ class ConstrainedL0(GatedWeights):
     def move_gates(self) -> None:
         """Step gates and multipliers at once, both from the densities of the step."""
         super().move_gates()
-        config = self.config
-        self.multipliers = ascend(self.multipliers, self.violations, lr=config.dual_lr, restart=config.dual_restart)
+        restart = self.config.dual_restart
+        self.multipliers = ascend(self.multipliers, self.violations, lr=self.rates, restart=restart)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return also how far the constraints are from being met.
@@ -221,24 +239,20 @@ class ConstrainedL0(GatedWeights):
         }
         if self.config.macs_ratio is not None:
             self.figures["l0/expected_macs"] = float(values[-1])
-        if (epoch + 1) * context.steps_per_epoch >= context.last_step:
-            self._end(context, violation)
-        return self.figures
-
-    def _end(self, context: Context, violation: float) -> None:
-        if violation > TOLERANCE:
+        if violation > TOLERANCE and (epoch + 1) * context.steps_per_epoch >= context.last_step:
             context.report(
                 f"the target is missed by {violation:.4g} (l0/violation); raise method.dual_lr or method.gate_lr, or "
                 "train longer"
             )
-        if self.config.rounding == "exact":
-            self._keep_budget(context)
+        return self.figures
 
-    def _keep_budget(self, context: Context) -> None:
-        """Keep exactly the requested number of weights: those with the highest gates.
+    def settle(self, context: Context) -> None:
+        """Keep exactly the requested number of weights, those with the highest gates, if the options say so.
 
         A closed gate among them takes the median of its variable before it is stretched, which is never 0.
         """
+        if self.config.rounding != "exact":
+            return
         log_alpha = self.log_alpha.detach()
         num_keep = distributions.num_keep_total(self.layout_of.num_gates, self.config.sparsity)
         best = masks.keep_top(log_alpha, num_keep)

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import TRAIN, Method, MethodConfig, Phase
 from prune_lab.methods.families.annealed_gradient import restore
-from prune_lab.schema import ConfigError, OpenFraction, Positive
+from prune_lab.schema import ConfigError, Index, OpenFraction, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from prune_lab.config import RunConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
     from prune_lab.gate_layout import WeightGates
@@ -22,7 +23,11 @@ distributed = lazy_import("prune_lab.distributed")
 eligibility = lazy_import("prune_lab.eligibility")
 gate_layout = lazy_import("prune_lab.gate_layout")
 hard_concrete = lazy_import("prune_lab.hard_concrete")
+norm_statistics = lazy_import("prune_lab.norm_statistics")
 seeding = lazy_import("prune_lab.seeding")
+
+_BATCH = 128
+"""images per forward pass when batch norm measures its statistics"""
 
 LOWEST = 0.04713
 """P(open) of a gate that the clamp holds at -log 100"""
@@ -38,12 +43,15 @@ class GatesConfig(MethodConfig):
     """whether gated weights are divided by 1 - rho at the start"""
     gate_optimizer: Literal["adam", "sgd"]
     """what moves the gates; sgd has momentum 0.9"""
-    gate_lr: Positive
-    """learning rate of the gates, which no schedule changes"""
+    gate_lr: Positive | None
+    """learning rate of the gates, which no schedule changes; None: see `gate_rate`"""
     clamp_gates: bool
     """whether a is kept within +-log 100 after each step"""
     decay_moves_gates: bool
     """whether the weight decay 0.5 wd P(open) |w|^2 also pushes gates shut"""
+    bn_images: Index
+    """training images on which batch norm measures its statistics with the gates without chance, after each epoch;
+    0: statistics gathered with drawn gates, as published"""
     include: list[str]
     """weight: layer patterns to gate although they are dense by default (depthwise convolutions)"""
     exclude: list[str]
@@ -55,6 +63,16 @@ class GatesConfig(MethodConfig):
                 f"{path}.include={','.join(self.include)} goes with {path}.granularity=weight: with filter a depthwise "
                 "convolution follows the channels it gets"
             )
+
+
+def gate_rate(optimizer: str, num_steps: int) -> float:
+    """Return the learning rate of the gates where none is given.
+
+    sgd: 6, published for the filters of a WRN-28-10. adam: 20 / steps, but at least 0.001 (Yang, Ji 2021, arXiv
+    2107.00070) and at most 0.1. Adam's steps are about as long as its rate, so that in a short training a gate can
+    still cross [-log 100, log 100] twice, and in a long one gates stay calm.
+    """
+    return 6.0 if optimizer == "sgd" else min(max(20 / max(num_steps, 1), 1e-3), 0.1)
 
 
 class GatedWeights(Method):
@@ -80,6 +98,15 @@ class GatedWeights(Method):
 
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN,)
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse an average of the weights, whose batch norm cannot be measured here."""
+        if self.config.bn_images and config.trainer.ema_decay is not None:
+            raise ConfigError(
+                f"trainer.ema_decay={config.trainer.ema_decay:g} needs method.bn_images=0: batch norm is measured on "
+                "the network itself, not on its moving average",
+                "trainer.ema_decay",
+            )
 
     def layers(self, model: nn.Module) -> list[Layer]:
         return eligibility.select_layers(model, include=self.config.include, exclude=self.config.exclude)
@@ -109,17 +136,18 @@ class GatedWeights(Method):
         self.log_alpha = torch.nn.Parameter(start)
         make = torch.optim.SGD if config.gate_optimizer == "sgd" else torch.optim.Adam
         options = {"momentum": 0.9} if config.gate_optimizer == "sgd" else {}
-        self.optimizer = make([self.log_alpha], lr=config.gate_lr, **options)
+        rate = config.gate_lr or gate_rate(config.gate_optimizer, context.total_steps)
+        self.optimizer = make([self.log_alpha], lr=rate, **options)
         self.raw = {path: named[path].detach().clone() for path in self.layout_of.parameters}
         if config.rescale:
             for group in self.layout_of.groups:
                 self.raw[group.parameter].div_(1 - config.drop_rate)
         self.optimizer_group = _optimizer_groups(context, [group.parameter for group in self.layout_of.groups])
-        rate = 0.0 if context.schedule is None else context.schedule.lr
-        if config.gate_optimizer == "sgd" and config.gate_lr <= rate:
+        weights = 0.0 if context.schedule is None else context.schedule.lr
+        if config.gate_optimizer == "sgd" and rate <= weights:
             context.report(
-                f"method.gate_lr={config.gate_lr:g} does not exceed the weights' learning rate {rate:g}: the gates "
-                "will hardly move; 6 is published"
+                f"method.gate_lr={rate:g} does not exceed the weights' learning rate {weights:g}: the gates will "
+                "hardly move; 6 is published"
             )
         context.install_masks(self.project(context))
 
@@ -230,7 +258,23 @@ class GatedWeights(Method):
         }
         if (epoch + 1) * context.steps_per_epoch >= context.last_step:
             self._tell(context, dict(zip([group.name for group in self.layout_of.groups], opened, strict=True)))
+            self.settle(context)
+        if self.config.bn_images:
+            self._measure_statistics(context)
         return self.figures
+
+    def settle(self, context: Context) -> None:
+        """Do what is left to do to the network after the last step."""
+
+    def _measure_statistics(self, context: Context) -> None:
+        """Let batch norm see the network as it is evaluated; the forward passes count as training."""
+        dataset, source = context.dataset, context.generator("batch norm")
+        drawn = torch.randperm(len(dataset.train_labels), generator=source)[: self.config.bn_images]
+        whole = drawn[: len(drawn) // _BATCH * _BATCH] if len(drawn) > _BATCH else drawn  # batches count alike
+        with torch.autocast(context.device.type, enabled=False):
+            batches = (images for images, _ in dataset.train_subset(whole.split(_BATCH), augment_seed=context.seed))
+            num_images = norm_statistics.measure_statistics(context.model, batches)
+        context.cost.total += num_images * context.forward_macs
 
     def _tell(self, context: Context, opened: dict[str, float]) -> None:
         empty = [name for name, fraction in opened.items() if fraction == 0]

@@ -1,0 +1,45 @@
+"""Running statistics of batch norm measured anew, for a network that is not the one they were gathered on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def measure_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Give every batch norm of `model` the means of its statistics over `batches`; everything else stays as it was.
+
+    Mean and (unbiased) variance are averaged over the batches, each of which counts alike. All other modules work as in
+    evaluation.
+
+    Returns:
+        The number of images; 0 if there is no batch norm with running statistics.
+    """
+    norms = [
+        module for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]  # fmt: skip
+    if not norms:
+        return 0
+    modes = {module: module.training for module in model.modules()}
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over the batches
+        norm.train()
+    num_images = 0
+    try:
+        for images in batches:
+            model(images)
+            num_images += len(images)
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(tracked)
+        for module, mode in modes.items():
+            module.training = mode
+    return num_images
