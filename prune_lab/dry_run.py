@@ -87,6 +87,7 @@ def _summary(
         "run/versions": results.versions(),
         **results.choices(config),
         **counts,
+        **config.method.chosen(),
         "macs/train": spent,
         "macs/train_dense": train_dense,
         "macs/train_ratio": spent / train_dense if spent is not None and train_dense else None,

@@ -238,6 +238,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "macs/train_dense": train_dense,
         "macs/train_ratio": spent / train_dense if train_dense else None,
         "macs/train_ratio_paper": run.outcomes[-1]["paper_train_ratio"],
+        **config.method.chosen(),
         "phases": [
             {"name": entry.phase.name, "key": entry.key, "epochs": figures["epochs"], "reused": figures["reused"],
              "wall_s": figures["wall_s"]}

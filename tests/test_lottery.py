@@ -115,6 +115,16 @@ def test_every_arm_runs_to_its_sparsity_and_says_which_it_is(arm: str, tmp_path:
     assert written["sparsity/achieved"] == 1 - kept / total
 
 
+def test_a_run_of_shared_phases_says_its_own_arm_and_rounds(tmp_path: Path) -> None:
+    said = []
+    for options in (("method.levels=2",), ("method.levels=1",), ("method.levels=1", "method.arm=LT-OMP")):
+        before = set(tmp_path.glob("*/summary.json"))
+        assert pipeline.run(configure(tmp_path, "lottery", *options, short={})) == 0
+        (path,) = set(tmp_path.glob("*/summary.json")) - before
+        said.append((summary(path.parent)["lottery/arm"], summary(path.parent)["lottery/levels"]))
+    assert said == [("LT-IMP", 2), ("LT-IMP", 1), ("LT-OMP", 1)]
+
+
 # Rewinding
 
 

@@ -187,7 +187,11 @@ class Method:
         return 0
 
     def explain(self) -> dict[str, float]:
-        """Return figures of a finished phase for the summary."""
+        """Return figures of a finished phase for the summary; runs that share the phase share them."""
+        return {}
+
+    def chosen(self) -> dict[str, Any]:
+        """Return options that the summary shows beside the method's name."""
         return {}
 
     def prune(self, context: Context) -> dict[str, float] | None:

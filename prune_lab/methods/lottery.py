@@ -279,7 +279,7 @@ class Lottery(Method):
         now = {name: context.parameters()[name].detach() for name in self.start}
         return {"weights/overlap": weight_correlation.overlap_of_largest(self.start, now, _LARGE, context.masks.masks)}
 
-    def explain(self) -> dict[str, Any]:
+    def chosen(self) -> dict[str, Any]:
         """Return which arm this is and after how many rounds."""
         config = self.config
         return {"lottery/arm": config.arm, "lottery/levels": self.levels, "lottery/rewind_to": config.rewind_to}
