@@ -49,8 +49,8 @@ METHODS = {
     "directional": ("method=directional", "method.c=0.05"),
     "l0": ("method=l0", "method.gate_lr=1", "method.penalty=1000", "method.bn_images=0"),
     "constrained_l0": (
-        "method=constrained_l0", "method.gate_lr=1", "method.dual_lr=1000", "method.rounding=exact",
-        "method.bn_images=0",
+        "method=constrained_l0", "method.sparsity=0.5", "method.gate_optimizer=sgd", "method.gate_lr=30",
+        "method.drop_rate=0.01", "method.dual_lr=1000", "method.rounding=exact", "method.bn_images=0",
     ),
     "lottery": ("method=lottery", "method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=7it"),
     "greedy": ("method=greedy", "method.images=24", "method.positions=4", "method.between_batch=8"),
