@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from contexts import context_of
 from method_runs import CONF, TINY, configure, finish, last_result, make, summary, watch
 from torch import nn
 
-from prune_lab import cli, optim, pipeline
+from prune_lab import cli, loop, optim, pipeline
 from prune_lab.config import PhaseSchedule
 from prune_lab.grda import GRDA, thresholds
 from prune_lab.loop import Training
@@ -139,6 +141,29 @@ def test_moving_average_has_the_same_zeros_among_its_weights(tmp_path: Path) -> 
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     assert written["sparsity/achieved"] == pytest.approx(zeros / sum(weight.numel() for weight in weights), abs=1e-12)
     assert rows(folder)[-1]["eval/loss"] == pytest.approx(written["final/loss"])
+
+
+def test_stopped_in_the_last_evaluation_it_leaves_the_same_records(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zeros are masks already when the last epoch is evaluated, so a call that goes on begins with masks."""
+    real, calls = loop.measure, []
+
+    def measure(*arguments: Any, **kwargs: Any) -> dict[str, float]:
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **kwargs)
+
+    monkeypatch.setattr(loop, "measure", measure)
+    config = configure(tmp_path, "directional", "method.mu=0.6")
+    assert pipeline.run(config) == 143
+    resumed = rows(finish(config))
+    assert [untimed(row) for row in resumed] == [untimed(row) for row in rows(run)]
+
+
+def untimed(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if not key.startswith("time/")}
 
 
 def test_without_threshold_the_run_is_dense_plain_sgd(tmp_path: Path) -> None:

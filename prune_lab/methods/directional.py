@@ -55,11 +55,12 @@ class Directional(Method):
         paper="Chao, Wang, Xing, Cheng 2020, Directional Pruning of Deep Neural Networks, arXiv 2006.09358",
         acts="in every step of one training, in place of the optimizer; zeros may come back until its end",
         eligible="all trained parameters; the sparsity that is compared counts weights of convolutions (depthwise ones "
-        "too) and linear layers, sparsity/all_parameters the rest as well (the papers' figure)",
+        "too) and linear layers, sparsity/all_parameters the rest as well (what the published logs count)",
         cost="one more tensor as large as the parameters, two passes over them per step; training is computed dense",
         differences="threshold summed up with the learning rates in force, as in the official PyTorch and TensorFlow "
-        "code (Keras and PlaidML: from the present rate). The paper's CIFAR schedule (constant to half, linear to a "
-        "hundredth at 0.9, then constant) is not offered; step and linear come near it",
+        "code (Keras and PlaidML: from the present rate). The official code's CIFAR schedule (constant to half, linear "
+        "to a hundredth at 0.9, then constant) is not offered; step and linear come near it. trainer.ema_decay keeps "
+        "the zeros of the weights at the end; normalisation and biases are averaged to nonzero, but counted as trained",
     )
 
     def __init__(self, config: Any) -> None:
@@ -137,7 +138,7 @@ class Directional(Method):
         """Return threshold, sparsity and density per layer; after the last epoch zeros become the masks.
 
         sparsity counts the weights of convolutions and linear layers, sparsity/all_parameters everything trained.
-        Both, and the masks, are of the trained weights; trainer.ema_decay averages normalisation and biases to nonzero.
+        Both, and the masks, are of the trained weights, not of their moving average.
         """
         named = context.parameters()
         counts = torch.stack([torch.count_nonzero(parameter.detach()) for parameter in named.values()]).tolist()
@@ -147,9 +148,11 @@ class Directional(Method):
             "threshold": context.optimizer.threshold,
             "sparsity/all_parameters": 1 - sum(counts) / sum(parameter.numel() for parameter in named.values()),
         }
+        masked = {}
         if (epoch + 1) * context.steps_per_epoch >= context.last_step:
             self._take_masks(context, kept)
-        return self.figures | {
+            masked = context.history.figures(context.masks.masks)  # a call that goes on from here has masks already
+        return self.figures | masked | {
             "sparsity": 1 - sum(kept.values()) / sum(layer.size for layer in context.layers),
             "macs/inference": accounting.sparse_macs(context.costs, kept),
             **{f"mask/density/{layer.name}": kept[layer.parameter] / layer.size for layer in context.layers},
