@@ -241,6 +241,13 @@ def test_statistics_matter_within_the_curve(runs):
     assert connect(*runs, "--batch-norm", "interpolate")["points"][1]["train/loss"] != recomputed["train/loss"]
 
 
+def test_the_runs_evaluation_batch_changes_no_statistics(runs, tmp_path):
+    whole, small = connect(*runs), altered(runs[0], tmp_path, run=('"eval_batch_size": 500', '"eval_batch_size": 5'))
+    shutil.rmtree("outputs")
+    for one, other in zip(whole["points"], connect(small, runs[1])["points"], strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
 def test_the_same_command_reads_what_is_there_and_runs_stay_as_they_are(runs, monkeypatch, capsys):
     before = [contents(run) for run in runs]
     connect(*runs)
@@ -309,6 +316,8 @@ def test_an_output_folder_holds_one_analysis(runs, tmp_path):
         (("{b}", "--curve", "bezier", "--batch-size", "49"), r"--batch-size must lie in \[1, 48\]"),
         (("{b}", "--batch-norm", "interpolate", "--batch-norm-images", "9"), "--batch-norm-images goes with"),
         (("{b}", "--limit-train-images", "few"), "--limit-train-images must be a whole number above 0, or all"),
+        (("{b}", "--batch-norm-images", "1"), "--batch-norm-images must be a whole number above 1, or all, got 1"),
+        (("{b}", "--batch-norm-images", ""), "--batch-norm-images must be a whole number above 1, .* got nothing"),
         (("{b}", "--data", "elsewhere"), "--data: the data set fake is not read from a folder"),
         (("{b}", "--device", "gpu"), "--device gpu is not allowed"),
         (("{b}", "--seed", "-1"), "--seed must lie in"),

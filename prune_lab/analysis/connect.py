@@ -10,7 +10,6 @@ from typing import Annotated, Any
 from prune_lab.analysis.output import ResultFolder
 from prune_lab.analysis.runs import FinishedRun, data_options, read_run, require_comparable
 from prune_lab.arguments import Arguments
-from prune_lab.files import jsonable
 from prune_lab.lazy import lazy_import
 from prune_lab.schema import ConfigError, Count, Index, Momentum, Positive, Range, coerce
 from prune_lab.tracking.lines import to_ascii
@@ -18,7 +17,6 @@ from prune_lab.tracking.lines import to_ascii
 bench = lazy_import("prune_lab.analysis.bench")
 connection = lazy_import("prune_lab.analysis.connection")
 curve_training = lazy_import("prune_lab.analysis.curve_training")
-store = lazy_import("prune_lab.store")
 
 STABLE_BELOW_POINTS = 2.0
 """a convention: the line counts as free of a barrier when the test error rises by less"""
@@ -62,18 +60,14 @@ def _connect(options: Namespace, runs: tuple[FinishedRun, FinishedRun], setting:
     lines = _Lines(plan)
     for t, run in enumerate(runs):
         _say(f"t = {t}: {run.directory}")
-    done = folder.result()
-    if done is not None:
-        _say(f"done already: {folder.directory}")
-        for point in done["points"]:
-            lines.point(point)
-    else:
-        folder.directory.mkdir(parents=True, exist_ok=True)
-        with store.lock(folder.directory / ".lock", what=str(folder.directory), report=print, poll=lambda: None):
-            folder.start(runs)
-            result = connection.explore(setting, runs, plan, folder.directory, report=_say, show=lines.point)
-            done = jsonable(result | {"reported_error": [_reported(run) for run in runs]})
-            folder.finish(done)
+
+    def explore() -> dict[str, Any]:
+        result = connection.explore(setting, runs, plan, folder.directory, report=_say, show=lines.point)
+        return result | {"reported_error": [_reported(run) for run in runs]}
+
+    done, known = folder.settle(runs, explore, report=_say)
+    for point in done["points"] if known else ():
+        lines.point(point)
     for line in summary_lines(done, plan):
         _say(line)
     _say(f"written: {folder.directory}")
@@ -134,19 +128,20 @@ def _check(options: Namespace) -> None:
         setattr(options, name, coerce(kind, value, f"--{name.replace('_', '-')}"))
     coerce(Index, options.seed, "--seed")
     options.limit_train_images = count_or_all(options.limit_train_images, "--limit-train-images")
-    options.batch_norm_images = count_or_all(options.batch_norm_images or "5000", "--batch-norm-images")
+    wanted = "5000" if options.batch_norm_images is None else options.batch_norm_images
+    options.batch_norm_images = count_or_all(wanted, "--batch-norm-images", least=2)  # one image has no variance
 
 
-def count_or_all(text: str, option: str) -> int | None:
+def count_or_all(text: str, option: str, *, least: int = 1) -> int | None:
     """Return a number of images, None for `all`.
 
     Raises:
-        ConfigError: neither.
+        ConfigError: neither, or fewer than `least`.
     """
     if text == "all":
         return None
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise ConfigError(f"{option} must be a whole number above 0, or all, got {text}")
+    if not text.isascii() or not text.isdigit() or int(text) < least:
+        raise ConfigError(f"{option} must be a whole number above {least - 1}, or all, got {text or 'nothing'}")
     return int(text)
 
 

@@ -21,6 +21,8 @@ from prune_lab.schema import ConfigError
 from prune_lab.tracking.jsonl import append_record, read_records, rewrite
 
 FIGURES = ("loss", "error")
+NORM_BATCH_SIZE = 500
+"""images per batch of statistics; fixed, because the variance within a batch depends on it"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class _Survey:
             buffer.copy_(value)
         if self.plan.norm_images is not None:
             chosen = self.bench.drawn("images for batch norm", self.plan.norm_images)
-            batches = self.bench.training_images(chosen, self.bench.trainer.eval_batch_size, augment=True)
+            batches = self.bench.training_images(chosen, NORM_BATCH_SIZE, augment=True)
             recompute_statistics(self.model, batches)
 
     def measure(self, t: float) -> dict[str, float]:

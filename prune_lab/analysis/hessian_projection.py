@@ -9,14 +9,12 @@ from typing import Any
 from prune_lab.analysis.output import ResultFolder
 from prune_lab.analysis.runs import FinishedRun, data_options, read_run, require_comparable
 from prune_lab.arguments import Arguments
-from prune_lab.files import jsonable
 from prune_lab.lazy import lazy_import
 from prune_lab.schema import ConfigError, Count, Index, OpenFraction, coerce
 from prune_lab.tracking.lines import to_ascii
 
 bench = lazy_import("prune_lab.analysis.bench")
 projection = lazy_import("prune_lab.analysis.projection")
-store = lazy_import("prune_lab.store")
 
 _DESCRIPTION = (
     "Project d = w_sgd - w_other, over all trainable parameters, on the eigenvectors of the largest eigenvalues of the "
@@ -62,15 +60,7 @@ def _project(options: Namespace, runs: tuple[FinishedRun, FinishedRun], setting:
     folder = ResultFolder.of("hessian-projection", runs, inputs, chosen=options.output)
     _say(f"w_sgd:   {runs[0].directory}")
     _say(f"w_other: {runs[1].directory}")
-    result = folder.result()
-    if result is not None:
-        _say(f"done already: {folder.directory}")
-    else:
-        folder.directory.mkdir(parents=True, exist_ok=True)
-        with store.lock(folder.directory / ".lock", what=str(folder.directory), report=print, poll=lambda: None):
-            folder.start(runs)
-            result = jsonable(projection.project(setting, runs, plan, report=_say))
-            folder.finish(result)
+    result, _ = folder.settle(runs, lambda: projection.project(setting, runs, plan, report=_say), report=_say)
     for line in summary_lines(result, runs, plan):
         _say(line)
     _say(f"written: {folder.directory}")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prune_lab.analysis.runs import FinishedRun
 from prune_lab.files import jsonable, read_json, write_json
+from prune_lab.lazy import lazy_import
 from prune_lab.schema import ConfigError
+
+store = lazy_import("prune_lab.store")
 
 FORMAT = 1
 """raised when the meaning of stored results changes"""
@@ -66,16 +69,34 @@ class ResultFolder:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def result(self) -> dict[str, Any] | None:
-        """Return what this very analysis found, None if it is not done."""
+    def settle(
+        self, runs: Sequence[FinishedRun], work: Callable[[], dict[str, Any]], *, report: Callable[[str], None]
+    ) -> tuple[dict[str, Any], bool]:
+        """Return what this very analysis found, and whether it was there already; otherwise `work` finds it now.
+
+        Two processes that want the same do it once: the second waits and reads.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        found = self._result()
+        if found is None:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                reason = f"cannot make the folder {self.directory}: {error.strerror}"
+                raise ConfigError(f"{reason}; --output FOLDER names another") from error
+            with store.lock(self.directory / ".lock", what=str(self.directory), report=report, poll=lambda: None):
+                found = self._result()
+                if found is None:
+                    about = {"key": self.key, "runs": [str(run.directory.resolve()) for run in runs], **self.inputs}
+                    write_json(self.directory / "analysis.json", about)
+                    found = jsonable({"key": self.key, **work()})
+                    write_json(self.directory / "result.json", found)
+                    return found, False
+        report(f"done already: {self.directory}")
+        return found, True
+
+    def _result(self) -> dict[str, Any] | None:
         found = self._read("result.json")
         return found if found.get("key") == self.key else None
-
-    def start(self, runs: Sequence[FinishedRun]) -> None:
-        """Make the folder and note whose it is."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        about = {"key": self.key, "runs": [str(run.directory.resolve()) for run in runs], **self.inputs}
-        write_json(self.directory / "analysis.json", about)
-
-    def finish(self, result: dict[str, Any]) -> None:
-        write_json(self.directory / "result.json", {"key": self.key, **result})
