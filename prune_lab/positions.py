@@ -24,7 +24,7 @@ class Position:
         return round(self.count * steps_per_epoch) if self.unit == "ep" else int(self.count)
 
 
-START = Position(0, "it")
+START = Position(0.0, "ep")
 
 
 def parse_position(text: str, option: str) -> Position:
@@ -37,4 +37,5 @@ def parse_position(text: str, option: str) -> Position:
     if not found:
         raise ConfigError(f"{option}={text} is no place in the training; write epochs as 8ep or steps as 500it", option)
     steps, epochs = found.groups()
-    return Position(int(steps), "it") if steps else Position(float(epochs), "ep")
+    place = Position(int(steps), "it") if steps else Position(float(epochs), "ep")
+    return place if place.count else START  # 0it and 0ep are one place

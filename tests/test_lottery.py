@@ -88,6 +88,8 @@ def test_chains_of_the_arms() -> None:
     assert names(levels=2, arm="fine-tune-OMP") == ["train", "prune_2", "finetune_2"]
     assert names(levels=0) == ["train"]
     assert names(levels=0, copy=1) == ["early", "train_0"]
+    zero = {"arm": "IMP-rewind", "rewind_to": "4it", "optimizer_state": "zero"}
+    assert names(levels=0, copy=1, **zero) == ["early", "rewind_0", "train_0"]
 
 
 def test_schedules_start_again_where_the_arm_says() -> None:
@@ -171,21 +173,26 @@ def test_a_round_starts_from_the_masked_early_network(place: str, tmp_path: Path
     assert first["train"] == list(range(9))
 
 
-@pytest.mark.parametrize("choice", ["restore", "zero"])
-def test_optimizer_state_after_rewinding(choice: str, tmp_path: Path, monkeypatch) -> None:
-    first: dict[str, float] = {}
+@pytest.mark.parametrize(
+    "options",
+    [("arm=IMP-rewind", "levels=1"), ("arm=random-global", "levels=1"), ("arm=IMP-rewind", "levels=0", "copy=1")],
+)
+def test_optimizer_state_after_rewinding(options: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
+    """Both choices share one folder: what differs in this option alone must not share the phases after it."""
+    norms: list[float] = []
     original = pipeline.perform
 
     def perform(job):
-        if job.planned.phase.name == "train_1":
+        if job.planned.phase.begin is not None:
             states = (job.previous.get("optimizer") or {"state": {}})["state"].values()
-            first["norm"] = sum(float(state["momentum_buffer"].norm()) for state in states)
+            norms.append(sum(float(state["momentum_buffer"].norm()) for state in states))
         return original(job)
 
     monkeypatch.setattr(pipeline, "perform", perform)
-    options = ("method.levels=1", "method.arm=IMP-rewind", "method.rewind_to=4it", f"method.optimizer_state={choice}")
-    finish(configure(tmp_path, "lottery", *options, short={}))
-    assert (first["norm"] > 0) == (choice == "restore")
+    for choice in ("restore", "zero"):
+        typed = [f"method.{option}" for option in (*options, "rewind_to=4it", f"optimizer_state={choice}")]
+        assert pipeline.run(configure(tmp_path, "lottery", *typed, short={})) == 0
+    assert norms[0] > 0 and norms[1:] == [0]
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
@@ -284,6 +291,8 @@ def test_levels_arms_and_dense_training_share_their_phases(tmp_path: Path) -> No
         (("method=lottery", "method.arm=random-global", "method.levels=3"), 2),
         (("method=lottery", "method.arm=LR-rewinding-OMP", "method.levels=3"), 2),
         (("method=lottery", "method.arm=LT-OMP", "method.levels=3"), 2),  # the cut is there already
+        (("method=lottery", "method.arm=IMP-rewind", "method.levels=3", "method.rewind_to=0it"), 0),
+        (("method=lottery", "method.levels=3", "method.optimizer_state=zero"), 0),  # it has none at the start
     ):
         before = set((tmp_path / "phases").iterdir())
         name = overrides[0].partition("=")[2]

@@ -50,7 +50,8 @@ class LotteryConfig(MethodConfig):
     rewind_to: Annotated[str, Example("8ep")]
     """place in the dense training, as epochs (8ep) or steps (500it): weights and schedule go back there"""
     optimizer_state: Literal["restore", "zero"]
-    """the optimizer's running means after rewinding: those of that step, or zeros (official code, open_lth)"""
+    """the optimizer's running means after weight rewinding: those of that step, or zeros (official code, open_lth);
+    the other arms start without any"""
     copy: Index
     """a number above 0: the last training sees its batches in another order, drawn from this number, so that two copies
     from one point can be compared (Frankle et al. 2020)"""
@@ -124,7 +125,7 @@ class Lottery(Method):
         arm, last = self.config.arm, self.levels
         early = Phase("early", "train", "train", active=False, end=self._place(), order="train", keeps_optimizer=True)
         if last == 0:
-            return (early, self._train(0)) if self.config.copy else (TRAIN_DENSE,)
+            return (early, *self._anew(0), self._train(0)) if self.config.copy else (TRAIN_DENSE,)
         kept = "LR-rewinding" in arm or "fine-tune" in arm
         head = (TRAIN_DENSE,) if kept else (early, TRAIN_DENSE)
         if arm.endswith("-OMP") or arm == "OMP-rewind":
@@ -134,6 +135,16 @@ class Lottery(Method):
 
     def _place(self) -> Any:
         return parse_position(self.config.rewind_to, "method.rewind_to")
+
+    def _anew(self, level: int) -> tuple[Phase, ...]:
+        """Return what puts the network back; unpruned, it only loses the optimizer's state."""
+        if level == 0 and self._optimizer_state() == "restore":
+            return ()
+        return (Phase(f"rewind_{level}", "rewind", None, active=True, origin="early"),)
+
+    def _optimizer_state(self) -> str:
+        """Return what becomes of the optimizer's state; at the start of the training it has none."""
+        return self.config.optimizer_state if self._place().count else "restore"
 
     def _prune(self, level: int) -> Phase:
         return Phase(f"prune_{level}", "prune", None, active=True)
@@ -152,7 +163,7 @@ class Lottery(Method):
             return (self._train(level, "finetune"),)
         if "LR-rewinding" in self.config.arm:
             return (self._train(level),)
-        return Phase(f"rewind_{level}", "rewind", None, active=True, origin="early"), self._train(level)
+        return *self._anew(level), self._train(level)
 
     def _restart(self, level: int) -> tuple[Phase, ...]:
         """Return what the arm does with the final mask."""
@@ -170,7 +181,9 @@ class Lottery(Method):
             options = {key: getattr(config, key) for key in ("fraction", "distribution", "include", "exclude")}
             final = config.sparsity if phase.name == f"prune_{self.levels}" else None
             return {"lottery": options, "from": self._rounds_at_once(), "target": final}
-        return {"lottery": {"rewind": config.optimizer_state, "shuffle": config.arm}.get(place)}
+        state = self._optimizer_state()
+        shuffled = config.arm if state == "restore" else f"{config.arm}, {state}"
+        return {"lottery": {"rewind": state, "shuffle": shuffled}.get(place)}
 
     def _rounds_at_once(self) -> int:
         """Return how many rounds a pruning phase does: all of them in one-shot arms."""
@@ -236,7 +249,8 @@ class Lottery(Method):
     def rewind(self, context: Context) -> None:
         """Put the network back to where the dense training was at `rewind_to`, batch-norm statistics included."""
         context.model.load_state_dict(context.origin["model"])
-        context.masks.apply()
+        if context.masks is not None:
+            context.masks.apply()
         if self.config.optimizer_state == "restore":
             context.optimizer_state = context.origin.get("optimizer")
 
