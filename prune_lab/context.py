@@ -40,6 +40,8 @@ class Context:
     """step of the schedule before which the phase ends; None: `total_steps`"""
     schedule: PhaseSchedule | None = None
     """learning rates of the phase, None for a phase without training"""
+    block: str | None = None
+    """name of the block of options that `schedule` comes from, such as finetune"""
     origin: dict[str, Any] | None = None
     """result of the earlier phase that the chain names as origin"""
     optimizer_state: dict[str, Any] | None = None

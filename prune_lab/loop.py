@@ -261,7 +261,7 @@ def check_finite(training: Training, *, weights: bool = False) -> None:
     kept = training.checkpoints.last_good()
     raise NonFiniteLoss(
         f"{what} not finite in phase {context.phase}, epoch {step // context.steps_per_epoch + 1}, step {step}; "
-        f"last good checkpoint: {kept if kept else 'none'}; lower schedule.{context.phase}.lr or use trainer.clip_norm"
+        f"last good checkpoint: {kept if kept else 'none'}; lower schedule.{context.block}.lr or use trainer.clip_norm"
     )
 
 

@@ -21,7 +21,6 @@ from prune_lab.loop import Interrupted, Progress, Training, fit, measure
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.models.weights import load_weights
 from prune_lab.numerics import Numerics
-from prune_lab.positions import Position
 from prune_lab.schema import ConfigError
 from prune_lab.seeding import seed_everything, stable_hash
 
@@ -156,22 +155,22 @@ def open_context(job: Job) -> Context:
     if config.trainer.sync_bn and job.planned.phase.hook == "train":
         model = distributed.join_batch_norm(model, job.numerics.torch_device)
     model.to(job.numerics.torch_device, memory_format=job.numerics.memory_format)
-    steps, phase = 0, job.planned.phase
-    if job.planned.schedule is not None:
-        steps = steps_per_epoch(job)
-    total_steps = steps * job.planned.schedule.epochs if steps else 0
+    phase, schedule = job.planned.phase, job.planned.schedule
+    steps = 0 if schedule is None else steps_per_epoch(job)
+    first_step, last_step = span(job.planned, steps)
     context = Context(
         model=model,
         costs=list(costs),
         layers=config.method.layers(model),
         phase=phase.name,
         seed=config.seed,
-        total_steps=total_steps,
+        total_steps=steps * schedule.epochs if schedule else 0,
         steps_per_epoch=steps,
-        first_step=_place(phase.begin, steps, total_steps, 0),
-        last_step=_place(phase.end, steps, total_steps, total_steps),
+        first_step=first_step,
+        last_step=last_step,
         origin=job.origin,
-        schedule=job.planned.schedule,
+        schedule=schedule,
+        block=phase.schedule,
         report=job.report,
         amp_scaled=job.numerics.precision == "fp16",
         dataset=job.dataset,
@@ -186,17 +185,27 @@ def open_context(job: Job) -> Context:
     return context
 
 
-def _place(position: Position | None, steps_per_epoch: int, total_steps: int, default: int) -> int:
-    """Return the step at a place in the schedule.
+def span(planned: PlannedPhase, steps_per_epoch: int) -> tuple[int, int]:
+    """Return the first step of a phase and the one before which it ends, counted from the start of its schedule.
 
     Raises:
-        ConfigError: the training ends before it.
+        ConfigError: the schedule ends before, or the phase would start within the warm-up.
     """
-    step = default if position is None else position.step(steps_per_epoch)
-    if step > total_steps:
-        place = f"{position.count:g}{position.unit}"
-        raise ConfigError(f"method.rewind_to={place} lies beyond the training's {total_steps} steps")
-    return step
+    phase, schedule = planned.phase, planned.schedule
+    if schedule is None:
+        return 0, 0
+    total = schedule.epochs * steps_per_epoch
+    first, last = (default if place is None else place.step(steps_per_epoch)
+                   for place, default in ((phase.begin, 0), (phase.end, total)))
+    for place, step in ((phase.begin, first), (phase.end, last)):
+        if step > total:
+            raise ConfigError(f"method.rewind_to={place} lies beyond the {total} steps of schedule.{phase.schedule}")
+    if 0 < first < schedule.warmup_epochs * steps_per_epoch:
+        raise ConfigError(
+            f"method.rewind_to={phase.begin} lies within the warm-up "
+            f"(schedule.{phase.schedule}.warmup_epochs={schedule.warmup_epochs:g}, {steps_per_epoch} steps each)"
+        )
+    return first, last
 
 
 @lru_cache(maxsize=32)

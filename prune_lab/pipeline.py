@@ -99,7 +99,7 @@ def _run(config: RunConfig, arithmetic: Numerics, tally: Counter[str]) -> int:
     planned = identity.plan(config, fingerprint=dataset.fingerprint, **inputs)
     if distributed.share(not (folder.directory / "run.json").exists() if distributed.is_main() else None):
         with matching.naming_reference(config):
-            rehearse(config, model_config, planned[0], dataset, arithmetic)
+            rehearse(config, model_config, planned, dataset, arithmetic)
     with stop_flag() as stop:
         tracker = folder.tracker(config)
         run = Run(config, model_config, dataset, arithmetic, planned, folder, tracker, stop, tally, own_folder)

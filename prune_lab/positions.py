@@ -15,6 +15,9 @@ class Position:
     count: float
     unit: str
 
+    def __str__(self) -> str:
+        return f"{self.count:g}{self.unit}"
+
     def stretched(self, factor: float) -> Position:
         """Return the place in a schedule `factor` times as long: epochs stretch with it, steps do not."""
         return replace(self, count=self.count * factor) if self.unit == "ep" else self

@@ -17,7 +17,7 @@ from prune_lab.config import RunConfig
 from prune_lab.context import Context
 from prune_lab.loop import train_step
 from prune_lab.numerics import Numerics
-from prune_lab.phases import Job, open_context, open_training, steps_per_epoch
+from prune_lab.phases import Job, open_context, open_training, span, steps_per_epoch
 
 _IMAGES = 4
 """images per micro-batch of the one step: enough for batch norm, little enough for ResNet-50 on a laptop"""
@@ -48,20 +48,24 @@ class RandomImages:
         yield self.batch(min(_IMAGES, len(batches[0])))
 
 
-def rehearse(config: RunConfig, model_config: Any, first: PlannedPhase, dataset: Any, arithmetic: Numerics) -> None:
+def rehearse(
+    config: RunConfig, model_config: Any, planned: Sequence[PlannedPhase], dataset: Any, arithmetic: Numerics
+) -> None:
     """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
 
     Raises:
         ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short ...
     """
-    fresh = replace(config, method=type(config.method)(config.method.config))
+    first, fresh = planned[0], replace(config, method=type(config.method)(config.method.config))
     job = job_without_files(fresh, model_config, first, dataset, arithmetic, Results(()))
     context = open_context(job)
     if first.phase.hook == "train":
         context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
     job.method.setup(context)
     fresh.method.layout(context)
-    steps_per_epoch(job)  # of the training that follows, if the first phase is none
+    steps = steps_per_epoch(job)
+    for entry in planned:
+        span(entry, steps)
 
 
 def job_without_files(

@@ -346,7 +346,9 @@ def test_overlap_is_logged_in_every_epoch_of_a_ticket(tmp_path: Path) -> None:
         (["method.arm=IMP-rewind", "method.rewind_to=soon"], "method.rewind_to=soon is no place in the training"),
         (["method.arm=IMP-rewind", "method.rewind_to=9ep"], "method.rewind_to=9ep lies beyond schedule.train.epochs=8"),
         (["method.arm=IMP-rewind", "method.rewind_to=0.5ep"], "method.rewind_to=0.5ep lies within the warm-up"),
-        (["method.arm=IMP-rewind", "method.rewind_to=999it"], "method.rewind_to=999it"),
+        (["method.arm=IMP-rewind", "method.rewind_to=999it"], "method.rewind_to=999it lies beyond the 176 steps"),
+        (["method.arm=LR-rewinding-OMP", "method.rewind_to=999it"], "method.rewind_to=999it lies beyond the 176 steps"),
+        (["method.arm=LR-rewinding-OMP", "method.rewind_to=10it"], "method.rewind_to=10it lies within the warm-up"),
         (["method.arm=RR-IMP", "method.levels=0"], "method.levels=0 prunes nothing"),
         (["method.fraction=1"], "method.fraction must lie in (0, 1), got 1"),
         (["method.fraction=0"], "method.fraction must lie in (0, 1), got 0"),
@@ -359,6 +361,18 @@ def test_bad_options_are_named(options: list[str], message: str, tmp_path: Path,
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_explodes_in_a_round_names_the_option(tmp_path: Path, monkeypatch, capsys) -> None:
+    def spoil(training: Training, step: int) -> None:
+        if training.context.phase == "finetune_1":
+            training.context.parameters()["conv1.weight"].data.fill_(float("inf"))
+
+    watch(monkeypatch, spoil)
+    config = configure(tmp_path, "lottery", "method.levels=1", "method.arm=fine-tune-IMP", short={})
+    assert pipeline.run(config) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "in phase finetune_1" in line and "lower schedule.finetune.lr" in line
 
 
 @pytest.mark.parametrize(("text", "steps"), [("8ep", 80), ("0.5ep", 5), ("500it", 500), ("0ep", 0)])
