@@ -345,6 +345,7 @@ def test_records_say_what_the_gates_leave(granularity: str, tmp_path: Path) -> N
     assert written["macs/train"] == written["macs/train_dense"]
     assert written["macs/inference"] < written["macs/dense"]
     assert written["sparsity/requested"] is None and 0 < written["sparsity/achieved"] < 1
+    assert last["sparsity"] == pytest.approx(written["sparsity/achieved"], abs=1e-12)
     if granularity == "weight":
         assert written["sparsity/achieved"] == pytest.approx(1 - last["l0/density"])
     named = dict(load_model(folder).named_parameters())

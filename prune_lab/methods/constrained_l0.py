@@ -228,7 +228,7 @@ class ConstrainedL0(GatedWeights):
         l0/violation: the largest excess over a target; l0/feasible: 1 if it is at most 0.01; l0/multiplier,
         l0/multiplier_max: mean and largest multiplier; l0/expected_macs: with a target of MACs, as a fraction.
         """
-        super().end_epoch(context, epoch)
+        record = super().end_epoch(context, epoch)
         values, _ = self._constrained(self.open_fractions())
         violation = float((values - self.targets).max())
         self.figures |= {
@@ -244,7 +244,7 @@ class ConstrainedL0(GatedWeights):
                 f"the target is missed by {violation:.4g} (l0/violation); raise method.dual_lr or method.gate_lr, or "
                 "train longer"
             )
-        return self.figures
+        return record | self.figures
 
     def settle(self, context: Context) -> None:
         """Keep exactly the requested number of weights, those with the highest gates, if the options say so.

@@ -241,7 +241,8 @@ class GatedWeights(Method):
         """Return what the gates leave: all densities as fractions of the gated weights.
 
         l0/expected_density: sum of P(open) times the weights of the gate; l0/density: of the gates without chance;
-        l0/open_gates: open ones among all gates; l0/undecided: gates that are neither 0 nor 1.
+        l0/open_gates: open ones among all gates; l0/undecided: gates that are neither 0 nor 1. sparsity: of all
+        eligible weights, which with filters include those that read closed channels.
         """
         if distributed.world_size() > 1:
             distributed.assert_same(context.masks.digest(), "masks")
@@ -261,7 +262,9 @@ class GatedWeights(Method):
             self.settle(context)
         if self.config.bn_images:
             self._measure_statistics(context)
-        return self.figures
+        counts, eligible = context.masks.counts(), context.eligible()  # layers without gates have no masks
+        kept = sum(counts.get(layer.parameter, layer.size) for layer in eligible)
+        return self.figures | {"sparsity": 1 - kept / sum(layer.size for layer in eligible)}
 
     def settle(self, context: Context) -> None:
         """Do what is left to do to the network after the last step."""
