@@ -70,6 +70,20 @@ def test_the_last_round_prunes_less_to_meet_the_target() -> None:
     assert [method.counts_at(context, level)["all"] for level in range(1, 5)] == [800, 640, 512, 500]
 
 
+def test_a_target_just_beyond_whole_rounds_never_asks_for_more_than_is_left() -> None:
+    """Two rounds leave 30 + 4 + 5 of 48 + 6 + 7 weights; equal shares of 39 would be 31 in the first layer."""
+    sizes, left = {"a": 48, "b": 6, "c": 7}, {"a": 30, "b": 4, "c": 5}
+    method = make("lottery", sparsity=0.3601, distribution="uniform")
+    assert method.levels == 3 and method._at_target(left, sizes) == {"a": 30, "b": 4, "c": 5}
+
+
+def test_a_target_that_rounding_has_passed_already_is_refused() -> None:
+    context = context_of(one_layer(*[1.0] * 48), {}, 1, channels=48)  # 38, 30, 24; 0.512 * 48 is 24.6
+    assert make("lottery", levels=3).counts_at(context, 3) == {"all": 24}
+    with pytest.raises(ConfigError, match="method.sparsity=0.4881 is what 3 rounds leave .* use method.levels=3"):
+        make("lottery", sparsity=0.4881).layout(context)
+
+
 # The chain
 
 

@@ -128,10 +128,14 @@ class Lottery(Method):
             return (early, *self._anew(0), self._train(0)) if self.config.copy else (TRAIN_DENSE,)
         kept = "LR-rewinding" in arm or "fine-tune" in arm
         head = (TRAIN_DENSE,) if kept else (early, TRAIN_DENSE)
-        if arm.endswith("-OMP") or arm == "OMP-rewind":
+        if self._at_once():
             return (*head, self._prune(last), *self._restart(last))
         before = [phase for level in range(1, last) for phase in (self._prune(level), *self._again(level))]
         return (*head, *before, self._prune(last), *self._restart(last))
+
+    def _at_once(self) -> bool:
+        """Return whether one phase does the pruning of all rounds."""
+        return self.config.arm.endswith("-OMP") or self.config.arm == "OMP-rewind"
 
     def _place(self) -> Any:
         return parse_position(self.config.rewind_to, "method.rewind_to")
@@ -180,14 +184,10 @@ class Lottery(Method):
         if phase.hook == "prune":
             options = {key: getattr(config, key) for key in ("fraction", "distribution", "include", "exclude")}
             final = config.sparsity if phase.name == f"prune_{self.levels}" else None
-            return {"lottery": options, "from": self._rounds_at_once(), "target": final}
+            return {"lottery": options, "from": self.levels if self._at_once() else 1, "target": final}
         state = self._optimizer_state()
         shuffled = config.arm if state == "restore" else f"{config.arm}, {state}"
         return {"lottery": {"rewind": state, "shuffle": shuffled}.get(place)}
-
-    def _rounds_at_once(self) -> int:
-        """Return how many rounds a pruning phase does: all of them in one-shot arms."""
-        return self.levels if self.config.arm.endswith("-OMP") or self.config.arm == "OMP-rewind" else 1
 
     # Budgets
 
@@ -197,33 +197,37 @@ class Lottery(Method):
     def layers(self, model: nn.Module) -> list[Layer]:
         return eligibility.select_layers(model, include=self.config.include, exclude=self.config.exclude)
 
-    def _remaining(self, counts: dict[str, int], level: int, sizes: dict[str, int]) -> dict[str, int]:
-        """Return how many of `counts` weights are left after round `level`; the last round meets the target."""
-        for _ in range(self._rounds_at_once()):
-            counts = {name: count - round(self.config.fraction * count) for name, count in counts.items()}
-        if level < self.levels or self.config.sparsity is None:
-            return counts
-        keep = distributions.num_keep_total(sum(sizes.values()), self.config.sparsity)
+    def _at_target(self, counts: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
+        """Return what the last round leaves of `counts` weights to meet the target."""
+        target = self.config.sparsity
+        keep = distributions.num_keep_total(sum(sizes.values()), target)
+        if keep > sum(counts.values()):
+            raise ConfigError(f"method.sparsity={target:g} is what {self.levels - 1} rounds leave but for rounding; "
+                              f"use method.levels={self.levels - 1}")
         if len(sizes) == 1:
             return dict.fromkeys(sizes, keep)
         layers = [distributions.LayerSize(name, (size,)) for name, size in sizes.items()]
-        return distributions.allocate("uniform", layers, keep, first_layer="sparse", power=1.0)
+        wanted = distributions.allocate("uniform", layers, keep)
+        # Rounding in every round may have left a layer a weight less than its share of the target.
+        return distributions.clamp_counts(wanted, low=dict.fromkeys(wanted, 1), high=counts, total=keep)
 
     def counts_at(self, context: Context, level: int) -> dict[str, int]:
         """Return the kept weights after round `level`: in all ("all") with one ranking, per parameter otherwise."""
         sizes = {layer.parameter: layer.size for layer in context.eligible()}
         if self.config.distribution == "global":
             sizes = {"all": sum(sizes.values())}
-        counts, at_once = sizes, self._rounds_at_once()
-        for number in range(at_once, level + 1, at_once):
-            counts = self._remaining(counts, number, sizes)
+        counts = sizes
+        for number in range(1, level + 1):
+            if number == self.levels and self.config.sparsity is not None:
+                return self._at_target(counts, sizes)
+            counts = {name: count - round(self.config.fraction * count) for name, count in counts.items()}
         return counts
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
-        level = _level(context.phase)
+        level, final = _level(context.phase), self.counts_at(context, self.levels)  # refuses a target out of reach
         if self.config.distribution == "global" and level:
             return None
-        return [(0, self.counts_at(context, level) if level else {})]
+        return [(0, {} if not level else final if level == self.levels else self.counts_at(context, level))]
 
     # Phases without training
 
