@@ -106,6 +106,31 @@ def test_figures_of_the_last_epoch_are_those_of_the_finished_network(run: Path) 
         assert last[f"mask/density/{name.removesuffix('.weight')}"] == 1 - zeros[name] / weight.numel()
 
 
+class Attention(nn.Module):
+    """Self-attention over the pixels: its packed projection is a weight without a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.last = nn.MultiheadAttention(3, 1), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = x.flatten(2).permute(2, 0, 1)
+        return self.last(self.attention(tokens, tokens, tokens)[0].mean(0))
+
+
+def test_zeros_of_packed_attention_save_macs_and_are_masked() -> None:
+    method, model = make("directional"), Attention()
+    context = context_of(model, {})
+    context.optimizer = method.build_optimizer(model, None)
+    packed = model.attention.in_proj_weight
+    with torch.no_grad():
+        packed[:4] = 0
+    row = method.end_epoch(context, 9)
+    assert int((~context.masks.masks["attention.in_proj_weight"]).sum()) == 4 * 3
+    assert row["macs/inference"] == context.forward_macs == context.dense_macs - 12 * 4 * 4  # pixels
+    assert row["sparsity"] == 0 < row["sparsity/all_parameters"]
+
+
 def test_training_is_counted_dense(run: Path) -> None:
     assert summary(run)["macs/train"] == summary(run)["macs/train_dense"]
 

@@ -55,7 +55,8 @@ class Directional(Method):
         paper="Chao, Wang, Xing, Cheng 2020, Directional Pruning of Deep Neural Networks, arXiv 2006.09358",
         acts="in every step of one training, in place of the optimizer; zeros may come back until its end",
         eligible="all trained parameters; the sparsity that is compared counts weights of convolutions (depthwise ones "
-        "too) and linear layers, sparsity/all_parameters the rest as well (what the published logs count)",
+        "too) and linear layers, sparsity/all_parameters the rest as well (what the published logs count), which "
+        "params/nonzero takes for nonzero",
         cost="one more tensor as large as the parameters, two passes over them per step; training is computed dense",
         differences="threshold summed up with the learning rates in force, as in the official PyTorch and TensorFlow "
         "code (Keras and PlaidML: from the present rate). The official code's CIFAR schedule (constant to half, linear "
@@ -144,17 +145,18 @@ class Directional(Method):
         counts = torch.stack([torch.count_nonzero(parameter.detach()) for parameter in named.values()]).tolist()
         nonzero = dict(zip(named, counts, strict=True))
         kept = {layer.parameter: nonzero[layer.parameter] for layer in context.layers}
+        counted = kept | {cost.parameter: nonzero[cost.parameter] for cost in context.costs}  # packed attention, too
         self.figures = {
             "threshold": context.optimizer.threshold,
             "sparsity/all_parameters": 1 - sum(counts) / sum(parameter.numel() for parameter in named.values()),
         }
         masked = {}
         if (epoch + 1) * context.steps_per_epoch >= context.last_step:
-            self._take_masks(context, kept)
+            self._take_masks(context, counted)
             masked = context.history.figures(context.masks.masks)  # a call that goes on from here has masks already
         return self.figures | masked | {
             "sparsity": 1 - sum(kept.values()) / sum(layer.size for layer in context.layers),
-            "macs/inference": accounting.sparse_macs(context.costs, kept),
+            "macs/inference": accounting.sparse_macs(context.costs, counted),
             **{f"mask/density/{layer.name}": kept[layer.parameter] / layer.size for layer in context.layers},
         }
 
