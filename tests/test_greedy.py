@@ -278,8 +278,15 @@ def test_all_images_are_asked_only_when_a_minibatch_looks_good(monkeypatch: pyte
                                between_epochs=0.0, exclude=["layer[23].*", "layer1.[12].*"])  # fmt: skip
     method.prune(context)
     # Of four channels: 1 fails on the minibatch of 8, 2 (one half) fails on 20 images, 3 is within 0.3.
-    assert asked == [20, 8, 8, 20, 8, 20]
+    assert asked == [20, 8, 8, 8, 20, 8, 20]
     assert kept_channels(context)["layer1.0.conv1"] == 3
+
+
+def test_a_minibatch_of_hard_images_keeps_no_layer_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, lambda share, images: (0.4 if images == 8 else 0.8) if share >= 0.5 else 0.0)
+    method, context = prepared(macs_ratio=None, top1_tol=0.02, skip_eval_converge=0.05, eval_images=20)
+    method.prune(context)
+    assert kept_channels(context) == {g.producer: g.size // 2 for g in method.groups(context)}
 
 
 def test_a_layer_that_never_comes_within_the_tolerance_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

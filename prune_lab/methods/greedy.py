@@ -59,7 +59,7 @@ class GreedyConfig(MethodConfig):
     top1_tol: OpenFraction | None
     """each layer grows until the training accuracy is at most this fraction below what it was before that layer"""
     skip_eval_converge: Annotated[float, Range(0, 1, open_high=True)]
-    """top1_tol: the accuracy is measured once that of the scoring minibatch is at most this fraction below"""
+    """top1_tol: the accuracy is measured once that on one minibatch is at most this fraction below what it was there"""
     eval_images: Count
     """top1_tol: training images that the accuracy is measured on"""
     repeat: bool
@@ -311,10 +311,11 @@ class Greedy(Method):
         def accuracy(weights: Tensor | None) -> float:
             return network.accuracy(source.read("accuracy", spread), weights)
 
-        before = accuracy(None)
+        # Each with its own images: a minibatch of hard ones would never come near the accuracy on all.
+        before, first_before = accuracy(None), network.accuracy(first_look, None)
 
         def enough(kept: list[int], weights: Tensor) -> bool:
-            if network.accuracy(first_look, weights) < (1 - config.skip_eval_converge) * before:
+            if network.accuracy(first_look, weights) < (1 - config.skip_eval_converge) * first_before:
                 return False
             return accuracy(weights) >= (1 - config.top1_tol) * before
 
