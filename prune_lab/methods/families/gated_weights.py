@@ -157,12 +157,11 @@ class GatedWeights(Method):
         self.write(context, gates)
         return self.layout_of.masks(context.model, gates)
 
-    @torch.no_grad()
     def write(self, context: Context, gates: Tensor) -> None:
         """Write the raw weights times `gates` into the model."""
         named, factors = context.parameters(), self.layout_of.factors(gates)
         products = torch._foreach_mul([self.raw[path] for path in factors], list(factors.values()))
-        torch._foreach_copy_([named[path] for path in factors], products)
+        torch._foreach_copy_([named[path].detach() for path in factors], products)
 
     def before_forward(self, context: Context, step: int) -> None:
         """Draw the gates of the step: on every process the same."""
