@@ -15,7 +15,7 @@ from prune_lab.schema import ConfigError, parse
 from prune_lab.verdict import DENSE, REINIT, SMALL, TICKET, Rules, Verdict, differences, judge
 
 REWOUND = "IMP-rewind"
-"""the paper's appendix: the ticket starts from theta_t and trains T - t epochs, RR-IMP still trains T"""
+"""the paper's appendix: the ticket starts from theta_t and trains T - t epochs; RR-IMP with its mask still trains T"""
 
 PARAMS_TOLERANCE = 0.1
 """a small dense network stands for a sparse one whose number of parameters differs by less; levels lie 20 % apart"""
@@ -201,8 +201,8 @@ def find_cases(entries: Iterable[Entry]) -> list[Case]:
 def _cases_of(peers: list[Entry]) -> list[Case]:
     """Return the cases of one network."""
     leaders = [entry for entry in peers if entry.arm in (TICKET, REWOUND) and entry.sparsity]
-    covered = {_level(entry) for entry in leaders}
-    leaders += [entry for entry in peers if entry.arm == REINIT and _level(entry) not in covered]
+    covered = {(_level(entry), entry.rewind) for entry in leaders}
+    leaders += [entry for entry in peers if entry.arm == REINIT and (_level(entry), entry.rewind) not in covered]
     found: dict[str, Case] = {}
     for entry in sorted(leaders, key=lambda entry: (repr(entry.settings), entry.rewind, entry.sparsity)):
         key = repr((entry.settings, _ticket(entry), entry.rewind, _level(entry)))
@@ -212,7 +212,10 @@ def _cases_of(peers: list[Entry]) -> list[Case]:
 
 
 def _ticket(leader: Entry) -> str:
-    return TICKET if leader.arm == REINIT else leader.arm
+    """Return the arm that is judged in the case of a ticket or of its RR-IMP."""
+    if leader.arm != REINIT:
+        return leader.arm
+    return REWOUND if leader.rewind else TICKET
 
 
 def _level(entry: Entry) -> float:
@@ -223,14 +226,13 @@ def _case(leader: Entry, peers: list[Entry]) -> Case:
     """Return the case that the run `leader` belongs to."""
     ticket = _ticket(leader)
     level = [entry for entry in peers if entry.mask and _level(entry) == _level(leader)]
-    start = {ticket: leader.rewind, REINIT: ""}
     dense = next((entry.params for entry in peers if entry.arm == DENSE and entry.params), None)
     wanted = _parameters(leader, level, dense)
 
     def belongs(entry: Entry) -> bool:
         if entry.arm == SMALL:
             return _is_as_small(entry, wanted, dense)
-        return entry.arm == DENSE or (entry in level and entry.rewind == start[entry.arm])
+        return entry.arm == DENSE or (entry in level and entry.rewind == leader.rewind)
 
     arms = {arm: _nearest([entry for entry in peers if entry.arm == arm and belongs(entry)], leader, wanted)
             for arm in (DENSE, ticket, REINIT, SMALL)}  # fmt: skip

@@ -215,11 +215,13 @@ def plan(conf_dir: Path, overrides: Sequence[str]) -> list[Planned]:
             *_compose(conf_dir, [*shared, *masks, f"method.arm={arms}"])]  # fmt: skip
     _check_enough(config for config in jobs)
     if rewinding:
-        jobs += _compose(conf_dir, [*shared, *masks, *rewinding, f"method.arm={REWOUND}"])
+        rewound = f"{REWOUND},{REINIT}" if any(line.startswith("method.rewind_to=") for line in rewinding) else REWOUND
+        jobs += _compose(conf_dir, [*shared, *masks, *rewinding, f"method.arm={rewound}"])
     jobs += [config for job in _small_jobs(jobs, small) for config in _compose(conf_dir, job)]
     varied = _varied(jobs)
     widths: dict[str, Any] = {}
-    return sorted((_planned(config, varied, widths) for config in jobs), key=_order)
+    planned = {entry.directory: entry for entry in (_planned(config, varied, widths) for config in jobs)}
+    return sorted(planned.values(), key=_order)
 
 
 def _check_rules(planned: Sequence[Planned], options: Namespace) -> None:
@@ -298,7 +300,7 @@ def _varied(jobs: Sequence[RunConfig]) -> set[str]:
     """Return the names of the options that tell runs apart."""
     lines = {line for config in jobs for line in config.overrides if not line.startswith(("method=", "method.arm="))}
     names = [line.partition("=")[0] for line in lines]
-    return {name for name in names if names.count(name) > 1} | {"method.levels", "method.sparsity"}
+    return {name for name in names if names.count(name) > 1} | {"method.levels", "method.sparsity", "method.rewind_to"}
 
 
 def _planned(config: RunConfig, varied: set[str], widths: dict[str, Any]) -> Planned:

@@ -9,7 +9,7 @@ from typing import Any
 from prune_lab.report import Stat
 from prune_lab.report_table import markdown
 from prune_lab.tracking.lines import quantity, to_ascii
-from prune_lab.verdict import PRIZES, REINIT, TITLES, Condition, Rules, Verdict, stat
+from prune_lab.verdict import PRIZES, TITLES, Condition, Rules, Verdict, stat
 from prune_lab.verdict_cases import REWOUND, Case
 
 Judged = tuple[Case, Rules, Verdict]
@@ -126,8 +126,7 @@ def _table(case: Case) -> str:
         rows.append([f"{name}{mark}", "-" if count is None else quantity(count),
                      *(_spread(stat(cells[name][lr])) if lr in cells[name] else "-" for lr in lrs)])  # fmt: skip
     table = markdown(["arm", "parameters", *(f"lr={lr:g}" for lr in lrs)], rows)
-    table += "* for context, part of no condition\n" if case.context else ""
-    return table + (f"{REINIT} has the mask of LT-IMP, not the rewound ticket's\n" if case.ticket == REWOUND else "")
+    return table + ("* for context, part of no condition\n" if case.context else "")
 
 
 def _spread(value: Stat) -> str:

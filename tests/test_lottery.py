@@ -113,6 +113,9 @@ def test_schedules_start_again_where_the_arm_says() -> None:
 
     for arm in ("IMP-rewind", "OMP-rewind", "LR-rewinding-IMP", "LR-rewinding-OMP", "random-layerwise"):
         assert begin(arm) == "train from 8"
+    rounds = make("lottery", levels=2, arm="RR-IMP", rewind_to="8ep").chain()
+    begins = {phase.name: phase.begin and phase.begin.count for phase in rounds}
+    assert (begins["train_1"], begins["train_2"]) == (8, None)
     for arm in ("LT-IMP", "RR-IMP", "LT-OMP", "RR-OMP"):
         last = make("lottery", levels=2, arm=arm).chain()[-1]
         assert (last.schedule, last.begin) == ("train", None)
@@ -242,6 +245,15 @@ def test_lr_rewinding_without_epochs_is_magnitude_pruning(tmp_path: Path) -> Non
     assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
 
 
+def test_a_rewound_ticket_and_its_control_share_the_mask(tmp_path: Path) -> None:
+    """The definition compares one mask with two starts."""
+    masks = []
+    for arm in ("IMP-rewind", "RR-IMP"):
+        options = ("method.levels=2", "method.rewind_to=4it", f"method.arm={arm}")
+        masks.append(last_result(finish(configure(tmp_path / arm, "lottery", *options, short={})))["masks"])
+    assert all(torch.equal(masks[0][name], mask) for name, mask in masks[1].items())
+
+
 def test_random_reinitialisation_keeps_the_mask_and_changes_every_layer(tmp_path: Path) -> None:
     options = ("method.levels=2", "method.arm=RR-IMP")
     folder = finish(configure(tmp_path, "lottery", *options, short={}))
@@ -356,7 +368,7 @@ def test_overlap_is_logged_in_every_epoch_of_a_ticket(tmp_path: Path) -> None:
     [
         (["method.levels=2", "method.sparsity=0.5"], "method.levels=2 and method.sparsity=0.5: give one of them"),
         (["method.rewind_to=8ep"], "method.rewind_to=8ep: method.arm=LT-IMP starts at the beginning"),
-        (["method.arm=RR-IMP", "method.rewind_to=5it"], "method.rewind_to=5it: method.arm=RR-IMP starts"),
+        (["method.arm=RR-OMP", "method.rewind_to=5it"], "method.rewind_to=5it: method.arm=RR-OMP starts"),
         (["method.arm=IMP-rewind", "method.rewind_to=soon"], "method.rewind_to=soon is no place in the training"),
         (["method.arm=IMP-rewind", "method.rewind_to=9ep"], "method.rewind_to=9ep lies beyond schedule.train.epochs=8"),
         (["method.arm=IMP-rewind", "method.rewind_to=0.5ep"], "method.rewind_to=0.5ep lies within the warm-up"),

@@ -147,13 +147,17 @@ def test_one_shot_arms_are_shown_and_decide_nothing(write, tmp_path, capsys):
 
 def test_rewound_tickets_get_a_verdict_of_their_own(write, tmp_path):
     write_all(write)
-    write_all(write, {"IMP-rewind": (90.0, 90.0)}, method={"rewind_to": "8ep"})
-    write_all(write, {"IMP-rewind": (93.0, 93.0)}, method={"rewind_to": "500it", "optimizer_state": "zero"})
+    rewound = {"RR-IMP": WINNING["RR-IMP"]}  # with the rewound ticket's mask; that of LT-IMP is another
+    write_all(write, rewound | {"IMP-rewind": (90.0, 90.0)}, method={"rewind_to": "8ep"})
+    zero = {"rewind_to": "500it", "optimizer_state": "zero"}
+    write_all(write, rewound | {"IMP-rewind": (93.0, 93.0)}, method=zero)
+    write_all(write, {"IMP-rewind": (93.0, 93.0)}, method={"rewind_to": "4ep"})
     write_all(write, {"IMP-rewind": (91.0, 91.0)})
     found = {network["title"]: network["sparsities"][0]["verdict"] for network in judged(tmp_path)["networks"]}
     assert found == {
         "resnet20 on cifar10, 160 epochs": "jackpot",
         "resnet20 on cifar10, 160 epochs, tickets rewound to 500it, momentum zero": "jackpot",
+        "resnet20 on cifar10, 160 epochs, tickets rewound to 4ep": "incomplete",
         "resnet20 on cifar10, 160 epochs, tickets rewound to 8ep": "none",
         "resnet20 on cifar10, 160 epochs, tickets rewound to the start": "none",
     }
@@ -332,12 +336,14 @@ def test_the_runs_of_the_definition_and_how_many_trainings_they_share(smallest):
     assert len({entry.directory for entry in smallest}) == len(smallest)
 
 
-def test_rewinding_adds_an_arm_and_leaves_the_others_alone(smallest):
-    rewound = plan(conf_dir(), [*SMALLEST, "method.rewind_to=2it"])
-    assert {entry.directory for entry in smallest} < {entry.directory for entry in rewound}
-    added = [entry for entry in rewound if arm_of(entry) == "IMP-rewind"]
-    assert len(added) == len(rewound) - len(smallest) == 4
-    assert {entry.config.method.config.rewind_to for entry in added} == {"2it"}
+def test_rewinding_adds_a_ticket_with_its_control_and_leaves_the_others_alone(smallest):
+    rewound = plan(conf_dir(), [*SMALLEST, "method.rewind_to=0ep,2it"])
+    before = {entry.directory for entry in smallest}
+    added = [entry for entry in rewound if entry.directory not in before]
+    assert len(rewound) - len(added) == len(before)
+    places = Counter((arm_of(entry), entry.config.method.config.rewind_to) for entry in added)
+    assert places == {("IMP-rewind", "0ep"): 4, ("IMP-rewind", "2it"): 4, ("RR-IMP", "2it"): 4}
+    assert all("method.rewind_to=" in entry.label for entry in added)
 
 
 def test_the_small_network_has_as_many_parameters_as_the_mask_keeps():

@@ -27,10 +27,11 @@ weight_correlation = lazy_import("prune_lab.weight_correlation")
 Arm = Literal["LT-IMP", "LT-OMP", "RR-IMP", "RR-OMP", "IMP-rewind", "OMP-rewind", "LR-rewinding-IMP",
               "LR-rewinding-OMP", "fine-tune-IMP", "fine-tune-OMP", "random-layerwise", "random-global"]  # fmt: skip
 
-_REWINDS = ("IMP-rewind", "OMP-rewind", "LR-rewinding-IMP", "LR-rewinding-OMP", "random-layerwise", "random-global")
-"""arms that start again at `rewind_to`; the others start at the beginning"""
+_REWINDS = ("IMP-rewind", "OMP-rewind", "LR-rewinding-IMP", "LR-rewinding-OMP", "random-layerwise", "random-global",
+            "RR-IMP")  # fmt: skip
+"""arms that start again at `rewind_to`, RR-IMP in the rounds before its last; the others start at the beginning"""
 _LEVELS = 4
-"""without a target; the fourth is the first at which unstructured sparsity counts as non-trivial (Ma et al. 2021)"""
+"""without a target; four rounds of 0.2 leave 0.59, the lowest sparsity that Ma et al. 2021 tabulate"""
 _LARGE = 0.1
 """share of a layer's weights that count as large (Ma et al. 2021)"""
 
@@ -48,7 +49,8 @@ class LotteryConfig(MethodConfig):
     distribution: Literal["global", "uniform"]
     """one ranking over all layers, or the same fraction of each layer"""
     rewind_to: Annotated[str, Example("8ep")]
-    """place in the dense training, as epochs (8ep) or steps (500it): weights and schedule go back there"""
+    """place in the dense training, as epochs (8ep) or steps (500it): weights and schedule go back there; in RR-IMP, the
+    control of IMP-rewind, in the rounds that find the mask"""
     optimizer_state: Literal["restore", "zero"]
     """the optimizer's running means after weight rewinding: those of that step, or zeros (official code, open_lth);
     the other arms start without any"""
