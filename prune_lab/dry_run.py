@@ -43,7 +43,7 @@ def dry_run(config: RunConfig) -> int:
             result, context = one_step(job)
         done.add(entry.phase, result)
         outlook = PhaseOutlook(entry.phase, job.method, context, config.schedule.batch_size)
-        layout, cost = outlook.layout(), outlook.macs()
+        layout, cost = outlook.layout(), 0 if entry.phase.repeated else outlook.macs()
         spent = None if spent is None or cost is None else spent + cost
         kept = layout[-1][1] if layout else layout if layout is None else kept
     model = build_model(model_config, **sizes, seed=config.seed)

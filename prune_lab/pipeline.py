@@ -172,7 +172,7 @@ def _carry_out(run: Run) -> int:
         run.tally["reused" if figures["reused"] else "trained"] += planned.trains
         run.outcomes.append(figures)
         run.step_offset += figures["steps"]
-        run.macs_offset += figures["macs_train"]
+        run.macs_offset += 0 if planned.phase.repeated else figures["macs_train"]
     results.complete(run, result, wall_s=time.monotonic() - started)
     return 0
 

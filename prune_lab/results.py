@@ -218,7 +218,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
     dense = [figures for entry, figures in zip(run.planned, run.outcomes, strict=True)
              if entry.phase.hook == "train" and not entry.phase.active and entry.phase.end is None]
     train_dense = training_macs(config, counts["macs/dense"], run.dataset.num_batches(config.schedule.batch_size))
-    spent = sum(figures["macs_train"] for figures in run.outcomes)
+    spent = run.macs_offset
     flat = {f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()}
     summary = {
         "status": "finished",

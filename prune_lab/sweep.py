@@ -61,8 +61,8 @@ def _conclude(jobs: list[tuple[str, int]], tally: Counter[str]) -> int:
     failed = [(name, code) for name, code in jobs if code]
     if len(jobs) > 1:
         trained, reused = tally["trained"], tally["reused"]
-        print(f"\nphases with training: {trained} done, {trained + reused} without sharing", flush=True)
-        print(f"sweep: {len(jobs) - len(failed)} of {len(jobs)} runs finished", flush=True)
+        shared = f"phases with training: {trained} done, {trained + reused} without sharing\n"
+        print(f"\n{shared if tally else ''}sweep: {len(jobs) - len(failed)} of {len(jobs)} runs finished", flush=True)
         for name, code in failed:
             print(f"prune-lab: not finished (exit code {code}): {name}", file=sys.stderr)
     return failed[0][1] if failed else 0

@@ -190,6 +190,13 @@ def test_a_round_starts_from_the_masked_early_network(place: str, tmp_path: Path
     assert first["train"] == list(range(9))
 
 
+def test_the_cost_counts_the_steps_before_the_rewinding_point_once(tmp_path: Path) -> None:
+    options = ("method.levels=1", "method.arm=IMP-rewind", "method.rewind_to=4it")
+    written = summary(finish(configure(tmp_path, "lottery", *options, short={})))
+    dense, sparse = written["macs/dense"], written["macs/inference"]
+    assert written["macs/train"] == 3 * 8 * (9 * dense + 5 * sparse)
+
+
 @pytest.mark.parametrize(
     "options",
     [("arm=IMP-rewind", "levels=1"), ("arm=random-global", "levels=1"), ("arm=IMP-rewind", "levels=0", "copy=1")],
@@ -330,6 +337,8 @@ def test_a_sweep_says_how_many_phases_sharing_saved(tmp_path: Path, capsys: pyte
     tiny = ["dataset=fake", "dataset.image_size=16", "dataset.num_train=24", "dataset.num_test=8", "model=resnet20",
             "model.width=0.25", "schedule.batch_size=8", "schedule.train.epochs=2", "trainer.device=cpu",
             "logger.wandb=disabled", f"output_dir={tmp_path}"]  # fmt: skip
+    assert cli.main(["-m", "method=lottery", "method.levels=1,2", "dry_run=true", *tiny]) == 0
+    assert "phases with training" not in capsys.readouterr().out, "a dry run trains nothing"
     assert cli.main(["-m", "method=lottery", "method.levels=1,2", "seed=0,1", *tiny]) == 0
     assert "phases with training: 6 done, 10 without sharing\n" in capsys.readouterr().out
 

@@ -63,6 +63,8 @@ class Phase:
     """training: phases with the same word see their batches in the same order; None: its name"""
     keeps_optimizer: bool = False
     """True: the result holds the optimizer's state, so that a later phase can go on with it"""
+    repeated: bool = False
+    """True: a later phase of the chain takes the same steps once more; the run's cost counts them there"""
 
 
 TRAIN_DENSE = Phase("train", "train", "train", active=False, fresh=True)

@@ -125,7 +125,8 @@ class Lottery(Method):
 
     def chain(self) -> tuple[Phase, ...]:
         arm, last = self.config.arm, self.levels
-        early = Phase("early", "train", "train", active=False, end=self._place(), order="train", keeps_optimizer=True)
+        early = Phase("early", "train", "train", active=False, end=self._place(), order="train", keeps_optimizer=True,
+                      repeated=last > 0)  # fmt: skip
         if last == 0:
             return (early, *self._anew(0), self._train(0)) if self.config.copy else (TRAIN_DENSE,)
         kept = "LR-rewinding" in arm or "fine-tune" in arm
