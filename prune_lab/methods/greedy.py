@@ -40,7 +40,7 @@ eligibility = lazy_import("prune_lab.eligibility")
 imitation = lazy_import("prune_lab.imitation")
 scoring = lazy_import("prune_lab.scoring")
 scoring_images = lazy_import("prune_lab.scoring_images")
-seeding = lazy_import("prune_lab.seeding")
+short_training = lazy_import("prune_lab.short_training")
 
 _GLOBAL = ("global-code", "global")
 _MAY_REPEAT = ("local-uniform", "global-code")
@@ -208,9 +208,9 @@ class Greedy(Method):
     def phase_cost(self, context: Context) -> int | None:
         """Return the MACs of selection and of the training between layers.
 
-        Known beforehand with a ratio and a variant in which no channel comes again; else None in a dry run, and what
-        was really spent afterwards. Images of the accuracy for top1_tol are counted; the arithmetic on Gram matrices
-        is not (it is no pass through the network).
+        Known beforehand with a ratio, unless it is a global variant in which channels come again; else None in a dry
+        run, and what was really spent afterwards. Images of the accuracy for top1_tol are counted; the arithmetic on
+        Gram matrices is not (it is no pass through the network).
         """
         return self._planned(context) if context.rehearsal else self._spent
 
@@ -219,6 +219,7 @@ class Greedy(Method):
     def _prune_group(self, context: Context, group: ChannelGroup, want: int | None, macs: int) -> Tensor:
         """Choose and re-weight the channels of one group; return the kept ones, bool [size]."""
         with scoring.untouched(context.model, train_mode=False), torch.no_grad():
+            context.model.requires_grad_(False)  # slopes are those of the multipliers: no graph of the layers before
             kept, weights = distributed.share(self._select(context, group, want, macs))
         mask = torch.zeros(group.size, dtype=torch.bool)
         mask[kept] = True
@@ -327,29 +328,22 @@ class Greedy(Method):
         self, context: Context, groups: list[ChannelGroup], kept: dict[str, Tensor], macs: int
     ) -> None:
         """Train the whole network a little, batch norm on batch statistics; removed channels stay zero."""
-        config, model = self.config, context.model
+        config = self.config
         steps, batch = self._between_steps(context)
         if not steps:
             return
-        masks, named = channels.weight_masks(model, groups, kept), context.parameters()
-        optimizer = torch.optim.SGD(
-            model.parameters(), config.between_lr, config.between_momentum, weight_decay=config.between_weight_decay
-        )
         word = f"between {len(kept)}"
         source = scoring_images.DrawnImages(context, word, augment=True)
-        with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
-            torch.manual_seed(seeding.stable_hash(context.seed, word))  # dropout
-            model.train()
-            for images, labels in source.stream("order", batch, fresh=True, count=1 if context.rehearsal else steps):
-                context.poll()
-                optimizer.zero_grad(set_to_none=True)
-                torch.nn.functional.cross_entropy(model(images).float(), labels).backward()
-                optimizer.step()
-                torch._foreach_mul_([named[name].data for name in masks], list(masks.values()))
-                self._spent += 3 * batch * macs
-            model.eval()
-        optimizer.zero_grad(set_to_none=True)
-        _share_state(model)
+        num_images = short_training.train_a_little(
+            context,
+            source.stream("order", batch, fresh=True, count=1 if context.rehearsal else steps),
+            channels.weight_masks(context.model, groups, kept),
+            word=word,
+            lr=config.between_lr,
+            momentum=config.between_momentum,
+            weight_decay=config.between_weight_decay,
+        )
+        self._spent += 3 * num_images * macs
 
     def _between_steps(self, context: Context) -> tuple[int, int]:
         """Return (steps, images per step) of the training after a layer."""
@@ -363,7 +357,8 @@ class Greedy(Method):
     def _planned(self, context: Context) -> int | None:
         groups = self.groups(context)
         budget = self.budget(context, groups)
-        if budget is None or self.config.variant == "global" or self.config.repeat:
+        repeats = self.config.variant == "global" or (self.config.variant == "global-code" and self.config.repeat)
+        if budget is None or repeats:
             return None
         steps, batch = self._between_steps(context)
         total, done = 0, {}
@@ -375,7 +370,7 @@ class Greedy(Method):
         return total
 
     def _images_for(self, context: Context, size: int, want: int) -> int:
-        """Return the images that pass the network while `want` of `size` channels are chosen, none of them twice."""
+        """Return the images that pass the network while `want` of `size` channels are chosen; global: none twice."""
         config, num_train = self.config, context.dataset.info.num_train
         if config.variant not in _GLOBAL:
             return min(config.images, num_train)
@@ -388,10 +383,3 @@ class Greedy(Method):
 
 def _first(size: int, count: int) -> Tensor:
     return torch.arange(size) < count
-
-
-def _share_state(model: nn.Module) -> None:
-    """Give every process the weights of the first, from which rounding would lead the others away."""
-    if torch.distributed.is_initialized():
-        for tensor in model.state_dict().values():
-            torch.distributed.broadcast(tensor, src=0)
