@@ -70,7 +70,7 @@ def line_search(gram: Tensor) -> Iterator[Addition]:
     2 t_i num_i - t_i^2 den_i is added, the lowest index on ties. The first neuron is the one nearest to F. Ends when no
     neuron gains anything.
 
-    Source: the selection of Ye, Wu, Liu 2020, arXiv 2010.15969, in closed form.
+    Source: after the local imitation of Ye, Wu, Liu 2020, arXiv 2010.15969; the closed form is derived.
     """
     target, diagonal = gram.mean(1), gram.diagonal()
     index = int((diagonal - 2 * target).argmin())
@@ -107,8 +107,9 @@ def fixed_step(gram: Tensor, *, repeat: bool) -> Iterator[Addition]:
     """Yield the layer after each addition of local imitation with step 1 / n at addition n.
 
     Args:
-        repeat: True: a neuron may come again, so that weights are counts / n (Ye et al. 2020, arXiv 2003.01794); False:
-            each comes once, weights are uniform (the official code), and it ends when all are in.
+        repeat: True: a neuron may come again, so that weights are counts / n (as other implementations of Ye et al.
+            2020, arXiv 2003.01794, have it); False: each comes once, weights are uniform (the official code), and it
+            ends when all are in.
     """
     size, target, diagonal = len(gram), gram.mean(1), gram.diagonal()
     weights, product = torch.zeros_like(target), torch.zeros_like(target)
@@ -177,7 +178,7 @@ def descend(
         loss: of the network with weights a, float64 [size].
         shortlist: (a, allowed bool [size]) -> neurons to try, at least one of the allowed; called once per addition.
         repeat: whether a neuron may come again. False with step 1 / n: uniform weights (official code); True: counts
-            / n (Ye et al. 2020, arXiv 2003.01794).
+            / n, as in `fixed_step`.
         search: once the neuron is found with step 1 / n, try other steps towards it (STEP_FACTORS).
     """
     weights, allowed = torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.bool)
