@@ -93,6 +93,12 @@ def test_tolerance_outside_its_range_is_refused(value: float) -> None:
         make("greedy", macs_ratio=None, top1_tol=value)
 
 
+def test_an_untrained_network_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^schedule\.train\.epochs=0 does not go with .* model\.weights$"):
+        compose("method=greedy", "schedule.train.epochs=0")
+    compose("method=greedy", "schedule.train.epochs=0", "model.weights=trained.pt")
+
+
 def test_patterns_that_match_nothing_are_refused() -> None:
     method, context = prepared(exclude=["layer1.0.conv2"])
     with pytest.raises(ConfigError, match=r"method\.exclude: 'layer1\.0\.conv2' matches no .*'layer1\.\d\.conv1'"):

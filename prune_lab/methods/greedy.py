@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from prune_lab.channel_probe import WeighedNetwork
     from prune_lab.channels import ChannelGroup
+    from prune_lab.config import RunConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
     from prune_lab.scoring_images import DrawnImages
@@ -117,14 +118,25 @@ class Greedy(Method):
         cost="local: one pass over method.images per layer; global: method.num_evaluate passes per channel; "
         "method.between_epochs of training per layer",
         differences="the official code has variant=global-code with candidates=random, top1_tol=0.02, batch=128 and "
-        "augment_scoring=true, for MobileNetV2 only, and also drops channels of its residual sums, which stay here. "
-        "The closed form of local-line-search and the refit (least squares) are derived, not taken from the papers. "
+        "augment_scoring=true, for MobileNetV2 only, where it leaves out the first block and the last 1x1 convolution "
+        "(exclude=[features.0.0,features.18.0]) and also drops channels of its residual sums, which stay here. "
+        "Channels under squeeze-and-excitation stay, too, so that a MobileNetV3 keeps more than half of its MACs. The "
+        "closed form of local-line-search and the refit (least squares) are derived, not taken from the papers. "
         "Removed channels are zeros in producer and reader",
     )
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self._spent = 0
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse to choose channels of an untrained network."""
+        if config.schedule.train.epochs == 0 and config.model.weights is None:
+            raise ConfigError(
+                f"schedule.train.epochs=0 does not go with method={self.config.name}, which needs a trained network; "
+                "train it, or give model.weights",
+                "schedule.train.epochs",
+            )
 
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN_DENSE, PRUNE, FINETUNE)
