@@ -1,4 +1,4 @@
-"""What prune-lab's loop costs over the same step in bare PyTorch, and what masks and mask updates add.
+"""What prune-lab's loop costs over the same step in bare PyTorch, and what masks, mask updates and methods add.
 
 Rounds alternate between the variants and medians are printed with the ratios, because other work on the machine
 changes absolute times; quote the ratios.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from benchmark_data import PilImages
 
-from prune_lab import datasets, identity, numerics
+from prune_lab import chain, datasets, identity, numerics
 from prune_lab.cli import conf_dir
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat, cifar
@@ -30,16 +30,19 @@ from prune_lab.overrides import compose_checked
 from prune_lab.phases import build_model, open_context, open_training
 from prune_lab.rehearsal import RandomImages, job_without_files
 
+METHODS = ("static", "directional", "constrained_l0")
+"""compared with the dense step"""
+
 
 def main() -> None:
     options, overrides = _arguments()
     if options.threads:
         torch.set_num_threads(options.threads)
-    runs = {name: _training(name, overrides) for name in ("dense", "static", "rigl")}
+    runs = {name: _training(name, overrides) for name in ("dense", *METHODS, "rigl")}
     device = runs["dense"].numerics.torch_device
     batch = _random_batch(runs["dense"])
     steps: dict[str, Callable[[], None]] = {"bare PyTorch": _bare_step(runs["dense"], *batch)}
-    for name in ("dense", "static"):
+    for name in ("dense", *METHODS):
         steps[f"prune-lab {name}"] = lambda training=runs[name]: _our_step(training, *batch)
     steps["rigl mask update"] = lambda: runs["rigl"].method.update(runs["rigl"].context, 100)
     _our_step(runs["rigl"], *batch)  # gradients to update from
@@ -50,12 +53,13 @@ def main() -> None:
         ratios = [value / other for value, other in zip(values, times["bare PyTorch"], strict=True)]
         print(f"{name:20} {1000 * statistics.median(values):9.2f} ms  {statistics.median(ratios):7.4f} x bare step")
     dense = statistics.median(times["prune-lab dense"])
-    masked = statistics.median(
-        value / other for value, other in zip(times["prune-lab static"], times["prune-lab dense"], strict=True)
-    )
     interval = runs["rigl"].method.config.interval
     update = statistics.median(times["rigl mask update"])
-    print(f"masked over dense step: {masked:.4f}; loop over bare step: {dense / base:.4f}")
+    print(f"loop over bare step: {dense / base:.4f}")
+    for name in METHODS:
+        pairs = zip(times[f"prune-lab {name}"], times["prune-lab dense"], strict=True)
+        print(f"{name} over dense step: {statistics.median(value / other for value, other in pairs):.4f}")
+    _compare_optimizers(runs["directional"], options.rounds)
     print(f"RigL update, spread over {interval} steps: {100 * update / (interval * dense):.3f} % of a step")
     if options.root:
         _compare_epochs(runs["static"], options)
@@ -82,12 +86,25 @@ def _training(method: str, overrides: list[str]) -> Training:
         config, model=config.model, fingerprint=None, numerics=arithmetic.identity(), world_size=1
     )
     dataset = RandomImages(datasets.describe(config.dataset), arithmetic.torch_device)
-    job = job_without_files(config, config.model, entry, dataset, arithmetic, identity.Results(()))
+    job = job_without_files(config, config.model, entry, dataset, arithmetic, chain.Results(()))
     context = open_context(job)
     training = open_training(job, context)
     job.method.setup(context)
     context.model.train()
     return training
+
+
+def _compare_optimizers(training: Training, rounds: int) -> None:
+    """Print the time of gRDA's step alone against that of torch's fused SGD without momentum, on equal parameters."""
+    grda = training.context.optimizer
+    parameters = [parameter for group in grda.param_groups for parameter in group["params"]]
+    copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    for parameter, copied in zip(parameters, copies, strict=True):
+        copied.grad = parameter.grad.clone()
+    sgd = torch.optim.SGD(copies, lr=0.1, fused=True)
+    times = _measure({"gRDA": grda.step, "SGD": sgd.step}, rounds * 10, training.numerics.torch_device)
+    micro = {name: 1e6 * statistics.median(values) for name, values in times.items()}
+    print(f"optimizer alone: gRDA {micro['gRDA']:.0f} us, SGD {micro['SGD']:.0f} us")
 
 
 def _random_batch(training: Training) -> tuple[torch.Tensor, torch.Tensor]:
