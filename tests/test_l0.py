@@ -421,6 +421,7 @@ def test_nothing_pruned_and_empty_layers_are_said(tmp_path: Path, capsys: pytest
         (["method.gate_lr=0"], "method.gate_lr must lie in (0, inf)"),
         (["method.granularity=kernel"], "method.granularity=kernel is not allowed"),
         (["method.granularity=filter", "method.include=[conv1]"], "method.include=conv1 goes with method.granularity"),
+        (["method.bn_images=1"], "method.bn_images=1: one image has no variance; allowed: 0 (off), or 2 and more"),
         (["method.exclude=[nothing]"], "method.exclude: 'nothing' matches no layer"),
         (["method.granularity=filter", "method.exclude=[layer*.conv1]"], "has no hidden channels of their own"),
         (["method.sparsity=0.5"], "the sparsity is an outcome of method.penalty"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
 from prune_lab.methods.families.gated_weights import LOWEST, GatedWeights, GatesConfig
-from prune_lab.schema import ConfigError, Momentum, OpenFraction, Positive
+from prune_lab.schema import ConfigError, OpenFraction, Positive, Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,7 @@ class ConstrainedL0Config(GatesConfig):
     """expected fraction of closed weights among the gated ones; null: only `macs_ratio` counts"""
     constrain: Literal["model", "layer"]
     """what `sparsity` is the target of: all gated layers together, or each of them"""
-    layer_sparsities: list[Momentum]
+    layer_sparsities: list[Annotated[float, Range(0, 1, open_high=True)]]
     """layer: a target per gated layer, in order, instead of `sparsity` for each; [] without"""
     macs_ratio: OpenFraction | None
     """target of the expected MACs as a fraction of the dense network's, beside or instead of `sparsity`"""
@@ -55,9 +55,8 @@ class ConstrainedL0Config(GatesConfig):
             raise ConfigError(f"{path}.layer_sparsities goes with {path}.constrain=layer, got {self.constrain}")
         if self.sparsity is None and self.constrain == "layer":
             raise ConfigError(f"{path}.constrain=layer needs {path}.sparsity, got null")
-        if self.rounding == "exact" and (self.sparsity, self.constrain, self.granularity) != (
-            self.sparsity or 0.0, "model", "weight"
-        ):
+        counts_weights = self.sparsity is not None and self.constrain == "model" and self.granularity == "weight"
+        if self.rounding == "exact" and not counts_weights:
             raise ConfigError(
                 f"{path}.rounding=exact needs {path}.sparsity, {path}.constrain=model and {path}.granularity=weight, "
                 f"got {'null' if self.sparsity is None else f'{self.sparsity:g}'}, {self.constrain} and "
@@ -110,8 +109,10 @@ class ConstrainedL0(GatedWeights):
         "that no addition or concatenation ties to others. The target counts gated layers only",
         cost="a second copy of the weights, with granularity=weight three more tensors of their size, a few passes "
         "over them per step; training is computed dense",
-        differences="the official code clamps gates on one device only, here method.clamp_gates decides; the target of "
-        "MACs, rounding=exact and Adam for the gates are this program's; biases have no gates",
+        differences="the official code clamps gates on one device only, here method.clamp_gates decides; it gates the "
+        "filters of a bottleneck's third convolution, too, which stay here, and never the stem, which is gated here "
+        "where no addition ties it (exclude it by its name); the target of MACs, rounding=exact, measuring batch norm "
+        "(bn_images) and Adam for the gates are this program's; biases have no gates",
     )
 
     def __init__(self, config: Any) -> None:

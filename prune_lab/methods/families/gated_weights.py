@@ -63,6 +63,8 @@ class GatesConfig(MethodConfig):
                 f"{path}.include={','.join(self.include)} goes with {path}.granularity=weight: with filter a depthwise "
                 "convolution follows the channels it gets"
             )
+        if self.bn_images == 1:
+            raise ConfigError(f"{path}.bn_images=1: one image has no variance; allowed: 0 (off), or 2 and more")
 
 
 def gate_rate(optimizer: str, num_steps: int) -> float:
