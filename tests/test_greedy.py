@@ -87,6 +87,12 @@ def test_repetition_is_refused_where_the_rule_decides(variant: str) -> None:
         make("greedy", variant=variant, repeat=True)
 
 
+@pytest.mark.parametrize(("option", "value"), [("loss", "output_distance"), ("candidates", "random")])
+def test_options_of_the_loss_are_refused_without_one(option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"method\.{option}={value} is for method\.variant=.*; local-refit does"):
+        make("greedy", **{option: value})
+
+
 @pytest.mark.parametrize("value", [0, 1, 1.5, -0.1, math.nan])
 def test_tolerance_outside_its_range_is_refused(value: float) -> None:
     with pytest.raises(ConfigError, match=r"method\.top1_tol"):

@@ -103,6 +103,12 @@ class GreedyConfig(MethodConfig):
                 f"{path}.repeat=true is for {path}.variant={' or '.join(_MAY_REPEAT)}; {self.variant} has a rule of "
                 "its own"
             )
+        for option, usual in (("loss", "cross_entropy"), ("candidates", "taylor")):
+            if getattr(self, option) != usual and self.variant not in _GLOBAL:
+                raise ConfigError(
+                    f"{path}.{option}={getattr(self, option)} is for {path}.variant={' or '.join(_GLOBAL)}; "
+                    f"{self.variant} does without a loss"
+                )
 
 
 class Greedy(Method):
@@ -200,7 +206,8 @@ class Greedy(Method):
         for number, group in enumerate(groups):
             counts = {name: int(mask.sum()) for name, mask in masks.items()}
             if context.rehearsal and number:
-                masks[group.producer] = _first(group.size, group.size if budget is None else budget[group.producer])
+                count = group.size if budget is None else budget[group.producer]
+                masks[group.producer] = torch.arange(group.size) < count
             else:
                 want = None if budget is None else budget[group.producer]
                 macs = channel_budget.macs(context, groups, counts)
@@ -391,7 +398,3 @@ class Greedy(Method):
         if config.loss == "output_distance":
             passes += want if config.fresh_batch else 1
         return passes * min(config.batch, num_train)
-
-
-def _first(size: int, count: int) -> Tensor:
-    return torch.arange(size) < count
