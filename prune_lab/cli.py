@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from importlib import import_module
 from pathlib import Path
 
@@ -107,8 +108,12 @@ def _command(name: str, arguments: list[str]) -> int:
 def help_text() -> str:
     from prune_lab.overrides import choices, groups
 
-    rows = "".join(f"  {group:10} {', '.join(choices(conf_dir(), group))}\n" for group in groups(conf_dir()))
-    return HELP.format(version=__version__, groups=rows)
+    rows = [
+        textwrap.fill(", ".join(choices(conf_dir(), group)), 115, initial_indent=f"  {group:10} ",
+                      subsequent_indent=" " * 13)
+        for group in groups(conf_dir())
+    ]  # fmt: skip
+    return HELP.format(version=__version__, groups="\n".join(rows) + "\n")
 
 
 def _run(arguments: list[str]) -> int:

@@ -20,8 +20,8 @@ TEXTS = [
 RECIPES = ("experiment", "debug", "conf")
 """they set options that are explained where they live"""
 
-TORCH_FREE = ["cli", "config", "overrides", "schema", "listing", "completion", "sweep", "identity", "files", "lazy", "chain",
-              "report", "tracking", "tracking.refill", "models", "datasets", "methods.base"]  # fmt: skip
+TORCH_FREE = ["cli", "config", "overrides", "schema", "listing", "completion", "sweep", "identity", "files", "lazy",
+              "chain", "positions", "verdict", "verdict_cases", "report", "tracking", "tracking.refill", "models", "datasets", "methods.base"]  # fmt: skip
 
 
 def name_of(path: Path) -> str:
