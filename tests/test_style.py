@@ -21,7 +21,8 @@ RECIPES = ("experiment", "debug", "conf")
 """they set options that are explained where they live"""
 
 TORCH_FREE = ["cli", "config", "overrides", "schema", "listing", "completion", "sweep", "identity", "files", "lazy",
-              "chain", "positions", "verdict", "verdict_cases", "report", "tracking", "tracking.refill", "models", "datasets", "methods.base"]  # fmt: skip
+              "chain", "positions", "verdict", "verdict_cases", "report",
+              "tracking", "tracking.refill", "models", "datasets", "methods.base"]  # fmt: skip
 
 
 def name_of(path: Path) -> str:
