@@ -65,7 +65,8 @@ def plan(
 def _told(phase: Phase) -> dict[str, Any]:
     """Return what of a phase's description decides its result; what it leaves at its default is not told."""
     told = {"name": phase.name, "hook": phase.hook, "schedule": phase.schedule, "active": phase.active}
-    places = {key: asdict(place) for key in ("begin", "end") if (place := getattr(phase, key)) is not None}
+    bounds = {"begin": phase.begin, "end": phase.end}
+    places = {key: {"count": place.count, "unit": place.unit} for key, place in bounds.items() if place is not None}
     others = {key: value for key in ("order", "keeps_optimizer") if (value := getattr(phase, key))}
     return told | places | others
 

@@ -199,10 +199,10 @@ def span(planned: PlannedPhase, steps_per_epoch: int) -> tuple[int, int]:
                    for place, default in ((phase.begin, 0), (phase.end, total)))
     for place, step in ((phase.begin, first), (phase.end, last)):
         if step > total:
-            raise ConfigError(f"method.rewind_to={place} lies beyond the {total} steps of schedule.{phase.schedule}")
+            raise ConfigError(f"{place.typed} lies beyond the {total} steps of schedule.{phase.schedule}")
     if 0 < first < schedule.warmup_epochs * steps_per_epoch:
         raise ConfigError(
-            f"method.rewind_to={phase.begin} lies within the warm-up "
+            f"{phase.begin.typed} lies within the warm-up "
             f"(schedule.{phase.schedule}.warmup_epochs={schedule.warmup_epochs:g}, {steps_per_epoch} steps each)"
         )
     return first, last

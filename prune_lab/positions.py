@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from prune_lab.schema import ConfigError
 
@@ -14,9 +14,8 @@ class Position:
 
     count: float
     unit: str
-
-    def __str__(self) -> str:
-        return f"{self.count:g}{self.unit}"
+    typed: str = field(default="", compare=False)
+    """the option that asked for it, as typed: stretched or not, messages name it so"""
 
     def stretched(self, factor: float) -> Position:
         """Return the place in a schedule `factor` times as long: epochs stretch with it, steps do not."""
@@ -25,9 +24,6 @@ class Position:
     def step(self, steps_per_epoch: int) -> int:
         """Return the optimizer step at this place."""
         return round(self.count * steps_per_epoch) if self.unit == "ep" else int(self.count)
-
-
-START = Position(0.0, "ep")
 
 
 def parse_position(text: str, option: str) -> Position:
@@ -40,5 +36,7 @@ def parse_position(text: str, option: str) -> Position:
     if not found:
         raise ConfigError(f"{option}={text} is no place in the training; write epochs as 8ep or steps as 500it", option)
     steps, epochs = found.groups()
-    place = Position(int(steps), "it") if steps else Position(float(epochs), "ep")
-    return place if place.count else START  # 0it and 0ep are one place
+    typed = f"{option}={text}"
+    if steps and int(steps):  # 0it and 0ep are one place
+        return Position(int(steps), "it", typed)
+    return Position(float(epochs or 0), "ep", typed)

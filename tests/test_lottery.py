@@ -410,6 +410,12 @@ def test_a_loss_that_explodes_in_a_round_names_the_option(tmp_path: Path, monkey
     assert "in phase finetune_1" in line and "lower schedule.finetune.lr" in line
 
 
+def test_a_place_beyond_a_stretched_schedule_is_named_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = ["method.arm=IMP-rewind", "method.rewind_to=999it", "schedule.multiplier=0.5"]
+    assert cli.main(["method=lottery", f"output_dir={tmp_path}", "logger.wandb=disabled", *options]) == 1
+    assert "method.rewind_to=999it lies beyond the 88 steps of schedule.train" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "steps"), [("8ep", 80), ("0.5ep", 5), ("500it", 500), ("0ep", 0)])
 def test_positions(text: str, steps: int) -> None:
     assert parse_position(text, "x").step(10) == steps
