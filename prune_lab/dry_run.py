@@ -49,11 +49,15 @@ def dry_run(config: RunConfig) -> int:
     model = build_model(model_config, **sizes, seed=config.seed)
     costs, layers = layer_costs(model_config, **sizes), config.method.layers(model)
     rows = layer_table(layers, costs, kept)
+    if config.method.costs_depend_on_images:
+        rows = [row | ({"macs_kept": None} if row["eligible"] else {}) for row in rows]
     known = {"spent": spent, "info": info, "arithmetic": arithmetic}
     summary = _summary(config, folder, planned, model, costs, layers, kept, **known)
     folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
     _show(folder.directory, planned, rows, summary)
+    if config.method.costs_depend_on_images:
+        print("? depends on the images: measured on the evaluation images of the run")
     if config.matched:
         print(config.matched.line())
     if config.method.without_control():
@@ -77,6 +81,8 @@ def _summary(
         cut = total - results.num_keep_total(total, requested)
         counts |= {"macs/inference": None, "macs/inference_ratio": None, "sparsity/achieved": cut / total,
                    "params/nonzero": counts["params/total"] - cut}
+    if config.method.costs_depend_on_images:
+        counts |= dict.fromkeys(("macs/inference", "macs/inference_ratio"))
     steps = info.num_train // config.schedule.batch_size
     train_dense = results.training_macs(config, counts["macs/dense"], steps)
     summary = {
@@ -110,7 +116,8 @@ def _show(directory: Path, planned: list, rows: list[dict], summary: dict[str, A
         if row["kept"] is None:
             kept = ("?", "?", "?")
         else:
-            kept = (f"{row['density']:.4f}", str(row["kept"]), quantity(row["macs_kept"]))
+            macs = "?" if row["macs_kept"] is None else quantity(row["macs_kept"])
+            kept = (f"{row['density']:.4f}", str(row["kept"]), macs)
         print(f"{row['name']:{width}}  {row['kind']:14} {shape:>18} {kept[0]:>8} {kept[1]:>11} "
               f"{quantity(row['macs_dense']):>11} {kept[2]:>11}  {row['reason']}".rstrip())
     if any(row["kept"] is None for row in rows):

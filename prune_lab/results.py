@@ -8,6 +8,7 @@ import shlex
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from prune_lab.distributions import num_keep_total
 from prune_lab.files import read_json, write_text
 from prune_lab.identity import group_key, plan, run_key
 from prune_lab.loop import measure
+from prune_lab.methods.base import Measured
 from prune_lab.numerics import Numerics
 from prune_lab.phases import build_model, fresh, layer_costs
 from prune_lab.saved_model import save_model
@@ -135,27 +137,34 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     if run.planned[-1].phase.active:
         method.load_state_dict(result["method"])
     finished = method.finish(model)
-    known = {"final": run.outcomes[-1]} if finished is model else {}  # measured in its phase already
+    unchanged = finished is model
     model = finished
     layers = method.layers(model)
     check_sparsity(config, layers, kept)
     exact = run.numerics.exact()
     model.to(exact.torch_device, memory_format=exact.memory_format)
     splits = {"final": run.dataset.eval_split} | ({"test": "test"} if run.dataset.eval_split == "val" else {})
+    score = partial(_score, run, numerics=exact)
+    batches = partial(run.dataset.eval_batches, splits["final"], config.trainer.eval_batch_size,
+                      rank=distributed.rank(), world_size=distributed.world_size())
+    measured = method.measure(model, partial(score, splits["final"]), batches)
+    known = {"final": measured.scores} if measured else {"final": run.outcomes[-1]} if unchanged else {}
     scores = {
-        name: {key: known[name][key] for key in ("loss", "top1", "top5")} if name in known
-        else measure(model, run.dataset, split, numerics=exact, trainer=config.trainer, poll=run.poll_alone)
+        name: {key: known[name][key] for key in ("loss", "top1", "top5")} if name in known else score(split, model)
         for name, split in splits.items()
     }
-    costs = layer_costs(run.model_config, **sizes) if known else profile(model, info.image_size)
+    costs = layer_costs(run.model_config, **sizes) if unchanged else profile(model, info.image_size)
+    rows = layer_table(layers, costs, kept)
     counts = {
         **sparsity_counts(layers, kept, config.method.requested_sparsity()),
         **cost_counts(model, costs, kept, dense_config=config.model, **sizes),
     }
+    if measured:
+        counts |= observed_counts(rows, measured, counts["macs/dense"])
     if not distributed.is_main():
         return
     save_model(model, models.describe(run.model_config, **sizes), run.folder.directory)
-    run.tracker.layers(layer_table(layers, costs, kept))
+    run.tracker.layers(rows)
     summary = summarise(run, scores, counts, wall_s=wall_s)
     record = {"phase": "final", "epoch": 0, "global_step": run.step_offset}
     run.tracker.log(record | {key: value for key, value in summary.items() if key.startswith(("final/", "test/"))})
@@ -163,6 +172,23 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     for line in control_lines(run, summary):
         run.tracker.message(line)
     run.tracker.finish("finished", None)
+
+
+def _score(run: Run, split: str, model: nn.Module, *, numerics: Numerics) -> dict[str, float]:
+    return measure(model, run.dataset, split, numerics=numerics, trainer=run.config.trainer, poll=run.poll_alone)
+
+
+def observed_counts(rows: list[dict[str, Any]], measured: Measured, dense: int) -> dict[str, Any]:
+    """Put measured costs into the layer table and return the summary's keys that change with them.
+
+    Args:
+        rows: of `layer_table`, in which `measured` replaces and adds columns.
+        dense: MACs per image of the dense network.
+    """
+    for row in rows:
+        row |= measured.layers.get(row["name"], {})
+    forward = sum(row["macs_kept"] for row in rows)
+    return {"macs/inference": round(forward), "macs/inference_ratio": forward / dense, **measured.figures}
 
 
 def check_zeros(model: nn.Module, masks: dict[str, Tensor]) -> None:

@@ -9,6 +9,8 @@ from prune_lab.lazy import lazy_import
 from prune_lab.schema import Name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     import torch
     from torch import nn
 
@@ -86,6 +88,18 @@ class MethodConfig:
         return None
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the evaluation images told of a finished network whose costs depend on them."""
+
+    scores: dict[str, float]
+    """loss, top1 and top5 of the network that is saved"""
+    layers: dict[str, dict[str, float]]
+    """layer -> columns of its row in layers.json; macs_kept: MACs per image, the mean over the images"""
+    figures: dict[str, float | None]
+    """further keys of the summary; measured times begin with time/"""
+
+
 class Method:
     """A method without any effect: dense training. Others override the hooks they use.
 
@@ -94,6 +108,8 @@ class Method:
 
     Config: type = MethodConfig
     card: Card
+    costs_depend_on_images: bool = False
+    """True: only `measure` tells the MACs of the eligible layers"""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -207,6 +223,19 @@ class Method:
     def finish(self, model: nn.Module) -> nn.Module:
         """Return the plain module to keep: zeros baked in already, channels physically removed here."""
         return model
+
+    def measure(
+        self, model: nn.Module, score: Callable[[nn.Module], dict[str, float]], batches: Callable[[], Iterable]
+    ) -> Measured | None:
+        """Return what only the evaluation images tell of the finished network; None: its costs do not depend on them.
+
+        Called once on the instance that finished it, on all processes.
+
+        Args:
+            score: returns loss, top1 and top5 of a network on all evaluation images; counts over all processes.
+            batches: returns this process's share of the same images and their labels, batch by batch.
+        """
+        return None
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         """Return (first step, kept weights per parameter) in order: what will be in force in this training phase.
