@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from prune_lab import models
+from prune_lab import models, replaced_modules
 from prune_lab.files import read_json, write_bytes, write_json
 from prune_lab.schema import ConfigError
 
@@ -18,7 +18,8 @@ def save_model(model: nn.Module, description: dict[str, Any], run_dir: Path) -> 
     """Write model.safetensors and model.json; each file appears whole or not at all."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_bytes(run_dir / "model.safetensors", save(tensors))
-    write_json(run_dir / "model.json", description)
+    modules = replaced_modules.describe(model)
+    write_json(run_dir / "model.json", description | ({"modules": modules} if modules else {}))
 
 
 def load_model(run_dir: str | Path) -> nn.Module:
@@ -30,7 +31,9 @@ def load_model(run_dir: str | Path) -> nn.Module:
     directory = Path(run_dir)
     if not (directory / "model.json").exists() or not (directory / "model.safetensors").exists():
         raise ConfigError(f"{directory} holds no finished model (model.json and model.safetensors)")
-    model = models.from_description(read_json(directory / "model.json"))
+    description = read_json(directory / "model.json")
+    model = models.from_description(description)
+    replaced_modules.replace(model, description.get("modules", {}))
     try:
         model.load_state_dict(load_file(directory / "model.safetensors"))
     except (RuntimeError, OSError, SafetensorError) as error:
