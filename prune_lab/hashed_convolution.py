@@ -6,19 +6,22 @@ W_c their kernels, sum_c W_c * x_c becomes sum_b (sum of W_c over b) * (mean of 
 members of a bucket are equal and near where they are alike.
 
 Idea: Meiner, Mehnert, Condurache 2023, arXiv 2309.17211. No code and no full text were at hand: tiles without overlap
-in the output, halo, centring and the count of operations are reconstructed.
+in the output, halo and centring are reconstructed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from prune_lab.merging_cost import Operations, Tally, count_operations
 
 Pair = tuple[int, int]
 
@@ -131,63 +134,6 @@ def tile_spans(size: int, tile: int) -> Iterator[tuple[int, int, int]]:
         yield whole * tile, rest, 1
 
 
-@dataclass
-class Tally:
-    """What a layer did so far, over all images; every count of operations follows from it."""
-
-    tiles: int = 0
-    values: int = 0
-    """of the windows of one channel: heights times widths"""
-    positions: int = 0
-    """of the output plane"""
-    buckets: int = 0
-    bucket_positions: int = 0
-    """of each tile its buckets times its positions"""
-
-    def add(self, other: Tally) -> None:
-        for field in fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-
-
-@dataclass(frozen=True)
-class Operations:
-    """MACs of a convolution, dense and merged, and the single additions (averages: also products) of merging."""
-
-    dense: float
-    merged: float
-    hashing: float
-    centring: float
-    averaging: float
-    kernel_merge: float
-
-    def overhead(self, addition_cost: float) -> float:
-        """Return what merging itself costs, in MACs, with an addition as `addition_cost` MACs."""
-        return addition_cost * (self.hashing + self.centring + self.averaging + self.kernel_merge)
-
-    def __truediv__(self, count: float) -> Operations:
-        return Operations(*(value / count for value in astuple(self)))
-
-
-def count_operations(
-    tally: Tally, *, channels: int, outputs: int, kernel: Pair, num_hyperplanes: int, zero_fraction: float
-) -> Operations:
-    """Return the operations of a layer with `channels` inputs over all tiles of `tally`.
-
-    Per tile of p positions and windows of d values, with M buckets and k the values of a kernel: hashing
-    channels * num_hyperplanes * (1 - zero_fraction) * d additions (a review of the paper), and reconstructed: centring
-    2 * channels * d, averaging (channels - M) * d additions and M * d products, kernels (channels - M) * outputs * k.
-    """
-    weights = outputs * prod(kernel)
-    return Operations(
-        dense=channels * weights * tally.positions,
-        merged=weights * tally.bucket_positions,
-        hashing=channels * num_hyperplanes * (1 - zero_fraction) * tally.values,
-        centring=2 * channels * tally.values,
-        averaging=channels * tally.values,
-        kernel_merge=(channels * tally.tiles - tally.buckets) * weights,
-    )
-
-
 class HashedConv2d(nn.Conv2d):
     """A convolution for inference that merges alike input channels tile by tile; the weights stay what they are."""
 
@@ -198,7 +144,8 @@ class HashedConv2d(nn.Conv2d):
     hyperplanes: Tensor
 
     def __init__(
-        self, *args: Any, num_hyperplanes: int, zero_fraction: float = 2 / 3, tile: int = 8, seed: int = 0, **kwargs: Any
+        self, *args: Any, num_hyperplanes: int, zero_fraction: float = 2 / 3, tile: int = 8, seed: int = 0,
+        **kwargs: Any,
     ) -> None:
         """Options of nn.Conv2d, and those of merging.
 
@@ -321,23 +268,47 @@ class HashedConv2d(nn.Conv2d):
         Tiles with equally many buckets are convolved together, so that none of them is filled up with zeros.
         """
         num, channels, height, width = windows.shape
-        if height * width > 1:
-            buckets = find_buckets(hash_codes(windows, self.hyperplanes[:, :height, :width]))
-        else:  # centred, a single value is zero in every channel: there is nothing to tell them apart by
-            buckets = find_buckets(torch.arange(channels, device=windows.device).expand(num, -1))
+        hashed = height * width > 1  # centred, a single value is zero in every channel: nothing tells them apart
+        if hashed:
+            codes = hash_codes(windows, self.hyperplanes[:, :height, :width])
+        else:
+            codes = torch.arange(channels, device=windows.device).expand(num, -1)
+        buckets = find_buckets(codes)
         output = windows.new_empty(num, self.out_channels, positions)
         for count in buckets.count.unique().tolist():
             alike = (buckets.count == count).nonzero().flatten()
-            self._count(len(alike), count, positions, height * width)
-            for chosen in alike.split(max(1, _KERNEL_VALUES // (count * prod(self.kernel_size) * (
-                    self.out_channels + positions)))):
+            self._count(len(alike), count, positions, height * width if hashed else 0)
+            per_tile = count * prod(self.kernel_size) * (self.out_channels + positions)
+            for chosen in alike.split(max(1, _KERNEL_VALUES // per_tile)):
                 output[chosen] = merged_convolution(
                     windows[chosen], kernels, buckets.order[chosen], buckets.first[chosen], self.geometry
                 ).to(output.dtype)
         return output
 
     def _count(self, tiles: int, buckets: int, positions: int, values: int) -> None:
-        self.tally.add(Tally(
-            tiles=tiles, values=tiles * values if values > 1 else 0, positions=tiles * positions,
-            buckets=tiles * buckets, bucket_positions=tiles * buckets * positions,
-        ))  # fmt: skip
+        self.tally += Tally(
+            tiles=tiles,
+            values=tiles * values,
+            positions=tiles * positions,
+            buckets=tiles * buckets,
+            bucket_positions=tiles * buckets * positions,
+        )
+
+
+def hashed_layers(model: nn.Module) -> dict[str, HashedConv2d]:
+    """Return the hashed convolutions of a network by path; a module in several places is listed once."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, HashedConv2d)}
+
+
+@contextmanager
+def plain(model: nn.Module) -> Iterator[None]:
+    """Let the network's hashed convolutions work as plain ones for the time of a `with` block."""
+    layers = hashed_layers(model).values()
+    before = [layer.merges for layer in layers]
+    try:
+        for layer in layers:
+            layer.merges = False
+        yield
+    finally:
+        for layer, merges in zip(layers, before, strict=True):
+            layer.merges = merges

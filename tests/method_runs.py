@@ -36,6 +36,7 @@ SHORT = {
     "sparsity": 0.8, "interval": 2, "num_cuts": 3, "samples_per_class": 2, "threshold_init": -10,
     "threshold_decay": 0.2, "c": 0.05, "gate_lr": 1.0, "dual_lr": 1000.0, "penalty": 1000.0,
     "rounding": "exact", "bn_images": 0, "macs_ratio": 0.8,
+    "min_channels": 2, "pointwise": "true", "hyperplanes": 4,
 }  # fmt: skip
 
 

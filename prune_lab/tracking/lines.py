@@ -62,6 +62,9 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("sparsity", _requested(get("sparsity/achieved"), get("sparsity/requested"))),
         ("parameters", _of(get("params/nonzero"), get("params/dense"), "nonzero")),
         ("MACs per image", _of(get("macs/inference"), get("macs/dense"), "")),
+        ("merging", _merging(get("haste/channels_left"), get("haste/macs_ratio_without_overhead"))),
+        ("merging, draws", _draws(summary)),
+        ("time per image", _times(get("time/inference_s_per_image"), get("time/inference_dense_s_per_image"))),
         ("masks", _masks(get("mask/exploration"), get("mask/overlap"), get("mask/dead_filters"))),
         ("gradient norm", _change(get("prune/gradient_norm_before"), get("prune/gradient_norm_after"))),
         ("training MACs", _of(get("macs/train"), get("macs/train_dense"), "")),
@@ -110,6 +113,26 @@ def _masks(explored: float | None, overlap: float | None, dead: int | None) -> s
     if explored is None:
         return None
     return f"{explored:.1%} of positions tried, {overlap:.1%} of the kept ones kept from the start, {dead} dead filters"
+
+
+def _merging(left: float | None, ratio: float | None) -> str | None:
+    return None if left is None else f"{left:.2%} of channels left; {ratio:.2%} of dense MACs without its overhead"
+
+
+def _draws(summary: dict[str, Any]) -> str | None:
+    if "haste/top1_std" not in summary:
+        return None
+    top1 = f"{summary['haste/top1_mean']:.2f} +- {summary['haste/top1_std']:.2f} %"
+    macs = f"{summary['haste/macs_ratio_mean']:.2%} +- {summary['haste/macs_ratio_std']:.2%}"
+    return f"top-1 {top1}, MACs {macs} of dense (mean and std)"
+
+
+def _times(seconds: float | None, dense: float | None) -> str | None:
+    if seconds is None:
+        return None
+    factor = f"{seconds / dense:.1f} times as long" if seconds > dense else f"{dense / seconds:.1f} times faster"
+    verdict = f"slower than dense: {factor}" if seconds > dense else factor
+    return f"{1000 * seconds:.3g} ms measured, dense {1000 * dense:.3g} ms; {verdict}"
 
 
 def _change(before: float | None, after: float | None) -> str | None:

@@ -1,0 +1,46 @@
+"""Measured time of networks on the same images, taken in turn so that whatever else the machine does hits all alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TIMED = 4
+"""batches that are timed at most"""
+
+
+@torch.no_grad()
+def seconds_per_image(forwards: Sequence[Callable[[Tensor], Any]], batches: Iterable[Tensor]) -> list[float]:
+    """Return the mean seconds per image of each forward pass over the first few batches.
+
+    The first batch also passes once beforehand, untimed, so that memory and kernels are set up.
+
+    Args:
+        forwards: each takes images [n, 3, height, width].
+        batches: at least one, on the device where the work is done.
+    """
+    seconds, num_images = [0.0] * len(forwards), 0
+    for index, images in enumerate(islice(batches, _TIMED)):
+        num_images += len(images)
+        for number, forward in enumerate(forwards):
+            if index == 0:
+                forward(images)
+            _wait(images.device)
+            started = time.perf_counter()
+            forward(images)
+            _wait(images.device)
+            seconds[number] += time.perf_counter() - started
+    return [value / num_images for value in seconds]
+
+
+def _wait(device: torch.device) -> None:
+    """Let work that was only queued finish."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
