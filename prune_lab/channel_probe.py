@@ -176,7 +176,7 @@ def fold(model: nn.Module, group: ChannelGroup, kept: Tensor, factors: Tensor) -
     device = next(model.parameters()).device
     kept = kept.to(device)
     scale = torch.where(kept, factors.to(device), 0.0)
-    for path in (group.producer, *group.depthwise):
+    for path in (group.producer, *group.followers):
         model.get_submodule(path).weight[~kept] = 0
     for consumer in group.consumers:
         weight = model.get_submodule(consumer.path).weight

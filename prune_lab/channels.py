@@ -1,40 +1,16 @@
-"""Which hidden channels of a network can be removed on their own: found by tracing the flow of its data."""
+"""The channels of a network that can be removed, and the weights that go with them."""
 
 from __future__ import annotations
 
-import copy
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from prune_lab.schema import ConfigError
-
-_NORMS = (nn.modules.batchnorm._BatchNorm,)
-_POINTWISE = (
-    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout,
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish,
-    nn.Hardsigmoid, nn.Hardtanh, nn.Sigmoid, nn.LogSigmoid, nn.Tanh, nn.Tanhshrink, nn.Softplus, nn.Softsign,
-    nn.Softshrink, nn.Hardshrink, nn.Threshold,
-)  # fmt: skip
-_POOLS = (
-    nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.ZeroPad2d,
-    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
-)  # fmt: skip
-_POINTWISE_FUNCTIONS = {
-    torch.relu, torch.sigmoid, torch.tanh, F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish,
-    F.hardsigmoid, F.hardtanh, F.sigmoid, F.tanh, F.softplus, F.dropout, F.dropout2d, F.alpha_dropout,
-}  # fmt: skip
-_POOL_FUNCTIONS = {
-    F.max_pool2d, torch.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.interpolate,
-}  # fmt: skip
-_POINTWISE_METHODS = {"relu", "relu_", "sigmoid", "sigmoid_", "tanh", "tanh_", "contiguous", "clone", "detach"}
-_RESHAPES: set[Any] = {torch.flatten, torch.reshape, "flatten", "view", "reshape"}
+from prune_lab.channel_flow import follow
+from prune_lab.channel_trace import NORMS, trace
 
 
 @dataclass(frozen=True)
@@ -49,181 +25,194 @@ class Consumer:
 
 @dataclass(frozen=True)
 class ChannelGroup:
-    """Hidden channels that can be removed without a change to any other channel.
+    """Hidden channels of one layer that can be removed without a change to any other channel.
 
-    To remove channel i: row i of the producer (weight and bias), entry i of every norm, row i of every depthwise
-    convolution, and its columns of every consumer.
+    To remove channel i: row i of the producer (weight and bias), entry i of every norm, row i of every follower, and
+    its columns of every consumer.
     """
 
     producer: str
     """module path of the ungrouped convolution or linear layer whose output rows they are"""
     norms: tuple[str, ...]
     """module paths of the batch norms they pass"""
-    depthwise: tuple[str, ...]
-    """module paths of the depthwise convolutions they pass, one filter per channel"""
+    followers: tuple[str, ...]
+    """module paths of other layers with a row per channel: depthwise convolutions, and what makes the factors of a
+    squeeze-and-excitation"""
     consumers: tuple[Consumer, ...]
     size: int
     """number of channels"""
 
     def layers(self) -> tuple[str, ...]:
         """Return the module paths of all convolutions and linear layers that lose weights with a channel."""
-        return (self.producer, *self.depthwise, *(consumer.path for consumer in self.consumers))
+        return (self.producer, *self.followers, *(consumer.path for consumer in self.consumers))
 
 
-def channel_groups(model: nn.Module, image_size: int) -> list[ChannelGroup]:
-    """Return the groups of `model` in the order in which its forward pass reaches their producers.
+@dataclass(frozen=True)
+class Lane:
+    """Channel classes that the same layers make and read. A class is what is removed at once."""
 
-    Channels are hidden if they pass only through batch norms, pointwise activations, pooling, dropout, a flatten and
-    depthwise convolutions, and if only ungrouped convolutions and linear layers read them. A channel that meets an
-    addition, a product (squeeze-and-excitation), a concatenation, a padded shortcut or the output belongs to no group.
-    Where a trunk begins or ends without an addition, as the stem of a ResNet-50 or the last 1x1 convolution of a
-    MobileNet, its channels are a group like any other.
+    name: str
+    """module path of the first layer that makes them; #2 ... where that layer makes several lanes"""
+    producers: tuple[str, ...]
+    """module paths of the layers whose output rows they are; several where additions or products tie them"""
+    classes: Tensor
+    """int64 [size], rising"""
+    summed: bool
+    """whether they are added to others: a residual trunk"""
 
-    A layer that is called more than once, or shares its weight, belongs to none either.
+    @property
+    def size(self) -> int:
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """Which class of channels every row and column of a network belongs to; -1: it stays."""
+
+    rows: dict[str, Tensor]
+    """module path of an ungrouped or depthwise convolution or linear layer -> int64 [outputs]"""
+    columns: dict[str, Tensor]
+    """module path of an ungrouped convolution or linear layer -> int64 [inputs]"""
+    norms: dict[str, Tensor]
+    """module path of a batch norm -> int64 [channels]"""
+    pads: dict[str, tuple[Tensor, Tensor]]
+    """module path of a padded shortcut -> classes of its zero channels in front and behind"""
+    lanes: tuple[Lane, ...]
+    """in the order in which the forward pass reaches their first producers"""
+    num_classes: int
+
+    def producers(self) -> list[str]:
+        """Return the module paths of all layers that make channels, in the order of the forward pass."""
+        return list(self.columns)
+
+    def lane_of(self) -> Tensor:
+        """Return the index of each class's lane, int64 [num_classes]."""
+        index = torch.zeros(self.num_classes, dtype=torch.int64)
+        for number, lane in enumerate(self.lanes):
+            index[lane.classes] = number
+        return index
+
+    def kept(self, classes: Tensor, alive: Tensor) -> Tensor:
+        """Return which of the positions with these classes are left, bool.
+
+        Args:
+            alive: bool [num_classes].
+        """
+        return torch.cat([alive, alive.new_ones(1)])[classes]  # -1 is the last
+
+    def weight_masks(self, alive: Tensor, model: nn.Module) -> dict[str, Tensor]:
+        """Return masks that leave out the dead classes' rows and columns: parameter path -> bool, True = kept.
+
+        Where a channel is not read it may carry anything, so the masked network computes what the network without the
+        channel does, whatever batch norm makes of its zeros.
+        """
+        masks = {}
+        for path, rows in self.rows.items():
+            weight = model.get_submodule(path).weight
+            mask = self.kept(rows, alive).view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape)
+            if path in self.columns:
+                mask = mask & self.kept(self.columns[path], alive).view(1, -1, *[1] * (weight.dim() - 2))
+            masks[f"{path}.weight"] = mask.contiguous()
+        return masks
+
+    def dead(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Return the classes without any weight in their rows or without any in their columns, bool [num_classes].
+
+        Args:
+            masks: parameter path -> bool, True = kept; a parameter that is missing keeps all.
+        """
+        written, read = (torch.zeros(self.num_classes + 1, dtype=torch.bool) for _ in range(2))
+        for path, columns in self.columns.items():
+            mask = masks.get(f"{path}.weight")
+            rows = self.rows[path]
+            used_rows = torch.ones(len(rows), dtype=torch.bool) if mask is None else mask.flatten(1).any(1).cpu()
+            used = torch.ones(len(columns), dtype=torch.bool) if mask is None else (
+                mask.transpose(0, 1).flatten(1).any(1).cpu()
+            )
+            written[rows[used_rows]] = True
+            read[columns[used]] = True
+        return ~(written & read)[:-1]
+
+
+def channel_map(model: nn.Module, image_size: int) -> ChannelMap:
+    """Return the channel classes of `model`.
 
     Args:
-        image_size: height and width of the RGB images, px; sets the span after a flatten.
+        image_size: height and width of the RGB images, px; decides how often a flatten repeats a channel.
 
     Raises:
         ConfigError: the network's data flow cannot be traced.
     """
-    traced, shapes = _trace(model, image_size)
-    flow = _Flow(traced, shapes, _shared(model, traced.graph))
-    groups = [flow.follow(node) for node in traced.graph.nodes]
-    return [group for group in groups if group is not None]
+    flow = follow(trace(model, image_size))
+    made = np.concatenate([flow.identities.roots(flow.rows[path]) for path in flow.columns])
+    classes = {root: index for index, root in enumerate(dict.fromkeys(made[made > 0].tolist()))}
+
+    def numbered(ids: np.ndarray) -> Tensor:
+        return torch.tensor([classes.get(root, -1) for root in flow.identities.roots(ids).tolist()], dtype=torch.int64)
+
+    normed = {path for path in flow.rows if isinstance(model.get_submodule(path), NORMS)}
+    rows = {path: numbered(ids) for path, ids in flow.rows.items() if path not in normed}
+    norms = {path: numbered(ids) for path, ids in flow.rows.items() if path in normed}
+    columns = {path: numbered(ids) for path, ids in flow.columns.items()}
+    pads = {path: (numbered(front), numbered(back)) for path, (front, back) in flow.pads.items()}
+    summed = torch.zeros(len(classes), dtype=torch.bool)
+    summed[[classes[root] for root in flow.identities.summed() if root in classes]] = True
+    return ChannelMap(rows, columns, norms, pads, _lanes(rows, columns, summed), len(classes))
 
 
-def _trace(model: nn.Module, image_size: int) -> tuple[fx.GraphModule, dict[fx.Node, tuple[int, ...]]]:
-    """Return the graph of a copy in evaluation mode without memory, and the shape of each tensor for two images."""
-    try:
-        ghost = copy.deepcopy(model).to("meta").eval()
-        traced = fx.GraphModule(ghost, _Tracer().trace(ghost))
-        recorder = _ShapeRecorder(traced)
-        with torch.no_grad():
-            precision = next(model.parameters()).dtype
-            recorder.run(torch.zeros(2, 3, image_size, image_size, device="meta", dtype=precision))
-    except Exception as error:  # a traced forward may raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"removing channels needs a network that torch.fx can trace; {type(model).__name__} is not: {reason}"
-        ) from error
-    return traced, recorder.shapes
+def _lanes(rows: dict[str, Tensor], columns: dict[str, Tensor], summed: Tensor) -> tuple[Lane, ...]:
+    """Return the classes in groups that appear in the same rows and columns equally often."""
+    num_classes = len(summed)
+    if not num_classes:
+        return ()
+    places = [ids for part in (rows, columns) for ids in part.values()]
+    counts = [torch.bincount(ids + 1, minlength=num_classes + 1)[1:] for ids in places]
+    signatures, lane_of = torch.unique(torch.stack([*counts, summed.long()], 1), dim=0, return_inverse=True)
+    members = [(lane_of == index).nonzero().flatten() for index in range(len(signatures))]
+    members.sort(key=lambda classes: int(classes[0]))
+    lanes, names = [], {}
+    for classes in members:
+        producers = tuple(path for path in columns if bool((rows[path] == classes[0]).any()))
+        names[producers[0]] = names.get(producers[0], 0) + 1
+        name = producers[0] if names[producers[0]] == 1 else f"{producers[0]}#{names[producers[0]]}"
+        lanes.append(Lane(name, producers, classes, bool(summed[classes[0]])))
+    return tuple(lanes)
 
 
-class _Tracer(fx.Tracer):
-    """Takes every batch norm as one step, also those of other libraries, which work channel by channel as well."""
+def channel_groups(model: nn.Module, image_size: int) -> list[ChannelGroup]:
+    """Return the channels of `model` that are not added to others, by the layer that makes them.
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _NORMS) or super().is_leaf_module(m, module_qualified_name)
+    They pass only through batch norms, pointwise activations, pooling, dropout, a flatten, depthwise convolutions,
+    concatenations and squeeze-and-excitation, and only ungrouped convolutions and linear layers read them. Where a
+    trunk begins or ends without an addition, as the stem of a ResNet-50 or the last 1x1 convolution of a MobileNet, its
+    channels are a group like any other. A layer that is called more than once, or shares its weight, has none.
 
-
-class _ShapeRecorder(fx.Interpreter):
-    def __init__(self, traced: fx.GraphModule) -> None:
-        super().__init__(traced)
-        self.extra_traceback = False
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if torch.is_tensor(result):
-            self.shapes[n] = tuple(result.shape)
-        return result
+    Raises:
+        ConfigError: the network's data flow cannot be traced.
+    """
+    found = channel_map(model, image_size)
+    return [group for lane in found.lanes if (group := _as_group(found, lane)) is not None]
 
 
-def _shared(model: nn.Module, graph: fx.Graph) -> set[str]:
-    """Return the module paths whose weight is used more than once."""
-    weights = {id(weight): path for path, weight in model.named_parameters()}
-    modules = dict(model.named_modules())
-    uses: Counter[str] = Counter()
-    owners: dict[str, list[str]] = {}
-    for node in graph.nodes:
-        if node.op == "call_module":
-            for weight in modules[node.target].parameters(recurse=False):
-                uses[weights[id(weight)]] += 1
-                owners.setdefault(weights[id(weight)], []).append(node.target)
-        elif node.op == "get_attr":
-            uses[node.target] += 1
-    return {path for weight, paths in owners.items() if uses[weight] > 1 for path in paths}
+def _as_group(found: ChannelMap, lane: Lane) -> ChannelGroup | None:
+    """Return a lane as the outputs of one layer; None where it is more, less, or in another order."""
+    producer, members = lane.producers[0], lane.classes
+    if lane.summed or not torch.equal(found.rows[producer], members):
+        return None
+    following = {path: rows for path, rows in found.rows.items() if path != producer and _meets(rows, members)}
+    passed = {path: rows for path, rows in found.norms.items() if _meets(rows, members)}
+    reading = {path: columns for path, columns in found.columns.items() if _meets(columns, members)}
+    spans = {path: len(columns) // len(members) for path, columns in reading.items()}
+    in_order = [torch.equal(rows, members) for rows in (*following.values(), *passed.values())]
+    in_order += [torch.equal(columns, members.repeat_interleave(spans[path])) for path, columns in reading.items()]
+    if not reading or not all(in_order):
+        return None  # for example a part of a concatenation
+    consumers = tuple(Consumer(path, span) for path, span in spans.items())
+    return ChannelGroup(producer, tuple(passed), tuple(following), consumers, len(members))
 
 
-class _Flow:
-    """Follows the channels of one layer through the graph."""
-
-    def __init__(self, traced: fx.GraphModule, shapes: dict[fx.Node, tuple[int, ...]], shared: set[str]) -> None:
-        self._modules, self._shapes, self._shared = dict(traced.named_modules()), shapes, shared
-
-    def follow(self, start: fx.Node) -> ChannelGroup | None:
-        """Return the group of the channels that `start` makes; None: it makes none, or they are not free."""
-        module = self._module(start)
-        if not _mixes(module) or start.target in self._shared:
-            return None
-        size = module.weight.shape[0]
-        last = isinstance(module, nn.Linear) and len(self._shapes[start]) > 2  # channels in the last of many dimensions
-        norms, depthwise, consumers = [], [], []
-        stack = [start]
-        while stack:
-            node = stack.pop()
-            for user in reversed(node.users):
-                kind = self._kind(node, user, size=size, last=last)
-                if kind is None or user.target in self._shared:
-                    return None
-                if kind == "consumer":
-                    span = 1 if last else self._shapes[node][1] // size
-                    consumers.append((user, Consumer(user.target, span)))
-                elif kind != "reader":
-                    stack.append(user)
-                    {"norm": norms, "depthwise": depthwise}.get(kind, []).append(user.target)
-        if not consumers:
-            return None
-        order = {node: index for index, node in enumerate(start.graph.nodes)}
-        ordered = [consumer for _, consumer in sorted(consumers, key=lambda pair: order[pair[0]])]
-        return ChannelGroup(start.target, tuple(norms), tuple(depthwise), tuple(ordered), size)
-
-    def _module(self, node: fx.Node) -> nn.Module | None:
-        return self._modules[node.target] if node.op == "call_module" else None
-
-    def _kind(self, node: fx.Node, user: fx.Node, *, size: int, last: bool) -> str | None:
-        """Return what `user` does to the channels in `node`'s output; None: something that binds or mixes them."""
-        shape, module = self._shapes[node], self._module(user)
-        span = 1 if last else shape[1] // size
-        if user.op == "call_method" and user.target in ("size", "dim") or user.target is getattr:
-            return "reader"
-        if module is None:
-            called = user.target if user.op in ("call_function", "call_method") else None
-            pointwise = called in _POINTWISE_FUNCTIONS or (user.op == "call_method" and called in _POINTWISE_METHODS)
-            pool = called in _POOL_FUNCTIONS or _is_spatial_mean(user)
-            flatten = called in _RESHAPES
-        else:
-            pointwise, pool = isinstance(module, _POINTWISE), isinstance(module, _POOLS)
-            flatten = isinstance(module, nn.Flatten)
-        if pointwise:
-            return "passes"
-        if last:  # channels at the end of a sequence or a map: only linear layers read them there
-            return "consumer" if isinstance(module, nn.Linear) else None
-        if pool:
-            return "passes" if len(shape) == 4 else None
-        if flatten:
-            return "passes" if self._shapes[user] == (shape[0], math.prod(shape[1:])) else None
-        if isinstance(module, _NORMS):
-            return "norm" if span == 1 else None
-        if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels:
-            return "depthwise"
-        if isinstance(module, nn.Linear):
-            return "consumer" if len(shape) == 2 else None
-        return "consumer" if _mixes(module) else None
-
-
-def _mixes(module: nn.Module | None) -> bool:
-    """Return whether every output of `module` reads all of its inputs."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
-
-
-def _is_spatial_mean(node: fx.Node) -> bool:
-    """Return whether `node` averages over height and width, as x.mean([2, 3])."""
-    if node.target not in ("mean", torch.mean):
-        return False
-    over = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    return isinstance(over, (list, tuple)) and {dim % 4 for dim in over} == {2, 3}
+def _meets(classes: Tensor, members: Tensor) -> bool:
+    return bool(torch.isin(classes, members).any())
 
 
 def columns(channels: Tensor, span: int) -> Tensor:
@@ -248,7 +237,7 @@ def weight_masks(
         if group.producer not in kept:
             continue
         gone = ~kept[group.producer].to(device)
-        for path in (group.producer, *group.depthwise):
+        for path in (group.producer, *group.followers):
             masks[path][gone] = False
         for consumer in group.consumers:
             masks[consumer.path][:, columns(gone, consumer.span)] = False

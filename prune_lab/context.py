@@ -54,6 +54,8 @@ class Context:
     """to be called now and then in long work outside of the training loop: stops the run if a signal asked for it"""
     rehearsal: bool = False
     """True in a dry run: repeated work is done once, results do not count"""
+    widths: dict[str, list[int]] | None = None
+    """sizes of a network whose channels were removed (see surgery.Widths); None: as its options build it"""
     masks: MaskSet | None = None
     history: MaskHistory | None = None
     """where the masks have been in this phase"""

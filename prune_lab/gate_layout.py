@@ -135,7 +135,7 @@ class FilterGates(WeightGates):
         self._count(context)
         self.rows = {
             f"{path}.weight": index
-            for index, group in enumerate(self.channels) for path in (group.producer, *group.depthwise)
+            for index, group in enumerate(self.channels) for path in (group.producer, *group.followers)
         }
         self._consumers = {
             f"{consumer.path}.weight": (index, consumer.span)

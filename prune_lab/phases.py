@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune_lab import distributed, models
+from prune_lab import distributed, models, surgery
 from prune_lab.accounting import LayerCost, profile
 from prune_lab.chain import PlannedPhase
 from prune_lab.checkpoint import CheckpointPair
@@ -94,6 +94,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         method.setup(context)
         noted = getattr(method, phase.hook)(context) or {}
         context.cost.total += method.phase_cost(context)
+        model = context.model  # channels may have gone
     if scores is None:  # no epoch ended here: a phase without training, or one resumed after its last epoch
         trainer, exact = job.config.trainer, job.numerics.exact()
         scores = measure(model, job.dataset, job.dataset.eval_split, numerics=exact, trainer=trainer, poll=job.poll)
@@ -114,6 +115,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         "masks": None if context.masks is None else {k: v.cpu() for k, v in context.masks.state_dict().items()},
         "method": method.state_dict(),
+        "widths": context.widths,
     }
     if phase.keeps_optimizer:
         context.optimizer_state = context.optimizer.state_dict()
@@ -146,12 +148,13 @@ def open_context(job: Job) -> Context:
     """Return the phase's model, masks and costs: fresh weights in the first phase, the previous result later."""
     config, info = job.config, job.dataset.info
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-    model = build_model(job.model_config, **sizes, seed=config.seed)
+    widths = None if job.previous is None else job.previous.get("widths")
     if job.previous is None:
+        model = build_model(job.model_config, **sizes, seed=config.seed)
         load_weights(model, job.model_config)
     else:
-        model.load_state_dict(job.previous["model"])
-    costs = layer_costs(job.model_config, **sizes)
+        model = restore_model(job.model_config, job.previous, **sizes)
+    costs = layer_costs(job.model_config, **sizes) if widths is None else profile(model, info.image_size)
     if config.trainer.sync_bn and job.planned.phase.hook == "train":
         model = distributed.join_batch_norm(model, job.numerics.torch_device)
     model.to(job.numerics.torch_device, memory_format=job.numerics.memory_format)
@@ -174,6 +177,7 @@ def open_context(job: Job) -> Context:
         report=job.report,
         amp_scaled=job.numerics.precision == "fp16",
         dataset=job.dataset,
+        widths=widths,
         fresh_model=lambda word: build_model(job.model_config, **sizes, seed=stable_hash(config.seed, word) % 2**31),
         poll=job.poll,
         rehearsal=job.rehearsal,
@@ -220,6 +224,15 @@ def build_model(model_config: Any, *, num_classes: int, image_size: int, seed: i
     """Return the freshly initialised network of `seed`, on the CPU."""
     seed_everything(seed, "init")
     return models.build(model_config, num_classes=num_classes, image_size=image_size)
+
+
+def restore_model(model_config: Any, result: dict[str, Any], *, num_classes: int, image_size: int) -> nn.Module:
+    """Return the network that a phase left, on the CPU, with the widths it left it with."""
+    model = build_model(model_config, num_classes=num_classes, image_size=image_size, seed=0)
+    if result.get("widths") is not None:
+        surgery.narrow(model, result["widths"])
+    model.load_state_dict(result["model"])
+    return model
 
 
 def steps_per_epoch(job: Job) -> int:

@@ -119,5 +119,6 @@ def _result(job: Job, context: Context) -> dict[str, Any]:
     masks = None if context.masks is None else context.masks.state_dict()
     if job.planned.phase.keeps_optimizer:
         context.optimizer_state = context.optimizer.state_dict()
-    result = {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict()}
+    result = {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict(),
+              "widths": context.widths}
     return result if context.optimizer_state is None else result | {"optimizer": context.optimizer_state}

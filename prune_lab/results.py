@@ -27,12 +27,14 @@ from prune_lab.identity import group_key, plan, run_key
 from prune_lab.loop import measure
 from prune_lab.methods.base import Measured
 from prune_lab.numerics import Numerics
-from prune_lab.phases import build_model, fresh, layer_costs
+from prune_lab.phases import fresh, layer_costs, restore_model
 from prune_lab.saved_model import save_model
 from prune_lab.schema import ConfigError
 from prune_lab.tracking import RunInfo, Tracker, open_tracker
 
 if TYPE_CHECKING:
+    from prune_lab.eligibility import Layer
+    from prune_lab.methods.base import Method
     from prune_lab.pipeline import Run
 
 
@@ -129,9 +131,8 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     """
     config, info = run.config, run.dataset.info
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-    model = build_model(run.model_config, **sizes, seed=config.seed)
-    model.load_state_dict(result["model"])
-    kept = {name: int(mask.sum()) for name, mask in (result["masks"] or {}).items()}
+    model = restore_model(run.model_config, result, **sizes)
+    masked = {name: int(mask.sum()) for name, mask in (result["masks"] or {}).items()}
     check_zeros(model, result["masks"] or {})
     method = fresh(config.method)
     if run.planned[-1].phase.active:
@@ -139,7 +140,7 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     finished = method.finish(model)
     unchanged = finished is model
     model = finished
-    layers = method.layers(model)
+    layers, kept = whole_layers(run, method, model, masked)
     check_sparsity(config, layers, kept)
     exact = run.numerics.exact()
     model.to(exact.torch_device, memory_format=exact.memory_format)
@@ -153,17 +154,19 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
         name: {key: known[name][key] for key in ("loss", "top1", "top5")} if name in known else score(split, model)
         for name, split in splits.items()
     }
-    costs = layer_costs(run.model_config, **sizes) if unchanged else profile(model, info.image_size)
+    as_built = unchanged and result.get("widths") is None
+    costs = layer_costs(run.model_config, **sizes) if as_built else profile(model, info.image_size)
     rows = layer_table(layers, costs, kept)
     counts = {
         **sparsity_counts(layers, kept, config.method.requested_sparsity()),
-        **cost_counts(model, costs, kept, dense_config=config.model, **sizes),
+        **cost_counts(model, costs, masked, dense_config=config.model, **sizes),
     }
     if measured:
         counts |= observed_counts(rows, measured, counts["macs/dense"])
     if not distributed.is_main():
         return
-    save_model(model, models.describe(run.model_config, **sizes), run.folder.directory)
+    removed = {} if result.get("widths") is None else {"channels": result["widths"]}
+    save_model(model, models.describe(run.model_config, **sizes) | removed, run.folder.directory)
     run.tracker.layers(rows)
     summary = summarise(run, scores, counts, wall_s=wall_s)
     record = {"phase": "final", "epoch": 0, "global_step": run.step_offset}
@@ -172,6 +175,24 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     for line in control_lines(run, summary):
         run.tracker.message(line)
     run.tracker.finish("finished", None)
+
+
+def whole_layers(
+    run: Run, method: Method, model: nn.Module, masked: dict[str, int]
+) -> tuple[list[Layer], dict[str, int]]:
+    """Return the layers as the run's options build them, and the weights left in each that has lost some.
+
+    Args:
+        model: the finished network; weights of channels that were removed from it count as pruned.
+        masked: kept weights per parameter under a mask.
+    """
+    info = run.dataset.info
+    with torch.device("meta"):
+        whole = models.build(run.model_config, num_classes=info.num_classes, image_size=info.image_size)
+    left = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    layers = method.layers(whole)
+    cut = {layer.parameter: left[layer.parameter] for layer in layers if left[layer.parameter] != layer.size}
+    return layers, cut | masked
 
 
 def _score(run: Run, split: str, model: nn.Module, *, numerics: Numerics) -> dict[str, float]:

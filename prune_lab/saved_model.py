@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from prune_lab import models, replaced_modules
+from prune_lab import models, replaced_modules, surgery
 from prune_lab.files import read_json, write_bytes, write_json
 from prune_lab.schema import ConfigError
 
@@ -33,6 +33,7 @@ def load_model(run_dir: str | Path) -> nn.Module:
         raise ConfigError(f"{directory} holds no finished model (model.json and model.safetensors)")
     description = read_json(directory / "model.json")
     model = models.from_description(description)
+    surgery.narrow(model, description.get("channels", {}))
     replaced_modules.replace(model, description.get("modules", {}))
     try:
         model.load_state_dict(load_file(directory / "model.safetensors"))

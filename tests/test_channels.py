@@ -55,12 +55,12 @@ def masked(model: nn.Module, group: ChannelGroup, kept: Tensor) -> nn.Module:
 def sliced(model: nn.Module, group: ChannelGroup, kept: Tensor) -> nn.Module:
     """Return a copy whose layers lack the channels that are not kept."""
     copied = copy.deepcopy(model)
-    for path in (group.producer, *group.norms, *group.depthwise):
+    for path in (group.producer, *group.norms, *group.followers):
         module = copied.get_submodule(path)
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(module, name, None) is not None:
                 getattr(module, name).data = getattr(module, name).data[kept]
-        if path in group.depthwise:
+        if getattr(module, "groups", 1) > 1:
             module.groups = int(kept.sum())
     for consumer in group.consumers:
         weight = copied.get_submodule(consumer.path).weight
@@ -114,7 +114,7 @@ def test_norms_of_a_channel_without_columns_do_not_matter(family: str) -> None:
         kept = some_kept(group)
         zeroed = masked(model, group, kept)
         scrambled = copy.deepcopy(zeroed)
-        for path in (*group.norms, *group.depthwise):
+        for path in (*group.norms, *group.followers):
             for tensor in scrambled.get_submodule(path).parameters():
                 tensor.data[~kept] = 7.0
         assert torch.equal(outputs(zeroed), outputs(scrambled)), group.producer
@@ -171,15 +171,16 @@ def test_inverted_residuals_give_their_hidden_channels_with_the_depthwise_filter
         )  # fmt: skip
 
 
-def test_channels_under_squeeze_and_excitation_are_not_free() -> None:
+def test_channels_under_squeeze_and_excitation_go_with_their_factors() -> None:
     model = models.build(compose("model=mobilenet_v3_small", "model.width=0.35").model, num_classes=10, image_size=32)
-    found = {group.producer for group in channel_groups(model, 32)}
+    found = {group.producer: group for group in channel_groups(model, 32)}
     gated = [name for name, module in model.named_modules() if type(module).__name__ == "SqueezeExcitation"]
     assert len(gated) == 9
     for name in gated:
         block = name.rpartition(".")[0]
-        assert f"{block}.0.0" not in found
-        assert f"{name}.fc1" in found and f"{name}.fc2" not in found  # only the gate's own hidden channels
+        owner = next(group for group in found.values() if f"{name}.fc2" in group.followers)
+        assert owner.producer in (f"{block}.0.0", "features.0.0") and Consumer(f"{name}.fc1", 1) in owner.consumers
+        assert f"{name}.fc1" in found and f"{name}.fc2" not in found
 
 
 # Small networks
@@ -204,7 +205,6 @@ class Branching(nn.Module):
 
 TIED = {
     "addition": lambda net, x: x + net.b(x),
-    "product": lambda net, x: net.b(x) * x.mean((2, 3), keepdim=True),
     "concatenation": lambda net, x: net.narrow(net.wide(torch.cat([x, net.b(x)], 1))),
     "grouped convolution": lambda net, x: net.b(net.grouped(x)),
     "parameters per channel that nothing slices": lambda net, x: net.b(net.prelu(x)),

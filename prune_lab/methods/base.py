@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 eligibility = lazy_import("prune_lab.eligibility")
 optim = lazy_import("prune_lab.optim")
+removal = lazy_import("prune_lab.removal")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Phase:
 TRAIN_DENSE = Phase("train", "train", "train", active=False, fresh=True)
 TRAIN = Phase("train", "train", "train", active=True)
 PRUNE = Phase("prune", "prune", None, active=True)
+REMOVE = Phase("remove", "remove", None, active=True)
 FINETUNE = Phase("finetune", "train", "finetune", active=True)
 
 
@@ -220,8 +222,12 @@ class Method:
         """
         raise TypeError(f"{type(self).__name__} has a prune phase but no function prune")
 
+    def remove(self, context: Context) -> dict[str, float]:
+        """Do the work of a phase whose hook is "remove": take the channels out whose masks leave nothing of them."""
+        return removal.remove_dead(context)
+
     def finish(self, model: nn.Module) -> nn.Module:
-        """Return the plain module to keep: zeros baked in already, channels physically removed here."""
+        """Return the plain module to keep: zeros are baked in, channels were removed in a phase of its own."""
         return model
 
     def measure(

@@ -1,0 +1,86 @@
+"""A network as a graph of operations with the shape of every tensor in it."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from prune_lab.models.resnet_cifar import ZeroPadShortcut
+from prune_lab.schema import ConfigError
+
+NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+@dataclass(frozen=True)
+class TracedNetwork:
+    graph: fx.Graph
+    modules: dict[str, nn.Module]
+    """module path -> module of the traced copy, which has no memory"""
+    shapes: dict[fx.Node, tuple[int, ...]]
+    """shape of each tensor for two images"""
+    shared: set[str]
+    """module paths whose weight is used more than once"""
+
+
+def trace(model: nn.Module, image_size: int) -> TracedNetwork:
+    """Return the graph of a copy of `model` in evaluation mode without memory.
+
+    Args:
+        image_size: height and width of the RGB images, px.
+
+    Raises:
+        ConfigError: the network's data flow cannot be traced; the message names the operation.
+    """
+    try:
+        ghost = copy.deepcopy(model).to("meta").eval()
+        traced = fx.GraphModule(ghost, _Tracer().trace(ghost))
+        recorder = _ShapeRecorder(traced)
+        with torch.no_grad():
+            precision = next(model.parameters()).dtype
+            recorder.run(torch.zeros(2, 3, image_size, image_size, device="meta", dtype=precision))
+    except Exception as error:  # a traced forward may raise anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"removing channels needs a network that torch.fx can trace; {type(model).__name__} is not: {reason}"
+        ) from error
+    return TracedNetwork(traced.graph, dict(traced.named_modules()), recorder.shapes, _shared(model, traced.graph))
+
+
+class _Tracer(fx.Tracer):
+    """Takes as one step: batch norms of every library, which work channel by channel, and padded shortcuts."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, (*NORMS, ZeroPadShortcut)) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def __init__(self, traced: fx.GraphModule) -> None:
+        super().__init__(traced)
+        self.extra_traceback = False
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if torch.is_tensor(result):
+            self.shapes[n] = tuple(result.shape)
+        return result
+
+
+def _shared(model: nn.Module, graph: fx.Graph) -> set[str]:
+    weights = {id(weight): path for path, weight in model.named_parameters()}
+    modules = dict(model.named_modules())
+    uses: Counter[str] = Counter()
+    owners: dict[str, list[str]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            for weight in modules[node.target].parameters(recurse=False):
+                uses[weights[id(weight)]] += 1
+                owners.setdefault(weights[id(weight)], []).append(node.target)
+        elif node.op == "get_attr":
+            uses[node.target] += 1
+    return {path for weight, paths in owners.items() if uses[weight] > 1 for path in paths}

@@ -1,0 +1,273 @@
+"""Methods that rank channels and remove the lowest for good under a budget: options, phases, exact counts, controls."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Method, MethodConfig, Phase
+from prune_lab.schema import ConfigError, Count, OpenFraction, suggestion
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor, nn
+
+    from prune_lab.channel_costs import ChannelCosts
+    from prune_lab.channel_selection import Budget
+    from prune_lab.channels import ChannelMap, Lane
+    from prune_lab.config import RunConfig
+    from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+
+torch = lazy_import("torch")
+channel_costs = lazy_import("prune_lab.channel_costs")
+channel_selection = lazy_import("prune_lab.channel_selection")
+channels_ = lazy_import("prune_lab.channels")
+common = lazy_import("prune_lab.models.common")
+distributed = lazy_import("prune_lab.distributed")
+eligibility = lazy_import("prune_lab.eligibility")
+surgery = lazy_import("prune_lab.surgery")
+
+_RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
+
+_REINITIALISE = Phase("reinitialise", "reinitialise", None, active=True)
+_SCRATCH = Phase("scratch", "train", "train", active=True)
+
+
+@dataclass(frozen=True)
+class ChannelPruningConfig(MethodConfig):
+    macs_ratio: OpenFraction | None
+    """kept fraction of the network's MACs"""
+    params_ratio: OpenFraction | None
+    """kept fraction of the network's parameters"""
+    channels_ratio: OpenFraction | None
+    """kept fraction of the channels that may go; scope=layer: of each layer's, rounded as the paper does"""
+    layer_channels: list[str]
+    """instead of a ratio: PATTERN:KEPT, the fraction (or with a whole number the count) kept of the layers' channels;
+    layers that no pattern matches keep all"""
+    scope: Literal["layer", "global"]
+    """whether layers keep alike, or all channels compete"""
+    residual: bool
+    """whether channels that are added to others may go; they go from all layers of their trunk at once"""
+    exclude: list[str]
+    """patterns of layers that keep all of their output channels"""
+    round_to: Count
+    """layers keep multiples of this many channels"""
+    least_channels: Count
+    """channels that every layer keeps at least"""
+    control: Literal["none", "random", "scratch"]
+    """random: channels drawn by chance under the same budget; scratch: the pruned architecture trained from new
+    weights over the schedule's train block"""
+
+    def check(self, path: str) -> None:
+        goals = {name: getattr(self, name) for name in _RATIOS}
+        given = [f"{path}.{name}={value:g}" for name, value in goals.items() if value is not None]
+        given += [f"{path}.layer_channels"] if self.layer_channels else []
+        if len(given) != 1:
+            names = ", ".join(f"{path}.{name}" for name in _RATIOS)
+            raise ConfigError(
+                f"exactly one of {names} and {path}.layer_channels must be set, the others null or []; got "
+                f"{' and '.join(given) or 'none'}"
+            )
+        for entry in self.layer_channels:
+            parse_kept(entry, f"{path}.layer_channels")
+        if self.layer_channels and self.scope == "global":
+            raise ConfigError(f"{path}.layer_channels goes with {path}.scope=layer, got global")
+
+
+def parse_kept(entry: str, path: str) -> tuple[str, float | int]:
+    """Return (pattern, kept) of PATTERN:KEPT; a whole number of 1 or more counts channels.
+
+    Raises:
+        ConfigError: another form.
+    """
+    pattern, _, text = entry.rpartition(":")
+    try:
+        kept = int(text) if text.isdigit() else float(text)
+    except ValueError:
+        kept = -1
+    if not pattern or not (kept >= 1 if isinstance(kept, int) else 0 < kept < 1):
+        raise ConfigError(
+            f"{path}: {entry!r} must be PATTERN:KEPT with a fraction in (0, 1) or a count of at least 1, such as "
+            "layer1.*:0.5"
+        )
+    return pattern, kept
+
+
+class ChannelPruning(Method):
+    """Base of the methods that rank the channels of a trained network. Subclasses say how in `scores`."""
+
+    Config = ChannelPruningConfig
+
+    def chain(self) -> tuple[Phase, ...]:
+        """Return train -> prune -> remove -> fine-tune; for the control `scratch`, new weights and a whole training."""
+        if self.config.control == "scratch":
+            return (*self.before(), PRUNE, REMOVE, _REINITIALISE, _SCRATCH)
+        return (*self.before(), PRUNE, REMOVE, FINETUNE)
+
+    def before(self) -> tuple[Phase, ...]:
+        """Return the phases that make the network whose channels are ranked."""
+        return (TRAIN_DENSE,)
+
+    def without_control(self) -> ChannelPruning | None:
+        return None if self.config.control == "none" else type(self)(replace(self.config, control="none"))
+
+    def phase_identity(self, phase: Phase) -> dict[str, Any]:
+        """Return the options; a control that acts later shares the phases before with the method's own run."""
+        options = self.identity()
+        if self.config.control == "scratch" and phase not in (_REINITIALISE, _SCRATCH):
+            options["control"] = "none"
+        return options
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse to rank the channels of an untrained network."""
+        if config.schedule.train.epochs == 0 and config.model.weights is None:
+            raise ConfigError(
+                f"schedule.train.epochs=0 does not go with method={self.config.name}, which needs a trained network; "
+                "train it, or give model.weights",
+                "schedule.train.epochs",
+            )
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """Return all layers, depthwise ones too: their filters go with the channel."""
+        return eligibility.select_layers(model, include=["*"])
+
+    def scores(self, context: Context, channels: ChannelMap) -> Tensor:
+        """Return how much each class of channels is worth, [num_classes], higher is kept first."""
+        raise TypeError(f"{type(self).__name__} does not say what a channel is worth")
+
+    def comparable(self, scores: Tensor, channels: ChannelMap) -> Tensor:
+        """Return scores that can be compared between layers, for scope=global."""
+        return channel_selection.relative(scores, channels)
+
+    def count(self, size: int) -> int:
+        """Return how many of a layer's `size` channels channels_ratio keeps with scope=layer."""
+        return max(1, int(self.config.channels_ratio * size))
+
+    # Work
+
+    def prune(self, context: Context) -> dict[str, float]:
+        """Choose the channels and mask all others; return the target and what came of it.
+
+        Raises:
+            ConfigError: a budget out of reach, a pattern that matches nothing, nothing to prune.
+        """
+        problem = _Problem(self, context)
+        if self.config.control == "random":
+            drawn = context.generator("random channels")
+            scores = torch.rand(problem.channels.num_classes, generator=drawn, dtype=torch.float64)
+        else:
+            scores = self.scores(context, problem.channels).double().cpu()
+        if not bool(torch.isfinite(scores).all()):
+            raise ConfigError("scores of channels are infinite or NaN: look at the trained weights")
+        scores = distributed.share(scores)
+        counts = problem.counts(scores)
+        alive = channel_selection.top(scores, problem.channels, counts)
+        masks = problem.channels.weight_masks(alive, context.model)
+        context.install_masks({name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())})
+        figures = problem.figures(counts)
+        context.report(problem.line(figures))
+        return figures
+
+    def reinitialise(self, context: Context) -> None:
+        """Give the small network new weights, drawn for its own widths."""
+        fresh = context.fresh_model("control scratch")
+        surgery.narrow(fresh, context.widths)
+        for module in fresh.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.reset_parameters()
+        common.init_weights(fresh)  # draws go on from those of the whole network, which the seed decides
+        context.model.load_state_dict(fresh.state_dict())
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        """Return the kept weights of the budget; with scope=global they depend on trained weights."""
+        known = self.config.scope == "layer"
+        if context.widths is not None:
+            return [(0, {cost.parameter: cost.weights for cost in context.costs})] if known else None
+        problem = _Problem(self, context)
+        counts = problem.counts(torch.zeros(problem.channels.num_classes, dtype=torch.float64))  # refuses what is
+        return [(0, problem.costs.layer_weights(counts))] if known else None  # out of reach with any scores
+
+
+class _Problem:
+    """The budget of a method on the network of a context."""
+
+    def __init__(self, method: ChannelPruning, context: Context) -> None:
+        self._method, self._config = method, method.config
+        self.channels: ChannelMap = channels_.channel_map(context.model, context.dataset.info.image_size)
+        self.costs: ChannelCosts = channel_costs.ChannelCosts(context.model, self.channels, context.costs)
+        self._free = [self._may_go(lane) for lane in self.channels.lanes]
+        self._check_patterns("exclude", self._config.exclude)
+        if not any(self._free):
+            raise ConfigError(f"method={self._config.name}: no channels of this network may be removed under "
+                              "method.exclude and method.residual")
+
+    def _may_go(self, lane: Lane) -> bool:
+        named = any(fnmatch.fnmatch(path, pattern) for path in lane.producers for pattern in self._config.exclude)
+        return not named and (self._config.residual or not lane.summed)
+
+    def _check_patterns(self, option: str, patterns: list[str]) -> None:
+        names = self.channels.producers()
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(
+                    f"method.{option}: {pattern!r} matches no layer that makes channels{suggestion(pattern, names)}; "
+                    f"there are {', '.join(names)}"
+                )
+
+    @functools.cached_property
+    def budget(self) -> Budget:
+        config = self._config
+        unit = next(name for name in _RATIOS if getattr(config, name) is not None)
+        return channel_selection.Budget(
+            unit.removesuffix("_ratio"), getattr(config, unit), config.round_to, config.least_channels
+        )
+
+    def counts(self, scores: Tensor) -> np.ndarray:
+        """Return the channels that each lane keeps."""
+        config = self._config
+        if config.layer_channels:
+            return self._named_counts()
+        if config.scope == "global":
+            ranked = self._method.comparable(scores, self.channels)
+        elif config.channels_ratio is None:
+            ranked = channel_selection.within_lanes(scores, self.channels)
+        else:
+            wanted = {index: self._method.count(lane.size) for index, lane in enumerate(self.channels.lanes)}
+            return self._fixed_counts(wanted)
+        return channel_selection.choose_counts(ranked, self.channels, self.costs, self.budget, free=self._free)
+
+    def _named_counts(self) -> np.ndarray:
+        pairs = [parse_kept(entry, "method.layer_channels") for entry in self._config.layer_channels]
+        self._check_patterns("layer_channels", [pattern for pattern, _ in pairs])
+        wanted = {}
+        for index, lane in enumerate(self.channels.lanes):
+            for pattern, kept in pairs:
+                if fnmatch.filter(lane.producers, pattern):
+                    wanted[index] = min(lane.size, kept) if isinstance(kept, int) else max(1, int(kept * lane.size))
+        return self._fixed_counts(wanted)
+
+    def _fixed_counts(self, wanted: dict[int, int]) -> np.ndarray:
+        """Return the sizes of the lanes with `wanted` in place of those that may lose channels."""
+        counts, step = self.costs.sizes.copy(), self._config.round_to
+        for index, count in wanted.items():
+            if self._free[index]:
+                count = max(count, self._config.least_channels)
+                counts[index] = min(-(-count // step) * step, self.costs.sizes[index])
+        return counts
+
+    def figures(self, counts: np.ndarray) -> dict[str, float]:
+        """Return what is kept of the channels, MACs and parameters."""
+        kept = {unit: self.costs.at(unit, counts) / self.costs.at(unit, self.costs.sizes)
+                for unit in ("channels", "macs", "params")}
+        return {f"prune/{unit}_kept": value for unit, value in kept.items()}
+
+    def line(self, figures: dict[str, float]) -> str:
+        shown = ", ".join(f"{value:.4%} of the {word}" for word, value in
+                          zip(("channels", "MACs", "parameters"), figures.values(), strict=True))
+        asked = "method.layer_channels" if self._config.layer_channels else self.budget.option
+        rounded = f", in multiples of {self._config.round_to}" if self._config.round_to > 1 else ""
+        return f"{asked}: keeps {shown}{rounded}"

@@ -1,0 +1,34 @@
+"""Filters with the smallest L1 norm removed from a trained network, then fine-tuning."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card
+from prune_lab.methods.families.channel_pruning import ChannelPruning
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.channels import ChannelMap
+    from prune_lab.context import Context
+
+filter_scores = lazy_import("prune_lab.filter_scores")
+
+
+class L1Filter(ChannelPruning):
+    card = Card(
+        summary="train dense, remove the filters with the smallest sum of absolute weights, fine-tune",
+        paper="Li, Kadav, Durdanovic, Samet, Graf 2017, Pruning Filters for Efficient ConvNets, arXiv 1608.08710",
+        acts="once, between dense training and fine-tuning; the fine-tuning trains the smaller network",
+        eligible="output channels of convolutions and hidden linear layers; channels that an addition ties go together "
+        "(method.residual) by the mean of the norms of all filters that write them",
+        cost="one pass over the weights; fine-tuning costs what the smaller network costs",
+        differences="the paper prunes the first convolution of each residual block only, per stage and without some "
+        "sensitive layers: residual=false with layer_channels and exclude. Budgets of MACs or parameters, scope=global "
+        "(norms divided by their layer's mean) and depthwise networks are this program's",
+    )
+
+    def scores(self, context: Context, channels: ChannelMap) -> Tensor:
+        return filter_scores.per_class(context.model, channels, filter_scores.l1_norms)
