@@ -62,14 +62,22 @@ class ChannelPruningConfig(MethodConfig):
     """random: channels drawn by chance under the same budget; scratch: the pruned architecture trained from new
     weights over the schedule's train block"""
 
+    def targets(self) -> dict[str, Any]:
+        """Return the options of which exactly one says how much is kept; None: not set."""
+        return {name: getattr(self, name) for name in _RATIOS} | {"layer_channels": self.layer_channels or None}
+
+    def target(self) -> str:
+        """Return the option that says how much is kept."""
+        return next(name for name, value in self.targets().items() if value is not None)
+
     def check(self, path: str) -> None:
-        goals = {name: getattr(self, name) for name in _RATIOS}
-        given = [f"{path}.{name}={value:g}" for name, value in goals.items() if value is not None]
-        given += [f"{path}.layer_channels"] if self.layer_channels else []
+        targets = self.targets()
+        given = [f"{path}.{name}{f'={value:g}' if isinstance(value, float) else ''}"
+                 for name, value in targets.items() if value is not None]
         if len(given) != 1:
-            names = ", ".join(f"{path}.{name}" for name in _RATIOS)
+            *names, last = (f"{path}.{name}" for name in targets)
             raise ConfigError(
-                f"exactly one of {names} and {path}.layer_channels must be set, the others null or []; got "
+                f"exactly one of {', '.join(names)} and {last} must be set, the others null or []; got "
                 f"{' and '.join(given) or 'none'}"
             )
         for entry in self.layer_channels:
@@ -147,6 +155,10 @@ class ChannelPruning(Method):
         """Return how many of a layer's `size` channels channels_ratio keeps with scope=layer."""
         return max(1, int(self.config.channels_ratio * size))
 
+    def can_rank(self, channels: ChannelMap, lane: Lane) -> bool:
+        """Return whether the method can tell what the channels of a lane are worth; the others stay."""
+        return True
+
     # Work
 
     def prune(self, context: Context) -> dict[str, float]:
@@ -155,7 +167,20 @@ class ChannelPruning(Method):
         Raises:
             ConfigError: a budget out of reach, a pattern that matches nothing, nothing to prune.
         """
-        problem = _Problem(self, context)
+        problem = Problem(self, context)
+        return self.leave_out(context, problem, self.choose(context, problem))
+
+    def choose(self, context: Context, problem: Problem) -> Tensor:
+        """Return the classes of channels to keep, bool [num_classes]: the best of each lane under the budget."""
+        scores = self.ranking(context, problem)
+        return channel_selection.top(scores, problem.channels, problem.counts(scores))
+
+    def ranking(self, context: Context, problem: Problem) -> Tensor:
+        """Return the scores that decide, alike on all processes, float64 [num_classes]: drawn for the control random.
+
+        Raises:
+            ConfigError: a score is infinite or NaN.
+        """
         if self.config.control == "random":
             drawn = context.generator("random channels")
             scores = torch.rand(problem.channels.num_classes, generator=drawn, dtype=torch.float64)
@@ -163,12 +188,13 @@ class ChannelPruning(Method):
             scores = self.scores(context, problem.channels).double().cpu()
         if not bool(torch.isfinite(scores).all()):
             raise ConfigError("scores of channels are infinite or NaN: look at the trained weights")
-        scores = distributed.share(scores)
-        counts = problem.counts(scores)
-        alive = channel_selection.top(scores, problem.channels, counts)
+        return distributed.share(scores)
+
+    def leave_out(self, context: Context, problem: Problem, alive: Tensor) -> dict[str, float]:
+        """Mask the channels that are not kept; return and report what is left."""
         masks = problem.channels.weight_masks(alive, context.model)
         context.install_masks({name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())})
-        figures = problem.figures(counts)
+        figures = problem.figures(problem.costs.kept(alive))
         context.report(problem.line(figures))
         return figures
 
@@ -187,25 +213,28 @@ class ChannelPruning(Method):
         known = self.config.scope == "layer"
         if context.widths is not None:
             return [(0, {cost.parameter: cost.weights for cost in context.costs})] if known else None
-        problem = _Problem(self, context)
+        problem = Problem(self, context)
         counts = problem.counts(torch.zeros(problem.channels.num_classes, dtype=torch.float64))  # refuses what is
         return [(0, problem.costs.layer_weights(counts))] if known else None  # out of reach with any scores
 
 
-class _Problem:
+class Problem:
     """The budget of a method on the network of a context."""
 
     def __init__(self, method: ChannelPruning, context: Context) -> None:
         self._method, self._config = method, method.config
         self.channels: ChannelMap = channels_.channel_map(context.model, context.dataset.info.image_size)
         self.costs: ChannelCosts = channel_costs.ChannelCosts(context.model, self.channels, context.costs)
-        self._free = [self._may_go(lane) for lane in self.channels.lanes]
+        self.free = [self._may_go(lane) for lane in self.channels.lanes]
+        """per lane, whether it may lose channels"""
         self._check_patterns("exclude", self._config.exclude)
-        if not any(self._free):
+        if not any(self.free):
             raise ConfigError(f"method={self._config.name}: no channels of this network may be removed under "
                               "method.exclude and method.residual")
 
     def _may_go(self, lane: Lane) -> bool:
+        if not self._method.can_rank(self.channels, lane):
+            return False
         named = any(fnmatch.fnmatch(path, pattern) for path in lane.producers for pattern in self._config.exclude)
         return not named and (self._config.residual or not lane.summed)
 
@@ -220,8 +249,7 @@ class _Problem:
 
     @functools.cached_property
     def budget(self) -> Budget:
-        config = self._config
-        unit = next(name for name in _RATIOS if getattr(config, name) is not None)
+        config, unit = self._config, self._config.target()
         return channel_selection.Budget(
             unit.removesuffix("_ratio"), getattr(config, unit), config.round_to, config.least_channels
         )
@@ -237,8 +265,8 @@ class _Problem:
             ranked = channel_selection.within_lanes(scores, self.channels)
         else:
             wanted = {index: self._method.count(lane.size) for index, lane in enumerate(self.channels.lanes)}
-            return self._fixed_counts(wanted)
-        return channel_selection.choose_counts(ranked, self.channels, self.costs, self.budget, free=self._free)
+            return self.fixed_counts(wanted)
+        return channel_selection.choose_counts(ranked, self.channels, self.costs, self.budget, free=self.free)
 
     def _named_counts(self) -> np.ndarray:
         pairs = [parse_kept(entry, "method.layer_channels") for entry in self._config.layer_channels]
@@ -248,13 +276,13 @@ class _Problem:
             for pattern, kept in pairs:
                 if fnmatch.filter(lane.producers, pattern):
                     wanted[index] = min(lane.size, kept) if isinstance(kept, int) else max(1, int(kept * lane.size))
-        return self._fixed_counts(wanted)
+        return self.fixed_counts(wanted)
 
-    def _fixed_counts(self, wanted: dict[int, int]) -> np.ndarray:
+    def fixed_counts(self, wanted: dict[int, int]) -> np.ndarray:
         """Return the sizes of the lanes with `wanted` in place of those that may lose channels."""
         counts, step = self.costs.sizes.copy(), self._config.round_to
         for index, count in wanted.items():
-            if self._free[index]:
+            if self.free[index]:
                 count = max(count, self._config.least_channels)
                 counts[index] = min(-(-count // step) * step, self.costs.sizes[index])
         return counts
@@ -268,6 +296,6 @@ class _Problem:
     def line(self, figures: dict[str, float]) -> str:
         shown = ", ".join(f"{value:.4%} of the {word}" for word, value in
                           zip(("channels", "MACs", "parameters"), figures.values(), strict=True))
-        asked = "method.layer_channels" if self._config.layer_channels else self.budget.option
+        asked = self.budget.option if self._config.target() in _RATIOS else f"method.{self._config.target()}"
         rounded = f", in multiples of {self._config.round_to}" if self._config.round_to > 1 else ""
         return f"{asked}: keeps {shown}{rounded}"
