@@ -22,6 +22,7 @@ _MODULES = {
     "verdict": "prune_lab.verdict_runs",
     "connect": "prune_lab.analysis.connect",
     "hessian-projection": "prune_lab.analysis.hessian_projection",
+    "export": "prune_lab.export.command",
     "wandb-sync": "prune_lab.tracking.refill",
 }
 """sub-command -> module whose `main` does it"""
@@ -37,6 +38,7 @@ HELP = """prune-lab {version}: trains, prunes and fine-tunes neural networks, an
   prune-lab verdict OPTIONS | RUNS                          is there a winning ticket? trains what the answer needs
   prune-lab connect RUN RUN                                 loss along a line or a curve between two networks
   prune-lab hessian-projection RUN RUN                      does the way between two runs lie in flat directions?
+  prune-lab export RUN                                      as ONNX, OpenVINO ...: checked, size and latency measured
   prune-lab wandb-sync RUN...                               send runs to W&B from their local files
 
 Groups (GROUP=CHOICE; single options as GROUP.KEY=VALUE):

@@ -1,0 +1,123 @@
+"""A network written as safetensors, torch.export program, ONNX or OpenVINO files, with a batch size left open."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from prune_lab.saved_model import save_model
+from prune_lab.schema import ConfigError
+
+INPUT, OUTPUT = "images", "logits"
+"""names in ONNX and OpenVINO files"""
+
+
+class NotExportable(ConfigError):
+    """The network holds something that no file of the format can say."""
+
+
+def refusal(model: nn.Module) -> str | None:
+    """Return the sentence with which a module of `model` (attribute `export_refusal`) refuses to become a graph."""
+    for path, module in model.named_modules():
+        sentence = getattr(module, "export_refusal", None)
+        if isinstance(sentence, str):
+            return f"{sentence} ({path or 'the network'}: {type(module).__name__})"
+    return None
+
+
+def trace(model: nn.Module, image_size: int) -> ExportedProgram:
+    """Return the operations of `model` (eval mode) on images [batch, 3, image_size, image_size], batch >= 1.
+
+    Raises:
+        NotExportable: a module refuses, or what is computed depends on the data or on the batch size.
+    """
+    sentence = refusal(model)
+    if sentence is not None:
+        raise NotExportable(sentence)
+    # A batch of 2: sizes 0 and 1 would be taken as constants.
+    images = torch.randn(2, 3, image_size, image_size)
+    with _quiet(), _one_line("torch.export cannot trace the network"), torch.no_grad():
+        return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+
+
+def write(name: str, folder: Path, *, model: nn.Module, description: dict[str, Any], program: Any) -> None:
+    """Write format `name` into `folder`.
+
+    Args:
+        description: what model.json holds.
+        program: from `trace`; unused for safetensors.
+
+    Raises:
+        NotExportable: an operation that the format does not have.
+    """
+    if name == "safetensors":
+        save_model(model, description, folder)
+        return
+    writer = {"torch_export": _write_program, "onnx": _write_onnx, "openvino": _write_openvino}[name]
+    with _quiet(), _one_line(f"the network cannot be written as {name}"), torch.no_grad():
+        writer(program, folder, description["image_size"])
+
+
+def _write_program(program: ExportedProgram, folder: Path, image_size: int) -> None:
+    torch.export.save(program, folder / "model.pt2")
+
+
+def _write_onnx(program: ExportedProgram, folder: Path, image_size: int) -> None:
+    import onnx
+
+    written = torch.onnx.export(
+        program, (torch.randn(2, 3, image_size, image_size),), dynamo=True, verbose=False,
+        input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: "batch"},),
+    )  # fmt: skip
+    path = folder / "model.onnx"
+    written.save(path, external_data=False)
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _write_openvino(program: ExportedProgram, folder: Path, image_size: int) -> None:
+    openvino = import_openvino()
+    network = openvino.convert_model(program)
+    network.reshape({network.input(0): [-1, 3, image_size, image_size]})
+    network.input(0).get_tensor().set_names({INPUT})
+    network.output(0).get_tensor().set_names({OUTPUT})
+    openvino.save_model(network, folder / "model.xml", compress_to_fp16=False)
+
+
+def import_openvino() -> Any:
+    """Return the module openvino. Without this it would report its use to its makers, unasked, over the network."""
+    sys.modules.setdefault("openvino_telemetry", None)
+    import openvino
+
+    return openvino
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what exporters say about themselves off the console; errors are exceptions."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # exporters raise dozens of types and pages of advice; their first line says what it is
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise NotExportable(f"{what}: {lines[0] if lines else type(error).__name__}") from error
