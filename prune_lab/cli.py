@@ -38,7 +38,7 @@ HELP = """prune-lab {version}: trains, prunes and fine-tunes neural networks, an
   prune-lab verdict OPTIONS | RUNS                          is there a winning ticket? trains what the answer needs
   prune-lab connect RUN RUN                                 loss along a line or a curve between two networks
   prune-lab hessian-projection RUN RUN                      does the way between two runs lie in flat directions?
-  prune-lab export RUN                                      as ONNX, OpenVINO ...: checked, size and latency measured
+  prune-lab export RUN                                      to ONNX, OpenVINO ...; checks and times the result
   prune-lab wandb-sync RUN...                               send runs to W&B from their local files
 
 Groups (GROUP=CHOICE; single options as GROUP.KEY=VALUE):
