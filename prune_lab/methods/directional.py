@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import TRAIN, Card, Method, MethodConfig, Phase
-from prune_lab.schema import ConfigError, NonNegative, Range
+from prune_lab.methods.families.dual_averaging import check_plain_sgd, theory_note
+from prune_lab.schema import NonNegative, Range
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,19 +74,7 @@ class Directional(Method):
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse an optimizer that is anything else than plain SGD."""
-        chosen = config.optimizer
-        wrong = None
-        if chosen.name != "sgd":
-            wrong = f"optimizer={chosen.name}"
-        elif chosen.momentum or chosen.weight_decay:
-            option = "momentum" if chosen.momentum else "weight_decay"
-            wrong = f"optimizer.{option}={getattr(chosen, option):g}"
-        if wrong:
-            raise ConfigError(
-                f"{wrong} does not go with method={self.config.name}: gRDA is SGD without momentum and weight decay; "
-                "use optimizer=sgd_plain, which sets both to 0",
-                wrong.partition("=")[0],
-            )
+        check_plain_sgd(config)
 
     def layers(self, model: nn.Module) -> list[Layer]:
         return eligibility.select_layers(model, include=["*"])
@@ -115,8 +104,8 @@ class Directional(Method):
     def setup(self, context: Context) -> None:
         """Tell how far the threshold will get: a short schedule prunes little."""
         config = self.config
-        if not 0.5 < config.mu < 1:
-            context.report(f"method.mu={config.mu:g} lies outside of (0.5, 1), which the theory of gRDA covers")
+        if note := theory_note(config.mu):
+            context.report(note)
         if config.c and context.total_steps:
             context.report(self._outlook(context))
 
