@@ -38,7 +38,8 @@ def draw_hyperplanes(num: int, window: Pair, *, zero_fraction: float, seed: int)
 
     Entries are independent: 0 with probability `zero_fraction`, +1 and -1 with half of the rest each.
     """
-    draws = torch.rand(num, *window, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    source = torch.Generator("cpu").manual_seed(seed)  # the same draws for every device
+    draws = torch.rand(num, *window, generator=source, dtype=torch.float64, device="cpu")
     signs = torch.where(draws < (1 + zero_fraction) / 2, 1, -1)
     return torch.where(draws < zero_fraction, 0, signs).to(torch.int8)
 
@@ -46,16 +47,17 @@ def draw_hyperplanes(num: int, window: Pair, *, zero_fraction: float, seed: int)
 def hash_codes(windows: Tensor, hyperplanes: Tensor) -> Tensor:
     """Return the code of every channel, int64 [tiles, channels]: bit i tells the side of hyperplane i.
 
-    Channels are centred before. A product of zero gives bit 0, so constant channels have code 0.
+    Channels are centred. A product of zero gives bit 0, so constant channels have code 0.
 
     Args:
         windows: [tiles, channels, height, width].
         hyperplanes: [num, height, width], num <= 62.
     """
-    flat = windows.flatten(2)
-    centred = flat - flat[..., :1]  # first, so that rounding of the mean leaves a constant channel exactly zero
-    centred -= centred.mean(dim=-1, keepdim=True)
-    bits = centred @ hyperplanes.flatten(1).to(centred.dtype).t() > 0
+    flat, planes = windows.flatten(2), hyperplanes.flatten(1).to(windows.dtype)
+    # The product of a centred channel with a hyperplane is that of any shifted one with the centred hyperplane: exactly
+    # zero, whatever the rounding, where one of the two is constant.
+    shifted = flat - flat[..., :1]
+    bits = shifted @ (planes - planes.mean(dim=1, keepdim=True)).t() > 0
     return (bits.long() << torch.arange(len(hyperplanes), device=bits.device)).sum(dim=-1)
 
 

@@ -116,11 +116,14 @@ class Haste(Method):
     def finish(self, model: nn.Module) -> nn.Module:
         """Return a copy of the network with hashed convolutions; parameters and their names are the same."""
         finished, options = copy.deepcopy(model), self._options()
-        chosen = {finished.get_submodule(layer.name): layer.name for layer in self.layers(finished) if layer.eligible}
+        made = {}
+        for layer in self.layers(finished):
+            if layer.eligible:
+                conv, seed = finished.get_submodule(layer.name), self._seed(layer.name, 0)
+                made[conv] = hashed_convolution.HashedConv2d.of(conv, seed=seed, **options)
         for path, module in list(finished.named_modules(remove_duplicate=False)):
-            if module in chosen:
-                seed = self._seed(chosen[module], 0)
-                finished.set_submodule(path, hashed_convolution.HashedConv2d.of(module, seed=seed, **options))
+            if module in made:
+                finished.set_submodule(path, made[module])
         return finished.eval()  # it cannot be trained
 
     def _options(self) -> dict[str, Any]:
