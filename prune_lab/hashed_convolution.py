@@ -28,7 +28,7 @@ Pair = tuple[int, int]
 MAX_HYPERPLANES = 62
 """bits of a code, which is a signed 64-bit integer"""
 _WINDOW_VALUES = 2**22
-"""values of all windows at once; a batch is cut so that they stay below (one image may exceed it)"""
+"""values of all windows at once, about; a batch is cut so that they stay below (one image may exceed it)"""
 _KERNEL_VALUES = 2**20
 """values of merged kernels and columns at once; larger chunks were no faster on a CPU"""
 
@@ -228,7 +228,7 @@ class HashedConv2d(nn.Conv2d):
         """
         if self.training:
             raise RuntimeError("a HashedConv2d is for inference only: call eval() first (train the plain network)")
-        if not self.merges or images.is_meta:  # without values there is nothing to hash
+        if not self.merges or images.is_meta or images.numel() == 0:  # without values there is nothing to hash
             return super().forward(images)
         if images.dim() == 3:
             return self.forward(images[None])[0]
@@ -236,7 +236,8 @@ class HashedConv2d(nn.Conv2d):
         padded = F.pad(images, self._reversed_padding_repeated_twice, mode=mode)
         # [channels, kernel values * outputs], so that one row holds all that belongs to a channel
         kernels = self.weight.permute(1, 2, 3, 0).reshape(self.in_channels, -1)
-        per_chunk = max(1, _WINDOW_VALUES // padded[0].numel())
+        overlap = prod(self.geometry.window((self.tile, self.tile))) / (self.tile**2 * prod(self.stride))
+        per_chunk = max(1, int(_WINDOW_VALUES / (overlap * padded[0].numel())))
         output = torch.cat([self._merged(chunk, kernels) for chunk in padded.split(per_chunk)])
         return output if self.bias is None else output + self.bias[:, None, None]
 

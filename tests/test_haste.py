@@ -281,6 +281,7 @@ def test_without_values_it_is_the_plain_convolution() -> None:
     layer = hashed(nn.Conv2d(4, 6, 3, stride=2, device="meta"), 14)
     assert layer.hyperplanes.is_meta
     assert layer(torch.empty(2, 4, 9, 9, device="meta")).shape == (2, 6, 4, 4)
+    assert hashed(nn.Conv2d(4, 6, 3, stride=2), 14)(torch.empty(0, 4, 9, 9)).shape == (0, 6, 4, 4)
 
 
 def test_layouts_and_precisions() -> None:

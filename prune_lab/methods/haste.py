@@ -37,7 +37,7 @@ class HasteConfig(MethodConfig):
     """bits of a channel's code: more of them merge fewer channels"""
     zero_fraction: Annotated[float, Range(0, 1, open_high=True)]
     """probability of a zero in a hyperplane"""
-    tile: Count
+    tile: Annotated[int, Range(1, 256)]
     """side of the square tiles of the output plane within which channels are merged"""
     min_channels: Count
     """input channels from which on a convolution is taken"""
