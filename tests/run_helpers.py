@@ -55,6 +55,7 @@ METHODS = {
     "lottery": ("method=lottery", "method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=7it"),
     "greedy": ("method=greedy", "method.images=24", "method.positions=4", "method.between_batch=8"),
     "haste": ("method=haste", "method.min_channels=4", "method.hyperplanes=3"),
+    "slimming": ("method=slimming", "method.scale_penalty=0.01"),
     "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),
 }
 """Each method with the options that make it act within such a run."""

@@ -1,0 +1,78 @@
+"""Channels ranked by the scales of their batch norms, which a penalty has driven towards zero during training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.families.channel_pruning import ChannelPruning, ChannelPruningConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.channels import ChannelMap, Lane
+    from prune_lab.context import Context
+    from prune_lab.scale_penalty import ScalePenalty
+
+scale_penalty = lazy_import("prune_lab.scale_penalty")
+scale_thresholds = lazy_import("prune_lab.scale_thresholds")
+
+
+class ScalePruning(ChannelPruning):
+    """Base of the methods that train under a penalty on batch-norm scales."""
+
+    Config = ChannelPruningConfig
+    sparse_phases: tuple[str, ...]
+    """names of the phases that train under the penalty"""
+
+    def __init__(self, config: ChannelPruningConfig) -> None:
+        super().__init__(config)
+        self.penalty: ScalePenalty | None = None
+
+    def scores(self, context: Context, channels: ChannelMap) -> Tensor:
+        """Return |scale|, the mean over the batch norms that a class of channels passes."""
+        found = scale_thresholds.absolute_scales(context.model, channels)
+        return scale_thresholds.class_means(channels, found)
+
+    def comparable(self, scores: Tensor, channels: ChannelMap) -> Tensor:
+        """Return the scales as they are: batch norm makes all layers comparable."""
+        return scores
+
+    def can_rank(self, channels: ChannelMap, lane: Lane) -> bool:
+        return bool(scale_thresholds.passed_norms(channels, lane))
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        """Return what is kept; the phases under the penalty train the whole network."""
+        scale_penalty.scales(context.model)  # refuses networks without
+        known = super().layout(context)
+        return [(0, {})] if context.phase in self.sparse_phases else known
+
+    # Training
+
+    def make_penalty(self, context: Context) -> ScalePenalty:
+        """Return the penalty of the phase."""
+        raise TypeError(f"{type(self).__name__} does not say what it penalises")
+
+    def setup(self, context: Context) -> None:
+        """Make the penalty of a phase that trains under one.
+
+        Raises:
+            ConfigError: no batch norm, or one whose scale does not train.
+        """
+        if context.phase in self.sparse_phases:
+            scale_penalty.check_training(context.model)
+            self.penalty = self.make_penalty(context)
+
+    def after_backward(self, context: Context, step: int) -> bool:
+        """Add the penalty to the gradients of the scales; the shifts are left alone."""
+        if self.penalty is not None:
+            self.penalty.add(context.optimizer.param_groups[0]["lr"])
+        return True
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return scales/mean: the mean of |scale|; scales/near_zero: the fraction of scales up to 0.01."""
+        if self.penalty is None:
+            return {}
+        values = self.penalty.values().abs()
+        near_zero = (values <= scale_thresholds.NEAR_ZERO).double().mean()
+        return {"scales/mean": float(values.mean()), "scales/near_zero": float(near_zero)}
