@@ -27,6 +27,10 @@ class _Extent:
     def at(self, kept: np.ndarray) -> int:
         return self.fixed + int(self.per_channel @ kept)
 
+    def extended(self) -> np.ndarray:
+        """Return what each channel of a lane adds and, behind it, what stays: int64 [lanes + 1]."""
+        return np.append(self.per_channel, self.fixed)
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -89,6 +93,23 @@ class ChannelCosts:
         if unit == "macs":
             return self._other_macs + self._macs(kept)
         return self._other_params + self._params(kept) if unit == "params" else int(kept.sum())
+
+    def matrix(self, unit: Unit) -> np.ndarray:
+        """Return A with `at(unit, kept)` = x A x, x = `kept` and a 1 behind them; float64 [lanes + 1, lanes + 1].
+
+        It also holds for widths that are no whole numbers.
+        """
+        matrix = np.zeros((len(self.sizes) + 1,) * 2)
+        if unit == "channels":
+            matrix[:-1, -1] = 1
+            return matrix
+        for part in self._parts:
+            uses = part.kernel * (part.positions if unit == "macs" else 1)
+            matrix += uses * np.outer(part.rows.extended(), part.columns.extended())
+            if unit == "params":
+                matrix[:, -1] += part.per_row * part.rows.extended()
+        matrix[-1, -1] += self._other_macs if unit == "macs" else self._other_params
+        return matrix
 
     def kept(self, alive: Tensor) -> np.ndarray:
         """Return the channels per lane that are left, int64 [lanes].
