@@ -1,0 +1,336 @@
+"""GDP: gates before convolutions that training drives to exactly 0 or far from it, under a target of the cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import REMOVE, TRAIN, TRAIN_DENSE, Card, Method, MethodConfig, Phase
+from prune_lab.methods.families.annealed_gradient import restore
+from prune_lab.schema import ConfigError, OpenFraction, Positive, Range
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from prune_lab.config import RunConfig
+    from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+    from prune_lab.gate_budget import GateBudget
+
+torch = lazy_import("torch")
+distributed = lazy_import("prune_lab.distributed")
+eligibility = lazy_import("prune_lab.eligibility")
+gate_budget = lazy_import("prune_lab.gate_budget")
+polarized_gates = lazy_import("prune_lab.polarized_gates")
+
+_RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
+
+_GATES = Phase("gates", "train", "finetune", active=True)
+
+TOLERANCE = 0.01
+"""excess over the target, as a fraction of the dense cost, up to which it counts as met"""
+
+
+@dataclass(frozen=True)
+class GDPConfig(MethodConfig):
+    macs_ratio: OpenFraction | None
+    """kept fraction of the network's MACs"""
+    params_ratio: OpenFraction | None
+    """kept fraction of the network's parameters"""
+    channels_ratio: OpenFraction | None
+    """kept fraction of the channels that could be removed"""
+    start: Literal["scratch", "dense"]
+    """scratch: gates from the first step, over the schedule's train block; dense: train first, then add gates and
+    train on over the finetune block"""
+    eps_start: Positive
+    """eps of t^2 / (t^2 + eps) at the start"""
+    eps_end: Positive
+    """eps when t is fixed; geometric between"""
+    t_init: Positive
+    """t of all gates at the start"""
+    gate_lr: Positive | None
+    """learning rate of t, which no schedule changes; None: the peak learning rate of the weights"""
+    dual_lr: Positive | None
+    """learning rate of the multiplier; None: see `dual_rate`"""
+    dual_restart: bool
+    """whether the multiplier is set to 0 when the target is met (strictly)"""
+    freeze_fraction: Annotated[float, Range(0, 1, open_high=True)]
+    """last part of the steps in which t is fixed"""
+    rounding: Literal["exact", "gates"]
+    """when t is fixed, exact: the target decides how many gates stay open, by the rank of |t|; gates: t = 0 does"""
+    gate_linear: bool
+    """whether linear layers have gates; if not, channels that they read stay"""
+    residual: bool
+    """whether channels that are added to others have gates"""
+    exclude: list[str]
+    """patterns of layers whose output channels have no gates"""
+
+    def check(self, path: str) -> None:
+        given = [f"{path}.{name}={value:g}" for name in _RATIOS if (value := getattr(self, name)) is not None]
+        if len(given) != 1:
+            names = ", ".join(f"{path}.{name}" for name in _RATIOS)
+            raise ConfigError(
+                f"exactly one of {names} must be set, the others null; got {' and '.join(given) or 'none'}"
+            )
+        if self.eps_end > self.eps_start:
+            raise ConfigError(
+                f"{path}.eps_end={self.eps_end:g} must not exceed {path}.eps_start={self.eps_start:g}: gates sharpen"
+            )
+
+    @property
+    def unit(self) -> str:
+        """What the target counts: macs, params or channels."""
+        return next(name for name in _RATIOS if getattr(self, name) is not None).removesuffix("_ratio")
+
+    @property
+    def ratio(self) -> float:
+        return getattr(self, f"{self.unit}_ratio")
+
+
+def dual_rate(num_gates: int, num_steps: int, gate_lr: float) -> float:
+    """Return the learning rate of the multiplier where none is given: 40 x gates / (gate_lr x steps^2).
+
+    All gates together cost about twice the network, so that a gate's share of it is 2 / gates. With this rate, and 0.4
+    of the cost in excess of the target, the price alone moves t from 1 to 0 in a quarter of the steps, in networks of
+    all sizes and trainings of all lengths. The rule is this program's.
+    """
+    return 40 * num_gates / (gate_lr * max(num_steps, 1) ** 2)
+
+
+class GDP(Method):
+    """Keeps the raw weights, which the optimizer moves; the network holds them times the gates of their columns."""
+
+    Config = GDPConfig
+    card = Card(
+        summary="reconstruction: gates before convolutions learn to be 0 or far from it until the target is met",
+        paper="Guo, Yuan, Tan, Wang, Yang, Liu 2021, GDP: Stabilized Neural Network Pruning via Gates with "
+        "Differentiable Polarization, arXiv 2109.02220",
+        acts="during training, in every step, until t is fixed (freeze_fraction); then the closed channels are removed",
+        eligible="channels that regular convolutions (and linear layers) read; channels that an addition ties, or that "
+        "pass a depthwise convolution, share one gate",
+        cost="a second copy of the weights and a few passes over them per step; training is computed dense until t is "
+        "fixed, nothing is left at inference",
+        differences="only the abstract and a third-party summary of the paper's figure of the gates could be read; "
+        "there is no official code. From them: gates before regular convolutions and never before depthwise ones, "
+        "shared where skip connections tie tensors, a bilinear cost. Reconstructed: the gate t^2 / (t^2 + eps) with "
+        "falling eps, the proximal step of t, all rates, the multiplier that rises until the target is met, fixing t, "
+        "rounding. Whole blocks may vanish in the paper, here every layer keeps at least one channel",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.raw: dict[str, Tensor] = {}
+        self.t: Tensor | None = None
+        self.overflow = False
+        self.figures: dict[str, float] = {}
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (TRAIN, REMOVE) if self.config.start == "scratch" else (TRAIN_DENSE, _GATES, REMOVE)
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse schedules without steps for the gates, and an untrained network where a trained one is asked for."""
+        block = "train" if self.config.start == "scratch" else "finetune"
+        if config.schedule.phase(block).epochs == 0:
+            raise ConfigError(
+                f"schedule.{block}.epochs=0 does not go with method.start={self.config.start}: gates are trained there",
+                f"schedule.{block}.epochs",
+            )
+        if self.config.start == "dense" and config.schedule.train.epochs == 0 and config.model.weights is None:
+            raise ConfigError(
+                "schedule.train.epochs=0 does not go with method.start=dense, which needs a trained network; train it, "
+                "or give model.weights",
+                "schedule.train.epochs",
+            )
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """Return all layers, depthwise ones too: their filters go with the channel."""
+        return eligibility.select_layers(model, include=["*"])
+
+    def trains_pruned(self) -> bool:
+        return True
+
+    # Set-up
+
+    def setup(self, context: Context) -> None:
+        """Make gates, raw weights and the cost.
+
+        Raises:
+            ConfigError: no channels to gate, a pattern without a match, a target out of reach.
+        """
+        if context.schedule is None:
+            return
+        config, named = self.config, context.parameters()
+        self.problem, device = self._problem(context), context.device
+        problem = self.problem
+        self.columns = polarized_gates.ColumnGates(context.model, problem.channels, problem.gated)
+        self.gated, self.lane_of = problem.gated.to(device), problem.lane_of.to(device)
+        self.lanes = polarized_gates.members(problem.lane_of, len(problem.channels.lanes)).to(device)
+        matrix = problem.costs.matrix(config.unit) / problem.dense
+        self.matrix = torch.tensor(matrix, dtype=torch.float32, device=device)
+        self.t = torch.full((len(self.gated),), config.t_init, device=device)
+        self.last_open = torch.zeros_like(self.t)
+        self.multiplier = torch.zeros((), device=device)
+        self.last_gate_step = round((1 - config.freeze_fraction) * context.total_steps)
+        self.gate_lr = config.gate_lr or context.schedule.lr
+        self.dual_lr = config.dual_lr or dual_rate(problem.num_gates, context.total_steps, self.gate_lr)
+        self.raw = {path: named[path].detach().clone() for path in self.columns.parameters}
+        # Divided by the gates, so that the network begins as it is.
+        torch._foreach_div_(list(self.raw.values()), self.columns.factors(self.gates(0)))
+        context.report(
+            f"gates: {problem.num_gates} on {sum(problem.free)} groups of channels; t is fixed from step "
+            f"{self.last_gate_step} of {context.total_steps} on; rates: gates {self.gate_lr:.3g}, multiplier "
+            f"{self.dual_lr:.3g}"
+        )
+
+    def _problem(self, context: Context) -> GateBudget:
+        config = self.config
+        return gate_budget.GateBudget(
+            context, config.unit, config.ratio, linear=config.gate_linear, residual=config.residual,
+            exclude=config.exclude,
+        )
+
+    # A step
+
+    def gates(self, step: int) -> Tensor:
+        """Return the gates of a step per class of channels, 1 where there is none [num_classes]."""
+        return torch.where(self.gated, polarized_gates.gate(self.t, self.eps(step)), 1.0)
+
+    def eps(self, step: int) -> float:
+        config = self.config
+        return polarized_gates.eps_at(
+            step, start=config.eps_start, end=config.eps_end, num_steps=self.last_gate_step
+        )
+
+    def write(self, context: Context, gates: Tensor) -> None:
+        """Write the raw weights times the gates into the model."""
+        named = context.parameters()
+        products = torch._foreach_mul(list(self.raw.values()), self.columns.factors(gates))
+        torch._foreach_copy_([named[path].detach() for path in self.raw], products)
+
+    def after_backward(self, context: Context, step: int) -> bool:
+        """Turn dL/d(w g) into dL/dw and dL/dt, and hand the raw weights to the optimizer."""
+        named = context.parameters()
+        self.overflow = context.amp_scaled and not _finite(context.model)
+        gradients = {path: _gradient(named[path]) for path in self.raw}
+        if step < self.last_gate_step:
+            by_gates = self.columns.gradient(gradients, self.raw)
+            self.gradient = by_gates * polarized_gates.slope(self.t, self.eps(step)) * self.gated
+        torch._foreach_mul_(list(gradients.values()), self.columns.factors(self.gates(step)))
+        torch._foreach_copy_([named[path].detach() for path in self.raw], list(self.raw.values()))
+        return True
+
+    def after_step(self, context: Context, step: int) -> None:
+        """Take the raw weights back and move the gates; a step that fp16 skipped moves neither."""
+        if not self.overflow:
+            named = context.parameters()
+            torch._foreach_copy_(list(self.raw.values()), [named[path].detach() for path in self.raw])
+            if step < self.last_gate_step:
+                self.move_gates(step)
+        if step + 1 == self.last_gate_step:
+            self.settle(context, step + 1)
+        self.write(context, self.gates(step + 1))
+
+    def smooth_cost(self, step: int) -> tuple[Tensor, Tensor]:
+        """Return the cost, a fraction of the dense one, and that of one more channel per lane, by the gates' sums."""
+        return polarized_gates.cost(polarized_gates.sums(self.gates(step), self.lanes), self.matrix)
+
+    def move_gates(self, step: int) -> None:
+        """Step gates and multiplier at once, both from the cost of the step."""
+        value, marginal = self.smooth_cost(step)
+        price = self.multiplier * marginal[self.lane_of] * self.gated
+        moved = polarized_gates.proximal_step(self.t, self.gradient, price, self.gate_lr)
+        self.t = polarized_gates.keep_best(moved, self.t, self.lanes)
+        self.last_open.masked_fill_(self.t != 0, step + 1)
+        restart = self.config.dual_restart
+        self.multiplier = polarized_gates.ascend(
+            self.multiplier, value - self.config.ratio, lr=self.dual_lr, restart=restart
+        )
+
+    # The end of the gates
+
+    def settle(self, context: Context, step: int) -> None:
+        """Decide which channels stay, close the gates of the others for good and mask what hangs on them."""
+        problem, opened = self.problem, (self.t != 0).cpu()
+        alive = opened if self.config.rounding == "gates" else problem.largest(self._ranking(step))
+        means = polarized_gates.sums(self.t.abs(), self.lanes) / polarized_gates.sums((self.t != 0).float(), self.lanes)
+        chosen = alive.to(self.t.device)
+        # A gate that comes back is as wide as those of its lane are on average.
+        self.t = torch.where(chosen, torch.where(self.t == 0, means[self.lane_of], self.t), 0.0)
+        masks = problem.channels.weight_masks(alive, context.model)
+        masks = {name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())}
+        if masks:
+            context.install_masks(masks)
+        self._tell(context, alive, opened)
+
+    def _ranking(self, step: int) -> Tensor:
+        """Return float64 [classes]: |t| of open gates, below 0 for closed ones, which rank by when they closed."""
+        ranking = torch.where(self.t != 0, self.t.abs(), self.last_open / step - 2)
+        return ranking.double().cpu()
+
+    def _tell(self, context: Context, alive: Tensor, opened: Tensor) -> None:
+        kept = self.problem.kept(alive)
+        words = f"{self.problem.budget.option}: t is fixed with {kept:.4%} of the {gate_budget.WORDS[self.config.unit]}"
+        if self.config.rounding == "exact":
+            words += (f"; of {self.problem.num_gates} gates {int((~opened).sum())} were closed, rounding closed "
+                      f"{int((opened & ~alive).sum())} more and opened {int((alive & ~opened).sum())}")
+        elif kept - self.config.ratio > TOLERANCE:
+            words += "; the target is missed: raise method.dual_lr, or train longer"
+        context.report(words)
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return the state of gates and cost, a fraction of the dense network's; UNIT is what the target counts.
+
+        gdp/open_gates: gates that are not 0, among all; gdp/undecided: gates between 0.1 and 0.9; gdp/expected_UNIT:
+        the cost by the sums of the gates; gdp/UNIT: by the number of open ones; gdp/feasible: 1 if that is at most
+        0.01 above the target; gdp/multiplier; gdp/eps.
+        """
+        if distributed.world_size() > 1:
+            distributed.assert_same(str(self.t.tolist()), "gates")
+        step = (epoch + 1) * context.steps_per_epoch
+        gates = self.gates(step)[self.gated].cpu()
+        expected, _ = self.smooth_cost(step)
+        kept = self.problem.kept((self.t != 0).cpu())
+        self.figures = {
+            "gdp/open_gates": float((gates > 0).double().mean()),
+            "gdp/undecided": float(((gates > 0.1) & (gates < 0.9)).double().mean()),
+            f"gdp/expected_{self.config.unit}": float(expected),
+            f"gdp/{self.config.unit}": kept,
+            "gdp/feasible": float(kept - self.config.ratio <= TOLERANCE),
+            "gdp/multiplier": float(self.multiplier),
+            "gdp/eps": self.eps(step),
+        }
+        return self.figures
+
+    def explain(self) -> dict[str, float]:
+        return self.figures
+
+    def layout(self, context: Context) -> None:
+        """Refuse a target out of reach; which gates close is learned."""
+        if context.widths is None:
+            self._problem(context)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.t is None:
+            return {}
+        names = ("t", "last_open", "multiplier")
+        return {"raw": dict(self.raw), "figures": dict(self.figures)} | {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the state where gates are trained; the removal needs none of it."""
+        if self.t is None or not state:
+            return
+        restore(self.raw, state["raw"])
+        self.figures = dict(state["figures"])
+        for name in ("t", "last_open", "multiplier"):
+            getattr(self, name).copy_(state[name])
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _finite(model: nn.Module) -> bool:
+    """Return whether all gradients are; the loss scaler skips the step otherwise."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())
