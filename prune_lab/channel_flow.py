@@ -139,7 +139,7 @@ class _Walk:
             return None
         if node.op == "call_module":
             module = self._network.modules[node.target]
-            known = None if node.target in self._network.shared else self._module(node, module)
+            known = None if node.target in self._network.uncut else self._module(node, module)
         elif node.op == "output":
             known = None
         else:
@@ -216,7 +216,8 @@ class _Walk:
         if node.target in _RESHAPES:
             return self._reshaped(node, source)
         if node.target is F.pad:
-            return source if len(shape) == 4 and len(node.args[1]) <= 4 else None
+            sides = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
+            return source if len(shape) == 4 and len(sides) <= 4 else None
         if node.target is operator.getitem:
             return source if _keeps_channels(node.args[1]) else None
         return None
@@ -254,7 +255,8 @@ class _Walk:
         return source if same else None
 
     def _shape(self, node: fx.Node) -> tuple[int, ...]:
-        return self._network.shapes[node]
+        """Return the shape of a tensor, nothing for several at once."""
+        return self._network.shapes.get(node, ())
 
 
 def _sizes(node: fx.Node) -> tuple[Any, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import traceback
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +25,8 @@ class TracedNetwork:
     """module path -> module of the traced copy, which has no memory"""
     shapes: dict[fx.Node, tuple[int, ...]]
     """shape of each tensor for two images"""
-    shared: set[str]
-    """module paths whose weight is used more than once"""
+    uncut: set[str]
+    """paths of modules that are used more than once, or whose weight is computed from others: their channels stay"""
 
 
 def trace(model: nn.Module, image_size: int) -> TracedNetwork:
@@ -46,9 +48,17 @@ def trace(model: nn.Module, image_size: int) -> TracedNetwork:
     except Exception as error:  # a traced forward may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"removing channels needs a network that torch.fx can trace; {type(model).__name__} is not: {reason}"
+            f"removing channels needs a network that torch.fx can trace; {type(model).__name__} is not: "
+            f"{reason}{_place(error)}"
         ) from error
-    return TracedNetwork(traced.graph, dict(traced.named_modules()), recorder.shapes, _shared(model, traced.graph))
+    return TracedNetwork(traced.graph, dict(traced.named_modules()), recorder.shapes, _uncut(model, traced.graph))
+
+
+def _place(error: Exception) -> str:
+    """Return the line of the network's code that raised `error`, as text."""
+    own = (str(Path(torch.__file__).parent), __file__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(own)]
+    return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
 class _Tracer(fx.Tracer):
@@ -65,22 +75,31 @@ class _ShapeRecorder(fx.Interpreter):
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+        try:
+            result = super().run_node(n)
+        except Exception as error:
+            raise RuntimeError(f"operation {n.name}: {error}") from error
         if torch.is_tensor(result):
             self.shapes[n] = tuple(result.shape)
         return result
 
 
-def _shared(model: nn.Module, graph: fx.Graph) -> set[str]:
-    weights = {id(weight): path for path, weight in model.named_parameters()}
+def _uncut(model: nn.Module, graph: fx.Graph) -> set[str]:
+    tensors = {id(tensor): path for path, tensor in (*model.named_parameters(), *model.named_buffers())}
     modules = dict(model.named_modules())
     uses: Counter[str] = Counter()
-    owners: dict[str, list[str]] = {}
+    owned: dict[str, list[str]] = {}
     for node in graph.nodes:
         if node.op == "call_module":
-            for weight in modules[node.target].parameters(recurse=False):
-                uses[weights[id(weight)]] += 1
-                owners.setdefault(weights[id(weight)], []).append(node.target)
+            module = modules[node.target]
+            held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            owned[node.target] = [tensors[id(tensor)] for tensor in held]
+            uses.update([*owned[node.target], node.target])
         elif node.op == "get_attr":
             uses[node.target] += 1
-    return {path for weight, paths in owners.items() if uses[weight] > 1 for path in paths}
+    return {
+        path for path, names in owned.items()
+        if any(uses[name] > 1 for name in names)
+        or (uses[path] > 1 and isinstance(modules[path], ZeroPadShortcut))
+        or not isinstance(getattr(modules[path], "weight", None), (nn.Parameter, type(None)))
+    }
