@@ -26,6 +26,8 @@ class Budget:
     """lanes keep multiples of this many channels, or all"""
     least: int = 1
     """lanes keep at least so many channels"""
+    even: bool = False
+    """whether what is left of the budget gives each lane one step at most, so that lanes keep alike"""
 
     @property
     def option(self) -> str:
@@ -64,9 +66,9 @@ def choose_counts(
 ) -> np.ndarray:
     """Return how many channels each lane keeps, int64 [lanes], so that the cost is the largest found within budget.
 
-    Channels go in the order of their scores, lowest first, until the budget holds; then those that still fit come back,
-    highest first. A channel of a residual trunk runs through many layers and costs much at once: what is left of the
-    budget is filled with cheaper ones.
+    Channels go in the order of their scores, lowest first and equal ones together, until the budget holds; then those
+    that still fit come back, highest first. A channel of a residual trunk runs through many layers and costs much at
+    once: what is left of the budget is filled with cheaper ones.
 
     Args:
         scores: float64 [num_classes], higher is kept first.
@@ -88,47 +90,53 @@ class _Search:
         self._limit = Fraction(str(budget.ratio)) * self._whole
         least = np.minimum(costs.sizes, max(budget.least, 1))
         self._least = np.where(np.array(free, dtype=bool), self._rounded(least), costs.sizes)
-        self._order = channels.lane_of()[scores.argsort(stable=True)].numpy()
-        """lanes of the classes, lowest score first"""
+        best_first = scores.argsort(descending=True, stable=True)
+        self._order = channels.lane_of()[best_first].numpy()
+        """lanes of the classes, highest score first"""
+        ends = (scores[best_first].flip(0).diff() > 0).nonzero().flatten().numpy() + 1
+        self._cuts = [0, *ends.tolist(), len(self._order)]
+        """how many classes may go together: equal scores go alike"""
 
     def _rounded(self, counts: np.ndarray) -> np.ndarray:
         step = self._budget.round_to
         return np.minimum(-(-counts // step) * step, self._costs.sizes)
 
     def _after(self, num_removed: int) -> np.ndarray:
-        """Return the counts when the first classes of the order go, as far as their lanes may lose them."""
-        removed = np.bincount(self._order[:num_removed], minlength=len(self._costs.sizes))
+        """Return the counts when the last classes of the order go, as far as their lanes may lose them."""
+        kept = len(self._order) - num_removed
+        removed = np.bincount(self._order[kept:], minlength=len(self._costs.sizes))
         return np.maximum(self._rounded(self._costs.sizes - removed), self._least)
 
     def _fits(self, counts: np.ndarray) -> bool:
         return self._costs.at(self._budget.unit, counts) <= self._limit
 
     def cut(self) -> np.ndarray:
-        low, high = 0, len(self._order)
-        if not self._fits(self._after(high)):
-            floor = self._costs.at(self._budget.unit, self._after(high)) / self._whole
+        low, high = 0, len(self._cuts) - 1
+        least = self._after(self._cuts[high])
+        if not self._fits(least):
+            floor = self._costs.at(self._budget.unit, least) / self._whole
             raise ConfigError(
                 f"{self._budget.option} is out of reach: the smallest network that the options allow has {floor:.4g} "
                 f"of the {_WORDS[self._budget.unit]}; allowed: that or more, below 1"
             )
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if self._fits(self._after(middle)) else (middle, high)
-        self._num_removed = high
-        return self._after(high)
+            low, high = (low, middle) if self._fits(self._after(self._cuts[middle])) else (middle, high)
+        self._num_removed = self._cuts[high]
+        return self._after(self._num_removed)
 
     def fill(self, counts: np.ndarray) -> np.ndarray:
         """Give channels back, highest score first, as long as the budget holds."""
         full: set[int] = set()
-        for lane in self._order[: self._num_removed][::-1].tolist():
+        for lane in self._order[len(self._order) - self._num_removed :].tolist():
             if lane in full:
                 continue
             more = counts.copy()
             more[lane] = min(counts[lane] + self._budget.round_to, self._costs.sizes[lane])
-            if more[lane] > counts[lane] and self._fits(more):
-                counts = more
-            else:
-                full.add(lane)  # costs only grow: it will not fit later either
+            fits = more[lane] > counts[lane] and self._fits(more)
+            counts = more if fits else counts
+            if not fits or self._budget.even:
+                full.add(lane)  # costs only grow: what does not fit now will not fit later either
         return counts
 
 

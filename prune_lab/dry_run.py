@@ -48,13 +48,13 @@ def dry_run(config: RunConfig) -> int:
         kept = layout[-1][1] if layout else layout if layout is None else kept
     model = build_model(model_config, **sizes, seed=config.seed)
     costs, layers = layer_costs(model_config, **sizes), config.method.layers(model)
-    rows, small = layer_table(layers, costs, kept), None if context.widths is None else context.model
+    rows, removes = layer_table(layers, costs, kept), any(entry.phase.hook == "remove" for entry in planned)
     if config.method.costs_depend_on_images:
         rows = [row | ({"macs_kept": None} if row["eligible"] else {}) for row in rows]
     known = {"spent": spent, "info": info, "arithmetic": arithmetic}
     summary = _summary(config, folder, planned, model, costs, layers, kept, **known)
-    if small is not None:  # weights of removed channels are not there, zero or not
-        params = None if kept is None else count_parameters(small)
+    if removes:  # weights of removed channels are not there, zero or not
+        params = None if kept is None else count_parameters(context.model)
         summary |= {"params/total": params, "params/nonzero": params}
     folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})

@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import FINETUNE, PRUNE, TRAIN_DENSE, Card, Method, MethodConfig, Phase
-from prune_lab.schema import (
-    ConfigError,
-    Count,
-    Momentum,
-    NonNegative,
-    OpenFraction,
-    Positive,
-    Range,
-    suggestion,
-)
+from prune_lab.methods.base import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Card, Method, MethodConfig, Phase
+from prune_lab.schema import ConfigError, Count, Momentum, NonNegative, OpenFraction, Positive, Range, suggestion
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -44,6 +33,7 @@ scoring_images = lazy_import("prune_lab.scoring_images")
 short_training = lazy_import("prune_lab.short_training")
 
 _GLOBAL = ("global-code", "global")
+_GOALS = ("macs_ratio", "params_ratio", "channels_ratio", "top1_tol")
 _MAY_REPEAT = ("local-uniform", "global-code")
 _PATIENCE = 10
 """additions per channel of the layer that may pass without a new channel; step searches can circle among a few"""
@@ -54,7 +44,9 @@ class GreedyConfig(MethodConfig):
     variant: Literal["local-refit", "local-line-search", "local-uniform", "global-code", "global"]
     """what a channel is chosen by, and with which weight it comes in"""
     macs_ratio: OpenFraction | None
-    """kept fraction of the dense network's MACs; every layer keeps about the same fraction of its channels"""
+    """kept fraction of the network's MACs; every layer keeps about the same fraction of its channels"""
+    params_ratio: OpenFraction | None
+    """kept fraction of the network's parameters, likewise"""
     channels_ratio: OpenFraction | None
     """kept fraction of each layer's channels"""
     top1_tol: OpenFraction | None
@@ -91,12 +83,12 @@ class GreedyConfig(MethodConfig):
     between_batch: Count
 
     def check(self, path: str) -> None:
-        goals = {name: getattr(self, name) for name in ("macs_ratio", "channels_ratio", "top1_tol")}
+        goals = {name: getattr(self, name) for name in _GOALS}
         given = [f"{path}.{name}={value:g}" for name, value in goals.items() if value is not None]
         if len(given) != 1:
             raise ConfigError(
-                f"exactly one of {path}.macs_ratio, {path}.channels_ratio and {path}.top1_tol must be set, the others "
-                f"null; got {' and '.join(given) or 'none'}"
+                f"exactly one of {', '.join(f'{path}.{name}' for name in _GOALS)} must be set, the others null; got "
+                f"{' and '.join(given) or 'none'}"
             )
         if self.repeat and self.variant not in _MAY_REPEAT:
             raise ConfigError(
@@ -119,16 +111,15 @@ class Greedy(Method):
         "Selection, arXiv 2003.01794; Ye, Wu, Liu 2020, Greedy Optimization Provably Wins the Lottery, "
         "arXiv 2010.15969",
         acts="between dense training and fine-tuning, layer after layer from the input, with a little training between",
-        eligible="hidden channels that only batch norm, activations, pooling and depthwise convolutions separate from "
-        "the layers that read them; sparsity counts all weights of convolutions and linear layers",
+        eligible="channels that are not added to others; only batch norm, activations, pooling, depthwise convolutions "
+        "and squeeze-and-excitation separate them from their readers",
         cost="local: one pass over method.images per layer; global: method.num_evaluate passes per channel; "
         "method.between_epochs of training per layer",
         differences="the official code has variant=global-code with candidates=random, top1_tol=0.02, batch=128 and "
         "augment_scoring=true, for MobileNetV2 only, where it leaves out the first block and the last 1x1 convolution "
         "(exclude=[features.0.0,features.18.0]) and also drops channels of its residual sums, which stay here. "
-        "Channels under squeeze-and-excitation stay, too, so that a MobileNetV3 keeps more than half of its MACs. The "
-        "closed form of local-line-search and the refit (least squares) are derived, not taken from the papers. "
-        "Removed channels are zeros in producer and reader",
+        "Under squeeze-and-excitation the layer that reads the channels' means is imitated, too. The closed form of "
+        "local-line-search and the refit (least squares) are derived, not taken from the papers",
     )
 
     def __init__(self, config: Any) -> None:
@@ -145,7 +136,7 @@ class Greedy(Method):
             )
 
     def chain(self) -> tuple[Phase, ...]:
-        return (TRAIN_DENSE, PRUNE, FINETUNE)
+        return (TRAIN_DENSE, PRUNE, REMOVE, FINETUNE)
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Return all layers, depthwise ones too: their filters go with the channel."""
@@ -153,6 +144,9 @@ class Greedy(Method):
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         """Return the kept weights of the budget; with top1_tol they depend on trained weights."""
+        if context.widths is not None:
+            left = {cost.parameter: cost.weights for cost in context.costs}
+            return None if self.config.top1_tol else [(0, left)]
         groups = self.groups(context)
         budget = self.budget(context, groups)
         if budget is None:
@@ -187,16 +181,15 @@ class Greedy(Method):
         """Return the channels each producer keeps; None: the accuracy decides.
 
         Raises:
-            ConfigError: a MACs target below what one channel per layer costs.
+            ConfigError: a target below what one channel per layer costs.
         """
         config = self.config
         if config.channels_ratio is not None:
             return {group.producer: max(1, round(config.channels_ratio * group.size)) for group in groups}
-        if config.macs_ratio is None:
+        if config.top1_tol is not None:
             return None
-        limit = Fraction(str(config.macs_ratio)) * context.dense_macs
-        cost = functools.partial(channel_budget.macs, context, groups)
-        return channel_budget.largest_within(groups, limit, cost, context.dense_macs)
+        unit = "macs" if config.params_ratio is None else "params"
+        return channel_budget.alike(context, groups, unit, getattr(config, f"{unit}_ratio"))
 
     def prune(self, context: Context) -> dict[str, float]:
         """Select the channels of each group, write their weights into the network, train a little, go on."""
@@ -231,7 +224,7 @@ class Greedy(Method):
         run, and what was really spent afterwards. Images of the accuracy for top1_tol are counted; the arithmetic on
         Gram matrices is not (it is no pass through the network).
         """
-        return self._planned(context) if context.rehearsal else self._spent
+        return self._planned(context) if context.rehearsal and context.widths is None else self._spent
 
     # Selection
 

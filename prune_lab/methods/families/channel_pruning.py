@@ -251,7 +251,8 @@ class Problem:
     def budget(self) -> Budget:
         config, unit = self._config, self._config.target()
         return channel_selection.Budget(
-            unit.removesuffix("_ratio"), getattr(config, unit), config.round_to, config.least_channels
+            unit.removesuffix("_ratio"), getattr(config, unit), config.round_to, config.least_channels,
+            even=config.scope == "layer",
         )
 
     def counts(self, scores: Tensor) -> np.ndarray:
