@@ -36,8 +36,9 @@ def trace(model: nn.Module, image_size: int) -> TracedNetwork:
         image_size: height and width of the RGB images, px.
 
     Raises:
-        ConfigError: the network's data flow cannot be traced; the message names the operation.
+        ConfigError: the network is wrapped, or its data flow cannot be traced; the message names the operation.
     """
+    check_plain(model)
     try:
         ghost = copy.deepcopy(model).to("meta").eval()
         traced = fx.GraphModule(ghost, _Tracer().trace(ghost))
@@ -52,6 +53,15 @@ def trace(model: nn.Module, image_size: int) -> TracedNetwork:
             f"{reason}{_place(error)}"
         ) from error
     return TracedNetwork(traced.graph, dict(traced.named_modules()), recorder.shapes, _uncut(model, traced.graph))
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raise ConfigError if `model` is compiled or wrapped for several devices."""
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch._dynamo.OptimizedModule)
+    if isinstance(model, wrappers):
+        raise ConfigError(
+            f"channels are removed from plain networks, got {type(model).__name__}; remove first, then wrap or compile"
+        )
 
 
 def _place(error: Exception) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_lab.channel_trace import NORMS
+from prune_lab.channel_trace import NORMS, check_plain
 from prune_lab.channels import ChannelMap, Lane
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
 from prune_lab.schema import ConfigError
@@ -47,15 +47,6 @@ def remove_channels(model: nn.Module, channels: ChannelMap, alive: Tensor) -> nn
         shortcut = small.get_submodule(path)
         shortcut.front, shortcut.back = (int(channels.kept(part, alive).sum()) for part in (front, back))
     return copy.deepcopy(small)  # whatever was not cut is still shared
-
-
-def check_plain(model: nn.Module) -> None:
-    """Raise ConfigError if `model` is compiled or wrapped for several devices."""
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch._dynamo.OptimizedModule)
-    if isinstance(model, wrappers):
-        raise ConfigError(
-            f"channels are removed from plain networks, got {type(model).__name__}; remove first, then wrap or compile"
-        )
 
 
 def _check_alive(channels: ChannelMap, alive: Tensor) -> None:
