@@ -1,0 +1,242 @@
+"""MaskSparsity: a first sparse training says which channels go, a second one penalises the scales of these only."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import TRAIN_DENSE, Card, Phase
+from prune_lab.methods.families.channel_pruning import ChannelPruningConfig, Problem
+from prune_lab.methods.families.scale_pruning import ScalePruning
+from prune_lab.schema import ConfigError, NonNegative, OpenFraction, Positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.channels import ChannelMap
+    from prune_lab.config import RunConfig
+    from prune_lab.context import Context
+    from prune_lab.scale_penalty import ScalePenalty
+
+torch = lazy_import("torch")
+channel_selection = lazy_import("prune_lab.channel_selection")
+distributed = lazy_import("prune_lab.distributed")
+filter_scores = lazy_import("prune_lab.filter_scores")
+scale_masks = lazy_import("prune_lab.scale_masks")
+scale_penalty = lazy_import("prune_lab.scale_penalty")
+scale_thresholds = lazy_import("prune_lab.scale_thresholds")
+
+_SPARSIFY = Phase("sparsify", "train", "train", active=True)
+_MASKED = Phase("masked", "train", "train", active=True)
+_MARKS = ("threshold", "energy", "mask_file")
+"""targets that name the channels instead of how many there are"""
+
+
+@dataclass(frozen=True)
+class MaskSparsityConfig(ChannelPruningConfig):
+    threshold: NonNegative | None
+    """instead of a ratio: channels with scales up to this go"""
+    energy: OpenFraction | None
+    """instead of a ratio: each batch norm's smallest scales go that hold this fraction of the sum of their squares"""
+    mask_file: str | None
+    """instead of a ratio: JSON of the channels that stay (see scale_masks.load)"""
+    criterion: Literal["sparsified", "l1_norm"]
+    """what ranks the channels: their scales after a training under the penalty on all scales, or the filters' L1 norms
+    in the dense network, which saves that training"""
+    scale_penalty: Positive
+    """factor of the penalty in both trainings"""
+    regularizer: Literal["l1", "l2", "smooth_l1"]
+    """gradient of the penalty: sign of the scale, the scale, or the scale below lr x scale_penalty and else its sign"""
+    start: Literal["dense", "sparsified"]
+    """network with which the training under the mask starts"""
+
+    def targets(self) -> dict[str, Any]:
+        return super().targets() | {name: getattr(self, name) for name in _MARKS}
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        target = self.target()
+        if target in _MARKS and self.scope != "global":
+            raise ConfigError(f"{path}.{target} goes with {path}.scope=global, got {self.scope}")
+        if target in ("threshold", "energy") and self.criterion != "sparsified":
+            raise ConfigError(f"{path}.{target} goes with {path}.criterion=sparsified, got {self.criterion}")
+        if self.start == "sparsified" and not self.sparsifies:
+            raise ConfigError(f"{path}.start=sparsified needs the training under the penalty on all scales, which "
+                              f"{path}.mask_file and {path}.criterion=l1_norm save")
+
+    @property
+    def sparsifies(self) -> bool:
+        """Whether there is a training under the penalty on all scales."""
+        return self.criterion == "sparsified" and self.mask_file is None
+
+
+class MaskSparsity(ScalePruning):
+    Config = MaskSparsityConfig
+    sparse_phases = (_SPARSIFY.name, _MASKED.name)
+    card = Card(
+        summary="train dense, mark channels after a sparse training, train again with a penalty on the marked "
+        "batch-norm scales only, remove, fine-tune (from the official code; of the paper only the abstract was read)",
+        paper="Jiang, Zhao, Zhao, An, Tang, Wang 2022, Pruning-aware Sparse Regularization for Network Pruning, "
+        "arXiv 2201.06776",
+        acts="adds scale_penalty x sign(scale) to the gradients of all scales (phase sparsify), then, starting from "
+        "the dense network, to those of the marked ones (phase masked); removes once; fine-tunes the smaller network",
+        eligible="channels that pass a batch norm. With a threshold, batch norms whose outputs are added vote, as in "
+        "the official code; a ratio ranks them by the mean of their scales",
+        cost="one update of all scales per step; three trainings over schedule.train and the fine-tuning",
+        differences="the official code applies the threshold a second time after the masked training (here the marked "
+        "channels go), may empty a trunk (here least_channels stay), prunes in several rounds for its published masks "
+        "and gives depthwise layers the mask of the layer before (here both norms vote). Ratios are this program's",
+    )
+
+    def __init__(self, config: MaskSparsityConfig) -> None:
+        super().__init__(config)
+        self.alive: Tensor | None = None
+        """the classes of channels to keep, once they are decided, bool [num_classes]"""
+
+    def before(self) -> tuple[Phase, ...]:
+        """Return dense training -> sparse training -> mask -> training under the mask."""
+        if not self.config.sparsifies:
+            return (TRAIN_DENSE, Phase("mask", "mask", None, active=True), _MASKED)
+        origin = TRAIN_DENSE.name if self.config.start == "dense" else None
+        return (TRAIN_DENSE, _SPARSIFY, Phase("mask", "mask", None, active=True, origin=origin), _MASKED)
+
+    def identity(self) -> dict[str, Any]:
+        """Return the options, the file of masks by its content.
+
+        Raises:
+            ConfigError: the file cannot be read.
+        """
+        options, path = super().identity(), self.config.mask_file
+        if path is None:
+            return options
+        try:
+            return options | {"mask_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+        except OSError as error:
+            raise ConfigError(f"method.mask_file={path} cannot be read: {error.strerror}") from error
+
+    def phase_identity(self, phase: Phase) -> dict[str, Any]:
+        """Return the options; the training under the penalty on all scales is shared by all targets."""
+        if phase == _SPARSIFY:
+            return {"scale_penalty": self.config.scale_penalty, "regularizer": self.config.regularizer}
+        return super().phase_identity(phase)
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse a schedule without the trainings that drive scales to zero."""
+        if config.schedule.train.epochs == 0:
+            raise ConfigError(f"schedule.train.epochs=0 does not go with method={self.config.name}, which trains under "
+                              "penalties over this block", "schedule.train.epochs")
+
+    # Which channels go
+
+    def scores(self, context: Context, channels: ChannelMap) -> Tensor:
+        if self.config.criterion == "l1_norm":
+            return filter_scores.per_class(context.model, channels, filter_scores.l1_norms)
+        return super().scores(context, channels)
+
+    def comparable(self, scores: Tensor, channels: ChannelMap) -> Tensor:
+        if self.config.criterion == "l1_norm":
+            return channel_selection.relative(scores, channels)
+        return super().comparable(scores, channels)
+
+    def choose(self, context: Context, problem: Problem) -> Tensor:
+        """Return the classes of channels to keep, bool [num_classes]."""
+        if self.config.target() not in _MARKS:
+            return super().choose(context, problem)
+        alive = distributed.share(self._unmarked(context, problem))
+        if self.config.control == "random":
+            counts = problem.costs.kept(alive)
+            return channel_selection.top(self.ranking(context, problem), problem.channels, counts)
+        return alive
+
+    def _unmarked(self, context: Context, problem: Problem) -> Tensor:
+        """Return what the threshold or the file keeps, and the best of a layer where that is too little."""
+        channels, lanes = problem.channels, problem.channels.lanes
+        scales = scale_thresholds.absolute_scales(context.model, channels)
+        worth = scale_thresholds.class_means(channels, scales)
+        if self.config.mask_file is not None:
+            alive = scale_masks.load(self.config.mask_file, channels)
+        else:
+            alive = self._voted(channels, scales, problem.free)
+        counts = problem.fixed_counts({index: int(alive[lane.classes].sum()) for index, lane in enumerate(lanes)})
+        for lane, count in zip(lanes, counts.tolist(), strict=True):
+            alive[lane.classes] = scale_thresholds.with_least(alive[lane.classes], worth[lane.classes], count)
+        return alive
+
+    def _voted(self, channels: ChannelMap, scales: dict[str, Tensor], free: list[bool]) -> Tensor:
+        pruned = {path: ~self._above(values.cpu()) for path, values in scales.items()}
+        alive = torch.ones(channels.num_classes, dtype=torch.bool)
+        for lane, may_go in zip(channels.lanes, free, strict=True):
+            if may_go:
+                alive[lane.classes] = scale_thresholds.agreed(scale_thresholds.lane_values(channels, lane, pruned))
+        return alive
+
+    def _above(self, values: Tensor) -> Tensor:
+        """Return the channels that a batch norm keeps by itself, bool [channels]."""
+        energy = self.config.energy
+        limit = self.config.threshold if energy is None else scale_thresholds.energy_threshold(values, energy)
+        return scale_thresholds.with_least(values > limit, values, self.config.least_channels)
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        if self.config.target() not in _MARKS:
+            return super().layout(context)
+        if context.widths is None:
+            problem = self._problem(context)
+            if self.config.mask_file is not None:
+                self._unmarked(context, problem)  # refuses masks of other networks
+        return [(0, {})] if context.phase in self.sparse_phases else None
+
+    # Phases
+
+    def _problem(self, context: Context) -> Problem:
+        scale_penalty.scales(context.model)
+        return Problem(self, context)
+
+    def mask(self, context: Context) -> dict[str, float]:
+        """Decide which channels go; hand on the network that the training under the mask starts with.
+
+        Raises:
+            ConfigError: a budget out of reach, or no scale small enough.
+        """
+        problem = self._problem(context)
+        self.alive = self.choose(context, problem)
+        if bool(self.alive.all()) and not context.rehearsal:
+            scales = scale_thresholds.absolute_scales(context.model, problem.channels)
+            smallest = min(float(values.min()) for values in scales.values())
+            raise ConfigError(f"method.{self.config.target()} marks no channel (the smallest scale is {smallest:.3g}): "
+                              "train longer, raise method.scale_penalty, or set a ratio")
+        marked = scale_masks.left_out(problem.channels, self.alive)
+        num_marked, total = (sum(int(f(mask)) for mask in marked.values()) for f in (torch.sum, torch.numel))
+        context.report(f"mask: {num_marked} of {total} scales are marked, those of "
+                       f"{int((~self.alive).sum())} of {problem.channels.num_classes} channels")
+        if context.origin is not None:
+            context.model.load_state_dict(context.origin["model"])
+        return {"mask/scales_marked": num_marked / total}
+
+    def make_penalty(self, context: Context) -> ScalePenalty:
+        """Return the penalty on all scales, in the second training on the marked ones."""
+        marked = None
+        if context.phase == _MASKED.name:
+            marked = scale_masks.left_out(self._problem(context).channels, self.alive)
+        config = self.config
+        return scale_penalty.ScalePenalty(context.model, config.scale_penalty, config.regularizer, marked)
+
+    def prune(self, context: Context) -> dict[str, float]:
+        """Mask the channels that were marked, whatever their scales are now."""
+        problem = self._problem(context)
+        if bool(self.alive.all()):  # in a rehearsal only: what is marked is an outcome of the training
+            return {}
+        scales = scale_thresholds.absolute_scales(context.model, problem.channels)
+        marked = scale_masks.left_out(problem.channels, self.alive)
+        gone = torch.cat([values.cpu()[marked[path]] for path, values in scales.items()])
+        left = torch.cat([values.cpu()[~marked[path]] for path, values in scales.items()])
+        context.report(f"scales: marked {float(gone.max()):.2g} at most, others {float(left.mean()):.2g} on average")
+        return self.leave_out(context, problem, self.alive) | {"prune/largest_marked_scale": float(gone.max())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.alive is None else {"alive": self.alive}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.alive = state.get("alive")
