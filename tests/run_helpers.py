@@ -56,6 +56,7 @@ METHODS = {
     "greedy": ("method=greedy", "method.images=24", "method.positions=4", "method.between_batch=8"),
     "haste": ("method=haste", "method.min_channels=4", "method.hyperplanes=3"),
     "slimming": ("method=slimming", "method.scale_penalty=0.01"),
+    "masksparsity": ("method=masksparsity", "method.scale_penalty=0.01"),
     "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),
 }
 """Each method with the options that make it act within such a run."""
