@@ -68,7 +68,8 @@ def choose_counts(
 
     Channels go in the order of their scores, lowest first and equal ones together, until the budget holds; then those
     that still fit come back, highest first. A channel of a residual trunk runs through many layers and costs much at
-    once: what is left of the budget is filled with cheaper ones.
+    once: what is left of the budget is filled with cheaper ones. Where none of them has gone, they go in place of the
+    channel that overshot the budget, if that comes nearer to it.
 
     Args:
         scores: float64 [num_classes], higher is kept first.
@@ -77,8 +78,7 @@ def choose_counts(
     Raises:
         ConfigError: the budget is below what the smallest allowed network costs.
     """
-    search = _Search(scores, channels, costs, budget, free)
-    return search.fill(search.cut())
+    return _Search(scores, channels, costs, budget, free).best()
 
 
 class _Search:
@@ -90,10 +90,11 @@ class _Search:
         self._limit = Fraction(str(budget.ratio)) * self._whole
         least = np.minimum(costs.sizes, max(budget.least, 1))
         self._least = np.where(np.array(free, dtype=bool), self._rounded(least), costs.sizes)
-        best_first = scores.argsort(descending=True, stable=True)
-        self._order = channels.lane_of()[best_first].numpy()
-        """lanes of the classes, highest score first"""
-        ends = (scores[best_first].flip(0).diff() > 0).nonzero().flatten().numpy() + 1
+        lanes, values = channels.lane_of().numpy(), scores.detach().cpu().numpy()
+        best_first = np.lexsort((lanes, -values))
+        self._order = lanes[best_first]
+        """lanes of the classes, highest score first; equal scores in the order of the lanes"""
+        ends = np.flatnonzero(np.diff(values[best_first][::-1]) > 0) + 1
         self._cuts = [0, *ends.tolist(), len(self._order)]
         """how many classes may go together: equal scores go alike"""
 
@@ -110,6 +111,17 @@ class _Search:
     def _fits(self, counts: np.ndarray) -> bool:
         return self._costs.at(self._budget.unit, counts) <= self._limit
 
+    def best(self) -> np.ndarray:
+        """Return the counts with the highest cost found within the budget."""
+        counts = self.fill(self.cut())
+        if self._budget.even:
+            return counts
+        before, after = (self._after(self._cuts[last]) for last in (self._last - 1, self._last))
+        self._least = np.where(before > after, np.minimum(before, counts + self._budget.round_to), self._least)
+        if not self._fits(self._after(len(self._order))):
+            return counts
+        return max(counts, self.fill(self.cut()), key=lambda found: self._costs.at(self._budget.unit, found))
+
     def cut(self) -> np.ndarray:
         low, high = 0, len(self._cuts) - 1
         least = self._after(self._cuts[high])
@@ -122,7 +134,7 @@ class _Search:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if self._fits(self._after(self._cuts[middle])) else (middle, high)
-        self._num_removed = self._cuts[high]
+        self._last, self._num_removed = high, self._cuts[high]
         return self._after(self._num_removed)
 
     def fill(self, counts: np.ndarray) -> np.ndarray:
