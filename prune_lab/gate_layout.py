@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.accounting import LayerCost, dense_macs
-from prune_lab.channels import ChannelGroup, channel_groups, columns
+from prune_lab.channel_costs import ChannelCosts
+from prune_lab.channel_selection import Budget, choose_counts, top
+from prune_lab.channels import ChannelGroup, channel_groups, channel_map, columns
 from prune_lab.context import Context
 from prune_lab.hard_concrete import Term
 from prune_lab.schema import ConfigError
@@ -115,9 +117,10 @@ class WeightGates:
 class FilterGates(WeightGates):
     """One gate per hidden channel, on the rows of the layer that makes it.
 
-    Where a gate is exactly 0, the input columns that read the channel are zero, too. So the constant that batch norm
-    makes of an empty channel reaches nobody, and running statistics of such channels stay as they were: outputs and
-    gradients are those of the L0BatchNorm of the official code, which takes closed channels out of the batch norm.
+    Where a gate is exactly 0, so are the rows of depthwise convolutions and squeeze-and-excitation that follow the
+    channel, and the input columns that read it. So the constant that batch norm makes of an empty channel reaches
+    nobody, and running statistics of such channels stay as they were: outputs and gradients are those of the
+    L0BatchNorm of the official code, which takes closed channels out of the batch norm.
 
     Source: official code of Gallego-Posada et al. 2022, arXiv 2208.04425.
     """
@@ -158,7 +161,7 @@ class FilterGates(WeightGates):
         drawn = self.parts(gates)
         factors = {}
         for path, index in self.rows.items():
-            gate = drawn[index] if path == self.groups[index].parameter else drawn[index] > 0  # depthwise: open or not
+            gate = drawn[index] if path == self.groups[index].parameter else drawn[index] > 0  # followers: open or not
             factors[path] = gate.reshape(-1, *[1] * (self._dims[path] - 1)).to(gates.dtype)
         for path, column in self._open_columns(gates).items():
             factors[path] = factors[path] * column if path in factors else column
@@ -183,6 +186,29 @@ class FilterGates(WeightGates):
     def masks(self, model: nn.Module, gates: Tensor) -> dict[str, Tensor]:
         named = dict(model.named_parameters())
         return {path: (factor != 0).expand_as(named[path]) for path, factor in self.factors(gates).items()}
+
+    def keep_one(self, opened: Tensor, log_alpha: Tensor) -> Tensor:
+        """Return open gates, bool [num_gates], with the best one of each layer that has none besides."""
+        kept = opened.clone()
+        for part, values in zip(self.parts(kept), self.parts(log_alpha), strict=True):
+            part.view(-1)[values.argmax()] |= ~part.any()
+        return kept
+
+    def best_within(self, context: Context, log_alpha: Tensor, budget: Budget) -> Tensor:
+        """Return the highest gates within a budget of the network, bool [num_gates]; every layer keeps one at least.
+
+        Raises:
+            ConfigError: the budget is below what the network costs with one channel in each of these layers.
+        """
+        channels = channel_map(context.model, context.dataset.info.image_size)
+        costs = ChannelCosts(context.model, channels, context.costs)
+        places = torch.cat([channels.rows[group.producer] for group in self.channels])
+        scores = torch.zeros(channels.num_classes, dtype=torch.float64)
+        scores[places] = log_alpha.double().cpu()
+        gated = {group.producer for group in self.channels}
+        free = [lane.producers[0] in gated for lane in channels.lanes]
+        counts = choose_counts(scores, channels, costs, budget, free=free)
+        return top(scores, channels, counts)[places].to(log_alpha.device)
 
     def save_statistics(self) -> None:
         self._saved = torch._foreach_add([buffer for _, buffer in self._statistics], 0) if self._statistics else []

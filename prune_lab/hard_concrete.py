@@ -34,21 +34,22 @@ def start(drop_rate: float) -> float:
     return math.log((1 - drop_rate) / drop_rate)
 
 
-def noise(size: int, generator: torch.Generator) -> Tensor:
-    """Return log u - log(1 - u) [size] of uniform draws, float32 on the generator's device."""
+def noise(size: int | tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return log u - log(1 - u) of uniform draws, shape `size`, float32 on the generator's device."""
     drawn = torch.empty(size, device=generator.device)
     return drawn.uniform_(MARGIN, 1 - MARGIN, generator=generator).logit_()
 
 
 def sample(log_alpha: Tensor, logistic: Tensor) -> Tensor:
-    """Return gates z, shaped like `log_alpha`: clamp(s (zeta - gamma) + gamma, 0, 1), s = sigmoid((noise + a) / beta).
+    """Return gates z, shaped like `logistic`: clamp(s (zeta - gamma) + gamma, 0, 1), s = sigmoid((noise + a) / beta).
 
     Args:
-        logistic: draws from `noise`, shaped like `log_alpha`.
+        log_alpha: a, of a shape that broadcasts; gradients reach it.
+        logistic: draws from `noise`.
 
     Source: equations 10 and 11.
     """
-    return (logistic + log_alpha).div_(BETA).sigmoid_().mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
+    return (logistic + log_alpha).div_(BETA).sigmoid_().mul(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
 
 
 def slope(gate: Tensor) -> Tensor:
@@ -73,8 +74,12 @@ def fixed_gate(log_alpha: Tensor, rule: Rule) -> Tensor:
             median: the true median, with sigmoid(a / beta), which is 0 up to P(z > 0) = 0.5 (official code of
             Gallego-Posada et al. 2022, arXiv 2208.04425).
     """
-    middle = torch.sigmoid(log_alpha if rule == "louizos" else log_alpha / BETA)
-    return middle.mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
+    return middle(log_alpha, rule).mul_(ZETA - GAMMA).add_(GAMMA).clamp_(0, 1)
+
+
+def middle(log_alpha: Tensor, rule: Rule) -> Tensor:
+    """Return what `fixed_gate` stretches and cuts, in (0, 1): the value of a gate that has to stay open anyway."""
+    return torch.sigmoid(log_alpha if rule == "louizos" else log_alpha / BETA)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,14 @@ METHODS = {
         "method=constrained_l0", "method.sparsity=0.5", "method.gate_optimizer=sgd", "method.gate_lr=30",
         "method.drop_rate=0.01", "method.dual_lr=1000", "method.rounding=exact", "method.bn_images=0",
     ),
+    "l0 filter": (
+        "method=l0", "method.granularity=filter", "method.gate_optimizer=sgd", "method.gate_lr=6",
+        "method.penalty=0.0005", "method.drop_rate=0.85", "method.bn_images=0",
+    ),
+    "constrained_l0 filter": (
+        "method=constrained_l0", "method.granularity=filter", "method.sparsity=null", "method.macs_ratio=0.6",
+        "method.rounding=exact", "method.gate_optimizer=sgd", "method.gate_lr=3", "method.bn_images=0",
+    ),
     "lottery": ("method=lottery", "method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=7it"),
     "greedy": ("method=greedy", "method.images=24", "method.positions=4", "method.between_batch=8"),
     "haste": ("method=haste", "method.min_channels=4", "method.hyperplanes=3"),

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from method_runs import configure, finish, last_result, make, summary
-from test_l0 import LABELS, do_step, network, set_up, spread_gates
+from test_l0 import LABELS, do_step, load_dense, network, set_up, spread_gates, trained
 from torch import Tensor
 
 from prune_lab import cli
 from prune_lab import hard_concrete as hc
-from prune_lab.accounting import sparse_macs
+from prune_lab.accounting import profile, sparse_macs
+from prune_lab.channel_costs import ChannelCosts
+from prune_lab.channels import channel_groups, channel_map
 from prune_lab.distributions import num_keep_total
 from prune_lab.hard_concrete import Term
 from prune_lab.methods.constrained_l0 import ascend, dual_rate
@@ -227,6 +229,32 @@ def test_exact_rounding_keeps_the_highest_gates(rate: float, closed: bool, tmp_p
     assert bool((weights[kept] != 0).all()) and not weights[~kept].any()
 
 
+CHANNELS = ("method.granularity=filter", "method.rounding=exact", "method.sparsity=null")
+
+
+@pytest.mark.parametrize("options", [("method.gate_lr=1e-6",), ("method.gate_lr=1", "method.dual_restart=false")])
+def test_exact_rounding_meets_the_macs_with_the_highest_gates(options: tuple[str, ...], tmp_path: Path) -> None:
+    """From too many open gates and from too few: no other channel of a gated layer would fit."""
+    folder = finish(configure(tmp_path, NAME, *CHANNELS, "method.macs_ratio=0.6", *options))
+    written, result = summary(folder), trained(folder)
+    model = load_dense()
+    channels, groups = channel_map(model, 16), channel_groups(model, 16)
+    costs = ChannelCosts(model, channels, profile(model, 16))
+    alive = ~channels.dead(result["masks"])
+    counts = costs.kept(alive)
+    assert written["macs/inference"] == costs.at("macs", counts) <= 0.6 * written["macs/dense"]
+    num_open = int((hc.fixed_gate(result["method"]["log_alpha"], "median") > 0).sum())
+    num_gates, num_gone = len(result["method"]["log_alpha"]), channels.num_classes - int(counts.sum())
+    assert num_open == num_gates if len(options) == 1 else num_open < num_gates - num_gone
+    for group, a in zip(groups, result["method"]["log_alpha"].split([g.size for g in groups]), strict=True):
+        kept = alive[channels.rows[group.producer]]
+        assert kept.any() and (kept.all() or a[kept].min() >= a[~kept].max())
+        lane = [lane.producers[0] for lane in channels.lanes].index(group.producer)
+        more = counts.copy()
+        more[lane] += 1
+        assert kept.all() or costs.at("macs", more) > 0.6 * written["macs/dense"]
+
+
 def test_the_start_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run(tmp_path, "method.sparsity=0.05", "method.drop_rate=0.9", "schedule.train.epochs=1",
         "schedule.train.warmup_epochs=0")  # fmt: skip
@@ -249,8 +277,11 @@ def test_the_start_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
         (["method.constrain=layer", "method.layer_sparsities=[0.5,0.7]"], "has 2 targets for 20 gated layers"),
         (["method.layer_sparsities=[0.5]"], "method.layer_sparsities goes with method.constrain=layer, got model"),
         (["method.constrain=layer", "method.sparsity=null", "method.macs_ratio=0.5"], "constrain=layer needs"),
-        (["method.rounding=exact", "method.constrain=layer"], "method.rounding=exact needs"),
-        (["method.rounding=exact", "method.sparsity=null", "method.macs_ratio=0.5"], "got null, model and weight"),
+        (["method.rounding=exact", "method.constrain=layer"], "method.constrain=model, got 0.9 and layer"),
+        (["method.rounding=exact", "method.sparsity=null", "method.macs_ratio=0.5"], "got null and model"),
+        (["method.rounding=exact", "method.granularity=filter"], "meets method.macs_ratio alone: set it, and"),
+        ([*CHANNELS, "method.sparsity=0.5", "method.macs_ratio=0.5"], "method.sparsity=null; got 0.5 and 0.5"),
+        ([*CHANNELS, "method.macs_ratio=0.03", "method.clamp_gates=false"], "0.03 is out of reach: the smallest"),
         (["method.macs_ratio=1.5"], "method.macs_ratio must lie in (0, 1)"),
         (["method.macs_ratio=0.01"], "method.macs_ratio=0.01 is out of reach: 0.04713 of the MACs are in layers"),
         (["method.dual_lr=0"], "method.dual_lr must lie in (0, inf)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from contexts import context_of
 from method_runs import configure, finish, last_result, make, summary, watch
 from torch import Tensor, nn
 
-from prune_lab import cli, pipeline, seeding
+from prune_lab import checkpoint, cli, models, pipeline, seeding
 from prune_lab import hard_concrete as hc
 from prune_lab.channels import channel_groups, weight_masks
 from prune_lab.config import PhaseSchedule
@@ -30,10 +31,22 @@ LABELS = torch.arange(16) % 5
 SGD = {"lr": 0.1, "weight_decay": 0.0}
 
 
-def network(*, seed: int = 0, depthwise: bool = False) -> nn.Module:
+class Excite(nn.Module):
+    """Squeeze-and-excitation of 6 channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squeeze, self.expand = nn.Conv2d(6, 3, 1, bias=False), nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.expand(torch.relu(self.squeeze(x.mean([2, 3], keepdim=True)))))
+
+
+def network(*, seed: int = 0, depthwise: bool = False, excite: bool = False) -> nn.Module:
     """Return two convolutions and a linear layer; the hidden channels of both convolutions can be gated."""
     torch.manual_seed(seed)
     middle = [nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6), nn.ReLU()] if depthwise else []
+    middle += [Excite()] if excite else []
     layers = [
         nn.Conv2d(3, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), *middle,
         nn.Conv2d(6, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU(),
@@ -255,18 +268,22 @@ def literal(model: nn.Module, groups: list, gates: list[Tensor]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("case", ["some", "none", "depthwise"])
+@pytest.mark.parametrize("case", ["some", "none", "depthwise", "excite"])
 def test_closed_channels_are_those_of_l0_batch_norm(case: str) -> None:
-    """Outputs, all gradients and running statistics; in the case "none" a whole layer is closed."""
-    depthwise = case == "depthwise"
-    method, context = set_up(network(depthwise=depthwise), granularity="filter", penalty=0.0, decay_moves_gates=False)
+    """Outputs, all gradients and running statistics; in the case "none" a whole layer is closed.
+
+    In the case "excite" the factors of a squeeze-and-excitation follow the channels, and its inner channels have gates.
+    """
+    middle = {"depthwise": case in ("depthwise", "excite"), "excite": case == "excite"}
+    method, context = set_up(network(**middle), granularity="filter", penalty=0.0, decay_moves_gates=False)
     spread_gates(method)
     if case == "none":
         method.log_alpha.data[:6] = -50.0
     groups = channel_groups(context.model, 8)
     a = method.log_alpha.detach().clone().requires_grad_()
     gates = expected_gates(context, a, 2).split([group.size for group in groups])
-    reference = literal(network(depthwise=depthwise), groups, list(gates))
+    assert len(groups) == 2 + (case == "excite")
+    reference = literal(network(**middle), groups, list(gates))
     raw = {f"{g.producer}.weight": method.raw[f"{g.producer}.weight"].clone().requires_grad_() for g in groups}
     weights = dict(reference.named_parameters())
     effective = {
@@ -330,6 +347,11 @@ def test_weights_behind_closed_channels_live_on() -> None:
 FILTER = ("method.granularity=filter", "method.penalty=20")
 
 
+def trained(folder: Path) -> dict[str, Any]:
+    """Return what the training left, before channels were removed."""
+    return checkpoint.load(folder / "phases" / "0-train" / "result.pt")
+
+
 def rows(folder: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["phase"] == "train"]
@@ -338,7 +360,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("granularity", ["weight", "filter"])
 def test_records_say_what_the_gates_leave(granularity: str, tmp_path: Path) -> None:
     folder = finish(configure(tmp_path, "l0", f"method.granularity={granularity}", "method.penalty=1e-4"))
-    result, last, written = last_result(folder), rows(folder)[-1], summary(folder)
+    result, last, written = trained(folder), rows(folder)[-1], summary(folder)
     gates = hc.fixed_gate(result["method"]["log_alpha"], "louizos")
     assert last["l0/open_gates"] == pytest.approx((gates > 0).double().mean().item())
     assert 0 < last["l0/open_gates"] < 1 and written["l0/density"] == last["l0/density"]
@@ -346,10 +368,50 @@ def test_records_say_what_the_gates_leave(granularity: str, tmp_path: Path) -> N
     assert written["macs/inference"] < written["macs/dense"]
     assert written["sparsity/requested"] is None and 0 < written["sparsity/achieved"] < 1
     assert last["sparsity"] == pytest.approx(written["sparsity/achieved"], abs=1e-12)
+    assert last["macs/inference"] == written["macs/inference"]
+    small, named = last_result(folder)["model"], dict(load_model(folder).named_parameters())
+    assert all(torch.equal(small[path], tensor) for path, tensor in named.items())
     if granularity == "weight":
         assert written["sparsity/achieved"] == pytest.approx(1 - last["l0/density"])
-    named = dict(load_model(folder).named_parameters())
-    assert all(not named[path][~mask].any() for path, mask in result["masks"].items())
+        assert all(not named[path][~mask].any() for path, mask in result["masks"].items())
+        assert written["params/total"] == written["params/dense"]
+    else:
+        assert written["params/nonzero"] == written["params/total"] < written["params/dense"]
+        assert last_result(folder)["masks"] is None and result["masks"]
+        check_gates_between(result, named)
+
+
+def check_gates_between(result: dict[str, Any], small: dict[str, Tensor]) -> None:
+    """Gates that are neither 0 nor 1 stay in the weights of the smaller network."""
+    groups, state, between = channel_groups(load_dense(), 16), result["method"], 0
+    for group, a in zip(groups, state["log_alpha"].split([group.size for group in groups]), strict=True):
+        path, gates = f"{group.producer}.weight", hc.fixed_gate(a, "louizos")
+        if gates.any():
+            expected = state["raw"][path][gates > 0] * gates[gates > 0].view(-1, 1, 1, 1)
+            columns_kept = result["masks"][path][gates > 0][0].flatten(1).any(1)
+            assert torch.equal(small[path], expected[:, columns_kept])
+            between += int(((gates > 0) & (gates < 1)).sum())
+    assert between > 0
+
+
+def load_dense() -> nn.Module:
+    return models.build(configure(Path("unused"), "dense").model, num_classes=10, image_size=16)
+
+
+def test_a_layer_without_channels_keeps_its_best(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = finish(configure(tmp_path, "l0", "method.granularity=filter", "method.penalty=1e9"))
+    result, shown = trained(folder), capsys.readouterr().out
+    assert "layers without any open gate: layer1.0.conv1, " in shown
+    assert "(each keeps its best channel all the same)" in shown
+    sizes = [group.size for group in channel_groups(load_dense(), 16)]
+    small = load_model(folder)
+    for group, a in zip(channel_groups(load_dense(), 16), result["method"]["log_alpha"].split(sizes), strict=True):
+        left = result["masks"][f"{group.producer}.weight"].flatten(1).any(1)
+        assert left.nonzero().flatten().tolist() == [int(a.argmax())]
+        weight = small.get_submodule(group.producer).weight
+        assert weight.shape[0] == 1 and weight.any()
+    written = summary(folder)
+    assert written["remove/channels_kept"] < 1 and math.isfinite(written["final/loss"])
 
 
 def test_channels_resume_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,9 +425,9 @@ def test_channels_resume_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     watch(monkeypatch, look)
     assert pipeline.run(configure(tmp_path / "parts", "l0", *options)) != 0
     again = last_result(finish(configure(tmp_path / "parts", "l0", *options)))
-    for kind in ("model", "masks"):
-        assert all(torch.equal(tensor, again[kind][name]) for name, tensor in straight[kind].items())
-    assert torch.equal(straight["method"]["log_alpha"], again["method"]["log_alpha"])
+    assert straight["widths"] == again["widths"]
+    assert all(torch.equal(tensor, again["model"][name]) for name, tensor in straight["model"].items())
+    assert straight["method"] == again["method"]
 
 
 @pytest.mark.parametrize("family", [("vgg16", "0.0625"), ("mobilenet_v2", "0.25")])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prune_lab.context import Context
 
 torch = lazy_import("torch")
+channel_selection = lazy_import("prune_lab.channel_selection")
 distributions = lazy_import("prune_lab.distributions")
 hard_concrete = lazy_import("prune_lab.hard_concrete")
 masks = lazy_import("prune_lab.masks")
@@ -39,7 +40,8 @@ class ConstrainedL0Config(GatesConfig):
     dual_restart: bool
     """whether a multiplier is set to 0 when its target is met (strictly)"""
     rounding: Literal["gates", "exact"]
-    """at the end, gates: weights whose gates are open without chance; exact: the budget, by the rank of the gates"""
+    """at the end, gates: what is open without chance; exact: the budget, by the rank of the gates: weight: `sparsity`,
+    filter: `macs_ratio`"""
 
     @classmethod
     def absent(cls, option: str) -> str | None:
@@ -55,14 +57,23 @@ class ConstrainedL0Config(GatesConfig):
             raise ConfigError(f"{path}.layer_sparsities goes with {path}.constrain=layer, got {self.constrain}")
         if self.sparsity is None and self.constrain == "layer":
             raise ConfigError(f"{path}.constrain=layer needs {path}.sparsity, got null")
-        counts_weights = self.sparsity is not None and self.constrain == "model" and self.granularity == "weight"
-        if self.rounding == "exact" and not counts_weights:
-            raise ConfigError(
-                f"{path}.rounding=exact needs {path}.sparsity, {path}.constrain=model and {path}.granularity=weight, "
-                f"got {'null' if self.sparsity is None else f'{self.sparsity:g}'}, {self.constrain} and "
-                f"{self.granularity}"
-            )
+        if self.rounding == "exact":
+            self._check_exact(path)
         self._check_floor(path)
+
+    def _check_exact(self, path: str) -> None:
+        sparsity = "null" if self.sparsity is None else f"{self.sparsity:g}"
+        if self.granularity == "weight" and (self.sparsity is None or self.constrain != "model"):
+            raise ConfigError(
+                f"{path}.rounding=exact with {path}.granularity=weight needs {path}.sparsity and "
+                f"{path}.constrain=model, got {sparsity} and {self.constrain}"
+            )
+        if self.granularity == "filter" and (self.macs_ratio is None or self.sparsity is not None):
+            macs = "null" if self.macs_ratio is None else f"{self.macs_ratio:g}"
+            raise ConfigError(
+                f"{path}.rounding=exact with {path}.granularity=filter meets {path}.macs_ratio alone: set it, and "
+                f"{path}.sparsity=null; got {macs} and {sparsity}"
+            )
 
     def _check_floor(self, path: str) -> None:
         targets = {f"{path}.sparsity": self.sparsity or 0.0}
@@ -104,7 +115,7 @@ class ConstrainedL0(GatedWeights):
         summary="random gates on weights or channels learn to shut until the network, or each layer, has its density",
         paper="Gallego-Posada, Ramirez, Erraqabi, Bengio, Lacoste-Julien 2022, Controlled Sparsity via Constrained "
         "Optimization, arXiv 2208.04425",
-        acts="during training, in every step",
+        acts="during training, in every step; filter: closed channels are then removed",
         eligible="weight: weights of convolutions and linear layers, depthwise ones only if included; filter: channels "
         "that no addition or concatenation ties to others. The target counts gated layers only",
         cost="a second copy of the weights, with granularity=weight three more tensors of their size, a few passes "
@@ -140,6 +151,8 @@ class ConstrainedL0(GatedWeights):
             ConfigError: as many targets as layers are needed; MACs that gates cannot reach.
         """
         super().setup(context)
+        if self.log_alpha is None:
+            return
         config, groups = self.config, self.layout_of.groups
         if config.layer_sparsities and len(config.layer_sparsities) != len(groups):
             raise ConfigError(
@@ -159,6 +172,8 @@ class ConstrainedL0(GatedWeights):
         self.multipliers = torch.zeros_like(self.targets)
         self.rates = torch.tensor(self._rates(context.total_steps), device=context.device)
         self._check_reach()
+        if config.rounding == "exact" and config.granularity == "filter":
+            self._best_channels(context)
         self._tell_start(context)
 
     def _rates(self, num_steps: int) -> list[float]:
@@ -248,23 +263,27 @@ class ConstrainedL0(GatedWeights):
         return record | self.figures
 
     def settle(self, context: Context) -> None:
-        """Keep exactly the requested number of weights, those with the highest gates, if the options say so.
-
-        A closed gate among them takes the median of its variable before it is stretched, which is never 0.
-        """
+        """Keep exactly the budget, what has the highest gates, if the options say so."""
         if self.config.rounding != "exact":
-            return
-        log_alpha = self.log_alpha.detach()
-        num_keep = distributions.num_keep_total(self.layout_of.num_gates, self.config.sparsity)
-        best = masks.keep_top(log_alpha, num_keep)
-        gates = hard_concrete.fixed_gate(log_alpha, self.rule)
-        gates = torch.where(gates > 0, gates, torch.sigmoid(log_alpha / hard_concrete.BETA)) * best
-        self.write(context, gates)
-        context.masks.replace_all(self.layout_of.masks(context.model, gates))
-        context.commit()
+            super().settle(context)
+        elif self.config.granularity == "filter":
+            self.leave(context, self._best_channels(context))
+        else:
+            num_keep = distributions.num_keep_total(self.layout_of.num_gates, self.config.sparsity)
+            self.leave(context, masks.keep_top(self.log_alpha, num_keep))
+
+    def _best_channels(self, context: Context) -> Tensor:
+        """Return the channels with the highest gates within the budget of MACs, bool [num_gates].
+
+        Raises:
+            ConfigError: it is out of reach.
+        """
+        budget = channel_selection.Budget("macs", self.config.macs_ratio)
+        return self.layout_of.best_within(context, self.log_alpha.detach(), budget)
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"multipliers": self.multipliers}
+        state = super().state_dict()
+        return state if self.multipliers is None else state | {"multipliers": self.multipliers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)

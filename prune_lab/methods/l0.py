@@ -40,7 +40,7 @@ class L0(GatedWeights):
         summary="random gates on weights or channels learn to stay shut, because every open one has a price",
         paper="Louizos, Welling, Kingma 2018, Learning Sparse Neural Networks through L0 Regularization, "
         "arXiv 1712.01312",
-        acts="during training, in every step",
+        acts="during training, in every step; filter: closed channels are then removed",
         eligible="weight: weights of convolutions and linear layers, depthwise ones only if included; filter: channels "
         "that no addition or concatenation ties to others",
         cost="a second copy of the weights, with granularity=weight three more tensors of their size, a few passes "

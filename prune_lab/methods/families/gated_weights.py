@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import TRAIN, Method, MethodConfig, Phase
+from prune_lab.methods.base import REMOVE, TRAIN, Method, MethodConfig, Phase
 from prune_lab.methods.families.annealed_gradient import restore
 from prune_lab.schema import ConfigError, Index, OpenFraction, Positive
 
@@ -36,7 +36,7 @@ LOWEST = 0.04713
 @dataclass(frozen=True)
 class GatesConfig(MethodConfig):
     granularity: Literal["weight", "filter"]
-    """one gate per weight, or one per hidden channel, which takes the columns that read the channel with it"""
+    """one gate per weight, or one per hidden channel; channels that end closed are removed for good"""
     drop_rate: OpenFraction
     """rho: gates start at a = log((1 - rho) / rho) with a standard deviation of 0.01"""
     rescale: bool
@@ -99,7 +99,11 @@ class GatedWeights(Method):
         self.overflow = False
 
     def chain(self) -> tuple[Phase, ...]:
-        return (TRAIN,)
+        return (TRAIN, REMOVE) if self.config.granularity == "filter" else (TRAIN,)
+
+    def phase_identity(self, phase: Phase) -> dict[str, Any]:
+        """Return the options and, for channels, a word for what is stored: the layers are never empty."""
+        return self.identity() | ({"channels": "one at least"} if self.config.granularity == "filter" else {})
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse an average of the weights, whose batch norm cannot be measured here."""
@@ -111,7 +115,9 @@ class GatedWeights(Method):
             )
 
     def layers(self, model: nn.Module) -> list[Layer]:
-        return eligibility.select_layers(model, include=self.config.include, exclude=self.config.exclude)
+        """Return the layers; filters of depthwise convolutions go with their channel."""
+        include = ["*"] if self.config.granularity == "filter" else self.config.include
+        return eligibility.select_layers(model, include=include, exclude=self.config.exclude)
 
     def price(self, context: Context, probability: Tensor) -> Tensor:
         """Return the derivative [gates] of what is added to the loss with respect to each gate's P(open)."""
@@ -125,11 +131,13 @@ class GatedWeights(Method):
         return True
 
     def setup(self, context: Context) -> None:
-        """Make gates and raw weights.
+        """Make gates and raw weights; what is left after the training needs none.
 
         Raises:
             ConfigError: a network without channels to gate.
         """
+        if context.optimizer is None:
+            return
         config, named = self.config, context.parameters()
         kind = gate_layout.FilterGates if config.granularity == "filter" else gate_layout.WeightGates
         self.layout_of = kind(context)
@@ -259,16 +267,39 @@ class GatedWeights(Method):
             "l0/undecided": float(((gates > 0) & (gates < 1)).double().mean()),
         }
         if (epoch + 1) * context.steps_per_epoch >= context.last_step:
-            self._tell(context, dict(zip([group.name for group in self.layout_of.groups], opened, strict=True)))
             self.settle(context)
+            self._tell(context, dict(zip([group.name for group in self.layout_of.groups], opened, strict=True)))
         if self.config.bn_images:
             self._measure_statistics(context)
         counts, eligible = context.masks.counts(), context.eligible()  # layers without gates have no masks
         kept = sum(counts.get(layer.parameter, layer.size) for layer in eligible)
-        return self.figures | {"sparsity": 1 - kept / sum(layer.size for layer in eligible)}
+        sparsity = 1 - kept / sum(layer.size for layer in eligible)
+        return self.figures | {"sparsity": sparsity, "macs/inference": context.forward_macs}
 
     def settle(self, context: Context) -> None:
-        """Do what is left to do to the network after the last step."""
+        """Do what is left to do to the network after the last step: a layer without channels keeps its best one."""
+        if self.config.granularity == "filter":
+            log_alpha = self.log_alpha.detach()
+            opened = hard_concrete.fixed_gate(log_alpha, self.rule) > 0
+            kept = self.layout_of.keep_one(opened, log_alpha)
+            if not torch.equal(kept, opened):
+                self.leave(context, kept)
+
+    def leave(self, context: Context, kept: Tensor) -> None:
+        """Write and mask the network with just these gates open, bool [num_gates].
+
+        A closed gate among them takes the middle of its variable before it is stretched, which is never 0.
+        """
+        log_alpha = self.log_alpha.detach()
+        gates = hard_concrete.fixed_gate(log_alpha, self.rule)
+        gates = torch.where(gates > 0, gates, hard_concrete.middle(log_alpha, self.rule)) * kept
+        self.write(context, gates)
+        context.masks.replace_all(self.layout_of.masks(context.model, gates))
+        context.commit()
+
+    def remove(self, context: Context) -> dict[str, float]:
+        """Remove the closed channels; which are closed after the one step of a dry run says nothing."""
+        return {} if context.rehearsal else super().remove(context)
 
     def _measure_statistics(self, context: Context) -> None:
         """Let batch norm see the network as it is evaluated; the forward passes count as training."""
@@ -283,8 +314,9 @@ class GatedWeights(Method):
     def _tell(self, context: Context, opened: dict[str, float]) -> None:
         empty = [name for name, fraction in opened.items() if fraction == 0]
         if empty:
-            context.report(f"layers without any open gate: {', '.join(empty)}")
-        if min(opened.values()) == 1:
+            note = " (each keeps its best channel all the same)" if self.config.granularity == "filter" else ""
+            context.report(f"layers without any open gate: {', '.join(empty)}{note}")
+        if context.masks.density == 1:
             chance = self.figures["l0/expected_density"]
             context.report(f"nothing was pruned: no gate is closed; on average P(open) is {chance:.4g}")
 
@@ -296,6 +328,8 @@ class GatedWeights(Method):
         return None
 
     def state_dict(self) -> dict[str, Any]:
+        if self.log_alpha is None:  # after the training
+            return {"figures": dict(self.figures)}
         return {
             "raw": dict(self.raw),
             "log_alpha": self.log_alpha.detach(),
@@ -305,7 +339,7 @@ class GatedWeights(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back the state; the gates' optimizer only after `setup`, as nothing else needs it."""
-        restore(self.raw, state["raw"])
+        restore(self.raw, state.get("raw", {}))
         self.figures = dict(state["figures"])
         if self.log_alpha is not None:
             self.log_alpha.detach().copy_(state["log_alpha"])
