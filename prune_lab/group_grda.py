@@ -60,13 +60,26 @@ class RowGroups:
         """Return the L2 norm of all values of each group [groups]."""
         return self.sums([_row_norms(tensor).square() for tensor in tensors]).sqrt()
 
-    def spread(self, values: Tensor) -> tuple[Tensor, ...]:
-        """Return for each tensor the values of its rows' groups [rows]; 1 for rows in no group.
+    def spread(self, values: Tensor, *, outside: float) -> tuple[Tensor, ...]:
+        """Return for each tensor the values of its rows' groups [rows].
 
         Args:
             values: [groups].
+            outside: for rows in no group.
         """
-        return torch.cat([values, values.new_ones(1)])[self._group_of].split(self._num_rows)
+        return torch.cat([values, values.new_full((1,), outside)])[self._group_of].split(self._num_rows)
+
+
+def group_sizes(rows: Mapping[nn.Parameter, Tensor], num_groups: int) -> Tensor:
+    """Return the number of values in each group, float32 [groups].
+
+    Args:
+        rows: parameter -> group of each of its rows; -1: in none.
+    """
+    sizes = torch.zeros(num_groups, dtype=torch.int64)
+    for parameter, ids in rows.items():
+        sizes += torch.bincount(ids[ids >= 0], minlength=num_groups) * parameter[0].numel()
+    return sizes.float()
 
 
 def _row_norms(tensor: Tensor) -> Tensor:
@@ -137,7 +150,8 @@ class GroupGRDA(torch.optim.Optimizer):
         return loss
 
     def _shrink(self) -> None:
-        for parameter, factor in zip(self._grouped, self._rows.spread(self.factors()), strict=True):
+        factors = self._rows.spread(self.factors(), outside=1.0)
+        for parameter, factor in zip(self._grouped, factors, strict=True):
             torch.mul(self.state[parameter]["a"], as_rows(factor, parameter), out=parameter)
 
     @property

@@ -39,6 +39,9 @@ SHORT = {
     "min_channels": 2, "pointwise": "true", "hyperplanes": 4,
 }  # fmt: skip
 
+# For methods in which the same name stands for something of another size.
+SHORT_OF = {"structured_directional": {"c": "null"}}
+
 
 def yaml_node(name: str) -> dict[str, Any]:
     """Return conf/method/NAME.yaml without Hydra's own key."""
@@ -70,7 +73,8 @@ def make(name: str, **changes: Any) -> Method:
 
 def configure(output_dir: Path, name: str, *overrides: str, short: dict[str, Any] = SHORT) -> RunConfig:
     """Return the checked options of a tiny run of method `name`; later overrides win."""
-    options = [f"method.{key}={value}" for key, value in short.items() if key in option_names(name)]
+    values = short | SHORT_OF.get(name, {})
+    options = [f"method.{key}={value}" for key, value in values.items() if key in option_names(name)]
     chosen = {line.partition("=")[0]: line for line in (*TINY, f"method={name}", *options, *overrides)}
     (config,) = compose_checked(CONF, [*chosen.values(), f"output_dir={output_dir}"], sweep=False)
     return config

@@ -1,0 +1,170 @@
+"""Group shrinkage that keeps to the flat directions of the loss: direction scores from the Hessian, and the projection.
+
+With v = w_SGD, groups G and d = the gradient of sum_G s_G |w_G| at v, d_G = s_G v_G / |v_G|: the score of a group is
+<v_G / |v_G|, (P0 d)_G>, P0 = I - E E^T, where the columns of E are the eigenvectors of the largest eigenvalues of the
+Hessian. The penalty with these scores in place of s_G has the minimiser that `shrunk` returns.
+
+Source: reconstruction. The unstructured score sign(v) (P0 sign(v)) of Chao et al. 2020, arXiv 2006.09358, with groups
+in place of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prune_lab.analysis.hessian import flatten, hessian_product, unflatten
+from prune_lab.analysis.lanczos import Eigenpairs, largest, projection_ratio
+from prune_lab.context import Context
+from prune_lab.group_grda import RowGroups, as_rows
+from prune_lab.schema import ConfigError
+from prune_lab.scoring_images import DrawnImages
+
+_BATCH = 128
+"""images whose graph is in memory at a time"""
+
+_PRODUCTS_PER_VECTOR = 3
+_TOLERANCE = 0.02
+"""of the eigenvalues, relative"""
+
+_PRODUCT_COST = 9
+"""MACs of a Hessian-vector product over those of a forward pass: forward, backward, and backward through both"""
+
+
+def directions(groups: RowGroups, weights: Sequence[Tensor], norms: Tensor, scales: Tensor) -> list[Tensor]:
+    """Return d: s_G v_G / |v_G| in each group, 0 elsewhere and in groups that are zero.
+
+    Args:
+        weights: the tensors that `groups` is about.
+        norms: |v_G| [groups].
+        scales: s_G [groups].
+    """
+    factors = groups.spread(torch.where(norms > 0, scales / norms, 0.0), outside=0.0)
+    return [weight * as_rows(factor, weight) for weight, factor in zip(weights, factors, strict=True)]
+
+
+def direction_scores(
+    groups: RowGroups, weights: Sequence[Tensor], norms: Tensor, projected: Sequence[Tensor]
+) -> Tensor:
+    """Return <v_G / |v_G|, (P0 d)_G> [groups]; 0 for groups that are zero.
+
+    Args:
+        projected: P0 d, tensors like `weights`.
+    """
+    products = [(weight * part).flatten(1).sum(1) if weight.dim() > 1 else weight * part
+                for weight, part in zip(weights, projected, strict=True)]
+    return torch.where(norms > 0, groups.sums(products) / norms, 0.0)
+
+
+def shrunk(norms: Tensor, scores: Tensor, strength: float) -> Tensor:
+    """Return what each group is multiplied with in argmin 1/2 |v - w|^2 + strength sum_G scores_G |w_G| [groups].
+
+    A positive score shrinks, to zero at the least; a negative one pushes outward.
+    """
+    return torch.where(norms > 0, 1 - strength * scores / norms, 0.0).clamp(min=0)
+
+
+def order(norms: Tensor, scores: Tensor) -> Tensor:
+    """Return by what the groups survive, -scores_G / |v_G| in float64 [groups]: the lowest are zero first."""
+    return torch.where(norms > 0, -scores.double() / norms, -torch.inf)
+
+
+def strength(norms: Tensor, scores: Tensor, gone: Tensor) -> float:
+    """Return the least strength that makes the groups zero that shrink at all; 0: none does.
+
+    Args:
+        gone: groups that are to be zero, bool [groups].
+    """
+    reached = gone & (scores > 0)
+    return float((norms[reached] / scores[reached]).max()) if bool(reached.any()) else 0.0
+
+
+@dataclass(frozen=True)
+class Flatness:
+    """Which groups lie in flat directions at the weights of a network."""
+
+    norms: Tensor
+    """|v_G| [groups]"""
+    scores: Tensor
+    """[groups]"""
+    sharp: float
+    """|E^T d| / |d|: the share of d in the sharpest directions"""
+    by_chance: float
+    """what a random direction has: sqrt(k / parameters)"""
+    pairs: Eigenpairs
+    macs: int
+    """spent on the products"""
+
+
+def measure(
+    context: Context, rows: Mapping[nn.Parameter, Tensor], scales: Tensor, *, eigenvectors: int, images: int
+) -> Flatness:
+    """Return the direction scores of the context's network.
+
+    The Hessian is that of the mean loss over training images without augmentation, in evaluation mode, by all trainable
+    parameters.
+
+    Args:
+        rows: parameter -> group of each of its rows, int64; -1: in none.
+        scales: s_G [groups].
+        eigenvectors: k, how many of the largest eigenvalues count as not flat.
+        images: training images of the Hessian.
+
+    Raises:
+        ConfigError: more eigenvectors than parameters, no second derivatives, or a loss that is not finite.
+    """
+    trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
+    size = sum(parameter.numel() for parameter in trained)
+    if eigenvectors > size:
+        raise ConfigError(f"method.eigenvectors must lie in [1, {size}] (trainable parameters), got {eigenvectors}")
+    grouped = [parameter for parameter in trained if parameter in rows]
+    groups = RowGroups([rows[parameter] for parameter in grouped], len(scales)).to(context.device)
+    values, scales = [parameter.detach() for parameter in grouped], scales.to(context.device)
+    norms = groups.norms(values)
+    own = dict(zip(grouped, directions(groups, values, norms, scales), strict=True))
+    d = flatten([own.get(parameter, torch.zeros_like(parameter)) for parameter in trained])
+    pairs = _sharpest(context, trained, eigenvectors, images)
+    flat = d - pairs.vectors.T @ (pairs.vectors @ d)
+    projected = dict(zip(trained, unflatten(flat, trained), strict=True))
+    scores = direction_scores(groups, values, norms, [projected[parameter] for parameter in grouped])
+    cost = pairs.num_products * min(images, context.dataset.info.num_train) * _PRODUCT_COST * context.dense_macs
+    share = projection_ratio(pairs.vectors, d)
+    return Flatness(norms.cpu(), scores.cpu(), share, (eigenvectors / size) ** 0.5, pairs, cost)
+
+
+def _sharpest(context: Context, weights: Sequence[nn.Parameter], count: int, images: int) -> Eigenpairs:
+    """Return the eigenpairs of the largest eigenvalues; in a rehearsal one product shows that the shapes fit."""
+    drawn = DrawnImages(context, "Hessian", augment=False)
+    positions = drawn.positions("images", images)
+    parts = positions.tensor_split(-(-len(positions) // _BATCH))
+
+    def data() -> Iterator[tuple[Tensor, Tensor]]:
+        return drawn.read("images", parts)
+
+    size = sum(weight.numel() for weight in weights)
+    start = torch.randn(size, generator=context.generator("start vector")).to(weights[0])
+    return largest(
+        lambda vector: hessian_product(context.model, weights, data, vector),
+        start,
+        1 if context.rehearsal else count,
+        iterations=1 if context.rehearsal else _PRODUCTS_PER_VECTOR * count,
+        tolerance=_TOLERANCE,
+        source=context.generator("restarts"),
+    )
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, rows: Mapping[nn.Parameter, Tensor], found: Flatness, strength: float) -> None:
+    """Multiply the groups of `model` with what the minimiser has.
+
+    A group that would be zero keeps its weights as they are: it is removed, or kept although it is among the smallest,
+    because a budget has room for it or its layer needs it.
+    """
+    factors = shrunk(found.norms, found.scores, strength)
+    factors = torch.where(factors > 0, factors, 1.0).to(next(model.parameters()).device)
+    groups = RowGroups(list(rows.values()), len(factors)).to(factors.device)
+    for parameter, factor in zip(rows, groups.spread(factors, outside=1.0), strict=True):
+        parameter.mul_(as_rows(factor, parameter))

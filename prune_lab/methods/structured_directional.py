@@ -1,0 +1,341 @@
+"""Structured directional pruning: group gRDA drives whole channels to zero while the network is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import FINETUNE, PRUNE, REMOVE, TRAIN, TRAIN_DENSE, Card, Method, MethodConfig, Phase
+from prune_lab.methods.families.dual_averaging import check_plain_sgd, theory_note
+from prune_lab.schema import ConfigError, Count, Index, OpenFraction, Positive, Range
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from prune_lab.config import RunConfig
+    from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+    from prune_lab.removable_channels import RemovableChannels
+
+torch = lazy_import("torch")
+eligibility = lazy_import("prune_lab.eligibility")
+flat_directions = lazy_import("prune_lab.flat_directions")
+grda = lazy_import("prune_lab.grda")
+group_grda = lazy_import("prune_lab.group_grda")
+norm_statistics = lazy_import("prune_lab.norm_statistics")
+optim = lazy_import("prune_lab.optim")
+removable_channels = lazy_import("prune_lab.removable_channels")
+scoring_images = lazy_import("prune_lab.scoring_images")
+
+_DIRECTIONAL = Phase("directional", "train", "finetune", active=True)
+"""training with group gRDA that starts from a network trained before"""
+
+_REACH = 3.0
+"""Filters in front of a batch norm grow in training, the more the smaller they are: at their norm of the start hardly
+any would be zero. Digits, ResNet-20, 20 epochs: 2.1 leaves 78 % of the MACs, 4.2 leaves 29 %."""
+
+_CHECK_EVERY = 10
+"""steps between two looks at the cost of the channels that are left; each waits for the device"""
+
+_BATCH = 128
+"""images per forward pass when batch norm measures its statistics"""
+
+
+@dataclass(frozen=True)
+class StructuredDirectionalConfig(MethodConfig):
+    variant: Literal["AltSDP", "SDP"]
+    """AltSDP: every step of the training thresholds; SDP: one projection of a network that is trained already"""
+    start: Literal["scratch", "dense"]
+    """AltSDP, scratch: the one training is done with group gRDA; dense: plain SGD first, then group gRDA over the
+    schedule's finetune block"""
+    c: Positive | None
+    """AltSDP: size of the threshold; None: see `_size`"""
+    mu: Annotated[float, Range(0, 1, open_low=True)]
+    """AltSDP: exponent of the threshold's growth with the steps"""
+    scale_by_size: bool
+    """whether a group's threshold is multiplied by the root of the number of its values"""
+    bn_scale: bool
+    """whether the scales of the batch norms that a channel passes belong to its group"""
+    residual: bool
+    """whether channels that are added to others may go; all filters of their trunk that write one are one group"""
+    exclude: list[str]
+    """patterns of layers that keep all of their output channels"""
+    macs_ratio: OpenFraction | None
+    """kept fraction of the MACs, at most. AltSDP: the threshold stops growing there, and the end is cut to it; None:
+    what c and mu lead to. SDP: decides how strong the one shrinkage is"""
+    eigenvectors: Count
+    """SDP: directions of the largest eigenvalues of the Hessian that are not flat"""
+    hessian_images: Count
+    """SDP: training images on which the Hessian is measured"""
+    bn_images: Index
+    """training images on which batch norm measures its statistics without the pruned channels; 0: none"""
+    finetune: bool
+    """whether the smaller network is trained over the schedule's finetune block"""
+
+    @classmethod
+    def absent(cls, option: str) -> str | None:
+        if option != "sparsity":
+            return None
+        return "channels are removed under method.macs_ratio, or as far as method.c and method.mu lead"
+
+    def check(self, path: str) -> None:
+        if self.variant == "SDP" and self.macs_ratio is None:
+            raise ConfigError(
+                f"{path}.variant=SDP needs {path}.macs_ratio, which decides how strongly it shrinks; got null"
+            )
+        if self.variant == "AltSDP" and self.start == "dense" and self.finetune:
+            raise ConfigError(
+                f"{path}.finetune=true needs {path}.start=scratch: with dense the schedule's finetune block is the "
+                "training with the threshold"
+            )
+        if self.bn_images == 1:
+            raise ConfigError(f"{path}.bn_images=1: one image has no variance; allowed: 0 (off), or 2 and more")
+
+
+class StructuredDirectional(Method):
+    Config = StructuredDirectionalConfig
+    card = Card(
+        summary="reconstruction: a threshold that grows in every step of the training makes whole channels zero, which "
+        "are then removed",
+        paper="Li, Liu, Shao, Wang, Geng 2021, Structured Directional Pruning via Perturbation Orthogonal Projection, "
+        "arXiv 2107.05328",
+        acts="AltSDP: in every step of one training, in place of the optimizer; zero channels may come back until its "
+        "end. SDP: once, on a trained network. No fine-tuning unless it is asked for",
+        eligible="output channels of convolutions and hidden linear layers. A group is all that writes a channel: its "
+        "filter, depthwise ones and the filters of its residual trunk too, with bn_scale also its batch-norm scales. "
+        "Biases and batch-norm shifts have no threshold and go with the channel",
+        cost="AltSDP: one more tensor of the grouped weights' size, one norm per group and step; training is computed "
+        "dense, and SGD without momentum takes more epochs. SDP: up to 3 x eigenvectors Hessian-vector products",
+        differences="the paper's full text could not be read and its code was never released. Known are the abstract, "
+        "the names SDP and AltSDP, and the unstructured predecessor (method=directional). Reconstructed are the group "
+        "threshold, the direction score of a group, and what tells AltSDP (accumulating gradients and thresholding "
+        "alternate) from SDP (the projection itself). bn_scale=true: where filter and scale are both zero neither gets "
+        "a gradient, so that the channel never comes back; with false it can, but batch norm hides how small a filter "
+        "is, which therefore grows while it is trained. This program's: c=null, macs_ratio, bn_images, finetune",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.figures: dict[str, float] = {}
+        self.norms: Tensor | None = None
+        """|a_G| / s_G when last looked at, float64 [num_classes]"""
+        self.zero: Tensor | None = None
+        """which classes were zero then, bool [num_classes]"""
+        self.channels: RemovableChannels | None = None
+        self._c = 0.0
+        self._spent = 0
+
+    def chain(self) -> tuple[Phase, ...]:
+        if self.config.variant == "SDP":
+            trained = (TRAIN_DENSE,)
+        else:
+            trained = (TRAIN,) if self.config.start == "scratch" else (TRAIN_DENSE, _DIRECTIONAL)
+        return (*trained, PRUNE, REMOVE, *((FINETUNE,) if self.config.finetune else ()))
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse an optimizer that is anything else than plain SGD, and to start from a network without training."""
+        if self.config.variant == "AltSDP":
+            check_plain_sgd(config)
+        if self.chain()[0] is TRAIN_DENSE and config.schedule.train.epochs == 0 and config.model.weights is None:
+            wanted = "variant=SDP" if self.config.variant == "SDP" else "start=dense"
+            raise ConfigError(
+                f"schedule.train.epochs=0 does not go with method.{wanted}, which needs a trained network; train it, "
+                "or give model.weights",
+                "schedule.train.epochs",
+            )
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        return eligibility.select_layers(model, include=["*"])
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        """Return None: which channels become zero is an outcome of the training.
+
+        Raises:
+            ConfigError: MACs out of reach, a pattern that matches nothing, no channel may be removed.
+        """
+        if context.widths is None:
+            channels = self._channels(context)
+            if self.config.macs_ratio is not None:
+                channels.best(torch.zeros(channels.map.num_classes, dtype=torch.float64), self.config.macs_ratio)
+        return None
+
+    def _channels(self, context: Context) -> RemovableChannels:
+        config = self.config
+        return removable_channels.RemovableChannels(context, residual=config.residual, exclude=config.exclude)
+
+    def _groups(self, context: Context, channels: RemovableChannels) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
+        """Return the class of each row of the grouped parameters, and s_G [num_classes]."""
+        rows = channels.rows(context.model, norm_scales=self.config.bn_scale)
+        sizes = group_grda.group_sizes(rows, channels.map.num_classes).clamp(min=1)
+        return rows, sizes.sqrt() if self.config.scale_by_size else torch.ones_like(sizes)
+
+    # Training
+
+    def setup(self, context: Context) -> None:
+        """Put group gRDA in place of the optimizer in the phase that trains with it.
+
+        Only here the size of the images is known, without which channels cannot be followed through a flatten.
+        """
+        if context.phase not in (TRAIN.name, _DIRECTIONAL.name):
+            return
+        config, self.channels = self.config, self._channels(context)
+        rows, scales = self._groups(context, self.channels)
+        trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
+        context.optimizer = group_grda.GroupGRDA(trained, 0.0, c=0.0, mu=config.mu, rows=rows, scales=scales)
+        self._look(context)
+        steps = range(context.total_steps)
+        rates = (optim.learning_rate(context.schedule, step, context.steps_per_epoch) for step in steps)
+        values = list(grda.thresholds(rates, c=1.0, mu=config.mu))
+        self._c = config.c or self._size(values)
+        self._grow(context)
+        if note := theory_note(config.mu):
+            context.report(note)
+        if values:
+            context.report(self._outlook([self._c * value for value in values]))
+
+    def _size(self, values: list[float]) -> float:
+        """Return c where none is given: the threshold ends at `_REACH` times the channels' median norm at the start.
+
+        Args:
+            values: the threshold after each step with c = 1.
+        """
+        return _REACH * float(self.norms[self.channels.free].median()) / values[-1] if values else 0.0
+
+    def _outlook(self, values: list[float]) -> str:
+        norms, end = self.norms[self.channels.free], values[-1]
+        low, middle, high = (float(norms.quantile(part)) for part in (0, 0.5, 1))
+        text = (
+            f"threshold: from 0 to {end:.4g} in {len(values)} steps (method.c={self._c:.4g}); the {len(norms)} "
+            f"channels have norms of {low:.4g} to {high:.4g}, median {middle:.4g}; without gradient "
+        )
+        reached = next((step for step, value in enumerate(values, start=1) if value >= middle), None)
+        if reached is not None:
+            return f"{text}half of them are zero after step {reached}"
+        advised = self._c * middle / end
+        return f"{text}{int((norms <= end).sum())} are zero at the end, half of them with method.c={advised:.2g}"
+
+    def _look(self, context: Context) -> None:
+        """Note where the channels stand."""
+        optimizer = context.optimizer
+        self.norms = (optimizer.norms() / optimizer.scales).double().cpu()
+        self.zero = (optimizer.factors() == 0).cpu() & self.channels.free
+
+    def _grow(self, context: Context) -> None:
+        """Let the threshold grow while the channels that are left cost more than the target."""
+        target = self.config.macs_ratio
+        above = target is None or self.channels.at("macs", ~self.zero) > target
+        context.optimizer.param_groups[0]["c"] = self._c if above else 0.0
+
+    def after_step(self, context: Context, step: int) -> None:
+        if self.config.macs_ratio is not None and (step + 1) % _CHECK_EVERY == 0:
+            self._look(context)
+            self._grow(context)
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return where the channels stand.
+
+        threshold: that of a group with s_G = 1; groups/zero: fraction of the removable channels that are zero;
+        groups/norm: median of |a_G| / s_G; macs/inference and sparsity: without the channels that are zero.
+        """
+        self._look(context)
+        alive, channels = ~self.zero, self.channels
+        self.figures = {
+            "threshold": context.optimizer.threshold,
+            "groups/zero": float(self.zero.sum() / channels.free.sum()),
+            "groups/norm": float(self.norms[channels.free].median()),
+        }
+        weights = channels.weights(alive) / channels.weights(torch.ones_like(alive))
+        costs = channels.costs
+        return self.figures | {"sparsity": 1 - weights, "macs/inference": costs.at("macs", costs.kept(alive))}
+
+    # Pruning
+
+    def prune(self, context: Context) -> dict[str, float]:
+        """Mask the channels that are zero, or zero by the one projection; return what is left.
+
+        Raises:
+            ConfigError: no channel is zero and there is no budget.
+        """
+        channels = self._channels(context)
+        alive = self._project(context, channels) if self.config.variant == "SDP" else self._left(context, channels)
+        if bool(alive.all()):
+            return self._refuse_nothing(context)
+        masks = channels.map.weight_masks(alive, context.model)
+        masks = {name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())}
+        # The history of the masks starts with a dense network, as the training did.
+        context.install_masks({name: torch.ones_like(mask) for name, mask in masks.items()})
+        context.install_masks(masks)
+        self._measure_statistics(context)
+        figures = {f"prune/{unit}_kept": channels.at(unit, alive) for unit in ("channels", "macs", "params")}
+        context.report("keeps {:.4%} of the channels, {:.4%} of the MACs, {:.4%} of the parameters".format(
+            *figures.values()))
+        return figures
+
+    def _left(self, context: Context, channels: RemovableChannels) -> Tensor:
+        """Return the classes that are not zero, under a budget of MACs those with the largest |a_G| / s_G."""
+        alive = ~self.zero
+        if self.config.macs_ratio is not None:
+            alive &= channels.best(self.norms, self.config.macs_ratio)
+        kept = channels.largest_of_empty(self.norms, alive)
+        if kept:
+            alive[list(kept.values())] = True
+            context.report(f"one channel, the largest, is kept where all were zero: {', '.join(kept)}")
+        return alive
+
+    def _project(self, context: Context, channels: RemovableChannels) -> Tensor:
+        """Shrink the groups along flat directions so far that the budget holds; return the classes to keep."""
+        config = self.config
+        rows, scales = self._groups(context, channels)
+        found = flat_directions.measure(
+            context, rows, scales, eigenvectors=config.eigenvectors, images=config.hessian_images
+        )
+        self._spent += found.macs
+        alive = channels.best(flat_directions.order(found.norms, found.scores), config.macs_ratio)
+        strength = flat_directions.strength(found.norms, found.scores, channels.free & ~alive)
+        flat_directions.shrink(context.model, rows, found, strength)
+        self.figures = {
+            "flat/sharp_share": found.sharp,
+            "flat/sharp_share_by_chance": found.by_chance,
+            "flat/pushed_outward": float((found.scores[channels.free] < 0).double().mean()),
+            "flat/strength": strength,
+        }
+        context.report(
+            f"{found.sharp:.4g} of the groups' directions lies in the {config.eigenvectors} sharpest directions of the "
+            f"loss ({found.by_chance:.4g} by chance); eigenvalues {float(found.pairs.values[0]):.4g} to "
+            f"{float(found.pairs.values[-1]):.4g}{'' if found.pairs.converged else ', not converged'}"
+        )
+        return alive
+
+    def _refuse_nothing(self, context: Context) -> dict[str, float]:
+        if context.rehearsal:
+            return {}  # what becomes zero is an outcome of the training
+        raise ConfigError(
+            f"no channel became zero: the threshold reached {self.figures['threshold']:.4g}, the smallest norm is "
+            f"{float(self.norms.min()):.4g}; raise method.c or method.mu, or set method.macs_ratio",
+            "method.c",
+        )
+
+    def _measure_statistics(self, context: Context) -> None:
+        """Let batch norm see the network without what the masked channels, whose shifts stayed, added to it."""
+        if not self.config.bn_images:
+            return
+        images = scoring_images.DrawnImages(context, "network", augment=True)
+        drawn = images.positions("batch norm", self.config.bn_images)
+        whole = drawn[: len(drawn) // _BATCH * _BATCH] if len(drawn) > _BATCH else drawn  # batches count alike
+        batches = (batch for batch, _ in images.read("batch norm", whole.split(_BATCH)))
+        self._spent += norm_statistics.measure_statistics(context.model, batches) * context.forward_macs
+
+    def phase_cost(self, context: Context) -> int | None:
+        """Return the MACs of the Hessian and of the images for batch norm; unknown before, as the channels are."""
+        unknown = self.config.bn_images or self.config.variant == "SDP"
+        return None if context.rehearsal and context.phase == PRUNE.name and unknown else self._spent
+
+    def explain(self) -> dict[str, float]:
+        return self.figures
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"figures": self.figures, "norms": self.norms, "zero": self.zero}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.figures, self.norms, self.zero = dict(state["figures"]), state["norms"], state["zero"]

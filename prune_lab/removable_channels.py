@@ -1,0 +1,98 @@
+"""Channels that the options leave free to go: their rows as groups, their cost, the best under a budget."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prune_lab.channel_costs import ChannelCosts
+from prune_lab.channel_selection import Budget, choose_counts, top
+from prune_lab.channels import ChannelMap, Lane, channel_map
+from prune_lab.context import Context
+from prune_lab.schema import ConfigError, suggestion
+
+
+class RemovableChannels:
+    """Channel classes of a context's network, and which of them may be removed."""
+
+    def __init__(self, context: Context, *, residual: bool, exclude: Sequence[str]) -> None:
+        """Follow the channels of the network.
+
+        Args:
+            residual: whether channels that are added to others may go.
+            exclude: patterns of layers that keep all of their output channels.
+
+        Raises:
+            ConfigError: the network cannot be traced, a pattern matches nothing, or nothing may go.
+        """
+        self.map: ChannelMap = channel_map(context.model, context.dataset.info.image_size)
+        self.costs = ChannelCosts(context.model, self.map, context.costs)
+        names = self.map.producers()
+        for pattern in exclude:
+            if not fnmatch.filter(names, pattern):
+                raise ConfigError(
+                    f"method.exclude: {pattern!r} matches no layer that makes channels{suggestion(pattern, names)}; "
+                    f"there are {', '.join(names)}"
+                )
+        self._free = [_may_go(lane, residual=residual, exclude=exclude) for lane in self.map.lanes]
+        if not any(self._free):
+            raise ConfigError("no channels of this network may be removed under method.exclude and method.residual")
+        self.free = torch.zeros(self.map.num_classes, dtype=torch.bool)
+        """bool [num_classes]"""
+        for lane, free in zip(self.map.lanes, self._free, strict=True):
+            self.free[lane.classes] = free
+
+    def rows(self, model: nn.Module, *, norm_scales: bool) -> dict[nn.Parameter, Tensor]:
+        """Return the class of each row of all that makes or passes a removable channel; -1: of none.
+
+        Weights of convolutions (depthwise ones, too) and linear layers; no biases, no shifts, no frozen parameters.
+
+        Args:
+            norm_scales: also the scales of batch norms.
+        """
+        places = {path: classes for path, classes in self.map.rows.items()}
+        places |= self.map.norms if norm_scales else {}
+        found = {}
+        for path, classes in places.items():
+            weight = model.get_submodule(path).weight
+            ours = self.map.kept(classes, self.free) & (classes >= 0)
+            if weight is not None and weight.requires_grad and bool(ours.any()):
+                found[weight] = torch.where(ours, classes, -1)
+        return found
+
+    def at(self, unit: str, alive: Tensor) -> float:
+        """Return which fraction of its MACs, parameters or channels the network has with these classes alone.
+
+        Args:
+            unit: macs, params or channels.
+            alive: bool [num_classes].
+        """
+        return self.costs.at(unit, self.costs.kept(alive)) / self.costs.at(unit, self.costs.sizes)
+
+    def weights(self, alive: Tensor) -> int:
+        """Return the weights of convolutions and linear layers that are left."""
+        return sum(self.costs.layer_weights(self.costs.kept(alive)).values())
+
+    def best(self, scores: Tensor, macs_ratio: float) -> Tensor:
+        """Return the classes with the highest scores under a budget of MACs, bool [num_classes].
+
+        Raises:
+            ConfigError: out of reach.
+        """
+        counts = choose_counts(scores, self.map, self.costs, Budget("macs", macs_ratio), free=self._free)
+        return top(scores, self.map, counts)
+
+    def largest_of_empty(self, scores: Tensor, alive: Tensor) -> dict[str, int]:
+        """Return for each lane without a channel its name and the class with the highest score."""
+        empty = np.flatnonzero(self.costs.kept(alive) == 0)
+        lanes = [self.map.lanes[index] for index in empty]
+        return {lane.name: int(lane.classes[scores[lane.classes].argmax()]) for lane in lanes}
+
+
+def _may_go(lane: Lane, *, residual: bool, exclude: Sequence[str]) -> bool:
+    named = any(fnmatch.fnmatch(path, pattern) for path in lane.producers for pattern in exclude)
+    return not named and (residual or not lane.summed)
