@@ -64,6 +64,7 @@ METHODS = {
     "greedy": ("method=greedy", "method.images=24", "method.positions=4", "method.between_batch=8"),
     "haste": ("method=haste", "method.min_channels=4", "method.hyperplanes=3"),
     "slimming": ("method=slimming", "method.scale_penalty=0.01"),
+    "gdp": ("method=gdp", "method.gate_lr=1", "method.dual_lr=1000"),
     "masksparsity": ("method=masksparsity", "method.scale_penalty=0.01"),
     "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),
 }
