@@ -62,6 +62,11 @@ METHODS = {
     ),
     "lottery": ("method=lottery", "method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=7it"),
     "greedy": ("method=greedy", "method.images=24", "method.positions=4", "method.between_batch=8"),
+    "l1_filter": ("method=l1_filter", "method.macs_ratio=null", "method.params_ratio=0.5", "method.scope=global"),
+    "fpgm": (
+        "method=fpgm", "method.macs_ratio=null", "method.channels_ratio=0.6", "method.by_norm=0.2",
+        "method.reselect_every=1",
+    ),
     "haste": ("method=haste", "method.min_channels=4", "method.hyperplanes=3"),
     "slimming": ("method=slimming", "method.scale_penalty=0.01"),
     "gdp": ("method=gdp", "method.gate_lr=1", "method.dual_lr=1000"),

@@ -29,6 +29,7 @@ channels_ = lazy_import("prune_lab.channels")
 common = lazy_import("prune_lab.models.common")
 distributed = lazy_import("prune_lab.distributed")
 eligibility = lazy_import("prune_lab.eligibility")
+schedules = lazy_import("prune_lab.sparsity_schedules")
 surgery = lazy_import("prune_lab.surgery")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
@@ -44,7 +45,7 @@ class ChannelPruningConfig(MethodConfig):
     params_ratio: OpenFraction | None
     """kept fraction of the network's parameters"""
     channels_ratio: OpenFraction | None
-    """kept fraction of the channels that may go; scope=layer: of each layer's, rounded as the paper does"""
+    """kept fraction of the network's channels; scope=layer: of each layer's, rounded as the paper does"""
     layer_channels: list[str]
     """instead of a ratio: PATTERN:KEPT, the fraction (or with a whole number the count) kept of the layers' channels;
     layers that no pattern matches keep all"""
@@ -55,7 +56,7 @@ class ChannelPruningConfig(MethodConfig):
     exclude: list[str]
     """patterns of layers that keep all of their output channels"""
     round_to: Count
-    """layers keep multiples of this many channels"""
+    """layers keep multiples of this many channels, or all"""
     least_channels: Count
     """channels that every layer keeps at least"""
     control: Literal["none", "random", "scratch"]
@@ -114,11 +115,15 @@ class ChannelPruning(Method):
         """Return train -> prune -> remove -> fine-tune; for the control `scratch`, new weights and a whole training."""
         if self.config.control == "scratch":
             return (*self.before(), PRUNE, REMOVE, _REINITIALISE, _SCRATCH)
-        return (*self.before(), PRUNE, REMOVE, FINETUNE)
+        return (*self.before(), PRUNE, REMOVE, *self.after())
 
     def before(self) -> tuple[Phase, ...]:
         """Return the phases that make the network whose channels are ranked."""
         return (TRAIN_DENSE,)
+
+    def after(self) -> tuple[Phase, ...]:
+        """Return the phases that train the smaller network."""
+        return (FINETUNE,)
 
     def without_control(self) -> ChannelPruning | None:
         return None if self.config.control == "none" else type(self)(replace(self.config, control="none"))
@@ -153,7 +158,7 @@ class ChannelPruning(Method):
 
     def count(self, size: int) -> int:
         """Return how many of a layer's `size` channels channels_ratio keeps with scope=layer."""
-        return max(1, int(self.config.channels_ratio * size))
+        return max(1, schedules.floor_product(self.config.channels_ratio * size))
 
     def can_rank(self, channels: ChannelMap, lane: Lane) -> bool:
         """Return whether the method can tell what the channels of a lane are worth; the others stay."""
@@ -192,6 +197,7 @@ class ChannelPruning(Method):
 
     def leave_out(self, context: Context, problem: Problem, alive: Tensor) -> dict[str, float]:
         """Mask the channels that are not kept; return and report what is left."""
+        problem.check_removes(problem.costs.kept(alive))
         masks = problem.channels.weight_masks(alive, context.model)
         context.install_masks({name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())})
         figures = problem.figures(problem.costs.kept(alive))
@@ -203,7 +209,8 @@ class ChannelPruning(Method):
         fresh = context.fresh_model("control scratch")
         surgery.narrow(fresh, context.widths)
         for module in fresh.modules():
-            if isinstance(module, torch.nn.Linear):
+            # PyTorch's draw, which never gives zeros, depends on the width; that of the VGGs and MobileNets does not.
+            if isinstance(module, torch.nn.Linear) and (module.bias is None or bool(module.bias.any())):
                 module.reset_parameters()
         common.init_weights(fresh)  # draws go on from those of the whole network, which the seed decides
         context.model.load_state_dict(fresh.state_dict())
@@ -215,7 +222,8 @@ class ChannelPruning(Method):
             return [(0, {cost.parameter: cost.weights for cost in context.costs})] if known else None
         problem = Problem(self, context)
         counts = problem.counts(torch.zeros(problem.channels.num_classes, dtype=torch.float64))  # refuses what is
-        return [(0, problem.costs.layer_weights(counts))] if known else None  # out of reach with any scores
+        problem.check_removes(counts)  # out of reach with any scores
+        return [(0, problem.costs.layer_weights(counts))] if known else None
 
 
 class Problem:
@@ -276,7 +284,8 @@ class Problem:
         for index, lane in enumerate(self.channels.lanes):
             for pattern, kept in pairs:
                 if fnmatch.filter(lane.producers, pattern):
-                    wanted[index] = min(lane.size, kept) if isinstance(kept, int) else max(1, int(kept * lane.size))
+                    part = schedules.floor_product(kept * lane.size)
+                    wanted[index] = min(lane.size, kept) if isinstance(kept, int) else max(1, part)
         return self.fixed_counts(wanted)
 
     def fixed_counts(self, wanted: dict[int, int]) -> np.ndarray:
@@ -288,6 +297,16 @@ class Problem:
                 counts[index] = min(-(-count // step) * step, self.costs.sizes[index])
         return counts
 
+    def check_removes(self, counts: np.ndarray) -> None:
+        """Raise ConfigError if no lane loses a channel."""
+        if (counts == self.costs.sizes).all():
+            raise ConfigError(f"{self.asked}: nothing to remove, all layers keep all of their channels; keep less")
+
+    @property
+    def asked(self) -> str:
+        """The option that says how much is kept, as typed."""
+        return self.budget.option if self._config.target() in _RATIOS else f"method.{self._config.target()}"
+
     def figures(self, counts: np.ndarray) -> dict[str, float]:
         """Return what is kept of the channels, MACs and parameters."""
         kept = {unit: self.costs.at(unit, counts) / self.costs.at(unit, self.costs.sizes)
@@ -297,6 +316,5 @@ class Problem:
     def line(self, figures: dict[str, float]) -> str:
         shown = ", ".join(f"{value:.4%} of the {word}" for word, value in
                           zip(("channels", "MACs", "parameters"), figures.values(), strict=True))
-        asked = self.budget.option if self._config.target() in _RATIOS else f"method.{self._config.target()}"
         rounded = f", in multiples of {self._config.round_to}" if self._config.round_to > 1 else ""
-        return f"{asked}: keeps {shown}{rounded}"
+        return f"{self.asked}: keeps {shown}{rounded}"
