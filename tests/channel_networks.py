@@ -6,6 +6,7 @@ Holds no tests.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torchvision
@@ -13,7 +14,11 @@ from run_helpers import compose
 from torch import Tensor, nn
 
 from prune_lab import models
+from prune_lab.accounting import profile
 from prune_lab.channels import ChannelMap
+from prune_lab.context import Context
+from prune_lab.eligibility import select_layers
+from prune_lab.methods.families.channel_pruning import ChannelPruning, Problem
 
 
 def ours(name: str, *options: str, num_classes: int = 10, image_size: int = 32) -> nn.Module:
@@ -75,3 +80,27 @@ def thinned(channels: ChannelMap, removed: float = 0.4, seed: int = 0) -> Tensor
 @torch.no_grad()
 def outputs(model: nn.Module, image_size: int = 32, num_images: int = 2) -> Tensor:
     return model(torch.randn(num_images, 3, image_size, image_size, generator=torch.Generator().manual_seed(1)))
+
+
+def phase(model: nn.Module, image_size: int, name: str = "prune", **options: int) -> Context:
+    """Return a phase on `model` and images of `image_size`, as far as methods that rank channels look at it."""
+    info = SimpleNamespace(image_size=image_size, num_classes=2, num_train=8)
+    return Context(
+        model=model, costs=profile(model, image_size), layers=select_layers(model, include=["*"]), phase=name, seed=0,
+        total_steps=8, steps_per_epoch=2, dataset=SimpleNamespace(info=info), **options,
+    )  # fmt: skip
+
+
+def chosen(method: ChannelPruning, context: Context) -> dict[str, list[int]]:
+    """Return the channels that a method keeps: lane -> indices within the lane."""
+    problem = Problem(method, context)
+    alive = method.choose(context, problem)
+    return {lane.name: alive[lane.classes].nonzero().flatten().tolist() for lane in problem.channels.lanes}
+
+
+def one_layer(filters: Tensor) -> nn.Sequential:
+    """Return 1x1 convolutions 3 -> channels -> 2, the first with these filters [channels, up to 3]."""
+    model = nn.Sequential(nn.Conv2d(3, len(filters), 1, bias=False), nn.Conv2d(len(filters), 2, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.zero_()[:, : filters.shape[1], 0, 0] = filters
+    return model
