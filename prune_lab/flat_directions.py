@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prune_lab import distributed
 from prune_lab.analysis.hessian import flatten, hessian_product, unflatten
 from prune_lab.analysis.lanczos import Eigenpairs, largest, projection_ratio
 from prune_lab.context import Context
@@ -26,9 +27,11 @@ from prune_lab.scoring_images import DrawnImages
 _BATCH = 128
 """images whose graph is in memory at a time"""
 
-_PRODUCTS_PER_VECTOR = 3
 _TOLERANCE = 0.02
 """of the eigenvalues, relative"""
+
+_REPORT_EVERY = 10
+"""products"""
 
 _PRODUCT_COST = 9
 """MACs of a Hessian-vector product over those of a forward pass: forward, backward, and backward through both"""
@@ -130,9 +133,15 @@ def measure(
     flat = d - pairs.vectors.T @ (pairs.vectors @ d)
     projected = dict(zip(trained, unflatten(flat, trained), strict=True))
     scores = direction_scores(groups, values, norms, [projected[parameter] for parameter in grouped])
+    norms, scores = distributed.share((norms.cpu(), scores.cpu()))  # processes may round differently
     cost = pairs.num_products * min(images, context.dataset.info.num_train) * _PRODUCT_COST * context.dense_macs
     share = projection_ratio(pairs.vectors, d)
-    return Flatness(norms.cpu(), scores.cpu(), share, (eigenvectors / size) ** 0.5, pairs, cost)
+    return Flatness(norms, scores, share, (eigenvectors / size) ** 0.5, pairs, cost)
+
+
+def most_products(eigenvectors: int) -> int:
+    """Return how many Hessian-vector products are spent at most."""
+    return 20 + 3 * eigenvectors
 
 
 def _sharpest(context: Context, weights: Sequence[nn.Parameter], count: int, images: int) -> Eigenpairs:
@@ -144,15 +153,21 @@ def _sharpest(context: Context, weights: Sequence[nn.Parameter], count: int, ima
     def data() -> Iterator[tuple[Tensor, Tensor]]:
         return drawn.read("images", parts)
 
+    def show(done: int, values: Tensor, residuals: Tensor) -> None:
+        if done % _REPORT_EVERY == 0:
+            context.report(f"Hessian: product {done} of {most_products(count)} at most, largest eigenvalue "
+                           f"{float(values[0]):.4g}, largest residual {float(residuals.max()):.2g}")
+
     size = sum(weight.numel() for weight in weights)
     start = torch.randn(size, generator=context.generator("start vector")).to(weights[0])
     return largest(
         lambda vector: hessian_product(context.model, weights, data, vector),
         start,
         1 if context.rehearsal else count,
-        iterations=1 if context.rehearsal else _PRODUCTS_PER_VECTOR * count,
+        iterations=1 if context.rehearsal else most_products(count),
         tolerance=_TOLERANCE,
         source=context.generator("restarts"),
+        report=show,
     )
 
 

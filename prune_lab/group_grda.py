@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -97,10 +98,10 @@ class GroupGRDA(torch.optim.Optimizer):
     """gRDA with a group soft threshold. One extra tensor per grouped parameter.
 
     State of each grouped parameter: `a`, the SGD iterate, which starts as a copy of the weight. Steps `n` and
-    threshold `T` are those of the whole network. Each step with gradients g: a -= lr g, T += increment(n, lr),
-    w_G = max(0, 1 - T s_G / |a_G|) a_G. All other parameters take plain SGD steps. With c = 0 all of them do, bit for
-    bit. A group that is zero goes on collecting the gradients that the network has there, and comes back when |a_G|
-    exceeds its threshold again.
+    threshold `T` are those of the whole network. Each step with gradients g: a -= lr g, T += increment(n, lr), but not
+    beyond `cap` (see `limit`), w_G = max(0, 1 - T s_G / |a_G|) a_G. All other parameters take plain SGD steps; with
+    c = 0 all do, bit for bit. A group that is zero goes on collecting the gradients that the network has there, and
+    comes back when |a_G| exceeds its threshold again.
 
     Source: reconstruction. Accumulator and growth of the threshold: official code of the unstructured gRDA (Chao et
     al. 2020, arXiv 2006.09358); the group soft threshold is what thresholds whole groups instead of weights.
@@ -124,7 +125,7 @@ class GroupGRDA(torch.optim.Optimizer):
         """
         if not lr >= 0 or not c >= 0 or not 0 < mu <= 1:
             raise ValueError(f"lr and c must be at least 0 and mu in (0, 1], got lr={lr}, c={c}, mu={mu}")
-        super().__init__(params, {"lr": lr, "c": c, "mu": mu, "n": 0, "T": 0.0})
+        super().__init__(params, {"lr": lr, "c": c, "mu": mu, "n": 0, "T": 0.0, "cap": math.inf})
         trained = self.param_groups[0]["params"]
         self._grouped = [parameter for parameter in trained if parameter in rows]
         self._plain = [parameter for parameter in trained if parameter not in rows]
@@ -144,7 +145,8 @@ class GroupGRDA(torch.optim.Optimizer):
         _descend([(parameter, parameter.grad) for parameter in self._plain], group["lr"])
         _descend([(self.state[parameter]["a"], parameter.grad) for parameter in self._grouped], group["lr"])
         group["n"] += 1
-        group["T"] += increment(group["n"], group["lr"], c=group["c"], mu=group["mu"])
+        grown = group["T"] + increment(group["n"], group["lr"], c=group["c"], mu=group["mu"])
+        group["T"] = max(group["T"], min(grown, group["cap"]))
         if self._grouped:
             self._shrink()
         return loss
@@ -153,6 +155,10 @@ class GroupGRDA(torch.optim.Optimizer):
         factors = self._rows.spread(self.factors(), outside=1.0)
         for parameter, factor in zip(self._grouped, factors, strict=True):
             torch.mul(self.state[parameter]["a"], as_rows(factor, parameter), out=parameter)
+
+    def limit(self, cap: float) -> None:
+        """Let the threshold grow to `cap` at most; it never falls."""
+        self.param_groups[0]["cap"] = cap
 
     @property
     def threshold(self) -> float:

@@ -86,6 +86,23 @@ class RemovableChannels:
         counts = choose_counts(scores, self.map, self.costs, Budget("macs", macs_ratio), free=self._free)
         return top(scores, self.map, counts)
 
+    def threshold(self, scores: Tensor, macs_ratio: float) -> float:
+        """Return the lowest t for which the network without the channels of scores up to t has the budget.
+
+        Args:
+            scores: float64 [num_classes].
+
+        Returns:
+            The highest score where even without all removable channels the network costs more.
+        """
+        ranked = scores[self.free].unique()
+        low, high = 0, len(ranked) - 1
+        while low < high:
+            middle = (low + high) // 2
+            fits = self.at("macs", ~self.free | (scores > ranked[middle])) <= macs_ratio
+            low, high = (low, middle) if fits else (middle + 1, high)
+        return float(ranked[low])
+
     def largest_of_empty(self, scores: Tensor, alive: Tensor) -> dict[str, int]:
         """Return for each lane without a channel its name and the class with the highest score."""
         empty = np.flatnonzero(self.costs.kept(alive) == 0)

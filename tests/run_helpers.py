@@ -70,6 +70,11 @@ METHODS = {
     "haste": ("method=haste", "method.min_channels=4", "method.hyperplanes=3"),
     "slimming": ("method=slimming", "method.scale_penalty=0.01"),
     "gdp": ("method=gdp", "method.gate_lr=1", "method.dual_lr=1000"),
+    "structured_directional": ("method=structured_directional", "method.macs_ratio=0.7", "method.bn_images=16"),
+    "structured_directional SDP": (
+        "method=structured_directional", "method.variant=SDP", "method.macs_ratio=0.7", "method.eigenvectors=2",
+        "method.hessian_images=8", "method.bn_images=0",
+    ),
     "masksparsity": ("method=masksparsity", "method.scale_penalty=0.01"),
     "small_dense": ("method=small_dense", "method.sparsity=0.5", "method.tolerance=0.3"),
 }

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from method_runs import configure, finish
+from contexts import context_of
+from method_runs import CONF, configure, finish, last_result, make, summary
 from torch import nn
 
+from prune_lab import cli, pipeline
+from prune_lab.analysis.hessian import unflatten
+from prune_lab.config import PhaseSchedule
+from prune_lab.context import Context
+from prune_lab.flat_directions import direction_scores, directions, measure, order, shrunk, strength
 from prune_lab.grda import thresholds
 from prune_lab.group_grda import GroupGRDA, RowGroups, group_sizes, shrink_factors
+from prune_lab.overrides import compose_checked
+from prune_lab.saved_model import load_model
 
 NAME = "structured_directional"
 
@@ -139,6 +149,17 @@ def test_threshold_grows_whatever_the_data() -> None:
         assert optimizer.threshold == expected
 
 
+def test_threshold_stops_at_its_cap_and_never_falls() -> None:
+    weight = parameter((1.0,))
+    optimizer, reached = optimizer_of(weight, c=1.0), []
+    for cap in (math.inf, 0.11, 0.11, 0.05, 0.12):
+        optimizer.limit(cap)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        reached.append(optimizer.threshold)
+    assert reached == [pytest.approx(0.1**1.01), 0.11, 0.11, 0.11, 0.12]
+
+
 def test_a_zero_group_goes_on_collecting_gradients_and_comes_back() -> None:
     weight = parameter((0.3, 0.4), (3.0, 4.0))
     optimizer = optimizer_of(weight, c=10.0, lr=0.1)
@@ -166,7 +187,7 @@ def test_nan_stays_visible() -> None:
     optimizer = optimizer_of(weight, c=100.0)
     weight.grad = torch.tensor([[math.nan, 0], [0, 0]], dtype=torch.float64)
     optimizer.step()
-    assert math.isnan(float(weight[0, 0])) and not weight[1].any()
+    assert math.isnan(weight[0, 0].item()) and not weight[1].any()
 
 
 def test_weights_keep_their_storage_and_memory_format() -> None:
@@ -218,3 +239,300 @@ def test_numbers_out_of_range_are_refused(wrong: dict[str, float]) -> None:
         optimizer_of(parameter((1.0,)), **({"c": 0.1} | wrong))
 
 
+# The projection of a trained network
+
+
+def test_scores_and_shrinkage_by_hand() -> None:
+    """v = (3, 4), (0, 2), the first axis sharp: d = (0.6, 0.8), (0, 1) becomes (0, 0.8), (0, 1); scores 0.64 and 1."""
+    groups, values = RowGroups([torch.tensor([0, 1])], 2), [torch.tensor([[3.0, 4.0], [0.0, 2.0]])]
+    norms = groups.norms(values)
+    (d,) = directions(groups, values, norms, torch.ones(2))
+    assert d.flatten().tolist() == pytest.approx([0.6, 0.8, 0, 1])
+    d[0, 0] = 0
+    scores = direction_scores(groups, values, norms, [d])
+    assert scores.tolist() == pytest.approx([0.64, 1])
+    assert shrunk(norms, scores, 2.0).tolist() == pytest.approx([1 - 2 * 0.64 / 5, 0])
+    assert order(norms, scores).tolist() == pytest.approx([-0.64 / 5, -1 / 2])
+    assert strength(norms, scores, torch.tensor([False, True])) == 2.0
+    assert strength(norms, torch.tensor([0.64, -1.0]), torch.tensor([False, True])) == 0.0
+
+
+@pytest.mark.parametrize("score", [0.7, -0.7])
+def test_shrinkage_is_the_minimiser(score: float) -> None:
+    """Of 1/2 |v - w|^2 + strength score |w|, also where the score pushes outward."""
+    v = torch.tensor([0.6, -0.8], dtype=torch.float64)
+    factor = float(shrunk(v.norm()[None], torch.tensor([score]), 0.5))
+    at = torch.linspace(0, 2, 4001, dtype=torch.float64)[:, None] * v
+    values = (at - v).square().sum(1) / 2 + 0.5 * score * at.norm(dim=1)
+    assert factor == pytest.approx(float(values.argmin()) / 2000, abs=1e-3)
+    assert (factor > 1) == (score < 0)
+
+
+class Images:
+    """A few training images, the same in each call."""
+
+    info = SimpleNamespace(image_size=4, num_train=6, num_classes=3)
+
+    def train_subset(self, parts, *, augment_seed):
+        source = torch.Generator().manual_seed(0)
+        images, labels = torch.randn(6, 3, 4, 4, generator=source), torch.tensor([0, 1, 2, 0, 1, 2])
+        for part in parts:
+            yield images[part], labels[part]
+
+
+def curved() -> Context:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.Tanh(), nn.Flatten(), nn.Linear(16, 3))
+    context = context_of(model, {})
+    context.dataset = Images()
+    return context
+
+
+def test_measured_scores_are_those_of_the_whole_hessian() -> None:
+    context, k = curved(), 2
+    model, named = context.model.eval(), dict(context.model.named_parameters())
+    (images, labels), = Images().train_subset([torch.arange(6)], augment_seed=None)
+
+    def loss(vector: torch.Tensor) -> torch.Tensor:
+        parts = dict(zip(named, unflatten(vector, list(named.values())), strict=True))
+        return nn.functional.cross_entropy(torch.func.functional_call(model, parts, (images,)), labels)
+
+    v = torch.cat([weight.detach().flatten() for weight in named.values()])
+    eigenvalues, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(loss, v))
+    filters = named["0.weight"].detach().flatten(1)
+    d = torch.zeros_like(v)
+    d[: filters.numel()] = (2 * filters / filters.norm(dim=1, keepdim=True)).flatten()
+    flat = d - vectors[:, -k:] @ (vectors[:, -k:].T @ d)
+    expected = (filters * flat[: filters.numel()].view_as(filters)).sum(1) / filters.norm(dim=1)
+    rows = {named["0.weight"]: torch.arange(4)}
+    found = measure(context, rows, torch.full((4,), 2.0), eigenvectors=k, images=6)
+    assert found.pairs.converged
+    assert torch.allclose(found.pairs.values.float(), eigenvalues.flip(0)[:k], rtol=1e-2)
+    assert torch.allclose(found.scores, expected, atol=5e-3) and float((expected - 2).abs().max()) > 0.02
+    assert found.by_chance == pytest.approx(math.sqrt(k / len(v)))
+    assert found.sharp == pytest.approx(float((vectors[:, -k:].T @ d).norm() / d.norm()), abs=5e-3)
+    assert found.macs == 9 * 6 * found.pairs.num_products * context.dense_macs
+
+
+# Groups of a network
+
+
+def phase(model: nn.Module, **options: Any) -> tuple[Any, Context]:
+    """Return the method set up for a training phase on `model`, and the context."""
+    context = context_of(model, {}, image_size=8)
+    context.dataset = SimpleNamespace(info=SimpleNamespace(image_size=8, num_train=100))
+    context.schedule = PhaseSchedule(epochs=10, lr=0.1, policy="constant", milestones=[], gamma=0.1, warmup_epochs=0,
+                                     final_lr=0.0)  # fmt: skip
+    lines: list[str] = []
+    context.report = lines.append
+    context.lines = lines
+    method = make(NAME, **options)
+    method.setup(context)
+    return method, context
+
+
+class Trunk(nn.Module):
+    """Two convolutions that write the same four channels, and a hidden layer of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4)
+        self.inner, self.inner_norm = nn.Conv2d(4, 3, 3, padding=1), nn.BatchNorm2d(3)
+        self.outer, self.last = nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = x + self.outer(torch.relu(self.inner_norm(self.inner(x))))
+        return self.last(x.mean((2, 3)))
+
+
+def test_all_that_writes_a_channel_is_one_group() -> None:
+    model = Trunk()
+    method, context = phase(model, bn_scale=True)
+    filters = torch.cat([model.stem.weight.flatten(1), model.outer.weight.flatten(1), model.norm.weight[:, None]], 1)
+    inner = torch.cat([model.inner.weight.flatten(1), model.inner_norm.weight[:, None]], 1)
+    assert torch.equal(context.optimizer.scales.square().round().int(), torch.tensor([31] * 4 + [37] * 3))
+    expected = torch.cat([filters.norm(dim=1) / 31**0.5, inner.norm(dim=1) / 37**0.5]).detach()
+    assert torch.allclose(method.norms.float(), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "held"),
+    [
+        ({}, ["stem.weight", "inner.weight", "outer.weight"]),
+        ({"bn_scale": True}, ["stem.weight", "norm.weight", "inner.weight", "inner_norm.weight", "outer.weight"]),
+        ({"residual": False}, ["inner.weight"]),
+        ({"exclude": ["inner"]}, ["stem.weight", "outer.weight"]),
+        ({"scale_by_size": False}, ["stem.weight", "inner.weight", "outer.weight"]),
+    ],
+    ids=str,
+)
+def test_which_parameters_have_a_threshold(options: dict[str, Any], held: list[str]) -> None:
+    model = Trunk()
+    _, context = phase(model, **options)
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [named[id(parameter)] for parameter in context.optimizer.state] == held
+    assert bool((context.optimizer.scales == 1).all()) != options.get("scale_by_size", True)
+
+
+@pytest.mark.parametrize("bn_scale", [False, True])
+def test_a_zero_channel_gets_a_gradient_unless_its_scale_is_zero_too(bn_scale: bool) -> None:
+    model = Trunk()
+    with torch.no_grad():
+        model.inner_norm.bias.fill_(1)
+    _, context = phase(model, bn_scale=bn_scale, c=1000.0)
+    for _ in range(2):
+        context.optimizer.zero_grad()
+        nn.functional.cross_entropy(model(torch.randn(8, 3, 8, 8)), torch.tensor([0, 1] * 4)).backward()
+        context.optimizer.param_groups[0]["lr"] = 0.1
+        context.optimizer.step()
+    assert not model.inner.weight.any()
+    with torch.no_grad():
+        model.outer.weight.fill_(0.5)  # somebody reads the channel
+    context.optimizer.zero_grad()
+    nn.functional.cross_entropy(model(torch.randn(8, 3, 8, 8)), torch.tensor([0, 1] * 4)).backward()
+    assert bool(model.inner.weight.grad.any()) != bn_scale
+
+
+def test_size_of_the_threshold_where_none_is_given() -> None:
+    method, context = phase(Trunk())
+    c = context.optimizer.param_groups[0]["c"]
+    *_, end = thresholds([0.1] * 100, c=c, mu=0.51)
+    assert end == pytest.approx(3 * float(method.norms.median()))
+    (line,) = context.lines
+    assert f"in 100 steps (method.c={c:.4g}); the 7 channels have norms of " in line and "half of them are zero" in line
+
+
+def test_a_threshold_that_stays_low_is_told_with_advice() -> None:
+    _, context = phase(Trunk(), c=0.001, mu=0.4)
+    outside, line = context.lines
+    assert outside == "method.mu=0.4 lies outside of (0.5, 1), which the theory of gRDA covers"
+    advised = float(line.partition("half of them with method.c=")[2])
+    _, context = phase(Trunk(), c=advised * 1.05, mu=0.4)  # the advice has two digits
+    assert "without gradient half of them are zero after step" in context.lines[1]
+
+
+# Runs
+
+
+def rows(folder: Path, name: str = "train") -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in records if record["phase"] == name]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a tiny run without a budget: eighteen steps."""
+    options = ("method.macs_ratio=null", "schedule.train.epochs=6", "method.c=0.6")
+    return finish(configure(tmp_path_factory.mktemp(NAME), NAME, *options))
+
+
+def test_channels_that_became_zero_are_removed(run: Path) -> None:
+    trained, written = rows(run), summary(run)
+    assert [row["threshold"] for row in trained] == sorted(row["threshold"] for row in trained)
+    last, (removed,) = trained[-1], rows(run, "remove")
+    assert 0 < last["groups/zero"] < 1
+    assert removed["remove/channels_kept"] == pytest.approx(1 - last["groups/zero"])
+    assert written["macs/inference"] == last["macs/inference"] < written["macs/dense"]
+    assert written["sparsity/achieved"] == pytest.approx(last["sparsity"]) and written["sparsity/requested"] is None
+    assert written["macs/train"] == written["macs/train_dense"]
+    model = load_model(run)
+    filters = [module.weight.flatten(1) for module in model.modules() if isinstance(module, nn.Conv2d)]
+    assert all(bool(weight.any(1).all()) for weight in filters)
+    assert written["params/total"] == sum(weight.numel() for weight in model.parameters())
+
+
+def test_the_threshold_stops_at_the_budget_and_the_end_is_cut_to_it(tmp_path: Path) -> None:
+    constant = ("schedule.train.policy=constant", "schedule.train.warmup_epochs=0")
+    folder = finish(configure(tmp_path, NAME, "method.macs_ratio=0.6", "method.c=20", *constant))
+    *_, unlimited = thresholds([0.1] * 9, c=20, mu=0.51)
+    last = rows(folder)[-1]
+    assert 0 < last["threshold"] < unlimited / 5 and last["groups/zero"] > 0
+    assert 0.5 < summary(folder)["macs/inference_ratio"] <= 0.6
+
+
+def test_a_budget_that_the_threshold_does_not_reach_is_met_by_rank(tmp_path: Path) -> None:
+    folder = finish(configure(tmp_path, NAME, "method.macs_ratio=0.6", "method.c=0.0001"))
+    assert rows(folder)[-1]["groups/zero"] == 0
+    assert 0.5 < summary(folder)["macs/inference_ratio"] <= 0.6
+
+
+def test_a_layer_keeps_its_largest_channel(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder = finish(configure(tmp_path, NAME, "method.macs_ratio=null", "method.c=1000"))
+    assert "one channel, the largest, is kept where all were zero: conv1, layer1.0.conv1, " in capsys.readouterr().out
+    assert rows(folder)[-1]["groups/zero"] == 1
+    assert load_model(folder).layer1[0].conv1.weight.shape[:2] == (1, 1)
+
+
+def test_batch_norm_is_measured_without_the_removed_channels(run: Path, tmp_path: Path) -> None:
+    options = ("method.macs_ratio=null", "schedule.train.epochs=6", "method.c=0.6", "method.bn_images=16")
+    folder = finish(configure(tmp_path, NAME, *options))
+    ours, theirs = last_result(folder)["model"], last_result(run)["model"]
+    changed = {name for name in ours if not torch.equal(ours[name], theirs[name])}
+    assert changed and all("running" in name for name in changed)
+    forward = summary(folder)["macs/inference"]
+    assert summary(folder)["macs/train"] == summary(run)["macs/train"] + 16 * forward
+
+
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        (["method.start=dense"], ["train", "directional", "prune", "remove"]),
+        (["method.finetune=true"], ["train", "prune", "remove", "finetune"]),
+        (["method.variant=SDP", "method.eigenvectors=2", "method.hessian_images=8"], ["train", "prune", "remove"]),
+    ],
+    ids=lambda value: value[0] if "=" in value[0] else "",
+)
+def test_chains(options: list[str], phases: list[str], tmp_path: Path) -> None:
+    folder = finish(configure(tmp_path, NAME, "method.macs_ratio=0.7", "schedule.train.epochs=2", *options))
+    written = summary(folder)
+    assert [entry["name"] for entry in written["phases"]] == phases
+    assert 0.5 < written["macs/inference_ratio"] <= 0.7
+    if options[0] == "method.variant=SDP":
+        assert written["flat/strength"] > 0 and 0 < written["flat/sharp_share"] < 1
+        assert written["macs/train"] > written["macs/train_dense"]
+
+
+def test_nothing_zero_is_an_error_that_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert pipeline.run(configure(tmp_path, NAME, "method.macs_ratio=null", "method.c=1e-9")) == 1
+    message = capsys.readouterr().err
+    assert "no channel became zero: the threshold reached" in message and "raise method.c or method.mu" in message
+
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["optimizer.momentum=0.9"], "optimizer.momentum=0.9 does not go with method=structured_directional"),
+        (["optimizer.weight_decay=5e-4"], "optimizer.weight_decay=0.0005 does not go with"),
+        (["optimizer=adamw"], "optimizer=adamw does not go with method=structured_directional"),
+        (["method.c=0"], "method.c must lie in (0, inf)"),
+        (["method.c=-1"], "method.c must lie in (0, inf)"),
+        (["method.mu=0"], "method.mu must lie in (0, 1]"),
+        (["method.mu=1.5"], "method.mu must lie in (0, 1]"),
+        (["method.sparsity=0.5"], "unknown option method.sparsity: channels are removed under method.macs_ratio"),
+        (["method.macs_ratio=0.001"], "method.macs_ratio=0.001 is out of reach"),
+        (["method.exclude=[conv9]"], "method.exclude: 'conv9' matches no layer that makes channels"),
+        (["method.exclude=['*']"], "no channels of this network may be removed under method.exclude"),
+        (["method.bn_images=1"], "method.bn_images=1: one image has no variance"),
+        (["method.variant=SDP"], "method.variant=SDP needs method.macs_ratio"),
+        (["method.start=dense", "method.finetune=true"], "method.finetune=true needs method.start=scratch"),
+        (["method.start=dense", "schedule.train.epochs=0"], "does not go with method.start=dense"),
+        (["method.variant=SDP", "method.macs_ratio=0.5", "schedule.train.epochs=0"], "method.variant=SDP, which needs"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, list) else "",
+)
+def test_bad_options_are_refused_in_one_line(options, message, tmp_path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["method=structured_directional", f"output_dir={tmp_path}", *options]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and message in captured.err and captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_projection_takes_networks_of_any_optimizer() -> None:
+    options = ["method.variant=SDP", "method.macs_ratio=0.5", "optimizer=sgd"]
+    (config,) = compose_checked(CONF, [f"method={NAME}", *options], sweep=False)
+    assert config.optimizer.momentum == 0.9

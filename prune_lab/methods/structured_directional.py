@@ -35,8 +35,8 @@ _REACH = 3.0
 """Filters in front of a batch norm grow in training, the more the smaller they are: at their norm of the start hardly
 any would be zero. Digits, ResNet-20, 20 epochs: 2.1 leaves 78 % of the MACs, 4.2 leaves 29 %."""
 
-_CHECK_EVERY = 10
-"""steps between two looks at the cost of the channels that are left; each waits for the device"""
+_CHECK_EVERY = 50
+"""steps at most between two looks at where the threshold meets the target; each waits for the device"""
 
 _BATCH = 128
 """images per forward pass when batch norm measures its statistics"""
@@ -106,7 +106,7 @@ class StructuredDirectional(Method):
         "filter, depthwise ones and the filters of its residual trunk too, with bn_scale also its batch-norm scales. "
         "Biases and batch-norm shifts have no threshold and go with the channel",
         cost="AltSDP: one more tensor of the grouped weights' size, one norm per group and step; training is computed "
-        "dense, and SGD without momentum takes more epochs. SDP: up to 3 x eigenvectors Hessian-vector products",
+        "dense, and SGD without momentum takes more epochs. SDP: up to 20 + 3 x eigenvectors Hessian-vector products",
         differences="the paper's full text could not be read and its code was never released. Known are the abstract, "
         "the names SDP and AltSDP, and the unstructured predecessor (method=directional). Reconstructed are the group "
         "threshold, the direction score of a group, and what tells AltSDP (accumulating gradients and thresholding "
@@ -123,7 +123,6 @@ class StructuredDirectional(Method):
         self.zero: Tensor | None = None
         """which classes were zero then, bool [num_classes]"""
         self.channels: RemovableChannels | None = None
-        self._c = 0.0
         self._spent = 0
 
     def chain(self) -> tuple[Phase, ...]:
@@ -187,12 +186,14 @@ class StructuredDirectional(Method):
         steps = range(context.total_steps)
         rates = (optim.learning_rate(context.schedule, step, context.steps_per_epoch) for step in steps)
         values = list(grda.thresholds(rates, c=1.0, mu=config.mu))
-        self._c = config.c or self._size(values)
-        self._grow(context)
+        c = config.c or self._size(values)
+        context.optimizer.param_groups[0]["c"] = c
+        if config.macs_ratio is not None:
+            self._limit(context)
         if note := theory_note(config.mu):
             context.report(note)
         if values:
-            context.report(self._outlook([self._c * value for value in values]))
+            context.report(self._outlook(c, [c * value for value in values]))
 
     def _size(self, values: list[float]) -> float:
         """Return c where none is given: the threshold ends at `_REACH` times the channels' median norm at the start.
@@ -202,18 +203,19 @@ class StructuredDirectional(Method):
         """
         return _REACH * float(self.norms[self.channels.free].median()) / values[-1] if values else 0.0
 
-    def _outlook(self, values: list[float]) -> str:
+    def _outlook(self, c: float, values: list[float]) -> str:
         norms, end = self.norms[self.channels.free], values[-1]
         low, middle, high = (float(norms.quantile(part)) for part in (0, 0.5, 1))
+        stop = "" if self.config.macs_ratio is None else ", or where method.macs_ratio is met"
         text = (
-            f"threshold: from 0 to {end:.4g} in {len(values)} steps (method.c={self._c:.4g}); the {len(norms)} "
+            f"threshold: from 0 to {end:.4g} in {len(values)} steps (method.c={c:.4g}){stop}; the {len(norms)} "
             f"channels have norms of {low:.4g} to {high:.4g}, median {middle:.4g}; without gradient "
         )
         reached = next((step for step, value in enumerate(values, start=1) if value >= middle), None)
         if reached is not None:
             return f"{text}half of them are zero after step {reached}"
-        advised = self._c * middle / end
-        return f"{text}{int((norms <= end).sum())} are zero at the end, half of them with method.c={advised:.2g}"
+        gone = int((norms <= end).sum())
+        return f"{text}{gone} are zero at the end, half of them with method.c={c * middle / end:.2g}"
 
     def _look(self, context: Context) -> None:
         """Note where the channels stand."""
@@ -221,16 +223,16 @@ class StructuredDirectional(Method):
         self.norms = (optimizer.norms() / optimizer.scales).double().cpu()
         self.zero = (optimizer.factors() == 0).cpu() & self.channels.free
 
-    def _grow(self, context: Context) -> None:
-        """Let the threshold grow while the channels that are left cost more than the target."""
-        target = self.config.macs_ratio
-        above = target is None or self.channels.at("macs", ~self.zero) > target
-        context.optimizer.param_groups[0]["c"] = self._c if above else 0.0
+    def _limit(self, context: Context) -> None:
+        """Keep the threshold from growing beyond what meets the target."""
+        self._look(context)
+        context.optimizer.limit(self.channels.threshold(self.norms, self.config.macs_ratio))
 
     def after_step(self, context: Context, step: int) -> None:
-        if self.config.macs_ratio is not None and (step + 1) % _CHECK_EVERY == 0:
-            self._look(context)
-            self._grow(context)
+        if self.channels is None or self.config.macs_ratio is None:
+            return
+        if step % min(_CHECK_EVERY, 1 + context.total_steps // 100) == 0:
+            self._limit(context)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return where the channels stand.
@@ -238,6 +240,8 @@ class StructuredDirectional(Method):
         threshold: that of a group with s_G = 1; groups/zero: fraction of the removable channels that are zero;
         groups/norm: median of |a_G| / s_G; macs/inference and sparsity: without the channels that are zero.
         """
+        if self.channels is None:  # fine-tuning
+            return {}
         self._look(context)
         alive, channels = ~self.zero, self.channels
         self.figures = {
