@@ -12,10 +12,17 @@ if TYPE_CHECKING:
 
     from prune_lab.channels import ChannelMap, Lane
     from prune_lab.context import Context
+    from prune_lab.methods.families.channel_pruning import Problem
     from prune_lab.scale_penalty import ScalePenalty
 
+torch = lazy_import("torch")
+scale_masks = lazy_import("prune_lab.scale_masks")
 scale_penalty = lazy_import("prune_lab.scale_penalty")
 scale_thresholds = lazy_import("prune_lab.scale_thresholds")
+
+
+_SMALL = 0.1
+"""removed scales above this fraction of the others are called out: their channels still count"""
 
 
 class ScalePruning(ChannelPruning):
@@ -46,6 +53,18 @@ class ScalePruning(ChannelPruning):
         scale_penalty.scales(context.model)  # refuses networks without
         known = super().layout(context)
         return [(0, {})] if context.phase in self.sparse_phases else known
+
+    def leave_out(self, context: Context, problem: Problem, alive: Tensor) -> dict[str, float]:
+        """Mask the channels that are not kept; return and report what is left, and what their scales were."""
+        found = scale_thresholds.absolute_scales(context.model, problem.channels)
+        marked = torch.cat(list(scale_masks.left_out(problem.channels, alive).values()))
+        values = torch.cat(list(found.values())).cpu()
+        gone, others = float(values[marked].mean()), float(values[~marked].mean())
+        text = f"scales: removed ones {gone:.2g} on average, others {others:.2g}"
+        if gone > _SMALL * others:
+            text += "; they have not come close to zero: train longer, or raise method.scale_penalty"
+        context.report(text)
+        return super().leave_out(context, problem, alive) | {"prune/removed_scale": gone, "prune/kept_scale": others}
 
     # Training
 
