@@ -116,7 +116,12 @@ class ChannelMap:
         return masks
 
     def dead(self, masks: Mapping[str, Tensor]) -> Tensor:
-        """Return the classes without any weight in their rows or without any in their columns, bool [num_classes].
+        """Return the classes without any weight in their rows or without any in their columns, bool [num_classes]."""
+        written, read = self.used(masks)
+        return ~(written & read)
+
+    def used(self, masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the classes that some weight writes and those that some weight reads, bool [num_classes] each.
 
         Args:
             masks: parameter path -> bool, True = kept; a parameter that is missing keeps all.
@@ -131,7 +136,7 @@ class ChannelMap:
             )
             written[rows[used_rows]] = True
             read[columns[used]] = True
-        return ~(written & read)[:-1]
+        return written[:-1], read[:-1]
 
 
 def channel_map(model: nn.Module, image_size: int) -> ChannelMap:

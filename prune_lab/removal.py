@@ -14,8 +14,8 @@ from prune_lab.schema import ConfigError
 def remove_dead(context: Context) -> dict[str, float]:
     """Replace the context's network by the one without the channels that its masks leave out; return figures.
 
-    A channel is dead when no weight writes it or none reads it. Masks of single weights go on in the layers that are
-    left.
+    A channel is dead when no weight writes it or none reads it. What a channel that is only read makes of its zeros, by
+    a bias or the shift of a batch norm, goes with it. Masks of single weights go on in the layers that are left.
 
     remove/channels_kept: fraction of the channels that could be removed; remove/difference: largest difference
     between the outputs of the masked and of the smaller network, relative, measured with random batch norms.
@@ -45,10 +45,12 @@ def remove_dead(context: Context) -> dict[str, float]:
     _replace(context, channels, alive, masks)
     if distributed.world_size() > 1:
         distributed.assert_same(str(context.widths), "widths")
-    kept = int(alive.sum())
+    kept, (written, read) = int(alive.sum()), channels.used(masks)
+    constants = int((read & ~written).sum())
     context.report(
         f"removed {channels.num_classes - kept} of {channels.num_classes} channels; outputs equal the masked "
         f"network's to {difference:.1e}"
+        + (f", but for the constants of {constants} channels that were still read" if constants else "")
     )
     return {"remove/channels_kept": kept / channels.num_classes, "remove/difference": difference}
 

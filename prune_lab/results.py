@@ -280,7 +280,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "dense/top1": dense[0]["top1"] if dense else None,
         "delta/top1": scores["final"]["top1"] - dense[0]["top1"] if dense else None,
         **counts,
-        **{key: value for figures in run.outcomes for key, value in figures["explained"].items()},
+        **explained([figures["explained"] for figures in run.outcomes]),
         "macs/train": spent,
         "macs/train_dense": train_dense,
         "macs/train_ratio": spent / train_dense if train_dense else None,
@@ -300,6 +300,15 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         control, top1 = config.method.config.control, scores["final"]["top1"]
         summary |= control_runs.figures(control, top1, own=own, own_name=run.own.directory.name)
     return summary
+
+
+def explained(told: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the figures that the phases tell, later ones first.
+
+    Those of masks are the last phase's alone: masks of earlier phases may be gone with the channels they left out.
+    """
+    merged = {key: value for figures in told for key, value in figures.items()}
+    return {key: value for key, value in merged.items() if key in told[-1] or not key.startswith("mask/")}
 
 
 def own_summary(run: Run) -> dict[str, Any] | None:

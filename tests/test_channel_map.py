@@ -86,15 +86,17 @@ def test_images_and_outputs_stay(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", NARROW)
-def test_masked_classes_are_the_dead_ones(family: str) -> None:
+def test_masked_classes_are_neither_written_nor_read(family: str) -> None:
     model, channels = narrow(family)
     alive = thinned(channels)
     masks = channels.weight_masks(alive, model)
-    assert torch.equal(channels.dead(masks), ~alive)
+    assert all(torch.equal(used, alive) for used in channels.used(masks))
     rows_only = {name: mask.flatten(1).any(1).view(-1, *[1] * (mask.dim() - 1)).expand_as(mask)
                  for name, mask in masks.items()}
-    assert torch.equal(channels.dead(rows_only), ~alive)  # nobody writes them
-    assert not channels.dead({}).any()
+    written, read = channels.used(rows_only)
+    assert torch.equal(written, alive) and bool(read.all())
+    assert torch.equal(channels.dead(rows_only), ~alive)
+    assert all(bool(used.all()) for used in channels.used({}))
 
 
 def test_whole_masks_without_dead_classes() -> None:
