@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.accounting import LayerCost, dense_macs
-from prune_lab.channel_costs import ChannelCosts
-from prune_lab.channel_selection import Budget, choose_counts, top
-from prune_lab.channels import ChannelGroup, channel_groups, channel_map, columns
+from prune_lab.channels import ChannelGroup, channel_groups, columns
 from prune_lab.context import Context
+from prune_lab.gated_channels import GatedChannels
 from prune_lab.hard_concrete import Term
 from prune_lab.schema import ConfigError
 
@@ -187,28 +186,9 @@ class FilterGates(WeightGates):
         named = dict(model.named_parameters())
         return {path: (factor != 0).expand_as(named[path]) for path, factor in self.factors(gates).items()}
 
-    def keep_one(self, opened: Tensor, log_alpha: Tensor) -> Tensor:
-        """Return open gates, bool [num_gates], with the best one of each layer that has none besides."""
-        kept = opened.clone()
-        for part, values in zip(self.parts(kept), self.parts(log_alpha), strict=True):
-            part.view(-1)[values.argmax()] |= ~part.any()
-        return kept
-
-    def best_within(self, context: Context, log_alpha: Tensor, budget: Budget) -> Tensor:
-        """Return the highest gates within a budget of the network, bool [num_gates]; every layer keeps one at least.
-
-        Raises:
-            ConfigError: the budget is below what the network costs with one channel in each of these layers.
-        """
-        channels = channel_map(context.model, context.dataset.info.image_size)
-        costs = ChannelCosts(context.model, channels, context.costs)
-        places = torch.cat([channels.rows[group.producer] for group in self.channels])
-        scores = torch.zeros(channels.num_classes, dtype=torch.float64)
-        scores[places] = log_alpha.double().cpu()
-        gated = {group.producer for group in self.channels}
-        free = [lane.producers[0] in gated for lane in channels.lanes]
-        counts = choose_counts(scores, channels, costs, budget, free=free)
-        return top(scores, channels, counts)[places].to(log_alpha.device)
+    def removable(self, context: Context) -> GatedChannels:
+        """Return the channels with what the network costs without some of them."""
+        return GatedChannels(context, self.channels)
 
     def save_statistics(self) -> None:
         self._saved = torch._foreach_add([buffer for _, buffer in self._statistics], 0) if self._statistics else []

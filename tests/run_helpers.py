@@ -60,6 +60,11 @@ METHODS = {
         "method=constrained_l0", "method.granularity=filter", "method.sparsity=null", "method.macs_ratio=0.6",
         "method.rounding=exact", "method.gate_optimizer=sgd", "method.gate_lr=3", "method.bn_images=0",
     ),
+    "dep_l0": ("method=dep_l0", "method.macs_ratio=0.6"),
+    "dep_l0 dense": (
+        "method=dep_l0", "method.start=dense", "method.macs_ratio=null", "method.penalty=0.001",
+        "method.generator=backward", "method.freeze_fraction=0", "method.gate_lr=0.02",
+    ),
     "lottery": ("method=lottery", "method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=7it"),
     "greedy": ("method=greedy", "method.images=24", "method.positions=4", "method.between_batch=8"),
     "l1_filter": ("method=l1_filter", "method.macs_ratio=null", "method.params_ratio=0.5", "method.scope=global"),

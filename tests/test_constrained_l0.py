@@ -20,7 +20,7 @@ from prune_lab.channel_costs import ChannelCosts
 from prune_lab.channels import channel_groups, channel_map
 from prune_lab.distributions import num_keep_total
 from prune_lab.hard_concrete import Term
-from prune_lab.methods.constrained_l0 import ascend, dual_rate
+from prune_lab.multipliers import ascend, dual_rate
 
 NAME = "constrained_l0"
 TARGET = {"constrain": "model", "sparsity": 0.5}

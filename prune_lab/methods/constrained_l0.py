@@ -20,6 +20,7 @@ channel_selection = lazy_import("prune_lab.channel_selection")
 distributions = lazy_import("prune_lab.distributions")
 hard_concrete = lazy_import("prune_lab.hard_concrete")
 masks = lazy_import("prune_lab.masks")
+multipliers = lazy_import("prune_lab.multipliers")
 
 TOLERANCE = 0.01
 """excess over a target, as a fraction of the dense cost, up to which it counts as met"""
@@ -36,7 +37,7 @@ class ConstrainedL0Config(GatesConfig):
     macs_ratio: OpenFraction | None
     """target of the expected MACs as a fraction of the dense network's, beside or instead of `sparsity`"""
     dual_lr: Positive | None
-    """learning rate of the multipliers; None: see `dual_rate`"""
+    """learning rate of the multipliers; None: see `multipliers.dual_rate`"""
     dual_restart: bool
     """whether a multiplier is set to 0 when its target is met (strictly)"""
     rounding: Literal["gates", "exact"]
@@ -84,28 +85,6 @@ class ConstrainedL0Config(GatesConfig):
                     f"{option}={value:g}: clamped gates are open with a probability of {LOWEST} at least; a target "
                     f"above {1 - LOWEST:.5g} needs {path}.clamp_gates=false"
                 )
-
-
-def dual_rate(num_gates: int, num_steps: int) -> float:
-    """Return the learning rate of a multiplier where none is given: 0.01 x gates under its constraint / steps.
-
-    So the price of a single gate rises alike in networks of all sizes and trainings of all lengths. This rule is not
-    the paper's; the rates of the official scripts are 0.006 to 0.05 x gates / steps.
-    """
-    return 0.01 * num_gates / max(num_steps, 1)
-
-
-def ascend(multipliers: Tensor, violations: Tensor, *, lr: float | Tensor, restart: bool) -> Tensor:
-    """Return the multipliers after a step: max(0, lambda + lr v), and 0 where v < 0 with `restart`.
-
-    Args:
-        multipliers: lambda, one per constraint.
-        violations: v, expected density minus its target; a target that is met exactly does not restart.
-
-    Source: Gallego-Posada et al. 2022, arXiv 2208.04425, dual restarts as in cooper 0.1.
-    """
-    raised = (multipliers + lr * violations).clamp_(min=0)
-    return raised.masked_fill_(violations < 0, 0) if restart else raised
 
 
 class ConstrainedL0(GatedWeights):
@@ -181,7 +160,7 @@ class ConstrainedL0(GatedWeights):
         if self.config.dual_lr is not None:
             return [self.config.dual_lr] * len(self.names)
         sizes = {group.name: group.size for group in self.layout_of.groups}
-        return [dual_rate(sizes.get(name, self.layout_of.num_gates), num_steps) for name in self.names]
+        return [multipliers.dual_rate(sizes.get(name, self.layout_of.num_gates), num_steps) for name in self.names]
 
     def _cost_matrices(self, context: Context) -> list[Tensor]:
         """Return the costs with a target that are those of the whole network."""
@@ -236,7 +215,7 @@ class ConstrainedL0(GatedWeights):
         """Step gates and multipliers at once, both from the densities of the step."""
         super().move_gates()
         restart = self.config.dual_restart
-        self.multipliers = ascend(self.multipliers, self.violations, lr=self.rates, restart=restart)
+        self.multipliers = multipliers.ascend(self.multipliers, self.violations, lr=self.rates, restart=restart)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return also how far the constraints are from being met.
@@ -279,7 +258,7 @@ class ConstrainedL0(GatedWeights):
             ConfigError: it is out of reach.
         """
         budget = channel_selection.Budget("macs", self.config.macs_ratio)
-        return self.layout_of.best_within(context, self.log_alpha.detach(), budget)
+        return self.layout_of.removable(context).best_within(self.log_alpha.detach(), budget)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -281,7 +281,7 @@ class GatedWeights(Method):
         if self.config.granularity == "filter":
             log_alpha = self.log_alpha.detach()
             opened = hard_concrete.fixed_gate(log_alpha, self.rule) > 0
-            kept = self.layout_of.keep_one(opened, log_alpha)
+            kept = self.layout_of.removable(context).keep_one(opened, log_alpha)
             if not torch.equal(kept, opened):
                 self.leave(context, kept)
 

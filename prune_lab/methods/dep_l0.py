@@ -1,0 +1,397 @@
+"""Dep-L0: hard-concrete gates on channels whose parameters one small network makes, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import REMOVE, TRAIN, TRAIN_DENSE, Card, Method, MethodConfig, Phase
+from prune_lab.methods.families.annealed_gradient import restore
+from prune_lab.methods.families.gated_weights import gate_rate
+from prune_lab.schema import ConfigError, Count, NonNegative, OpenFraction, Positive, Range
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from prune_lab.channels import ChannelGroup
+    from prune_lab.config import RunConfig
+    from prune_lab.context import Context
+    from prune_lab.eligibility import Layer
+    from prune_lab.gate_generator import GateParameters
+    from prune_lab.gated_channels import GatedChannels
+
+torch = lazy_import("torch")
+channel_selection = lazy_import("prune_lab.channel_selection")
+distributed = lazy_import("prune_lab.distributed")
+eligibility = lazy_import("prune_lab.eligibility")
+gate_budget = lazy_import("prune_lab.gate_budget")
+gate_generator = lazy_import("prune_lab.gate_generator")
+gated_channels = lazy_import("prune_lab.gated_channels")
+gated_norms = lazy_import("prune_lab.gated_norms")
+hard_concrete = lazy_import("prune_lab.hard_concrete")
+multipliers = lazy_import("prune_lab.multipliers")
+seeding = lazy_import("prune_lab.seeding")
+
+_RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
+
+_GATES = Phase("gates", "train", "finetune", active=True)
+
+
+@dataclass(frozen=True)
+class DepL0Config(MethodConfig):
+    macs_ratio: OpenFraction | None
+    """kept fraction of the network's MACs; None, as for the other ratios: the penalty alone decides"""
+    params_ratio: OpenFraction | None
+    """kept fraction of the network's parameters"""
+    channels_ratio: OpenFraction | None
+    """kept fraction of the channels that could be removed"""
+    penalty: NonNegative
+    """lambda: price of one expected weight; with a ratio it adds to that of the multiplier"""
+    penalise: Literal["weights", "macs"]
+    """what lambda prices, weights: each alike; macs: each by the MACs it takes part in, on average alike"""
+    start: Literal["scratch", "dense"]
+    """scratch: gates from the first step, over the schedule's train block; dense: train first, then add gates and
+    train on over the finetune block"""
+    generator: Literal["forward", "backward", "independent"]
+    """forward, backward: order in which a small network makes the gates of the layers; independent: one value each"""
+    generator_width: Count | None
+    """ones that the small network is fed with; None: as many as the layer that it makes first has gates"""
+    gate_lr: Positive | None
+    """learning rate of the gates' Adam; None: see `learning_rate`"""
+    gate_schedule: Literal["constant", "weights"]
+    """constant: the rate stays; weights: it falls as the weights' does"""
+    dual_lr: Positive | None
+    """learning rate of the multiplier; None: see `dual_rate`"""
+    dual_restart: bool
+    """whether the multiplier is set to 0 when the target is met (strictly)"""
+    freeze_fraction: Annotated[float, Range(0, 1, open_high=True)]
+    """last part of the steps in which the gates are fixed"""
+    exclude: list[str]
+    """patterns of layers whose output channels have no gates"""
+
+    @property
+    def unit(self) -> Literal["macs", "params", "channels"] | None:
+        """What the target counts."""
+        return next((name.removesuffix("_ratio") for name in _RATIOS if getattr(self, name) is not None), None)
+
+    @property
+    def ratio(self) -> float:
+        return getattr(self, f"{self.unit}_ratio")
+
+    def check(self, path: str) -> None:
+        given = [f"{path}.{name}={value:g}" for name in _RATIOS if (value := getattr(self, name)) is not None]
+        names = ", ".join(f"{path}.{name}" for name in _RATIOS)
+        if len(given) > 1:
+            raise ConfigError(f"at most one of {names} may be set, the others null; got {' and '.join(given)}")
+        if not given and not self.penalty:
+            raise ConfigError(f"{path}.penalty=0 without one of {names} asks for nothing; set one of them")
+        if self.generator == "independent" and self.generator_width is not None:
+            raise ConfigError(
+                f"{path}.generator_width={self.generator_width} goes with {path}.generator=forward or backward, got "
+                "independent"
+            )
+
+
+def learning_rate(generator: str, num_steps: int) -> float:
+    """Return the learning rate of the gates where none is given.
+
+    What makes gates together: 0.001 as published, but 3 / steps at least; a gate follows all weights of its row and
+    moves many times as far as one of them. Independent gates: see `gate_rate`.
+    """
+    return gate_rate("adam", num_steps) if generator == "independent" else max(1e-3, 3 / max(num_steps, 1))
+
+
+def dual_rate(num_gates: int, num_steps: int) -> float:
+    """Return the learning rate of the multiplier where none is given: gates / steps.
+
+    Gates start open with a probability of 0.998, where they hardly feel a price. The rule is this program's.
+    """
+    return num_gates / max(num_steps, 1)
+
+
+class DepL0(Method):
+    """Gates stand behind batch norms and are drawn for every image.
+
+    Between steps scale and shift hold the gates without chance, so that evaluation, moving average and saved network
+    see what will be left.
+    """
+
+    Config = DepL0Config
+    card = Card(
+        summary="random gates on channels, made layer by layer by one small network, learn to stay shut",
+        paper="Yang, Ji 2021, Dep-L0: Improving L0-based Network Sparsification via Dependency Modeling, "
+        "arXiv 2107.00070; gates of Louizos, Welling, Kingma 2018, arXiv 1712.01312",
+        acts="during training, in every step, until the gates are fixed (freeze_fraction); closed channels are removed "
+        "at its end",
+        eligible="channels of layers that a batch norm follows and that no addition or concatenation ties to others; "
+        "behind a depthwise convolution the gate stands after its batch norm",
+        cost="a random number per image and channel, one more pass over the activations of gated layers, and the small "
+        "network; training is computed dense until the gates are fixed",
+        differences="abstract and official code were read, no value of the paper's tables could be verified. The code "
+        "gates a ResNet-56's stem, too, whose channels an addition ties and which stays here; its prices count the "
+        "kernel of a ResNet-50 twice and chain a ResNet-56's layers across blocks, here they are those of the real "
+        "structure, with the layers that read gated channels; where it freezes gates it keeps them beside scale and "
+        "shift, here they become part of them. Targets, the multiplier and exact rounding are this program's",
+    )
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.gates: GateParameters | None = None
+        self.settled = False
+        self.overflow = False
+        self.figures: dict[str, float] = {}
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (TRAIN, REMOVE) if self.config.start == "scratch" else (TRAIN_DENSE, _GATES, REMOVE)
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse compiled networks, schedules without steps for the gates, and an untrained network to start from."""
+        block = "train" if self.config.start == "scratch" else "finetune"
+        if config.trainer.compile:
+            raise ConfigError(
+                f"trainer.compile=true does not go with method={self.config.name}, whose gates change in every step",
+                "trainer.compile",
+            )
+        if config.schedule.phase(block).epochs == 0:
+            raise ConfigError(
+                f"schedule.{block}.epochs=0 does not go with method.start={self.config.start}: gates are trained there",
+                f"schedule.{block}.epochs",
+            )
+        if self.config.start == "dense" and config.schedule.train.epochs == 0 and config.model.weights is None:
+            raise ConfigError(
+                "schedule.train.epochs=0 does not go with method.start=dense, which needs a trained network; train it, "
+                "or give model.weights",
+                "schedule.train.epochs",
+            )
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """Return all layers, depthwise ones too: their filters go with the channel."""
+        return eligibility.select_layers(model, include=["*"], exclude=self.config.exclude)
+
+    # Set-up
+
+    def setup(self, context: Context) -> None:
+        """Make gates, raw scales and shifts and what open gates cost.
+
+        Raises:
+            ConfigError: no channels to gate, a target out of reach, no step for the gates.
+        """
+        if context.optimizer is None:
+            return
+        config, pairs = self.config, self._pairs(context)
+        self.gated = gated_channels.GatedChannels(context, [group for group, _ in pairs])
+        self._check_reach(self.gated)
+        self.freeze_step = round((1 - config.freeze_fraction) * context.total_steps)
+        if not self.freeze_step:
+            raise ConfigError(f"method.freeze_fraction={config.freeze_fraction:g} leaves no step for the gates: there "
+                              f"are {context.total_steps}")
+        self.norms = gated_norms.GatedNorms(context, [path for _, path in pairs])
+        self._make_gates(context)
+        self._make_prices(context)
+        self.norms.fold(context, self.fixed_gates())
+        self._tell_start(context)
+
+    def _pairs(self, context: Context) -> list[tuple[ChannelGroup, str]]:
+        """Return the channels with gates and the path of the batch norm behind which they stand.
+
+        Raises:
+            ConfigError: there are none.
+        """
+        allowed = {layer.name for layer in context.eligible()}
+        found = gated_norms.find_norms(context.model, context.dataset.info.image_size)
+        pairs = [(group, path) for group, path in found if group.producer in allowed]
+        if not pairs:
+            raise ConfigError(
+                f"method={self.config.name}: {type(context.model).__name__} has no channels of their own behind a "
+                "batch norm among the layers that method.exclude leaves"
+            )
+        return pairs
+
+    def _check_reach(self, gated: GatedChannels) -> None:
+        if self.config.unit:
+            self._best(gated, torch.zeros(gated.num_gates))
+
+    def _make_gates(self, context: Context) -> None:
+        config, source = self.config, context.generator("gates at the start")
+        made = gate_generator.build(config.generator, self.gated.sizes, width=config.generator_width, source=source)
+        rate = config.gate_lr or learning_rate(config.generator, self.freeze_step)
+        self.gates = gate_generator.GateParameters(made.to(context.device), rate)
+        if context.amp_scaled:  # so that the gradient is unscaled with the others; the optimizer never sees it
+            context.optimizer.add_param_group({"params": [self.gates.leaf], "weight_decay": 0.0})
+
+    def _make_prices(self, context: Context) -> None:
+        """Make the expected costs: what lambda prices, and what the target counts, as a fraction."""
+        config, gated, device = self.config, self.gated, context.device
+        weights = gated.weights.at("macs", gated.costs.sizes)
+        scale = weights / gated.dense("macs") if config.penalise == "macs" else 1.0
+        self.priced = gated_channels.ExpectedCost(gated, config.penalise, config.penalty * scale, device)
+        self.unit = config.unit or "macs"
+        self.share = gated_channels.ExpectedCost(gated, self.unit, 1 / gated.dense(self.unit), device)
+        self.multiplier = torch.zeros((), device=device)
+        self.dual_lr = config.dual_lr or dual_rate(gated.num_gates, self.freeze_step)
+
+    def _best(self, gated: GatedChannels, log_alpha: Tensor) -> Tensor:
+        """Return the highest gates within the target, bool [num_gates].
+
+        Raises:
+            ConfigError: it is out of reach.
+        """
+        return gated.best_within(log_alpha, channel_selection.Budget(self.config.unit, self.config.ratio))
+
+    def _tell_start(self, context: Context) -> None:
+        target = f" (target {self.config.ratio:g})" if self.config.unit else ""
+        value, _ = self.share.at(hard_concrete.open_probability(self.gates.values))
+        made_by = sum(parameter.numel() for parameter in self.gates.generator.parameters())
+        context.report(
+            f"gates: {self.gated.num_gates} on {len(self.gated.sizes)} layers, from {made_by} parameters; expected at "
+            f"the start: {float(value):.4g} of the {gate_budget.WORDS[self.unit]}{target}; fixed from step "
+            f"{self.freeze_step} of {context.total_steps} on"
+        )
+
+    # A step
+
+    def fixed_gates(self) -> Tensor:
+        """Return the gates without chance [num_gates]."""
+        return hard_concrete.fixed_gate(self.gates.values, "louizos")
+
+    def before_forward(self, context: Context, step: int) -> None:
+        """Let the forward passes draw gates."""
+        if not self.settled:
+            keys = (context.seed, context.phase, "gates", step)
+            self.norms.begin(context, self.gates.leaf, lambda n: seeding.generator(*keys, n, device=context.device))
+
+    def after_backward(self, context: Context, step: int) -> bool:
+        """Add the price of open gates to their gradient."""
+        if self.settled:
+            return True
+        self.norms.end()
+        by_draws = distributed.total(self.gates.take_gradient()) / distributed.world_size()
+        opened = hard_concrete.open_probability(self.gates.values)
+        value, by_share = self.share.at(opened)
+        self.violation = value - self.config.ratio if self.config.unit else -value
+        price = self.priced.at(opened)[1] + self.multiplier * by_share
+        self.gradient = by_draws + opened * (1 - opened) * price
+        self.overflow = context.amp_scaled and not _finite(context.model, self.gradient)
+        return True
+
+    def after_step(self, context: Context, step: int) -> None:
+        """Take scales and shifts back and move the gates; a step that fp16 skipped moves neither."""
+        if self.settled:
+            return
+        self.norms.take(context)
+        if not self.overflow:
+            self.move_gates(context)
+        if step + 1 == self.freeze_step:
+            self.settle(context)
+        else:
+            self.norms.fold(context, self.fixed_gates())
+
+    def move_gates(self, context: Context) -> None:
+        """Step what makes the gates, and the multiplier, both from the cost of the step."""
+        fading = self.config.gate_schedule == "weights"
+        slower = context.optimizer.param_groups[0]["lr"] / context.schedule.lr if fading else 1.0
+        self.gates.step(self.gradient, slower=slower)
+        restart = self.config.dual_restart
+        self.multiplier = multipliers.ascend(self.multiplier, self.violation, lr=self.dual_lr, restart=restart)
+
+    # The end of the gates
+
+    def settle(self, context: Context) -> None:
+        """Decide which channels stay, and leave their gates in scale and shift for good.
+
+        With a target they are those with the highest gates; a closed one among them takes the value of its gate before
+        it is stretched. Without one, those that are open without chance, and the best one of a layer without any.
+        """
+        log_alpha, gates = self.gates.values, self.fixed_gates()
+        kept = self.gated.keep_one(gates > 0, log_alpha)
+        if self.config.unit:
+            kept = self._best(self.gated, log_alpha)
+        self._tell_end(context, gates > 0, kept)
+        self.figures = self._figures(kept)
+        self.norms.fold(context, torch.where(gates > 0, gates, hard_concrete.middle(log_alpha, "louizos")) * kept)
+        masks = self.gated.channels.weight_masks(self.gated.alive(kept), context.model)
+        masks = {name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())}
+        if masks:
+            context.install_masks(masks)
+        self.norms.remove_hooks()
+        self.settled = True
+
+    def _tell_end(self, context: Context, opened: Tensor, kept: Tensor) -> None:
+        share = self.gated.cost(self.unit, kept) / self.gated.dense(self.unit)
+        words = f"gates are fixed: {share:.4%} of the {gate_budget.WORDS[self.unit]} stay"
+        back, gone = int((kept & ~opened).sum()), int((opened & ~kept).sum())
+        if self.config.unit:
+            words += f" (method.{self.unit}_ratio={self.config.ratio:g})"
+        if back or gone:
+            words += f"; {int((~opened).sum())} of {len(kept)} were closed, {back} of them stay all the same, {gone} go"
+        context.report(words)
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return what the gates leave.
+
+        l0/open_gates: open ones without chance, among all gates; l0/undecided: gates that are neither 0 nor 1;
+        l0/expected_UNIT: expected cost, as a fraction; l0/UNIT: cost of the network with the gates without chance;
+        l0/multiplier: with a target. UNIT is macs, or what the target counts. When the gates are fixed, the figures are
+        those of the channels that stay.
+        """
+        if distributed.world_size() > 1:
+            distributed.assert_same(str(self.gates.values.tolist()), "gates")
+        if self.settled:
+            return self.figures
+        opened = self.fixed_gates() > 0
+        self.figures = self._figures(opened)
+        macs = self.gated.cost("macs", opened)
+        return self.figures | {"macs/inference": macs, "sparsity": self._sparsity(context, opened)}
+
+    def _figures(self, opened: Tensor) -> dict[str, float]:
+        gates, gated = self.fixed_gates(), self.gated
+        expected, _ = self.share.at(hard_concrete.open_probability(self.gates.values))
+        return {
+            "l0/open_gates": float(opened.double().mean()),
+            "l0/undecided": float(((gates > 0) & (gates < 1)).double().mean()),
+            f"l0/expected_{self.unit}": float(expected),
+            f"l0/{self.unit}": gated.cost(self.unit, opened) / gated.dense(self.unit),
+        } | ({"l0/multiplier": float(self.multiplier)} if self.config.unit else {})
+
+    def _sparsity(self, context: Context, opened: Tensor) -> float:
+        costs, layers = self.gated.costs, context.eligible()
+        left = costs.layer_weights(costs.kept(self.gated.alive(opened)))
+        return 1 - sum(left.get(layer.parameter, layer.size) for layer in layers) / sum(layer.size for layer in layers)
+
+    def explain(self) -> dict[str, float]:
+        return self.figures
+
+    def layout(self, context: Context) -> None:
+        """Refuse a target out of reach; which gates close is learned."""
+        if context.widths is None and context.masks is None:
+            self._check_reach(gated_channels.GatedChannels(context, [group for group, _ in self._pairs(context)]))
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.gates is None:  # after the training
+            return {"figures": dict(self.figures)}
+        return {
+            "gates": self.gates.state_dict(),
+            "raw": dict(self.norms.raw),
+            "multiplier": self.multiplier,
+            "settled": self.settled,
+            "figures": dict(self.figures),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back the state; all but the figures only where gates are trained."""
+        self.figures = dict(state["figures"])
+        if self.gates is None:
+            return
+        self.gates.load_state_dict(state["gates"])
+        restore(self.norms.raw, state["raw"])
+        self.multiplier.copy_(state["multiplier"])
+        self.settled = state["settled"]
+        if self.settled:
+            self.norms.remove_hooks()
+
+
+def _finite(model: nn.Module, gradient: Tensor) -> bool:
+    """Return whether all gradients are; the loss scaler skips the step otherwise."""
+    others = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in (gradient, *others)]).all())
