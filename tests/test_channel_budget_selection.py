@@ -7,15 +7,14 @@ import functools
 import numpy as np
 import pytest
 import torch
-from channel_networks import FULL, NARROW, thinned
+from channel_networks import FULL, thinned
 from torch import Tensor, nn
 
-from prune_lab.accounting import count_parameters, dense_macs, profile
+from prune_lab.accounting import profile
 from prune_lab.channel_costs import ChannelCosts
 from prune_lab.channel_selection import Budget, choose_counts, relative, top, within_lanes
 from prune_lab.channels import ChannelMap, channel_map
 from prune_lab.schema import ConfigError
-from prune_lab.surgery import remove_channels
 
 UNITS = ("macs", "params", "channels")
 
@@ -23,7 +22,7 @@ UNITS = ("macs", "params", "channels")
 @functools.cache
 def counted(name: str) -> tuple[ChannelMap, ChannelCosts]:
     """Return the map and the costs of a network without memory."""
-    build, image_size, _ = FULL[name] if name in FULL else (NARROW[name], 32, 0)
+    build, image_size, _ = FULL[name]
     with torch.device("meta"):
         model = build()
     channels = channel_map(model, image_size)
@@ -64,16 +63,6 @@ def test_a_fraction_of_the_channels_is_not_that_fraction_of_the_cost(removed: fl
     _, costs = counted("resnet50")
     kept = np.array([int(size * (1 - removed)) for size in costs.sizes])
     assert 100 * (1 - costs.at("macs", kept) / costs.at("macs", costs.sizes)) == pytest.approx(percent, abs=0.2)
-
-
-@pytest.mark.parametrize("family", NARROW)
-def test_costs_are_those_of_the_network_that_is_left(family: str) -> None:
-    model = NARROW[family]()
-    channels, costs = channel_map(model, 32), ChannelCosts(model, channel_map(model, 32), profile(model, 32))
-    counts = choose_counts(drawn(channels), channels, costs, Budget("macs", 0.4), free=[True] * len(channels.lanes))
-    small = remove_channels(model, channels, top(drawn(channels), channels, counts))
-    assert dense_macs(profile(small, 32)) == costs.at("macs", counts)
-    assert count_parameters(small) == costs.at("params", counts)
 
 
 def test_costs_count_what_has_no_channels() -> None:

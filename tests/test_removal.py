@@ -42,7 +42,7 @@ def masked_phase(family: str = "resnet20-A", **options: bool) -> tuple[Context, 
     return context, channels, alive
 
 
-@pytest.mark.parametrize("family", NARROW)
+@pytest.mark.parametrize("family", ["resnet20-A", "vgg16-imagenet", "mobilenet_v3_small"])
 def test_the_network_of_the_phase_becomes_the_smaller_one(family: str) -> None:
     context, channels, alive = masked_phase(family)
     whole, before = outputs(context.model.eval()), context.forward_macs
@@ -178,16 +178,15 @@ def test_widths_that_do_not_fit_are_refused_on_loading(folder: Path, tmp_path: P
             load_model(tmp_path)
 
 
-@pytest.mark.parametrize("options", [
-    ("method.layer_channels=[layer1.*.conv1:0.5,layer3.*:20]", "method.macs_ratio=null", "model.width=0.5"),
-    ("method.params_ratio=0.4", "method.macs_ratio=null", "method.exclude=[layer2.*]", "method.round_to=2"),
-])  # fmt: skip
-def test_the_dry_run_knows_the_costs(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_the_dry_run_knows_the_costs(tmp_path: Path) -> None:
+    options = ("method.params_ratio=0.4", "method.macs_ratio=null", "method.exclude=[layer2.*]", "method.round_to=2")
     assert dry_run(configure(tmp_path, "l1_filter", *options)) == 0
     planned = json.loads(next(tmp_path.glob("*/dry_run.json")).read_text())
     real = summary(finish(configure(tmp_path, "l1_filter", *options)))
     for key in ("macs/inference", "params/total", "params/nonzero", "sparsity/achieved", "macs/train"):
         assert planned[key] == real[key] is not None
+    # 24 images per epoch, 3 epochs of the whole network and 2 of the smaller one
+    assert real["macs/train"] == 3 * 24 * (3 * real["macs/dense"] + 2 * real["macs/inference"])
 
 
 def test_a_run_killed_while_it_trains_the_smaller_network_goes_on(tmp_path: Path) -> None:
@@ -211,8 +210,3 @@ def test_a_run_killed_while_it_trains_the_smaller_network_goes_on(tmp_path: Path
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
     rows = records(run_dir(tmp_path / "whole"))
     assert rows[-2]["macs/inference"] < rows[0]["macs/inference"]
-
-
-def test_fine_tuning_costs_what_the_smaller_network_costs(tmp_path: Path) -> None:
-    written = summary(finish(configure(tmp_path, "l1_filter", "method.macs_ratio=0.5")))
-    assert written["macs/train"] == 3 * 24 * (3 * written["macs/dense"] + 2 * written["macs/inference"])
