@@ -228,6 +228,15 @@ def test_a_budget_below_what_the_trunk_costs_is_refused_before_training() -> Non
             r"method\.macs_ratio=0\.01 is out of reach")
 
 
+def test_layers_that_keep_alike_are_known_beforehand_and_the_training_is_dense() -> None:
+    model = network("model=resnet20", "model.width=0.5")
+    chosen = method("slimming", channels_ratio=0.5, scope="layer")
+    ((start, kept),) = chosen.layout(phase_of(model, "prune"))
+    assert (start, kept["layer1.0.conv1.weight"], kept["conv1.weight"]) == (0, 4 * 8 * 9, 8 * 3 * 9)
+    assert chosen.layout(phase_of(model, "train")) == [(0, {})]
+    assert method("slimming", channels_ratio=0.5).layout(phase_of(model, "prune")) is None
+
+
 def test_targets_share_the_penalised_training() -> None:
     half, less = method("slimming", macs_ratio=0.5), method("slimming", params_ratio=0.3, residual=True)
     other = method("slimming", macs_ratio=0.5, scale_penalty=1e-5)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 torch = lazy_import("torch")
 channel_selection = lazy_import("prune_lab.channel_selection")
+channels_ = lazy_import("prune_lab.channels")
 distributed = lazy_import("prune_lab.distributed")
 filter_scores = lazy_import("prune_lab.filter_scores")
 scale_masks = lazy_import("prune_lab.scale_masks")
@@ -220,7 +221,8 @@ class MaskSparsity(ScalePruning):
         """Return the penalty on all scales, in the second training on the marked ones."""
         marked = None
         if context.phase == _MASKED.name:
-            marked = scale_masks.left_out(self._problem(context).channels, self.alive)
+            channels = channels_.channel_map(context.model, context.dataset.info.image_size)
+            marked = scale_masks.left_out(channels, self.alive)
         config = self.config
         return scale_penalty.ScalePenalty(context.model, config.scale_penalty, config.regularizer, marked)
 
