@@ -51,18 +51,13 @@ def main(argv: list[str]) -> int:
     run = read_run(options.run)
     out = _folder(options, run)
     _say(f"network: {_network_line(run)}")
-    for name, reason in left_out.items():
-        _say(f"left out: {name} {reason}")
     plan = work.Plan(
         out=out, formats=names, left_out=left_out, is_chosen=options.format is not None,
         precisions=options.precision, tolerances={"fp32": options.tolerance, "bf16": options.tolerance_bf16},
         batches=[] if options.no_latency else options.batch, rounds=options.repeats, threads=options.threads,
     )  # fmt: skip
     record, refused = work.export(run, original_network(run), plan, _say)
-    write_json(out / "export.json", record)
-    for name, reason in record["left_out"].items():
-        if name not in left_out:
-            _say(f"left out: {name}: {reason}")
+    write_json(out / work.RECORD, record)
     _show(record)
     _say(f"written: {out}")
     if refused:

@@ -42,9 +42,13 @@ def interleaved(
 
 def _repeats(call: Callable[[], object], sample_s: float) -> int:
     """Return the calls of one sample; warms up."""
+    return max(1, math.ceil(sample_s / max(roughly(call), 1e-9)))
+
+
+def roughly(call: Callable[[], object]) -> float:
+    """Return the seconds of a call after a first one, the better of two: an estimate, not a result."""
     call()
-    once = min(_sample(call, 1), _sample(call, 1))
-    return max(1, math.ceil(sample_s / max(once, 1e-9)))
+    return min(_sample(call, 1), _sample(call, 1))
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_lab.export.latency import MIN_ROUNDS, interleaved
+from prune_lab.export.latency import MIN_ROUNDS, interleaved, roughly
 
 TITLE = "PyTorch CSR"
 WORTH_TRYING = 0.5
 """fraction of zeros from which on a layer is tried"""
 _LEAST_GAIN = 1.1
+_HOPELESS = 1.5
+"""times as slow in a first look: not timed any further"""
 _SAMPLE_S = 0.005
 
 
@@ -89,6 +91,8 @@ def faster_layers(model: nn.Module, images: Tensor) -> list[str]:
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
             sparse = CsrLayer(layer)
             calls = (lambda: layer.forward(*inputs), lambda: sparse(*inputs))
+            if roughly(calls[1]) > _HOPELESS * roughly(calls[0]):
+                return
             samples = interleaved(calls, rounds=MIN_ROUNDS, seconds=0, sample_s=_SAMPLE_S)
             dense_s, sparse_s = map(statistics.median, samples)
             if sparse_s * _LEAST_GAIN < dense_s:

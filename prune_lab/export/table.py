@@ -13,7 +13,7 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 def check_line(record: Mapping[str, Any], files: Sequence[str]) -> str:
     """Return how the outputs of one runtime agree with the run's network."""
-    verdict = "" if record["accepted"] else ", REFUSED"
+    verdict = "" if record["accepted"] else "; ABOVE TOLERANCE"
     return (
         f"{' + '.join(files):33} {record['runtime']:24} difference {record['relative']:.1e} "
         f"(tolerance {record['tolerance']:g}), top-1 equal on {record['same_top1']} of {record['images']}{verdict}"

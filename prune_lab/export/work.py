@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,13 @@ from prune_lab.export.table import check_line
 from prune_lab.saved_model import load_model
 from prune_lab.schema import ConfigError
 
+RECORD = "export.json"
 Report = Callable[[str], None]
 DENSE = "the network before pruning, with fresh weights: latency depends on shapes, not on values"
+_FP32_ONLY = (
+    "note: bf16 is too coarse for this network and not timed; on this CPU OpenVINO takes it unless it is told "
+    "INFERENCE_PRECISION_HINT=f32"
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,9 @@ class _Export:
     def __init__(self, run: FinishedRun, original: dict[str, Any], plan: Plan, report: Report) -> None:
         self._run, self._plan, self._report = run, plan, report
         self._precisions = _precisions(plan)
-        self._left_out = dict(plan.left_out)
+        self._machine = machine(torch.get_num_threads())  # before this process loads it
+        self._left_out: dict[str, str] = {}
+        self._leave_out(plan.left_out)
         self._network = self._with_graph(load_model(run.directory).requires_grad_(False))
         self._reference = agreement.make_reference(self._network.model, self._network.image_size)
         self._dense = self._make_dense(original)
@@ -80,6 +87,12 @@ class _Export:
         self._engines: list[Runtime] = []
         self._latency: dict[str, Any] | None = None
         self.refused: list[str] = []
+
+    def _leave_out(self, reasons: Mapping[str, str]) -> None:
+        self._left_out |= reasons
+        for reason in dict.fromkeys(reasons.values()):
+            names = [name for name in reasons if reasons[name] == reason]
+            self._report(f"left out: {', '.join(names)}: {reason}")
 
     def _with_graph(self, model: nn.Module) -> Network:
         """Return the network with its graph; where it has none, graph formats are left out or, asked for, an error."""
@@ -92,7 +105,7 @@ class _Export:
         except formats.NotExportable as error:
             if self._plan.is_chosen:
                 raise
-            self._left_out |= dict.fromkeys(graphs, str(error))
+            self._leave_out(dict.fromkeys(graphs, str(error)))
             return Network(model, description)
 
     def _make_dense(self, original: dict[str, Any]) -> Network | None:
@@ -106,6 +119,7 @@ class _Export:
 
     def write_all(self, temporary: Path) -> None:
         """Write, check and time; files of the dense network stay in the folder `temporary`."""
+        (self._plan.out / RECORD).unlink(missing_ok=True)  # it would speak of older files
         aside, beside = temporary / "new", temporary / "dense"
         for folder in (aside, beside):
             folder.mkdir()
@@ -124,16 +138,20 @@ class _Export:
             if self._plan.is_chosen:
                 self.refused.append(str(error))
             else:
-                self._left_out[name] = str(error)
+                self._leave_out({name: str(error)})
             return
         engines = runtimes_of(name, self._precisions)
         checks = files.check(engines, aside, self._reference, self._plan.tolerances, threads=torch.get_num_threads())
         for check in checks:
             self._report(check_line(check.record(), FORMATS[name].files))
-        failed = [_refusal(check) for check in checks if not check.is_within]
-        if failed:
-            self.refused += failed
+        failed = [check for check in checks if not check.is_within]
+        # Nobody asked for bf16: a file that is right in fp32 stays, only bf16 is not timed.
+        fatal = [check for check in failed if check.runtime.precision == "fp32" or self._plan.precisions is not None]
+        if fatal:
+            self.refused += map(_refusal, fatal)
             return
+        if failed:
+            self._report(_FP32_ONLY)
         files.move(name, aside, self._plan.out)
         sizes = {self._label: files.sizes(name, self._plan.out)}
         if self._dense is not None:
@@ -141,7 +159,7 @@ class _Export:
             sizes["dense"] = files.sizes(name, beside)
         records = [check.record() for check in checks]
         self._written[name] = {"files": list(FORMATS[name].files), "checks": records, "size": sizes}
-        self._engines += engines
+        self._engines += [check.runtime for check in checks if check.is_within]
 
     def _time(self, beside: Path) -> dict[str, Any]:
         model, plan = self._network.model, self._plan
@@ -178,7 +196,7 @@ class _Export:
                 "pixels": "RGB in [0, 1], minus mean, over std", "mean": run.dataset.mean, "std": run.dataset.std,
             },
             "output": {"name": formats.OUTPUT, "shape": ["batch", run.network["num_classes"]]},
-            "machine": machine(torch.get_num_threads()),
+            "machine": self._machine,
             "versions": versions(),
             "checked_on": f"normal random images in batches of {', '.join(map(str, agreement.BATCHES))}",
             "largest_output": self._reference.scale,
