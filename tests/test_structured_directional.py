@@ -395,13 +395,24 @@ def test_a_zero_channel_gets_a_gradient_unless_its_scale_is_zero_too(bn_scale: b
     assert bool(model.inner.weight.grad.any()) != bn_scale
 
 
-def test_size_of_the_threshold_where_none_is_given() -> None:
-    method, context = phase(Trunk())
+def test_cap_is_the_lowest_threshold_that_meets_the_budget() -> None:
+    method, context = phase(Trunk(), macs_ratio=0.6)
+    channels, norms, cap = method.channels, method.norms, context.optimizer.param_groups[0]["cap"]
+    below = float(norms[norms < cap].max())
+    assert cap in norms.tolist()
+    assert channels.at("macs", norms > cap) <= 0.6 < channels.at("macs", norms > below)
+
+
+@pytest.mark.parametrize(("options", "times"), [({}, 3), ({"macs_ratio": 0.6}, 4)], ids=str)
+def test_size_of_the_threshold_where_none_is_given(options: dict[str, float], times: int) -> None:
+    method, context = phase(Trunk(), **options)
     c = context.optimizer.param_groups[0]["c"]
     *_, end = thresholds([0.1] * 100, c=c, mu=0.51)
-    assert end == pytest.approx(3 * float(method.norms.median()))
+    assert end == pytest.approx(times * float(method.norms.median()))
     (line,) = context.lines
-    assert f"in 100 steps (method.c={c:.4g}); the 7 channels have norms of " in line and "half of them are zero" in line
+    stop = ", or where method.macs_ratio is met" if options else ""
+    assert f"in 100 steps (method.c={c:.4g}){stop}; the 7 channels have norms of " in line
+    assert "half of them are zero after step" in line
 
 
 def test_a_threshold_that_stays_low_is_told_with_advice() -> None:
@@ -452,8 +463,9 @@ def test_the_threshold_stops_at_the_budget_and_the_end_is_cut_to_it(tmp_path: Pa
     assert 0.5 < summary(folder)["macs/inference_ratio"] <= 0.6
 
 
-def test_a_budget_that_the_threshold_does_not_reach_is_met_by_rank(tmp_path: Path) -> None:
+def test_a_budget_that_the_threshold_does_not_reach_is_met_by_rank(tmp_path: Path, capsys) -> None:
     folder = finish(configure(tmp_path, NAME, "method.macs_ratio=0.6", "method.c=0.0001"))
+    assert "the threshold left 1 of the MACs: " in capsys.readouterr().out
     assert rows(folder)[-1]["groups/zero"] == 0
     assert 0.5 < summary(folder)["macs/inference_ratio"] <= 0.6
 
