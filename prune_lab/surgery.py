@@ -15,7 +15,7 @@ from prune_lab.models.resnet_cifar import ZeroPadShortcut
 from prune_lab.schema import ConfigError
 
 TOLERANCE = 1e-5
-"""largest difference between masked and smaller network, as a fraction of the largest output where that exceeds 1"""
+"""largest difference between masked and smaller network, as a fraction of the largest output"""
 
 Widths = dict[str, list[int]]
 """module path -> [outputs, inputs] of a layer, [channels] of a batch norm, [front, back] of a padded shortcut"""
@@ -153,17 +153,15 @@ def _first(count: int, size: int) -> Tensor:
 def check_equal(model: nn.Module, channels: ChannelMap, alive: Tensor, image_size: int) -> float:
     """Return the largest difference between the outputs of the masked and of the smaller network, relative to them.
 
-    Both are copies on the CPU with random statistics, scales and shifts in every batch norm, so that a channel which is
-    read although it should not be shows.
+    Both are copies on the CPU with random scales and shifts in every batch norm, so that a channel which is read
+    although it should not be shows, and statistics near those of random images, so that values stay finite at any depth.
 
     Raises:
         RuntimeError: they differ by more than TOLERANCE; the message names the first layer whose outputs do.
     """
     masked = copy.deepcopy(model).float().cpu().eval()
     source = torch.Generator().manual_seed(0)
-    for module in masked.modules():
-        if isinstance(module, NORMS):
-            _disturb(module, source)
+    _disturb(masked, image_size, source)
     small = remove_channels(masked, channels, alive)
     for name, mask in channels.weight_masks(alive, masked).items():
         masked.get_parameter(name).mul_(mask)
@@ -179,16 +177,26 @@ def check_equal(model: nn.Module, channels: ChannelMap, alive: Tensor, image_siz
     return difference
 
 
-def _disturb(norm: nn.Module, source: torch.Generator) -> None:
-    for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.5, 0.5), ("running_mean", -0.5, 0.5),
-                            ("running_var", 0.5, 1.5)):
-        tensor = getattr(norm, name)
-        if tensor is not None:
-            tensor.uniform_(low, high, generator=source)
+def _disturb(model: nn.Module, image_size: int, source: torch.Generator) -> None:
+    """Give every batch norm random scales and shifts, and statistics near those of the values that pass it."""
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    for norm in norms:
+        norm.momentum = 1.0  # what one batch tells replaces what the norm knew
+        norm.train()
+        for tensor, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -0.5, 0.5)):
+            if tensor is not None:
+                tensor.uniform_(low, high, generator=source)
+    model(torch.randn(2, 3, image_size, image_size, generator=source))
+    for norm in norms:
+        norm.eval()
+        mean, variance = norm.running_mean, norm.running_var
+        if variance is not None:
+            variance += 0.1 * variance.mean()  # a channel that is nearly constant is not blown up
+            mean += (torch.rand(len(mean), generator=source) - 0.5) * variance.sqrt()
 
 
 def _difference(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=1))
+    return float((got - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny))
 
 
 def _first_difference(

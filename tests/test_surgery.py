@@ -214,6 +214,26 @@ def test_the_check_names_the_first_layer_that_reads_the_wrong_channels() -> None
         check_equal(model, dataclasses.replace(channels, columns=wrong), alive, 32)
 
 
+def test_the_check_finds_differences_of_small_outputs() -> None:
+    model, channels = disturbed("resnet18")
+    model = copy.deepcopy(model)
+    for tensor in model.get_submodule(channels.producers()[-1]).parameters():
+        tensor.data.mul_(1e-4)
+    wrong = dict(channels.columns)
+    wrong["layer2.0.conv2"] = wrong["layer2.0.conv2"].flip(0)
+    with pytest.raises(RuntimeError, match="differs from the masked one"):
+        check_equal(model, dataclasses.replace(channels, columns=wrong), thinned(channels), 32)
+
+
+def test_the_check_holds_where_statistics_of_the_training_alone_keep_values_finite() -> None:
+    blocks = [nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)) for _ in range(25)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(48, 2)).eval()
+    for block in blocks:
+        block[0].weight.data.mul_(1e4)
+    channels = channel_map(model, 4)
+    assert check_equal(model, channels, thinned(channels), 4) < 1e-5
+
+
 class CountsChannels(nn.Module):
     """Divides by its number of channels, which no graph of ties knows."""
 
