@@ -14,18 +14,18 @@ NEAR_ZERO = 0.01
 """|scale| up to which a channel counts as closed in what is reported (the official threshold of MaskSparsity)"""
 
 
-def above_quantile(values: Tensor, fraction: float) -> Tensor:
-    """Return which of `values` lie above the entry number int(N * fraction) of the sorted list, bool like `values`.
+def above_quantile(values: Tensor, kept: float) -> Tensor:
+    """Return which of `values` lie above the entry number int(N * (1 - kept)) of the sorted list, bool like `values`.
 
-    Without ties int(N * fraction) + 1 values do not, one more than the fraction says; ties at the threshold go, too.
+    Without ties int(N * (1 - kept)) + 1 values do not, one more than asked for; ties at the threshold go, too.
 
     Args:
         values: [N].
-        fraction: of what is to go, in [0, 1).
+        kept: fraction that is to stay, in (0, 1].
 
     Source: official code of Liu et al. 2017, arXiv 1708.06519 (vggprune.py).
     """
-    index = int(len(values) * Fraction(str(fraction)))  # 10 * (1 - 0.9) is not 1 in floating point
+    index = int(len(values) * (1 - Fraction(str(kept))))  # 10 * (1 - 0.9) is not 1 in floating point
     return values > values.sort().values[index]
 
 

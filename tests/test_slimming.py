@@ -36,10 +36,10 @@ SCALES = [0.9, 0.05, 0.3, 0.01, 0.6, 0.2, 0.02, 0.7, 0.4, 0.1]
 
 
 def test_the_official_threshold_is_a_scale_and_goes_itself() -> None:
-    assert above_quantile(torch.tensor(SCALES), 0.7).nonzero().flatten().tolist() == [0, 7]
-    for fraction in (0.0, 0.1, 0.3, 0.9, 0.99):  # without ties: int(N p) + 1 go
+    assert above_quantile(torch.tensor(SCALES), 0.3).nonzero().flatten().tolist() == [0, 7]
+    for percent in (1, 10, 20, 29, 70, 80, 90, 100):  # without ties: int(N p) + 1 go
         values = torch.randperm(100, generator=torch.Generator().manual_seed(1)).double()
-        assert int((~above_quantile(values, fraction)).sum()) == int(round(100 * fraction)) + 1
+        assert int(above_quantile(values, percent / 100).sum()) == percent - 1
     assert not above_quantile(torch.tensor([1.0, 1.0, 0.5]), 0.5).any()  # ties at the threshold go, too
 
 

@@ -91,6 +91,6 @@ class Slimming(ScalePruning):
         for lane, may_go in zip(lanes, problem.free, strict=True):
             free[lane.classes] = may_go
         kept = torch.ones_like(free)
-        kept[free] = scale_thresholds.above_quantile(scores[free], 1 - self.config.channels_ratio)
+        kept[free] = scale_thresholds.above_quantile(scores[free], self.config.channels_ratio)
         counts = problem.fixed_counts({index: int(kept[lane.classes].sum()) for index, lane in enumerate(lanes)})
         return channel_selection.top(scores, problem.channels, counts)
