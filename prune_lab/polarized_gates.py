@@ -103,15 +103,6 @@ def cost(widths: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     return extended @ product, (product + extended @ matrix)[:-1]
 
 
-def ascend(multiplier: Tensor, violation: Tensor, *, lr: float, restart: bool) -> Tensor:
-    """Return max(0, lambda + lr v), a scalar; 0 where v < 0 with `restart`: a target that is met has no price.
-
-    Source: Gallego-Posada et al. 2022, arXiv 2208.04425.
-    """
-    raised = (multiplier + lr * violation).clamp_(min=0)
-    return raised.masked_fill_(violation < 0, 0) if restart else raised
-
-
 class ColumnGates:
     """The input columns that gates multiply, over all layers at once."""
 

@@ -383,16 +383,6 @@ def test_price_is_the_derivative_of_the_cost_of_one_gate() -> None:
         assert marginal[method.lane_of[index]].item() == pytest.approx(found, rel=1e-4)
 
 
-@pytest.mark.parametrize(("restart", "expected"), [(True, [0.04, 0.06, 0.0, 0.01]), (False, [0.04, 0.06, 0.05, 0.06])])
-def test_multiplier_rises_until_the_target_is_met(restart: bool, expected: list[float]) -> None:
-    value, seen = torch.zeros((), dtype=torch.float64), []
-    for violation in (0.4, 0.2, -0.1, 0.1):
-        value = pg.ascend(value, torch.tensor(violation, dtype=torch.float64), lr=0.1, restart=restart)
-        seen.append(value.item())
-    assert seen == pytest.approx(expected)
-    assert pg.ascend(torch.tensor(0.01), torch.tensor(-0.9), lr=0.1, restart=False) == 0
-
-
 def test_multiplier_looks_at_gates_that_are_zero() -> None:
     """Gates between 0 and 1 cost less, but are not closed."""
     method, context = set_up(forked(), macs_ratio=0.6, dual_lr=0.1)
@@ -405,14 +395,18 @@ def test_multiplier_looks_at_gates_that_are_zero() -> None:
 def test_rates_without_given_ones() -> None:
     """Gates: 2000 / steps within [0.01, 2]. The multiplier's alone moves t from 1 to 0 in a third of the steps."""
     assert [gate_rate(steps) for steps in (0, 100, 1950, 1_000_000)] == [2.0, 2.0, 2000 / 1950, 0.01]
-    for num_gates, num_steps, lr in ((400, 176, 0.1), (1072, 60_000, 0.01)):
-        rate, t, steps = dual_rate(num_gates, num_steps, lr), 1.0, 0
-        multiplier = 0.0
+    for price, excess, num_steps, lr in ((0.005, 0.5, 176, 2.0), (0.001, 0.3, 60_000, 0.03)):
+        rate, t, multiplier, steps = dual_rate(price, excess, num_steps, lr), 1.0, 0.0, 0
         while t > 0:
-            t -= lr * multiplier * 2 / num_gates
-            multiplier += rate * 0.5
+            t -= lr * multiplier * price
+            multiplier += rate * excess
             steps += 1
         assert steps / num_steps == pytest.approx(1 / 3, abs=0.02)
+    method, _ = set_up(forked(), macs_ratio=0.6, dual_lr=None, gate_lr=None)
+    macs = {"stem": 27 + 9 + 36 + 4, "left": 54 + 6}  # per channel and position: what makes it, what reads it
+    total = 6 * (27 + 9) + 4 * (54 + 6)
+    mean = (6 * macs["stem"] * 64 + 4 * (macs["left"] * 64 + 5)) / 10 / (total * 64 + 20)
+    assert method.dual_lr == pytest.approx(dual_rate(mean, 0.4, 100, 2.0))
 
 
 # Decision

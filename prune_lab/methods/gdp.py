@@ -22,6 +22,7 @@ torch = lazy_import("torch")
 distributed = lazy_import("prune_lab.distributed")
 eligibility = lazy_import("prune_lab.eligibility")
 gate_budget = lazy_import("prune_lab.gate_budget")
+multipliers = lazy_import("prune_lab.multipliers")
 polarized_gates = lazy_import("prune_lab.polarized_gates")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
@@ -98,14 +99,17 @@ def gate_rate(num_steps: int) -> float:
     return min(max(2000 / max(num_steps, 1), 0.01), 2.0)
 
 
-def dual_rate(num_gates: int, num_steps: int, gate_lr: float) -> float:
-    """Return the learning rate of the multiplier where none is given: 20 x gates / (gate_lr x steps^2).
+def dual_rate(price: float, excess: float, num_steps: int, gate_lr: float) -> float:
+    """Return the learning rate of the multiplier where none is given: 18 / (gate_lr x price x excess x steps^2).
 
-    All gates together cost about twice the network, so that a gate's share of it is 2 / gates. With this rate, and half
-    of the cost in excess of the target, the price alone moves t from 1 to 0 in a third of the steps, in networks of all
-    sizes and trainings of all lengths. The rule is this program's.
+    With it the price alone moves t from 1 to 0 in a third of the steps, as long as the target is missed as at the
+    start. The loss holds gates open for longer. The rule is this program's.
+
+    Args:
+        price: what a gate costs at the start, on average, as a fraction of the dense network.
+        excess: by how much the dense network misses the target, a fraction, too.
     """
-    return 20 * num_gates / (gate_lr * max(num_steps, 1) ** 2)
+    return 18 / (gate_lr * price * excess * max(num_steps, 1) ** 2)
 
 
 class GDP(Method):
@@ -176,8 +180,7 @@ class GDP(Method):
         self.columns = polarized_gates.ColumnGates(context.model, problem.map, problem.free)
         self.gated, self.lane_of = problem.free.to(device), problem.lane_of.to(device)
         self.lanes = polarized_gates.members(problem.lane_of, len(problem.map.lanes)).to(device)
-        matrix = problem.costs.matrix(config.unit) / problem.dense
-        self.matrix = torch.tensor(matrix, dtype=torch.float32, device=device)
+        self.matrix = problem.matrix.float().to(device)
         self.t = torch.full((len(self.gated),), config.t_init, device=device)
         self.last_open = torch.zeros_like(self.t)
         self.multiplier = torch.zeros((), device=device)
@@ -186,7 +189,8 @@ class GDP(Method):
             raise ConfigError(f"method.freeze_fraction={config.freeze_fraction:g} leaves no step for the gates: there "
                               f"are {context.total_steps}")
         self.gate_lr = config.gate_lr or gate_rate(context.total_steps)
-        self.dual_lr = config.dual_lr or dual_rate(problem.num_gates, context.total_steps, self.gate_lr)
+        price = float(problem.prices().mean())
+        self.dual_lr = config.dual_lr or dual_rate(price, 1 - config.ratio, context.total_steps, self.gate_lr)
         self.raw = {path: named[path].detach().clone() for path in self.columns.parameters}
         # Divided by the gates, so that the network begins as it is.
         torch._foreach_div_(list(self.raw.values()), self.columns.factors(self.gates(0)))
@@ -263,7 +267,7 @@ class GDP(Method):
         moved = polarized_gates.proximal_step(self.t, self.gradient, price, self.gate_lr)
         self.t = polarized_gates.keep_best(moved, self.t, self.lanes)
         self.last_open.masked_fill_(self.t != 0, step + 1)
-        self.multiplier = polarized_gates.ascend(
+        self.multiplier = multipliers.ascend(
             self.multiplier, excess, lr=self.dual_lr, restart=self.config.dual_restart
         )
 
