@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from prune_lab.channel_costs import Unit
 from prune_lab.channel_selection import Budget, choose_counts, top
 from prune_lab.context import Context
+from prune_lab.polarized_gates import cost
 from prune_lab.removable_channels import RemovableChannels
 from prune_lab.schema import ConfigError
 
@@ -39,7 +40,9 @@ class GateBudget(RemovableChannels):
         self.lane_is_free = [bool(self.free[lane.classes[0]]) for lane in self.map.lanes]
         self.num_gates = int(self.free.sum())
         self.unit: Unit = unit
-        self.dense = self.costs.at(unit, self.costs.sizes)
+        whole = self.costs.at(unit, self.costs.sizes)
+        self.matrix = torch.tensor(self.costs.matrix(unit) / whole)
+        """float64 [lanes + 1, lanes + 1] for `polarized_gates.cost`, as a fraction of the dense network's"""
         self.budget = Budget(unit, ratio)
         self.largest(torch.zeros(self.map.num_classes, dtype=torch.float64))  # refuses what is out of reach
 
@@ -58,6 +61,11 @@ class GateBudget(RemovableChannels):
         """
         counts = choose_counts(ranking, self.map, self.costs, self.budget, free=self.lane_is_free)
         return top(ranking, self.map, counts)
+
+    def prices(self) -> Tensor:
+        """Return what each gate costs when all are open, a fraction of the dense network's cost, float64 [gates]."""
+        _, marginal = cost(torch.tensor(self.costs.sizes, dtype=torch.float64), self.matrix)
+        return marginal[self.lane_of][self.free]
 
     def kept(self, alive: Tensor) -> float:
         """Return what the network costs with the classes `alive`, bool [classes], as a fraction."""
