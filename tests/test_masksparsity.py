@@ -71,7 +71,7 @@ def test_a_vote_that_would_empty_a_trunk_keeps_its_best_channel() -> None:
     set_scales(model.norm_a, [0.001, 0.002, 0.5, 0.4])
     set_scales(model.norm_b, [0.4, 0.5, 0.003, 0.001])
     context, chosen = phase_of(model, "mask"), method("masksparsity", threshold=0.01)
-    assert chosen.mask(context) == {"mask/scales_marked": 6 / 8}
+    assert chosen.mask(context) == {"scales/marked": 6 / 8}
     assert chosen.alive.tolist() == [False, False, True, False]  # |scales| of 0.503 together, before 0.502
     assert context.said == ["mask: 6 of 8 scales are marked, those of 3 of 4 channels"]
 
@@ -385,7 +385,7 @@ def test_a_run_marks_starts_again_from_the_dense_network_and_removes_what_was_ma
     assert scales[~kept].max() < scales[kept].min()
     written = summary(folder)
     assert written["macs/inference"] < written["macs/dense"] and written["dense/top1"] is not None
-    assert written["prune/removed_scale"] < written["prune/kept_scale"]
+    assert written["prune/removed_scale"] < written["prune/kept_scale"] and 0 < written["scales/marked"] < 1
 
 
 def test_filter_norms_of_the_dense_network_save_the_first_sparse_training() -> None:

@@ -215,7 +215,7 @@ class MaskSparsity(ScalePruning):
                        f"{int((~self.alive).sum())} of {problem.channels.num_classes} channels")
         if context.origin is not None:
             context.model.load_state_dict(context.origin["model"])
-        return {"mask/scales_marked": num_marked / total}
+        return {"scales/marked": num_marked / total}
 
     def make_penalty(self, context: Context) -> ScalePenalty:
         """Return the penalty on all scales, in the second training on the marked ones."""
