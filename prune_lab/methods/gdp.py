@@ -290,7 +290,7 @@ class GDP(Method):
     def _ranking(self, step: int) -> Tensor:
         """Return float64 [classes]: |t| of open gates, below 0 for closed ones, which rank by when they closed."""
         ranking = torch.where(self.t != 0, self.t.abs(), self.last_open / step - 2)
-        return ranking.double().cpu()
+        return ranking.cpu().double()
 
     def _tell(self, context: Context, alive: Tensor, opened: Tensor) -> None:
         kept = self.problem.kept(alive)
