@@ -364,6 +364,14 @@ def test_only_measured_differences_are_printed() -> None:
     assert text.count("no difference") == 2 and "1.75" not in text and "3.00" not in text
 
 
+@pytest.mark.parametrize(
+    ("load", "threads", "is_busy"), [(0.4, 4, False), (0.6, 4, True), (3.2, 1, False), (3.6, 1, True)]
+)
+def test_a_busy_machine_is_told(load: float, threads: int, is_busy: bool) -> None:
+    assert table.is_busy({"load_average_1min": load, "cores": 4, "threads": threads}) is is_busy
+    assert not table.is_busy({"load_average_1min": None, "cores": 4, "threads": threads})
+
+
 @pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (1500, "1.5 kB"), (1_094_288, "1.09 MB"), (2e9, "2 GB")])
 def test_sizes_are_in_decimal_units(count: int, text: str) -> None:
     assert table.size(int(count)) == text

@@ -157,6 +157,11 @@ def _show(record: dict[str, Any]) -> None:
             f"medians (quartiles) of {' and '.join(map(str, rounds))} rounds on {machine['cpu']}, "
             f"{machine['threads']} of {machine['cores']} cores, load average {machine['load_average_1min']}"
         )
+        if table.is_busy(machine):
+            _say(
+                "note: other work competes for the cores; short calls suffer less from it than long ones, so that "
+                "ratios are distorted, between runtimes above all: repeat on an idle machine"
+            )
     if record["dense"]:
         _say(f"dense: {record['dense']}")
 

@@ -74,6 +74,12 @@ def _ratio(found: Mapping[str, Any]) -> str:
     return f"{found['median']:.2f}x" if found["is_difference"] else "no difference"
 
 
+def is_busy(machine: Mapping[str, Any]) -> bool:
+    """Return whether other work needed cores that the measurement uses too, before it began."""
+    load = machine["load_average_1min"]
+    return load is not None and load > machine["cores"] - machine["threads"] + 0.5
+
+
 def sparse_lines(tried: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what became of the sparse form: a line per batch size for which it is faster, else one line."""
     lines = [
