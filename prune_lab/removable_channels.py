@@ -2,48 +2,56 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prune_lab import patterns
 from prune_lab.channel_costs import ChannelCosts
 from prune_lab.channel_selection import Budget, choose_counts, top
 from prune_lab.channels import ChannelMap, Lane, channel_map
 from prune_lab.context import Context
-from prune_lab.schema import ConfigError, suggestion
+from prune_lab.schema import ConfigError
 
 
 class RemovableChannels:
     """Channel classes of a context's network, and which of them may be removed."""
 
-    def __init__(self, context: Context, *, residual: bool, exclude: Sequence[str]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        *,
+        residual: bool,
+        exclude: Sequence[str],
+        can_rank: Callable[[ChannelMap, Lane], bool] = lambda channels, lane: True,
+    ) -> None:
         """Follow the channels of the network.
 
         Args:
             residual: whether channels that are added to others may go.
             exclude: patterns of layers that keep all of their output channels.
+            can_rank: whether a method can tell what the channels of a lane are worth; the others stay.
 
         Raises:
             ConfigError: the network cannot be traced, a pattern matches nothing, or nothing may go.
         """
         self.map: ChannelMap = channel_map(context.model, context.dataset.info.image_size)
         self.costs = ChannelCosts(context.model, self.map, context.costs)
-        names = self.map.producers()
-        for pattern in exclude:
-            if not fnmatch.filter(names, pattern):
-                raise ConfigError(
-                    f"method.exclude: {pattern!r} matches no layer that makes channels{suggestion(pattern, names)}; "
-                    f"there are {', '.join(names)}"
-                )
-        self._free = [_may_go(lane, residual=residual, exclude=exclude) for lane in self.map.lanes]
-        if not any(self._free):
-            raise ConfigError("no channels of this network may be removed under method.exclude and method.residual")
+        patterns.check("method.exclude", exclude, self.map.producers(), "layer that makes channels")
+        self.free_lanes = [
+            (residual or not lane.summed) and not patterns.matches(exclude, *lane.producers)
+            and can_rank(self.map, lane)
+            for lane in self.map.lanes
+        ]
+        """per lane, whether it may lose channels"""
+        if not any(self.free_lanes):
+            raise ConfigError("no channels of this network may be removed under method.exclude and method.residual"
+                              if self.map.lanes else "no channels of this network can be removed")
         self.free = torch.zeros(self.map.num_classes, dtype=torch.bool)
         """bool [num_classes]"""
-        for lane, free in zip(self.map.lanes, self._free, strict=True):
+        for lane, free in zip(self.map.lanes, self.free_lanes, strict=True):
             self.free[lane.classes] = free
 
     def rows(self, model: nn.Module, *, norm_scales: bool) -> dict[nn.Parameter, Tensor]:
@@ -83,7 +91,7 @@ class RemovableChannels:
         Raises:
             ConfigError: out of reach.
         """
-        counts = choose_counts(scores, self.map, self.costs, Budget("macs", macs_ratio), free=self._free)
+        counts = choose_counts(scores, self.map, self.costs, Budget("macs", macs_ratio), free=self.free_lanes)
         return top(scores, self.map, counts)
 
     def threshold(self, scores: Tensor, macs_ratio: float) -> float:
@@ -109,7 +117,3 @@ class RemovableChannels:
         lanes = [self.map.lanes[index] for index in empty]
         return {lane.name: int(lane.classes[scores[lane.classes].argmax()]) for lane in lanes}
 
-
-def _may_go(lane: Lane, *, residual: bool, exclude: Sequence[str]) -> bool:
-    named = any(fnmatch.fnmatch(path, pattern) for path in lane.producers for pattern in exclude)
-    return not named and (residual or not lane.summed)

@@ -78,6 +78,24 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
+def require_one(path: str, options: Mapping[str, Any], *, unset: str = "null") -> None:
+    """Raise ConfigError unless exactly one of the options is set.
+
+    Args:
+        path: dotted name of their group as the user types it.
+        options: name -> value, None: not set.
+        unset: how the user types an option that is not set.
+    """
+    names = [f"{path}.{name}" for name in options]
+    given = [f"{path}.{name}={value:g}" if isinstance(value, float) else f"{path}.{name}"
+             for name, value in options.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigError(
+            f"exactly one of {', '.join(names[:-1])} and {names[-1]} must be set, the others {unset}; got "
+            f"{' and '.join(given) or 'none'}"
+        )
+
+
 def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
     """Return `cls` built from `node` after checking names, types and ranges.
 

@@ -134,7 +134,7 @@ def resnet20(**options) -> dict[str, int]:
 
 
 def test_later_patterns_win_and_other_layers_keep_all() -> None:
-    kept = resnet20(layer_channels=["layer1.*:0.5", "layer1.1.*:3", "layer2.0.conv1:99"])
+    kept = resnet20(layer_channels=["layer1.*:0.5", "layer1.1.*:3", "layer2.0.conv1:16"])
     assert kept["layer1.0.conv1"] == 4 and kept["layer1.1.conv1"] == 3
     assert kept["conv1"] == 3  # the trunk is also layer1.1's second convolution's
     assert kept["layer2.0.conv1"] == 16 and kept["layer3.0.conv1"] == 32
@@ -157,8 +157,13 @@ def test_counts_are_rounded_up_to_multiples_and_floors() -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"channels_ratio": 0.99, "round_to": 64}, r"^method\.channels_ratio=0\.99: nothing to remove"),
-    ({"layer_channels": ["layer1.0.conv1:99"]}, r"^method\.layer_channels: nothing to remove"),
-    ({"layer_channels": ["conv1:4"], "residual": False}, r"^method\.layer_channels: nothing to remove"),
+    ({"layer_channels": ["layer1.0.conv1:8"]}, r"^method\.layer_channels: nothing to remove"),
+    ({"layer_channels": ["layer2.0.conv1:4", "layer1.0.conv1:99"]},
+     r"^method\.layer_channels: 'layer1\.0\.conv1:99' asks for more channels than layer1\.0\.conv1 has; .* up to 8$"),
+    ({"layer_channels": ["layer1.*:4", "conv1:4"], "residual": False},
+     r"^method\.layer_channels: the channels of 'conv1' have to stay; .* may go those of layer1\.0\.conv1, layer1\.1"),
+    ({"layer_channels": ["layer1.*:4", "layer2.0.conv1:4"], "exclude": ["layer2.*"]}, "of 'layer2.0.conv1' have to stay"),
+    ({"layer_channels": ["layer1.*:4", "linear:4"]}, "the channels of 'linear' have to stay"),
     ({"channels_ratio": 0.5, "exclude": ["*"]}, "no channels of this network may be removed under method.exclude and"),
     ({"channels_ratio": 0.5, "exclude": ["layer1.0.con1"]},
      r"^method\.exclude: 'layer1\.0\.con1' matches no layer that makes channels \(did you mean 'layer1\.0\.conv1'\?\)"),

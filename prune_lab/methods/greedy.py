@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Card, Method, MethodConfig, Phase
-from prune_lab.schema import ConfigError, Count, Momentum, NonNegative, OpenFraction, Positive, Range, suggestion
+from prune_lab.schema import ConfigError, Count, Momentum, NonNegative, OpenFraction, Positive, Range, require_one
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -28,6 +27,7 @@ channels = lazy_import("prune_lab.channels")
 distributed = lazy_import("prune_lab.distributed")
 eligibility = lazy_import("prune_lab.eligibility")
 imitation = lazy_import("prune_lab.imitation")
+patterns = lazy_import("prune_lab.patterns")
 scoring = lazy_import("prune_lab.scoring")
 scoring_images = lazy_import("prune_lab.scoring_images")
 short_training = lazy_import("prune_lab.short_training")
@@ -83,13 +83,7 @@ class GreedyConfig(MethodConfig):
     between_batch: Count
 
     def check(self, path: str) -> None:
-        goals = {name: getattr(self, name) for name in _GOALS}
-        given = [f"{path}.{name}={value:g}" for name, value in goals.items() if value is not None]
-        if len(given) != 1:
-            raise ConfigError(
-                f"exactly one of {', '.join(f'{path}.{name}' for name in _GOALS)} must be set, the others null; got "
-                f"{' and '.join(given) or 'none'}"
-            )
+        require_one(path, {name: getattr(self, name) for name in _GOALS})
         if self.repeat and self.variant not in _MAY_REPEAT:
             raise ConfigError(
                 f"{path}.repeat=true is for {path}.variant={' or '.join(_MAY_REPEAT)}; {self.variant} has a rule of "
@@ -162,15 +156,8 @@ class Greedy(Method):
         """
         found = channels.channel_groups(context.model, context.dataset.info.image_size)
         names = [group.producer for group in found]
-        for pattern in self.config.exclude:
-            if not fnmatch.filter(names, pattern):
-                raise ConfigError(
-                    f"method.exclude: {pattern!r} matches no layer whose channels can be removed"
-                    f"{suggestion(pattern, names)}; there are {', '.join(names) or 'none'}"
-                )
-        groups = [
-            group for group in found if not any(fnmatch.fnmatch(group.producer, p) for p in self.config.exclude)
-        ]
+        patterns.check("method.exclude", self.config.exclude, names, "layer whose channels can be removed")
+        groups = [group for group in found if not patterns.matches(self.config.exclude, group.producer)]
         if not groups:
             if found:
                 raise ConfigError("method.exclude leaves no layer to prune")

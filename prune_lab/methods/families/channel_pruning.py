@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Method, MethodConfig, Phase
-from prune_lab.schema import ConfigError, Count, OpenFraction, suggestion
+from prune_lab.schema import ConfigError, Count, OpenFraction, require_one
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,12 +22,12 @@ if TYPE_CHECKING:
     from prune_lab.eligibility import Layer
 
 torch = lazy_import("torch")
-channel_costs = lazy_import("prune_lab.channel_costs")
 channel_selection = lazy_import("prune_lab.channel_selection")
-channels_ = lazy_import("prune_lab.channels")
 common = lazy_import("prune_lab.models.common")
 distributed = lazy_import("prune_lab.distributed")
 eligibility = lazy_import("prune_lab.eligibility")
+patterns = lazy_import("prune_lab.patterns")
+removable_channels = lazy_import("prune_lab.removable_channels")
 schedules = lazy_import("prune_lab.sparsity_schedules")
 surgery = lazy_import("prune_lab.surgery")
 
@@ -48,7 +47,7 @@ class ChannelPruningConfig(MethodConfig):
     """kept fraction of the network's channels; scope=layer: of each layer's, rounded as the paper does"""
     layer_channels: list[str]
     """instead of a ratio: PATTERN:KEPT, the fraction (or with a whole number the count) kept of the layers' channels;
-    layers that no pattern matches keep all"""
+    later patterns win, layers that none matches keep all"""
     scope: Literal["layer", "global"]
     """whether layers keep alike, or all channels compete"""
     residual: bool
@@ -72,15 +71,7 @@ class ChannelPruningConfig(MethodConfig):
         return next(name for name, value in self.targets().items() if value is not None)
 
     def check(self, path: str) -> None:
-        targets = self.targets()
-        given = [f"{path}.{name}{f'={value:g}' if isinstance(value, float) else ''}"
-                 for name, value in targets.items() if value is not None]
-        if len(given) != 1:
-            *names, last = (f"{path}.{name}" for name in targets)
-            raise ConfigError(
-                f"exactly one of {', '.join(names)} and {last} must be set, the others null or []; got "
-                f"{' and '.join(given) or 'none'}"
-            )
+        require_one(path, self.targets(), unset="null or []")
         for entry in self.layer_channels:
             parse_kept(entry, f"{path}.layer_channels")
         if self.layer_channels and self.scope == "global":
@@ -231,29 +222,13 @@ class Problem:
 
     def __init__(self, method: ChannelPruning, context: Context) -> None:
         self._method, self._config = method, method.config
-        self.channels: ChannelMap = channels_.channel_map(context.model, context.dataset.info.image_size)
-        self.costs: ChannelCosts = channel_costs.ChannelCosts(context.model, self.channels, context.costs)
-        self.free = [self._may_go(lane) for lane in self.channels.lanes]
+        removable = removable_channels.RemovableChannels(
+            context, residual=self._config.residual, exclude=self._config.exclude, can_rank=method.can_rank
+        )
+        self.channels: ChannelMap = removable.map
+        self.costs: ChannelCosts = removable.costs
+        self.free: list[bool] = removable.free_lanes
         """per lane, whether it may lose channels"""
-        self._check_patterns("exclude", self._config.exclude)
-        if not any(self.free):
-            raise ConfigError(f"method={self._config.name}: no channels of this network may be removed under "
-                              "method.exclude and method.residual")
-
-    def _may_go(self, lane: Lane) -> bool:
-        if not self._method.can_rank(self.channels, lane):
-            return False
-        named = any(fnmatch.fnmatch(path, pattern) for path in lane.producers for pattern in self._config.exclude)
-        return not named and (self._config.residual or not lane.summed)
-
-    def _check_patterns(self, option: str, patterns: list[str]) -> None:
-        names = self.channels.producers()
-        for pattern in patterns:
-            if not fnmatch.filter(names, pattern):
-                raise ConfigError(
-                    f"method.{option}: {pattern!r} matches no layer that makes channels{suggestion(pattern, names)}; "
-                    f"there are {', '.join(names)}"
-                )
 
     @functools.cached_property
     def budget(self) -> Budget:
@@ -278,15 +253,30 @@ class Problem:
         return channel_selection.choose_counts(ranked, self.channels, self.costs, self.budget, free=self.free)
 
     def _named_counts(self) -> np.ndarray:
-        pairs = [parse_kept(entry, "method.layer_channels") for entry in self._config.layer_channels]
-        self._check_patterns("layer_channels", [pattern for pattern, _ in pairs])
         wanted = {}
-        for index, lane in enumerate(self.channels.lanes):
-            for pattern, kept in pairs:
-                if fnmatch.filter(lane.producers, pattern):
-                    part = schedules.floor_product(kept * lane.size)
-                    wanted[index] = min(lane.size, kept) if isinstance(kept, int) else max(1, part)
+        for entry in self._config.layer_channels:
+            pattern, kept = parse_kept(entry, "method.layer_channels")
+            for index, lane in self._named_lanes(pattern).items():
+                if kept > lane.size:
+                    raise ConfigError(
+                        f"method.layer_channels: {entry!r} asks for more channels than {lane.name} has; allowed: up to "
+                        f"{lane.size}"
+                    )
+                wanted[index] = kept if isinstance(kept, int) else max(1, schedules.floor_product(kept * lane.size))
         return self.fixed_counts(wanted)
+
+    def _named_lanes(self, pattern: str) -> dict[int, Lane]:
+        """Return the lanes that a pattern of method.layer_channels names, of those that may lose channels."""
+        option, lanes = "method.layer_channels", self.channels.lanes
+        patterns.check(option, [pattern], self.channels.producers(), "layer that makes channels")
+        named = {index: lane for index, lane in enumerate(lanes)
+                 if self.free[index] and patterns.matches([pattern], *lane.producers)}
+        if not named:
+            raise ConfigError(
+                f"{option}: the channels of {pattern!r} have to stay; under method.exclude and method.residual there "
+                f"may go those of {', '.join(lane.name for lane, free in zip(lanes, self.free, strict=True) if free)}"
+            )
+        return named
 
     def fixed_counts(self, wanted: dict[int, int]) -> np.ndarray:
         """Return the sizes of the lanes with `wanted` in place of those that may lose channels."""
