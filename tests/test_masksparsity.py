@@ -319,6 +319,8 @@ REFUSED = {
     "a threshold below 0": ({"threshold": -0.1}, r"method\.threshold must lie in \[0"),
     "a threshold per layer": ({"threshold": 0.1, "scope": "layer"}, r"method\.threshold goes with method\.scope=glob"),
     "norms of filters": ({"energy": 0.1, "criterion": "l1_norm"}, r"method\.energy goes with method\.criterion=spars"),
+    "a file and norms of filters": ({"mask_file": "mask.json", "criterion": "l1_norm"},
+                                    r"method\.mask_file goes with method\.criterion=sparsified, got l1_norm"),
     "no penalty": ({"macs_ratio": 0.5, "scale_penalty": 0}, r"method\.scale_penalty must lie in \(0"),
     "no sparsified network": ({"macs_ratio": 0.5, "criterion": "l1_norm", "start": "sparsified"},
                               r"method\.start=sparsified needs the training under the penalty on all scales"),

@@ -62,7 +62,7 @@ class MaskSparsityConfig(ChannelPruningConfig):
         target = self.target()
         if target in _MARKS and self.scope != "global":
             raise ConfigError(f"{path}.{target} goes with {path}.scope=global, got {self.scope}")
-        if target in ("threshold", "energy") and self.criterion != "sparsified":
+        if target in _MARKS and self.criterion != "sparsified":
             raise ConfigError(f"{path}.{target} goes with {path}.criterion=sparsified, got {self.criterion}")
         if self.start == "sparsified" and not self.sparsifies:
             raise ConfigError(f"{path}.start=sparsified needs the training under the penalty on all scales, which "

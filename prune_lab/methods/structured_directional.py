@@ -85,6 +85,8 @@ class StructuredDirectionalConfig(MethodConfig):
             raise ConfigError(
                 f"{path}.variant=SDP needs {path}.macs_ratio, which decides how strongly it shrinks; got null"
             )
+        if self.variant == "SDP" and self.c is not None:
+            raise ConfigError(f"{path}.c={self.c:g} goes with {path}.variant=AltSDP, got SDP, which has no threshold")
         if self.variant == "AltSDP" and self.start == "dense" and self.finetune:
             raise ConfigError(
                 f"{path}.finetune=true needs {path}.start=scratch: with dense the schedule's finetune block is the "
