@@ -70,7 +70,7 @@ class GatesConfig(MethodConfig):
 def gate_rate(optimizer: str, num_steps: int) -> float:
     """Return the learning rate of the gates where none is given.
 
-    sgd: 6, published for the filters of a WRN-28-10. adam: 20 / steps, but at least 0.001 (Yang, Ji 2021, arXiv
+    sgd: 6, published for the filters of a WRN-28-10. adam: 20 / steps, but at least 0.001 (Li, Ji 2021, arXiv
     2107.00070) and at most 0.1. Adam's steps are about as long as its rate, so that in a short training a gate can
     still cross [-log 100, log 100] twice, and in a long one gates stay calm.
     """
