@@ -1,6 +1,6 @@
 """What makes the parameters of hard-concrete gates: a small network that goes from layer to layer, or one value each.
 
-Source: Yang, Ji 2021, Dep-L0, arXiv 2107.00070, official code.
+Source: Li, Ji 2021, Dep-L0, arXiv 2107.00070, official code.
 """
 
 from __future__ import annotations
