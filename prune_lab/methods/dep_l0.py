@@ -120,7 +120,7 @@ class DepL0(Method):
     Config = DepL0Config
     card = Card(
         summary="random gates on channels, made layer by layer by one small network, learn to stay shut",
-        paper="Yang, Ji 2021, Dep-L0: Improving L0-based Network Sparsification via Dependency Modeling, "
+        paper="Li, Ji 2021, Dep-L0: Improving L0-based Network Sparsification via Dependency Modeling, "
         "arXiv 2107.00070; gates of Louizos, Welling, Kingma 2018, arXiv 1712.01312",
         acts="during training, in every step, until the gates are fixed (freeze_fraction); closed channels are removed "
         "at its end",
