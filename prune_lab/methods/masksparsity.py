@@ -205,10 +205,7 @@ class MaskSparsity(ScalePruning):
         problem = self._problem(context)
         self.alive = self.choose(context, problem)
         if bool(self.alive.all()) and not context.rehearsal:
-            scales = scale_thresholds.absolute_scales(context.model, problem.channels)
-            smallest = min(float(values.min()) for values in scales.values())
-            raise ConfigError(f"method.{self.config.target()} marks no channel (the smallest scale is {smallest:.3g}): "
-                              "train longer, raise method.scale_penalty, or set a ratio")
+            self._refuse_nothing(context, problem)
         marked = scale_masks.left_out(problem.channels, self.alive)
         num_marked, total = (sum(int(f(mask)) for mask in marked.values()) for f in (torch.sum, torch.numel))
         context.report(f"mask: {num_marked} of {total} scales are marked, those of "
@@ -216,6 +213,15 @@ class MaskSparsity(ScalePruning):
         if context.origin is not None:
             context.model.load_state_dict(context.origin["model"])
         return {"scales/marked": num_marked / total}
+
+    def _refuse_nothing(self, context: Context, problem: Problem) -> None:
+        option = f"method.{self.config.target()}"
+        if self.config.mask_file is not None:
+            raise ConfigError(f"{option} marks no channel that may go")
+        scales = scale_thresholds.absolute_scales(context.model, problem.channels)
+        smallest = min(float(values.min()) for values in scales.values())
+        raise ConfigError(f"{option} marks no channel (the smallest scale is {smallest:.3g}): train longer, raise it "
+                          "or method.scale_penalty, or set a ratio")
 
     def make_penalty(self, context: Context) -> ScalePenalty:
         """Return the penalty on all scales, in the second training on the marked ones."""
