@@ -50,11 +50,15 @@ class GateGenerator(nn.Module):
 
     def forward(self) -> Tensor:
         """Return a of all gates [sum of sizes], in the order of the forward pass, within +-log 100."""
+        return torch.tanh(self.inner()) * LIMIT
+
+    def inner(self) -> Tensor:
+        """Return what tanh bounds, which still tells gates apart that are at the bounds [sum of sizes]."""
         hidden = self.biases[0].new_ones(self._width)
         made = []
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            hidden = torch.tanh(torch.addmv(bias, weight, hidden)) * LIMIT
-            made.append(hidden)
+            made.append(torch.addmv(bias, weight, hidden))
+            hidden = torch.tanh(made[-1]) * LIMIT
         return torch.cat(made[::-1] if self._backward else made)
 
 
@@ -67,6 +71,9 @@ class IndependentGates(nn.Module):
 
     def forward(self) -> Tensor:
         """Return a of all gates [sum of sizes]."""
+        return self.log_alpha.clone()
+
+    def inner(self) -> Tensor:
         return self.log_alpha.clone()
 
 
@@ -94,6 +101,10 @@ class GateParameters:
     def values(self) -> Tensor:
         """a without gradients [num_gates]."""
         return self.leaf.detach()
+
+    def ranking(self) -> Tensor:
+        """Return values in the order of a, without ties at its bounds [num_gates]."""
+        return self.generator.inner().detach()
 
     def _make(self) -> None:
         self._made = self.generator()
