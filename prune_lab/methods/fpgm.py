@@ -57,12 +57,13 @@ class Fpgm(ChannelPruning):
         "(method.residual) by the mean over all filters that write them",
         cost="the distances between the filters of each layer per selection; fine-tuning costs what the smaller "
         "network costs, with reselect_every what the whole one costs",
-        differences="the paper chooses anew after every epoch (reselect_every=1, which here zeroes what reads a "
-        "channel along with its filter); the official code zeroes the gradients of the filters that it zeroed, so its "
-        "first choice is final (reselect_every=0). Its test of the distance is always true, so it only has l2, and the "
-        "cosine that it names there would be the similarity. The paper prunes each convolution alone and adds the "
-        "channels that are left back into a full trunk; here a trunk's channels go from all of its layers, or stay "
-        "(residual=false)",
+        differences="the paper chooses anew after every epoch (reselect_every=1); the official code zeroes the "
+        "gradients of the filters that it zeroed, so its first choice is final (reselect_every=0). reselect_every also "
+        "zeroes what reads a channel: with its filter alone zeroed, as the paper says, a ResNet-20 on digits fell to "
+        "chance, with both it kept its accuracy and its first choice. The code's test of the distance is always true, "
+        "so it only has l2, and the cosine that it names there would be the similarity. The paper prunes each "
+        "convolution alone and adds the channels that are left back into a full trunk; here a trunk's channels go from "
+        "all of its layers, or stay (residual=false)",
     )
 
     def __init__(self, config: FpgmConfig) -> None:
@@ -120,7 +121,11 @@ class Fpgm(ChannelPruning):
         return {"prune/changed": int((before & ~self._alive).sum())}
 
     def _reselect(self, context: Context) -> None:
-        """Choose the channels that stay; set the filters of the others and what reads them to zero, for a start."""
+        """Choose the channels that stay; set the filters of the others and what reads them to zero, for a start.
+
+        Were a filter zeroed alone, batch norm would multiply its gradient by 1 / sqrt(eps), about 300: after one step
+        it would lie far from all others, and be kept in the place of a channel that the network needs.
+        """
         problem = Problem(self, context)
         self._alive = self.choose(context, problem)
         with torch.no_grad():
