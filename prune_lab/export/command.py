@@ -31,6 +31,7 @@ formats (--format; default: all whose packages are installed):
 Batch size is free in all of them; input "images" [batch, 3, size, size], normalised as export.json says.
 A file is kept if its outputs on random images differ from those of the run's network in PyTorch (fp32) by
 no more than the tolerance, relative to the largest output; otherwise it is removed, and the exit code is 1.
+(bf16 that --precision does not ask for is only measured: it never costs the file.)
 
 Latency: all runtimes take turns, dense and pruned, in every round; medians with quartiles. A ratio is printed
 where a 99 % interval of its median over rounds leaves out 1 and it exceeds 5 %, else "no difference".
@@ -77,9 +78,15 @@ def parse_options(argv: list[str]) -> Namespace:
     parser.add_argument("--format", metavar="NAMES", help="with commas between; default: all that are installed")
     parser.add_argument("--out", metavar="DIR", help="folder of the files; default RUN/export")
     parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="in fp32: largest difference over largest output; default 1e-4"
+        "--tolerance",
+        metavar="X",
+        type=float,
+        default=1e-4,
+        help="in fp32: largest difference over largest output; default 1e-4",
     )
-    parser.add_argument("--tolerance-bf16", type=float, default=0.05, help="the same in bf16; default 0.05")
+    parser.add_argument(
+        "--tolerance-bf16", metavar="X", type=float, default=0.05, help="the same in bf16; default 0.05"
+    )
     parser.add_argument(
         "--precision", metavar="NAMES", help="of OpenVINO: fp32, bf16 or fp32,bf16; default: what the CPU has"
     )
@@ -87,7 +94,7 @@ def parse_options(argv: list[str]) -> Namespace:
     parser.add_argument(
         "--repeats", metavar="N", type=int, help=f"rounds, at least {MIN_ROUNDS}; default 15, fewer if they take long"
     )
-    parser.add_argument("--threads", type=int, help="of every runtime; default: as PyTorch")
+    parser.add_argument("--threads", metavar="N", type=int, help="of every runtime; default: as PyTorch")
     parser.add_argument("--no-latency", action="store_true", help="time nothing")
     options = parser.parse_args(argv)
     _check(options)

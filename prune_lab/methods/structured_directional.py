@@ -31,10 +31,11 @@ scoring_images = lazy_import("prune_lab.scoring_images")
 _DIRECTIONAL = Phase("directional", "train", "finetune", active=True)
 """training with group gRDA that starts from a network trained before"""
 
-_REACH, _REACH_FOR_TARGET = 3.0, 4.0
+_REACH, _REACH_FOR_TARGET = 3.0, 6.0
 """Filters in front of a batch norm grow in training, the more the smaller they are: at their norm of the start hardly
-any would be zero. Digits, ResNet-20 of half the width, 20 epochs: 2.1 leaves 78 % of the MACs, 3 leaves 67 %, 4.2
-leaves 29 %. With a target the threshold stops there, and the end costs least where it arrived by itself."""
+any would be zero. Digits, ResNet-20 of half the width, 20 epochs: 2.1 leaves 78 % of the MACs, 3 leaves 67 %. With a
+target the threshold stops there; it has to arrive, because channels that are cut at the end although they are not zero
+cost accuracy: macs_ratio=0.5 ends at 59 % top-1 with 4, at 97 % with 6."""
 
 _CHECK_EVERY = 50
 """steps at most between two looks at where the threshold meets the target; each waits for the device"""
