@@ -16,6 +16,14 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 REPO = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep a file's tests in one process, since they share what they build; what all methods hold, by method."""
+    for item in items:
+        method = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+        by_method = item.path.name == "test_contract.py" and method is not None
+        item.add_marker(pytest.mark.xdist_group(str(method) if by_method else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
     """Folder with the shared data and checkpoints; skips the test where there is none."""
