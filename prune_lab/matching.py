@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
-import torch
-
 from prune_lab import models
 from prune_lab.accounting import count_parameters, sparse_macs
 from prune_lab.config import RunConfig, ScheduleConfig
@@ -141,8 +139,7 @@ class _Problem:
         self.config, self.model_config, self.info, self.arithmetic = config, model_config, info, arithmetic
         self.options = config.method.config
         sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-        with torch.device("meta"):
-            self.model = models.build(model_config, **sizes)
+        self.model = models.build_on_meta(model_config, **sizes)
         self.costs = layer_costs(model_config, **sizes)
         self.num_weights = sum(layer.size for layer in config.method.layers(self.model) if layer.eligible)
         self._set_up: dict[tuple, list[PhaseOutlook]] = {}

@@ -215,8 +215,7 @@ def span(planned: PlannedPhase, steps_per_epoch: int) -> tuple[int, int]:
 @lru_cache(maxsize=32)
 def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tuple[LayerCost, ...]:
     """Return the dense cost per layer of a network as its options build it."""
-    with torch.device("meta"):
-        model = models.build(model_config, num_classes=num_classes, image_size=image_size)
+    model = models.build_on_meta(model_config, num_classes=num_classes, image_size=image_size)
     return tuple(profile(model, image_size))
 
 

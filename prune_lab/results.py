@@ -187,8 +187,7 @@ def whole_layers(
         masked: kept weights per parameter under a mask.
     """
     info = run.dataset.info
-    with torch.device("meta"):
-        whole = models.build(run.model_config, num_classes=info.num_classes, image_size=info.image_size)
+    whole = models.build_on_meta(run.model_config, num_classes=info.num_classes, image_size=info.image_size)
     left = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers = method.layers(whole)
     cut = {layer.parameter: left[layer.parameter] for layer in layers if left[layer.parameter] != layer.size}
@@ -243,8 +242,7 @@ def cost_counts(
     model: nn.Module, costs: Sequence[LayerCost], kept: dict[str, int], *, dense_config: Any, **sizes: int
 ) -> dict[str, Any]:
     """Return parameters and MACs of the finished network beside those of the network as configured, dense."""
-    with torch.device("meta"):
-        dense = models.build(dense_config, **sizes)
+    dense = models.build_on_meta(dense_config, **sizes)
     total = count_parameters(model)
     weights = {cost.parameter: cost.weights for cost in costs}
     dense_forward = dense_macs(layer_costs(dense_config, **sizes))

@@ -154,7 +154,7 @@ def check_equal(model: nn.Module, channels: ChannelMap, alive: Tensor, image_siz
     """Return the largest difference between the outputs of the masked and of the smaller network, relative to them.
 
     Both are copies on the CPU with random scales and shifts in every batch norm, so that a channel which is read
-    although it should not be shows, and statistics near those of random images, so that values stay finite at any depth.
+    although it should not be shows, and statistics near those of random images, so that values stay finite.
 
     Raises:
         RuntimeError: they differ by more than TOLERANCE; the message names the first layer whose outputs do.

@@ -290,8 +290,7 @@ def _small_jobs(jobs: Sequence[RunConfig], small: Sequence[str]) -> list[list[st
 def small_sparsity(config: RunConfig) -> float:
     """Return which fraction of all parameters a ticket lacks; its own sparsity counts eligible weights only."""
     info = datasets.describe(config.dataset)
-    with torch.device("meta"):
-        model = models.build(config.model, num_classes=info.num_classes, image_size=info.image_size)
+    model = models.build_on_meta(config.model, num_classes=info.num_classes, image_size=info.image_size)
     eligible = sum(layer.size for layer in config.method.layers(model) if layer.eligible)
     return sparsity_of(config.resolved["method"]) * eligible / accounting.count_parameters(model)
 

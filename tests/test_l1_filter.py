@@ -162,7 +162,7 @@ def test_counts_are_rounded_up_to_multiples_and_floors() -> None:
      r"^method\.layer_channels: 'layer1\.0\.conv1:99' asks for more channels than layer1\.0\.conv1 has; .* up to 8$"),
     ({"layer_channels": ["layer1.*:4", "conv1:4"], "residual": False},
      r"^method\.layer_channels: the channels of 'conv1' have to stay; .* may go those of layer1\.0\.conv1, layer1\.1"),
-    ({"layer_channels": ["layer1.*:4", "layer2.0.conv1:4"], "exclude": ["layer2.*"]}, "of 'layer2.0.conv1' have to stay"),
+    ({"layer_channels": ["layer1.*:4", "layer2.0.conv1:4"], "exclude": ["layer2.*"]}, "'layer2.0.conv1' have to stay"),
     ({"layer_channels": ["layer1.*:4", "linear:4"]}, "the channels of 'linear' have to stay"),
     ({"channels_ratio": 0.5, "exclude": ["*"]}, "no channels of this network may be removed under method.exclude and"),
     ({"channels_ratio": 0.5, "exclude": ["layer1.0.con1"]},

@@ -10,7 +10,6 @@ from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import TRAIN, Card, Method, MethodConfig, Phase
 from prune_lab.schema import ConfigError, OpenFraction
 
-torch = lazy_import("torch")
 accounting = lazy_import("prune_lab.accounting")
 models = lazy_import("prune_lab.models")
 
@@ -65,8 +64,7 @@ class SmallDense(Method):
         return replace(config, width=width)
 
     def _cost(self, config: Any, *, num_classes: int, image_size: int) -> int:
-        with torch.device("meta"):
-            model = models.build(config, num_classes=num_classes, image_size=image_size)
+        model = models.build_on_meta(config, num_classes=num_classes, image_size=image_size)
         if self.config.match == "params":
             return accounting.count_parameters(model)
         return accounting.dense_macs(accounting.profile(model, image_size))

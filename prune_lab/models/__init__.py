@@ -1,6 +1,6 @@
 """Networks by name: options without torch, then plain modules."""
 
-from prune_lab.models.catalog import build, describe, from_description, names, parse_config
+from prune_lab.models.catalog import build, build_on_meta, describe, from_description, names, parse_config
 from prune_lab.models.configs import (
     ExternalConfig,
     MobileNetConfig,
@@ -21,6 +21,7 @@ __all__ = [
     "VggConfig",
     "WideResNetConfig",
     "build",
+    "build_on_meta",
     "describe",
     "from_description",
     "load_weights",

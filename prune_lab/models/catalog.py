@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.lazy import lazy_import
 from prune_lab.models import configs
 from prune_lab.models.configs import ExternalConfig, ModelConfig
 from prune_lab.schema import ConfigError, parse, suggestion
 
 if TYPE_CHECKING:
     from torch import nn
+
+torch = lazy_import("torch")
 
 # Family -> names, options, module with `build`. Modules are imported on `build` only.
 _FAMILIES = (
@@ -70,6 +73,17 @@ def build(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Modul
     """
     module = importlib.import_module(f"prune_lab.models.{_MODULES[type(config)]}")
     return module.build(config, num_classes=num_classes, image_size=image_size)
+
+
+def build_on_meta(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
+    """Return the network of `config` on the meta device: shapes without values, which take no memory."""
+    sizes = {"num_classes": num_classes, "image_size": image_size}
+    try:
+        with torch.device("meta"):
+            return build(config, **sizes)
+    except (NotImplementedError, RuntimeError):  # torchvision's RegNet computes its widths with tensors
+        with torch.random.fork_rng(devices=[]):
+            return build(config, **sizes).to("meta")
 
 
 def describe(config: ModelConfig, num_classes: int, image_size: int) -> dict[str, Any]:

@@ -116,3 +116,13 @@ def test_wide_resnet_dropout_only_while_training():
 def test_torchvision_classifier_by_name(name):
     model = build("torchvision", name=name, num_classes=7, image_size=64)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+
+
+def test_shapes_of_a_network_that_computes_its_widths_with_tensors():
+    config = models.parse_config(node("torchvision", name="regnet_y_400mf"))
+    state = torch.get_rng_state()
+    shapes = models.build_on_meta(config, num_classes=7, image_size=32)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {parameter.device.type for parameter in shapes.parameters()} == {"meta"}
+    whole = models.build(config, num_classes=7, image_size=32)
+    assert [tensor.shape for tensor in shapes.parameters()] == [tensor.shape for tensor in whole.parameters()]
