@@ -143,12 +143,14 @@ def test_each_precision_has_its_tolerance() -> None:
 
 @pytest.mark.parametrize("is_asked", [False, True])
 def test_bf16_that_nobody_asked_for_does_not_cost_the_file(
-    dense_run: Path, tmp_path: Path, monkeypatch, capsys, is_asked: bool
+    run: Path, exported: Path, tmp_path: Path, monkeypatch, capsys, is_asked: bool
 ) -> None:
     pytest.importorskip("openvino", reason="openvino is not installed")
     if not work.runtimes.openvino_has_bf16():
         pytest.skip("this CPU has no bf16 instructions")
-    arguments = [str(dense_run), "--out", str(tmp_path), "--format", "openvino", "--tolerance-bf16", "1e-9", *NO_TIMES]
+    monkeypatch.setattr(formats, "trace", lambda model, image_size: "written before")
+    monkeypatch.setattr(files, "write", lambda name, network, folder: copy_files(name, exported, folder))
+    arguments = [str(run), "--out", str(tmp_path), "--format", "openvino", "--tolerance-bf16", "1e-9", *NO_TIMES]
     if is_asked:
         with pytest.raises(ConfigError, match="OpenVINO bf16 differs .* above --tolerance-bf16 1e-09"):
             command.main([*arguments, "--precision", "fp32,bf16"])
@@ -202,6 +204,11 @@ def test_tensors_in_half_precision_are_computed_in_fp32(run: Path, tmp_path: Pat
     export(half, tmp_path / "out", "--format", "safetensors", *NO_TIMES)
     found = prune_lab.load(tmp_path / "out")(images)
     assert found.dtype == torch.float32 and torch.equal(found, expected(half, images))
+
+
+def copy_files(name: str, source: Path, target: Path) -> None:
+    for file in catalog.FORMATS[name].files:
+        shutil.copy(source / file, target)
 
 
 def copy_of(run: Path, target: Path) -> Path:
