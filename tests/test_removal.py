@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import torch
 from channel_networks import NARROW, outputs, phase, thinned
 from method_runs import configure, finish, summary
-from run_helpers import METHODS, TINY, assert_same_run, execute, fork, records, run_dir, wait_for
+from run_helpers import METHODS, TINY, assert_same_run, compose, execute, fork, records, run_dir, wait_for
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -166,6 +167,14 @@ with torch.no_grad():
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), outputs(load_model(folder), 16, 4))
     assert set(load_file(folder / "model.safetensors")) == set(load_model(folder).state_dict())
+
+
+def test_start_weights_of_a_smaller_network_are_refused_as_such(folder: Path) -> None:
+    config = dataclasses.replace(compose("model=mobilenet_v3_small", "model.width=0.35").model,
+                                 weights=str(folder / "model.safetensors"))  # fmt: skip
+    model = models.build(config, num_classes=4, image_size=16)
+    with pytest.raises(ConfigError, match=r"does not fit model .* of another shape .*; the channels of"):
+        models.load_weights(model, config)
 
 
 def test_widths_that_do_not_fit_are_refused_on_loading(folder: Path, tmp_path: Path) -> None:

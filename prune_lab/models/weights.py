@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import urllib.error
 import urllib.request
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prune_lab.files import read_json
 from prune_lab.lazy import lazy_import
 from prune_lab.models.configs import VGG_NAMES, ExternalConfig, ModelConfig, ResNetCifarConfig, WideResNetConfig
 from prune_lab.schema import ConfigError
@@ -62,9 +64,19 @@ def load_weights(model: nn.Module, config: ModelConfig) -> None:
         state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
     problems = _compare(model, state)
     if problems:
-        raise ConfigError(f"model.weights={config.weights} does not fit model {config.name}: {problems}")
+        raise ConfigError(
+            f"model.weights={config.weights} does not fit model {config.name}: {problems}{_removed_channels(path)}"
+        )
     # Not strict: files of old torch versions hold no num_batches_tracked; _compare has checked the rest.
     model.load_state_dict(state, strict=False)
+
+
+def _removed_channels(path: Path) -> str:
+    """Return what to add to an error about a run's file whose network has lost channels; empty for other files."""
+    with contextlib.suppress(OSError, ValueError):
+        if path.name == "model.safetensors" and read_json(path.with_name("model.json")).get("channels"):
+            return "; the channels of this run's network were removed, start weights are those of whole networks"
+    return ""
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
