@@ -108,10 +108,10 @@ def _command(name: str, arguments: list[str]) -> int:
 
 
 def help_text() -> str:
-    from prune_lab.overrides import choices, groups
+    from prune_lab.overrides import choices, groups, listed
 
     rows = [
-        textwrap.fill(", ".join(choices(conf_dir(), group)), 115, initial_indent=f"  {group:10} ",
+        textwrap.fill(listed(group, choices(conf_dir(), group)), 115, initial_indent=f"  {group:10} ",
                       subsequent_indent=" " * 13)
         for group in groups(conf_dir())
     ]  # fmt: skip

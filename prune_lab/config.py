@@ -136,6 +136,38 @@ class LoggerConfig:
 
 
 @dataclass(frozen=True)
+class PaperConfig:
+    """What a publication reports for the run that a recipe describes; changes nothing about the run."""
+
+    cite: str
+    """authors, year, arXiv number"""
+    where: str
+    """table or figure, and row"""
+    certainty: Literal["paper", "abstract", "report", "code", "author", "issue", "figure", "summary", "third-party",
+                       "derived", "memory"]
+    """where the values were read: `report` is a reproduction's, `summary` a text about the paper, `memory` unchecked"""
+    values: dict[str, float]
+    """published numbers under the keys of summary.json"""
+    std: dict[str, float]
+    """their standard deviations over seeds, where published"""
+    remark: str | None
+    """what in the recipe is not the paper's, or how its numbers were counted"""
+
+    def check(self, path: str) -> None:
+        for name, numbers in (("values", self.values), ("std", self.std)):
+            for key in numbers:
+                if key not in PAPER_KEYS:
+                    raise ConfigError(f"unknown key {path}.{name}.{key}{suggestion(key, PAPER_KEYS)}; "
+                                      f"allowed: {', '.join(PAPER_KEYS)}", path)  # fmt: skip
+
+
+PAPER_KEYS = ("final/top1", "final/top5", "dense/top1", "delta/top1", "sparsity/achieved", "params/nonzero",
+              "params/total", "params/dense", "macs/dense", "macs/inference", "macs/inference_ratio",
+              "macs/train_ratio")  # fmt: skip
+"""keys of summary.json that a publication can have numbers for"""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything one run is told. `method` is an instance of the method's class, not yet attached to a model."""
 
@@ -152,6 +184,8 @@ class RunConfig:
     resolved: dict
     overrides: tuple[str, ...] = ()
     """the command's options as typed, for the record"""
+    paper: PaperConfig | None = None
+    """published numbers to compare with, from a recipe"""
     matched: Matched | None = None
     """how the budget was solved, with method.match; `method` and `schedule` hold the outcome"""
 
@@ -165,6 +199,7 @@ class _Root:
     optimizer: dict[str, Any]
     trainer: TrainerConfig
     logger: LoggerConfig
+    paper: PaperConfig | None
     seed: Index
     output_dir: str
     dry_run: bool
@@ -193,6 +228,7 @@ def check(node: Mapping[str, Any]) -> RunConfig:
         output_dir=root.output_dir,
         dry_run=root.dry_run,
         resolved=dict(node),
+        paper=root.paper,
     )
     config.method.check_run(config)
     return config

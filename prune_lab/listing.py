@@ -20,9 +20,11 @@ def show(conf_dir: Path, arguments: list[str]) -> int:
         near = "" if typed in WHAT else suggestion(typed, WHAT)
         raise ConfigError(f"{' '.join(['prune-lab list', *arguments])}: give one of {', '.join(WHAT)}{near}")
     group = WHAT[arguments[0]]
-    for name in choices(conf_dir, group):
+    names = choices(conf_dir, group)
+    width = max(22, *map(len, names))
+    for name in names:
         path = conf_dir / group / f"{name}.yaml"
-        print(f"{name:22} {_card(path) if group == 'method' else _first_comment(path)}".rstrip())
+        print(f"{name:{width}} {_card(path) if group == 'method' else _first_comment(path)}".rstrip())
     return 0
 
 

@@ -40,8 +40,9 @@ def compose_checked(conf_dir: Path, overrides: list[str], *, sweep: bool) -> Ite
 
 
 def choices(conf_dir: Path, group: str) -> list[str]:
-    """Return the file names of a group without their ending."""
-    return sorted(path.stem for path in (conf_dir / group).glob("*.yaml"))
+    """Return the file names of a group without their ending; those in folders as folder/name."""
+    folder = conf_dir / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
 def groups(conf_dir: Path) -> list[str]:
@@ -87,7 +88,12 @@ def _check_name(conf_dir: Path, override: Override) -> None:
             raise ConfigError(f"{line}: leave {key}=... out to have none; allowed: {', '.join(allowed)}")
         if value not in allowed:
             near = suggestion(value, allowed)
-            raise ConfigError(f"{key}={value} is not a choice{near}; allowed: {', '.join(allowed)}")
+            raise ConfigError(f"{key}={value} is not a choice{near}; allowed: {listed(key, allowed)}")
+
+
+def listed(group: str, allowed: list[str]) -> str:
+    """Return all choices on one line, or where to see them if they are too many for one."""
+    return ", ".join(allowed) if len(allowed) <= 40 else f"the {len(allowed)} of prune-lab list {group}s"
 
 
 def _group_values(override: Override, allowed: list[str]) -> list[str]:

@@ -7,23 +7,35 @@ from pathlib import Path
 import pytest
 
 from prune_lab.cli import conf_dir, main
-from prune_lab.overrides import choices
+from prune_lab.overrides import choices, compose_checked
 
-SHORT = ("schedule.train.epochs=2", "schedule.finetune.epochs=1", "schedule.train.warmup_epochs=0",
-         "trainer.limit_train_batches=12", "trainer.limit_eval_batches=1", "schedule.batch_size=4",
-         "logger.wandb=disabled")  # fmt: skip
-FAKE = ("dataset=fake", "dataset.image_size=16", "model.width=0.25")
+NAMES = choices(conf_dir(), "experiment")
+ONE_PER_PAPER = {name.partition("/")[0]: name for name in reversed(NAMES)}.values()
+"""the others are checked too, but take minutes"""
+SMALL = ("dataset=fake", "dataset.image_size=16", "model.width=0.25", "debug=tiny", "logger.wandb=disabled")
+TINY_OPTIONS = {"demo_rigl": ["method.interval=2"], "rigl": ["method.interval=2"]}
+"""per folder: what steps of a recipe must be made small with the training"""
+RECIPES = [name if name in ONE_PER_PAPER else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
-@pytest.mark.parametrize("name", choices(conf_dir(), "experiment"))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_experiment_composes_and_says_where_its_numbers_come_from(name: str) -> None:
+    (config,) = compose_checked(conf_dir(), [f"experiment={name}"], sweep=False)
+    if "/" in name:
+        assert config.paper is not None and config.paper.values
+        assert set(config.paper.std) <= set(config.paper.values)
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_experiment_passes_a_dry_run(name: str, tmp_path: Path) -> None:
     assert main([f"experiment={name}", "dry_run=true", f"output_dir={tmp_path}"]) == 0
     assert len(list(tmp_path.glob("*/dry_run.json"))) == 1
 
 
-@pytest.mark.parametrize("name", choices(conf_dir(), "experiment"))
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_experiment_trains_on_fake_data(name: str, tmp_path: Path) -> None:
-    assert main([f"experiment={name}", *FAKE, *SHORT, f"output_dir={tmp_path}"]) == 0
+    options = list(TINY_OPTIONS.get(name.partition("/")[0], ()))
+    assert main([f"experiment={name}", *SMALL, *options, f"output_dir={tmp_path}"]) == 0
     assert len(list(tmp_path.glob("*/summary.json"))) == 1
 
 
@@ -34,6 +46,6 @@ def test_debug_tiny_shortens_every_schedule(schedule: str, tmp_path: Path, capsy
 
 
 def test_debug_tiny_runs(tmp_path: Path) -> None:
-    options = ("method=magnitude", "debug=tiny", *FAKE, "logger.wandb=disabled")
+    options = ("method=magnitude", *SMALL)
     assert main([*options, f"output_dir={tmp_path}"]) == 0
     assert len(list(tmp_path.glob("*/summary.json"))) == 1
