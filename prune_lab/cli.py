@@ -18,11 +18,12 @@ _PRINT_FLAGS = ("-c", "--cfg", "-p", "--package", "--resolve")
 _COMPLETION_FLAGS = ("-sc", "--shell-completion")
 _FLAGS_WITH_VALUE = {"-c": ("job", "hydra", "all"), "--cfg": ("job", "hydra", "all"), "-p": None, "--package": None}
 _MODULES = {
-    "compare": "prune_lab.report",
+    "compare": "prune_lab.compare.command",
     "verdict": "prune_lab.verdict_runs",
     "connect": "prune_lab.analysis.connect",
     "hessian-projection": "prune_lab.analysis.hessian_projection",
     "export": "prune_lab.export.command",
+    "dashboard": "prune_lab.tracking.dashboard",
     "wandb-sync": "prune_lab.tracking.refill",
 }
 """sub-command -> module whose `main` does it"""
@@ -39,7 +40,8 @@ HELP = """prune-lab {version}: trains, prunes and fine-tunes neural networks, an
   prune-lab connect RUN RUN                                 loss along a line or a curve between two networks
   prune-lab hessian-projection RUN RUN                      does the way between two runs lie in flat directions?
   prune-lab export RUN                                      to ONNX, OpenVINO ...; checks and times the result
-  prune-lab wandb-sync RUN...                               send runs to W&B from their local files
+  prune-lab dashboard                                       build the W&B workspace that compares a project's runs
+  prune-lab wandb-sync RUNS                                 send runs to W&B from their local files
 
 Groups (GROUP=CHOICE; single options as GROUP.KEY=VALUE):
 {groups}

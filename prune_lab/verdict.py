@@ -7,12 +7,11 @@ order of the conditions and the margins; what is our own says so.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prune_lab.report import Stat
+from prune_lab.compare.groups import Stat, stat
 from prune_lab.schema import ConfigError, suggestion
 
 DENSE, TICKET, REINIT, SMALL = "dense", "LT-IMP", "RR-IMP", "small_dense"
@@ -110,11 +109,6 @@ def similar_margin(dataset: str, given: float | None) -> float:
             f"--sim POINTS; published: {published}"
         )
     return SIMILAR[dataset]
-
-
-def stat(values: Sequence[float]) -> Stat:
-    """Return mean, sample standard deviation (None for one value) and number of `values`."""
-    return Stat(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
 def two_standard_errors(one: Stat, other: Stat) -> float | None:

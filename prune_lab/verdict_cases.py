@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prune_lab import datasets
+from prune_lab.compare.runs import RunResult
 from prune_lab.config import ScheduleConfig
 from prune_lab.positions import parse_position
-from prune_lab.report import RunResult
 from prune_lab.schema import ConfigError, parse
 from prune_lab.verdict import DENSE, REINIT, SMALL, TICKET, Rules, Verdict, differences, judge
 

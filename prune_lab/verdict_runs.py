@@ -13,13 +13,13 @@ from typing import Any
 
 from prune_lab import datasets
 from prune_lab.arguments import Arguments
+from prune_lab.compare.runs import RunResult, read_runs, without_copies
+from prune_lab.compare.table import unfinished
 from prune_lab.config import RunConfig
 from prune_lab.failure import fail
 from prune_lab.files import write_json
 from prune_lab.lazy import lazy_import
 from prune_lab.overrides import compose_checked, parse_overrides
-from prune_lab.report import RunResult, read_runs, without_copies
-from prune_lab.report_table import unfinished
 from prune_lab.schema import ConfigError
 from prune_lab.verdict import DENSE, REINIT, SMALL, TICKET, Rules, similar_margin
 from prune_lab.verdict_cases import REWOUND, Case, find_cases, read_entries, sparsity_of

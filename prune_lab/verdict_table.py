@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from prune_lab.report import Stat
-from prune_lab.report_table import markdown
+from prune_lab.compare.formats import markdown
+from prune_lab.compare.groups import Stat
 from prune_lab.tracking.lines import quantity, to_ascii
 from prune_lab.verdict import PRIZES, TITLES, Condition, Rules, Verdict, stat
 from prune_lab.verdict_cases import REWOUND, Case

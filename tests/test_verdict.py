@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from prune_lab.report import Stat
+from prune_lab.compare.groups import Stat
 from prune_lab.schema import ConfigError
 from prune_lab.verdict import (
     DENSE,

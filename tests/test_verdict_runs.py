@@ -15,8 +15,8 @@ import pytest
 
 from prune_lab import verdict_runs
 from prune_lab.cli import conf_dir
+from prune_lab.compare.runs import read_runs
 from prune_lab.overrides import compose_checked
-from prune_lab.report import read_runs
 from prune_lab.schema import ConfigError
 from prune_lab.verdict_cases import find_cases, read_entries, sparsity_of
 from prune_lab.verdict_runs import PRESETS, main, plan, sharing, small_sparsity, with_preset

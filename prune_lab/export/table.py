@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prune_lab.compare.formats import markdown
 from prune_lab.export.catalog import FORMATS
-from prune_lab.report_table import markdown
 
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 

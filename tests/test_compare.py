@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import csv
 import json
 import subprocess
 import sys
@@ -10,8 +10,13 @@ import time
 
 import pytest
 
-from prune_lab.report import aggregate, find_runs, main, read_runs, sort_rows, without_copies
-from prune_lab.report_table import render, table
+from prune_lab.compare.command import main
+from prune_lab.compare.conditions import apply, parse
+from prune_lab.compare.differences import Difference, differences, paired
+from prune_lab.compare.front import fronts, pareto
+from prune_lab.compare.groups import accuracy_key, aggregate, sort_rows, stat_of
+from prune_lab.compare.runs import find_runs, read_runs, without_copies
+from prune_lab.compare.table import table
 from prune_lab.schema import ConfigError
 
 
@@ -60,7 +65,7 @@ def test_single_run_has_no_std_and_missing_metric_is_no_zero(tmp_path):
     assert "delta to dense" not in table([row])[0]
 
 
-def test_failed_and_unfinished_runs_are_counted_and_listed(tmp_path):
+def test_failed_and_unfinished_runs_are_counted_and_listed(tmp_path, capsys):
     write_run(tmp_path, "good", final__top1=90.0)
     write_run(tmp_path, "bad", seed=1, status="failed", error="loss is not finite")
     write_run(tmp_path, "cut", seed=2, status="running")
@@ -69,9 +74,8 @@ def test_failed_and_unfinished_runs_are_counted_and_listed(tmp_path):
     runs = read_runs([tmp_path])
     (row,) = aggregate(runs)
     assert (row.num_finished, row.num_runs) == (1, 3)
-    out = io.StringIO()
-    render([row], runs, [], stream=out)
-    text = out.getvalue()
+    assert main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
     assert "1 of 3" in text and "not finished, 3 of 4 runs:" in text
     assert f"failed: {tmp_path / 'bad'} (loss is not finite)" in text
     assert f"running or killed: {tmp_path / 'cut'}" in text
@@ -149,11 +153,21 @@ def test_main_writes_markdown_when_not_on_a_terminal(tmp_path, capsys):
     [
         (["nowhere"], "nowhere: no such run or folder"),
         ([".", "--sort", "top2"], r"--sort top2 is not a choice \(did you mean 'top1'\?\)"),
+        ([".", "--cost", "mac"], r"--cost mac is not a choice \(did you mean 'macs'\?\); allowed: macs, train, params"),
+        ([".", "--format", "tex"], r"--format tex is not a choice"),
+        (["r", "--filter", "method"], r"--filter method: write name=value"),
+        (["r", "--filter", "method.sparsty=0.9"], r"--filter method.sparsty: no run has it \(did you mean"),
+        (["r", "--filter", "method=set"], r"--filter method=set: none of 1 runs is left"),
+        (["r", "--baseline", "method=dense"], r"--baseline method=dense: no row is such"),
+        (["r", "--group", "metod"], r"--group metod: no run has it \(did you mean 'method'\?\)"),
+        (["r", "--group", "seed"], r"--group seed: rows are means over seeds"),
         ([], "prune-lab compare: the following arguments are required: RUNS"),
     ],
 )
 def test_wrong_arguments_are_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if arguments[:1] == ["r"]:
+        write_run(tmp_path, "r", final__top1=90.0)
     with pytest.raises(ConfigError, match=message) as caught:
         main(arguments)
     assert "\n" not in str(caught.value)
@@ -168,7 +182,7 @@ def test_thousand_runs_in_three_seconds_without_torch(tmp_path):
     for index in range(1000):
         write_run(tmp_path, f"r{index}", group=f"g{index // 3}", seed=index % 3, final__top1=90.0 + index % 7)
     code = (
-        "import sys; from prune_lab.report import main; main([sys.argv[1]]);"
+        "import sys; from prune_lab.compare.command import main; main([sys.argv[1]]);"
         "assert not {'torch', 'wandb', 'hydra'} & set(sys.modules)"
     )
     started = time.monotonic()
@@ -210,3 +224,149 @@ def test_a_control_without_its_method_keeps_its_delta(tmp_path):
 def test_runs_without_controls_have_no_column_for_them(tmp_path):
     write_run(tmp_path, "r", final__top1=90.0)
     assert {"control", "delta to method"}.isdisjoint(table(aggregate(read_runs([tmp_path])))[0])
+
+
+def rows_of(root):
+    return aggregate(read_runs([root]))
+
+
+def write_seeds(root, name, values, **extra):
+    for seed, top1 in enumerate(values):
+        write_run(root, f"{name}-s{seed}", group=name, seed=seed, config__method=name, final__top1=top1,
+                  config={"method": {"name": name, "sparsity": 0.9}}, **extra)  # fmt: skip
+
+
+def test_differences_are_paired_over_seeds_with_students_interval(tmp_path, capsys):
+    write_seeds(tmp_path, "dense", (90.0, 92.0, 94.0))
+    write_seeds(tmp_path, "rigl", (89.0, 90.5, 93.0, 95.0))  # seed 3 has no partner
+    assert main([str(tmp_path), "--baseline", "method=dense", "--format", "csv"]) == 0
+    lines = {line["method"]: line for line in csv.DictReader(capsys.readouterr().out.splitlines())}
+    assert float(lines["rigl"]["difference mean"]) == pytest.approx(-3.5 / 3)
+    # differences -1, -1.5, -1: std 0.288675, t(0.975, 2) = 4.302653
+    assert float(lines["rigl"]["difference half_width"]) == pytest.approx(4.302653 * 0.288675 / 3**0.5, rel=1e-5)
+    assert lines["rigl"]["difference n"] == "3" and lines["dense"]["difference n"] == ""
+    assert main([str(tmp_path), "--baseline", "method=dense"]) == 0
+    assert "| -1.17 +- 0.72 (3) !" in capsys.readouterr().out
+
+
+def test_one_pair_has_no_interval_and_none_no_difference():
+    assert paired({0: 1.0}, {0: 3.0}) == Difference(-2.0, None, 1)
+    assert paired({0: 1.0}, {1: 3.0}) is None
+    assert not Difference(-2.0, None, 1).excludes_zero
+
+
+def test_a_baseline_is_one_row_per_data_set_and_model(tmp_path):
+    write_seeds(tmp_path, "dense", (90.0,))
+    write_seeds(tmp_path, "rigl", (80.0,))
+    write_run(tmp_path, "other", group="other", config__model="vgg16", final__top1=70.0)
+    rows = rows_of(tmp_path)
+    typed = parse("--baseline", ["method=dense"], read_runs([tmp_path]))
+    assert {key: value.mean for key, value in differences(rows, typed, "top1").items()} == {"rigl": -10.0}
+    with pytest.raises(ConfigError, match=r"two rows of resnet20 on digits are such \(dense 0.9; rigl 0.9\); add"):
+        differences(rows, parse("--baseline", ["method.sparsity=0.9"], read_runs([tmp_path])), "top1")
+
+
+def test_pareto_front_by_hand():
+    # (accuracy, cost): cheap and poor, dominated, best of its cost, equal twin, dearer but no better
+    points = [(70.0, 1.0), (69.0, 2.0), (80.0, 3.0), (80.0, 3.0), (80.0, 4.0), (81.0, 5.0)]
+    assert pareto(points) == [True, False, True, True, False, True]
+
+
+def test_the_front_is_marked_per_data_set_and_against_the_cost_asked_for(tmp_path):
+    for name, top1, macs, params in (("a", 80.0, 10, 30), ("b", 90.0, 20, 20), ("c", 70.0, 15, 40)):
+        write_run(tmp_path, name, group=name, final__top1=top1, macs__inference=macs, params__nonzero=params)
+    write_run(tmp_path, "d", group="d", config__dataset="other", final__top1=1.0, macs__inference=99)
+    rows = rows_of(tmp_path)
+    assert fronts(rows, "top1", "macs") == {"a", "b"}
+    assert fronts(rows, "top1", "params") == {"b"}
+    assert fronts(rows, "top1", "latency") == set()
+
+
+def test_filters_take_groups_options_results_lists_and_negation(tmp_path):
+    write_seeds(tmp_path, "dense", (90.0, 91.0))
+    write_seeds(tmp_path, "rigl", (80.0,))
+    write_run(tmp_path, "cut", status="running", config={"method": {"name": "set", "sparsity": 0.5}})
+    runs = read_runs([tmp_path])
+
+    def left(*typed):
+        return [run.path.name for run in apply(parse("--filter", typed, runs), runs)]
+
+    assert left("method=rigl,set") == ["cut", "rigl-s0"]
+    assert left("method!=dense", "method.sparsity=0.90") == ["rigl-s0"]
+    assert left("seed=1") == ["dense-s1"]
+    assert left("final/top1=90") == ["cut", "dense-s0"], "what an unfinished run would have reached is not known"
+
+
+def test_a_table_per_value_of_an_option(tmp_path, capsys):
+    write_seeds(tmp_path, "dense", (90.0,))
+    write_seeds(tmp_path, "rigl", (80.0,))
+    assert main([str(tmp_path), "--group", "method"]) == 0
+    text = capsys.readouterr().out
+    assert text.index("method=dense\n") < text.index("| 90.00") < text.index("method=rigl\n") < text.index("| 80.00")
+
+
+def test_latex_and_csv_keep_notes_out_of_the_table(tmp_path, capsys):
+    write_run(tmp_path, "good", final__top1=90.0, delta__top1=-1.5, run__device="a_b")
+    write_run(tmp_path, "bad", seed=1, status="failed", error="loss is not finite")
+    assert main([str(tmp_path), "--format", "latex"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("\\begin{tabular}{lllllllll}\n\\toprule\n") and r"top-1 \%" in captured.out
+    assert "& $-$1.50 &" in captured.out and "1 of 2" in captured.out
+    assert "failed: " in captured.err and "loss is not finite" in captured.err
+    assert main([str(tmp_path), "--format", "csv"]) == 0
+    captured = capsys.readouterr()
+    (line,) = csv.DictReader(captured.out.splitlines())
+    assert (line["final/top1 mean"], line["final/top1 std"], line["final/top1 n"]) == ("90.0", "", "1")
+    assert (line["runs"], line["finished"], line["seeds"]) == ("2", "1", "0")
+    assert "loss is not finite" in captured.err
+
+
+PAPER = {"cite": "Evci et al. 2020", "where": "figure 2", "certainty": "paper", "remark": "counted otherwise",
+         "values": {"final/top1": 73.0, "macs/inference_ratio": 0.24}, "std": {"final/top1": 0.04}}  # fmt: skip
+
+
+def test_published_numbers_stand_beside_those_measured(tmp_path, capsys):
+    command = "prune-lab experiment=rigl/x seed=0 output_dir=o dataset.root=d"
+    write_run(tmp_path, "r", config={"paper": PAPER}, final__top1=70.5, macs__inference_ratio=0.2418,
+              run__command=command)  # fmt: skip
+    assert main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "73.00 +- 0.04" in text and "Evci et al. 2020, figure 2 [paper]" in text and "counted otherwise" in text
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "macs/inf" in line]
+    assert cells[0][1:5] == ["macs/inference_ratio", "0.24", "0.2418", "+0.0018"]
+    assert "*" not in text
+
+
+def test_a_recipe_with_other_options_is_not_the_papers_experiment(tmp_path, capsys):
+    command = "prune-lab experiment=rigl/x schedule.multiplier=0.1 logger.wandb=disabled"
+    write_run(tmp_path, "r", config={"paper": PAPER}, final__top1=70.5, run__command=command)
+    assert main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "73.00 +- 0.04 *" in text
+    assert "* rigl 0.9: not the paper's experiment, changed: schedule.multiplier=0.1" in text
+
+
+def test_latency_is_read_from_the_runs_export(tmp_path):
+    path = write_run(tmp_path, "r", final__top1=90.0)
+    (path / "export").mkdir()
+    rows = [{"runtime": "ONNX", "batch": 1, "dense": {"median_s": 1.0}, "pruned": {"median_s": 1.0}},
+            {"runtime": "PyTorch", "batch": 64, "dense": {"median_s": 0.2}, "pruned": {"median_s": 0.1}},
+            {"runtime": "PyTorch", "batch": 1, "dense": {"median_s": 0.004}, "pruned": {"median_s": 0.003}}]
+    (path / "export" / "export.json").write_text(json.dumps({"latency": {"rows": rows}}))
+    (row,) = rows_of(tmp_path)
+    assert row.stats["latency"].mean == pytest.approx(3.0)
+    assert stat_of(row, "latency/ratio").mean == pytest.approx(0.75)
+
+
+def test_seeds_from_other_machines_are_said(tmp_path, capsys):
+    for seed, device in enumerate(("cpu", "gpu")):
+        write_run(tmp_path, f"r{seed}", seed=seed, final__top1=90.0, run__device=device)
+    assert main([str(tmp_path)]) == 0
+    assert "note: the runs of rigl 0.9 come from 2 kinds of machine or package versions" in capsys.readouterr().out
+
+
+def test_runs_with_a_validation_split_are_compared_on_the_test_split(tmp_path):
+    write_run(tmp_path, "a", group="a", final__top1=90.0, test__top1=80.0)
+    assert accuracy_key(rows_of(tmp_path)) == "test"
+    write_run(tmp_path, "b", group="b", final__top1=90.0)
+    assert accuracy_key(rows_of(tmp_path)) == "top1"

@@ -1,0 +1,161 @@
+"""Rows of a comparison as cells for a reader, and the lines about what is not among them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from prune_lab.compare.differences import CONFIDENCE, Difference
+from prune_lab.compare.groups import Row, Stat
+from prune_lab.compare.published import Beside
+from prune_lab.compare.runs import RunResult
+from prune_lab.tracking.lines import duration, quantity, to_ascii
+
+COST_NAMES = {"macs": "inference MACs", "train": "training MACs", "params": "nonzero parameters", "latency": "latency"}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was worked out across rows."""
+
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+    """by group; empty without a baseline"""
+    baseline: str = ""
+    """how it was typed"""
+    metric: str = "top1"
+    """what differences and front are about: short name of METRICS"""
+    front: frozenset[str] = frozenset()
+    """groups on the Pareto front"""
+    cost: str = "macs"
+    """against which the front is drawn: short name of COSTS"""
+    published: tuple[Beside, ...] = ()
+
+
+def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[str], list[list[str]]]:
+    """Return column names and ASCII cells; a column that no row fills is left out."""
+    known = findings or Findings()
+    top1 = {entry.row.group: entry for entry in known.published if entry.key == "final/top1"}
+    columns = {
+        "method": [row.labels[0] for row in rows],
+        "model": [row.labels[1] for row in rows],
+        "dataset": [row.labels[2] for row in rows],
+        "schedule": [row.labels[3] for row in rows],
+        "sparsity": ["" if row.sparsity is None else f"{row.sparsity:g}" for row in rows],
+        "matched": [row.matched for row in rows],
+        "options": [row.options for row in rows],
+        "control": [row.control for row in rows],
+        "n": [_count(row) for row in rows],
+        "top-1 %": [_spread(row.stats.get("top1"), "{:.2f}") for row in rows],
+        "test top-1 %": [_spread(row.stats.get("test"), "{:.2f}") for row in rows],
+        "paper top-1 %": [_published(top1.get(row.group)) for row in rows],
+        "delta to dense": [_spread(row.stats.get("delta"), "{:+.2f}") for row in rows],
+        "delta to method": [_spread(row.stats.get("control"), "{:+.2f}") for row in rows],
+        f"against {known.baseline}": [_difference(known.differences.get(row.group)) for row in rows],
+        "params nonzero": [_params(row) for row in rows],
+        "MACs ratio": [_mean(row.stats.get("macs"), "{:.4f}") for row in rows],
+        "train MACs ratio": [_mean(row.stats.get("train"), "{:.3f}") for row in rows],
+        "latency ms": [_mean(row.stats.get("latency"), "{:.3g}") for row in rows],
+        "wall time": [duration(row.stats["wall"].mean) if "wall" in row.stats else "" for row in rows],
+        "front": ["*" if row.group in known.front else "" for row in rows],
+    }
+    kept = {name: cells for name, cells in columns.items() if any(cells)}
+    lines = [[to_ascii(cell) or "-" for cell in line] for line in zip(*kept.values(), strict=True)]
+    return [to_ascii(name) for name in kept], lines
+
+
+def legend(rows: Sequence[Row], findings: Findings) -> list[str]:
+    """Return how to read the table."""
+    lines = ["mean +- sample standard deviation over n finished runs; ratios are to the dense network"]
+    if findings.differences:
+        lines.append(f"against {findings.baseline}: mean difference in points over runs of the same seed, "
+                     f"{CONFIDENCE:.0%} confidence interval (Student's t; n pairs); ! it leaves out 0")  # fmt: skip
+    if findings.front:
+        lines.append(f"front: * no other row of the data set has at least its accuracy for at most its "
+                     f"{COST_NAMES[findings.cost]}, and one of them better")  # fmt: skip
+    if any("latency" in row.stats for row in rows):
+        lines.append("latency: PyTorch, smallest batch, as prune-lab export measured it on its machine")
+    return [*lines, *_mixed(rows)]
+
+
+def _mixed(rows: Sequence[Row]) -> list[str]:
+    """Return a line for every row whose runs share all options but not the machine or the versions."""
+    lines = []
+    for row in rows:
+        kinds = {repr((run.summary.get("run/device"), run.summary.get("run/versions"))) for run in row.runs}
+        if len(kinds) > 1:
+            lines.append(f"note: the runs of {row.name} come from {len(kinds)} kinds of machine or package versions")
+    return lines
+
+
+def published_table(entries: Sequence[Beside]) -> tuple[list[str], list[list[str]], list[str]]:
+    """Return columns, cells and remarks of published numbers beside those measured here."""
+    header = ["recipe", "figure", "paper", "here", "here - paper", "read from"]
+    cells, remarks = [], {}
+    for entry in entries:
+        std = "" if entry.std is None else f" +- {entry.std:g}"
+        here = "" if entry.here is None else _number(entry.here.mean) + _std(entry.here)
+        gap = "" if entry.here is None else f"{_number(entry.here.mean - entry.published, sign=True)}"
+        mark = " *" if entry.changed else ""
+        cells.append([entry.row.name + mark, entry.key, f"{entry.published:g}{std}", here or "-", gap or "-",
+                      f"{entry.paper['cite']}, {entry.paper['where']} [{entry.paper['certainty']}]"])  # fmt: skip
+        if entry.changed:
+            remarks[entry.row.name, 0] = f"* {entry.row.name}: not the paper's experiment, changed: {entry.changed}"
+        if entry.paper.get("remark"):
+            remarks[entry.row.name, 1] = f"{entry.row.name}: {entry.paper['remark']}"
+    return header, [[to_ascii(cell) for cell in line] for line in cells], list(remarks.values())
+
+
+def unfinished(runs: Sequence[RunResult]) -> list[str]:
+    """Return a line for every run without results; `running` may also mean killed."""
+    left = [run for run in runs if not run.summary]
+    words = {"running": "running or killed"}
+    lines = [f"not finished, {len(left)} of {len(runs)} runs:"] if left else []
+    for run in left:
+        lines.append(f"  {words.get(run.status, run.status)}: {run.path}" + (f" ({run.error})" if run.error else ""))
+    return lines
+
+
+def _count(row: Row) -> str:
+    return str(row.num_finished) if row.num_finished == row.num_runs else f"{row.num_finished} of {row.num_runs}"
+
+
+def _spread(stat: Stat | None, form: str) -> str:
+    if stat is None:
+        return ""
+    return form.format(stat.mean) + _std(stat)
+
+
+def _std(stat: Stat) -> str:
+    return "" if stat.std is None else f" +- {stat.std:.2f}"
+
+
+def _mean(stat: Stat | None, form: str) -> str:
+    return "" if stat is None else form.format(stat.mean)
+
+
+def _number(value: float, *, sign: bool = False) -> str:
+    text = quantity(abs(value)) if abs(value) >= 1000 else f"{abs(value):.4g}"
+    return ("-" if value < 0 else "+" if sign else "") + text
+
+
+def _params(row: Row) -> str:
+    count, ratio = row.stats.get("params"), row.stats.get("params_ratio")
+    if count is None:
+        return ""
+    return quantity(count.mean) + ("" if ratio is None else f" ({ratio.mean:.1%})")
+
+
+def _published(entry: Beside | None) -> str:
+    if entry is None:
+        return ""
+    std = "" if entry.std is None else f" +- {entry.std:.2f}"
+    return f"{entry.published:.2f}{std}" + (" *" if entry.changed else "")
+
+
+def _difference(difference: Difference | None) -> str:
+    if difference is None:
+        return ""
+    if difference.half_width is None:
+        return f"{difference.mean:+.2f} (1)"
+    mark = " !" if difference.excludes_zero else ""
+    return f"{difference.mean:+.2f} +- {difference.half_width:.2f} ({difference.n}){mark}"
