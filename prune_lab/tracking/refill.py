@@ -1,8 +1,10 @@
-"""prune-lab wandb-sync: sends a run to W&B from its local files. Imports no torch."""
+"""prune-lab wandb-sync: sends runs to W&B from its local files. Imports no torch."""
 
 from __future__ import annotations
 
+import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ from prune_lab.files import read_json
 from prune_lab.schema import ConfigError
 from prune_lab.tracking.base import RunInfo
 from prune_lab.tracking.jsonl import read_records
-from prune_lab.tracking.wandb_key import resolve_mode
+from prune_lab.tracking.wandb_key import require_key
 from prune_lab.tracking.wandb_sink import WandbSink
 
 _TIMEOUT_S = 120.0
@@ -51,10 +53,10 @@ def refill(
     Raises:
         ConfigError: no run there, its files cannot be read, no key, or W&B refused.
     """
-    mode = resolve_mode("online")
+    require_key("prune-lab wandb-sync")
     info, logger, status = _read(run_dir, suffix)
     sink = WandbSink(
-        mode=mode,
+        mode="online",
         project=project or logger.get("project") or "prune-lab",
         entity=entity or logger.get("entity"),
         report=report,
@@ -78,16 +80,19 @@ def _read(run_dir: Path, suffix: str | None) -> tuple[RunInfo, dict[str, Any], d
     except ValueError as error:
         raise ConfigError(f"{run_dir} cannot be read: {error}") from error
     ending = f"-{suffix}" if suffix else ""
-    info = RunInfo(
-        run_dir=run_dir,
-        run_id=run["id"] + ending,
-        name=run["name"] + ending,
-        group=run["group"],
-        tags=run["tags"],
-        config=run["config"],
-        plan=run["plan"],
-    )
-    return info, run["config"].get("logger") or {}, status
+    try:
+        info = RunInfo(
+            run_dir=run_dir,
+            run_id=run["id"] + ending,
+            name=run["name"] + ending,
+            group=run["group"],
+            tags=run["tags"],
+            config=run["config"],
+            plan=run["plan"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{run_dir}: run.json is not what a run writes ({error})") from error
+    return info, info.config.get("logger") or {}, status
 
 
 def _send(sink: WandbSink, info: RunInfo, records: list[dict[str, Any]], status: dict[str, Any]) -> Sent:
@@ -104,21 +109,35 @@ def _send(sink: WandbSink, info: RunInfo, records: list[dict[str, Any]], status:
     return Sent(sink.url, len(records) - present, present)
 
 
+def _sync(run_dir: Path, options: argparse.Namespace) -> str:
+    """Send one run, say what came of it, and return the word that it is counted under."""
+    if not (run_dir / "run.json").exists():
+        print(f"{run_dir}: skipped, it holds results without the run (no run.json)", flush=True)
+        return "skipped"
+    try:
+        sent = refill(run_dir, project=options.project, entity=options.entity, suffix=options.suffix)
+    except ConfigError as error:
+        print(f"prune-lab: error: {error}", file=sys.stderr, flush=True)
+        return "failed"
+    print(f"{run_dir}: {sent.num_sent} records sent, {sent.num_present} there before: {sent.url}", flush=True)
+    return "sent"
+
+
 def main(argv: list[str]) -> int:
-    """Send every run named on the command line; return 1 if any of them could not be sent."""
+    """Send every run that the command line names, one after the other; return 1 if any of them could not be sent.
+
+    Raises:
+        ConfigError: wrong option, no key, or no run there.
+    """
+    from prune_lab.compare.runs import find_runs
+
     parser = Arguments("wandb-sync", "Send runs to W&B from their local files.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="run directories, folders of them, or patterns")
     parser.add_argument("--project", help="W&B project (default: the run's)")
     parser.add_argument("--entity", help="W&B team or user (default: the run's)")
     parser.add_argument("--suffix", help="added to the run's id, for a run that was deleted in W&B")
     options = parser.parse_args(argv)
-    resolve_mode("online")
-    num_failed = 0
-    for run_dir in options.runs:
-        try:
-            sent = refill(run_dir, project=options.project, entity=options.entity, suffix=options.suffix)
-            print(f"{run_dir}: {sent.num_sent} records sent, {sent.num_present} there before: {sent.url}", flush=True)
-        except ConfigError as error:
-            num_failed += 1
-            print(f"prune-lab: error: {error}", file=sys.stderr, flush=True)
-    return 1 if num_failed else 0
+    require_key("prune-lab wandb-sync")
+    counts = Counter(_sync(run_dir, options) for run_dir in find_runs(options.runs))
+    print("wandb-sync: " + ", ".join(f"{counts[word]} {word}" for word in ("sent", "skipped", "failed")))
+    return 1 if counts["failed"] else 0

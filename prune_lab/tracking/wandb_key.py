@@ -37,15 +37,20 @@ def resolve_mode(setting: str, environ: Mapping[str, str] = os.environ) -> Mode:
         ConfigError: online is asked for and no key is configured. W&B would stop there and ask for one.
     """
     mode = _WANDB_MODES.get(environ.get("WANDB_MODE", ""), "auto") if setting == "auto" else setting
-    configured = bool(find_key(environ) or environ.get("WANDB_IDENTITY_TOKEN_FILE"))
     if mode == "auto":
-        return "online" if configured else "offline"
-    if mode == "online" and not configured:
+        return "online" if _is_configured(environ) else "offline"
+    if mode == "online" and not _is_configured(environ):
         raise ConfigError(
             "logger.wandb=online needs a W&B key (wandb login, or WANDB_API_KEY); "
             "allowed without one: auto, offline, disabled"
         )
     return mode
+
+
+def require_key(command: str, *, hint: str = "", environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigError unless a key is configured that `command` can use; `hint` ends the message."""
+    if not _is_configured(environ):
+        raise ConfigError(f"{command} needs a W&B key (wandb login, or WANDB_API_KEY){hint}")
 
 
 def find_key(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -62,6 +67,10 @@ def find_key(environ: Mapping[str, str] = os.environ) -> str | None:
         hosts = _DEFAULT_HOSTS
     found = (entries.hosts.get(host) for host in hosts)  # the `default` entry is no W&B key
     return next((entry[2] for entry in found if entry and entry[2]), None)
+
+
+def _is_configured(environ: Mapping[str, str]) -> bool:
+    return bool(find_key(environ) or environ.get("WANDB_IDENTITY_TOKEN_FILE"))
 
 
 def _netrc_path(environ: Mapping[str, str]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from wandb_child import LAYERS, SUMMARY, record
 from wandb_server import API_KEY, WandbServer
+from wandb_user import call, online, user_environment
 
 from prune_lab.files import jsonable, read_json
 from prune_lab.schema import ConfigError
@@ -27,19 +29,12 @@ HERE = Path(__file__).parent
 @pytest.fixture
 def environment(tmp_path):
     """The variables of a user without any W&B account or settings."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    folders = {f"WANDB_{name}_DIR": str(tmp_path / "w" / name) for name in ("CONFIG", "CACHE", "DATA")}
-    python_path = os.pathsep.join([str(HERE.parents[1]), kept.get("PYTHONPATH", "")])
-    return kept | folders | {"NETRC": str(tmp_path / "none"), "PYTHONPATH": python_path}
+    return user_environment(tmp_path)
 
 
 @pytest.fixture
 def run_dir(tmp_path):
     return tmp_path / "run"
-
-
-def online(environment, server):
-    return environment | {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": API_KEY}
 
 
 def start_child(*arguments, env):
@@ -189,9 +184,7 @@ def test_client_process_that_dies_does_not_stop_the_run(run_dir, environment):
 
 
 def sync(*arguments, env):
-    code = "import sys; from prune_lab.cli import main; sys.exit(main(['wandb-sync', *sys.argv[1:]]))"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=40)
+    return call("wandb-sync", *arguments, env=env)
 
 
 def test_refill_sends_what_is_missing_and_nothing_twice(run_dir, environment):
@@ -211,13 +204,54 @@ def test_refill_sends_what_is_missing_and_nothing_twice(run_dir, environment):
         assert [own_keys(row) for row in server.runs["runid1-b"].history] == expected(4)
 
 
-def test_refill_says_what_is_wrong_in_one_line(run_dir, environment, tmp_path, monkeypatch):
-    missing = sync(run_dir, env=environment | {"WANDB_API_KEY": API_KEY})
-    assert missing.returncode == 1
-    assert missing.stderr == f"prune-lab: error: {run_dir} is not the directory of a run (no run.json)\n"
+def test_refill_takes_folders_and_goes_on_after_a_failure(run_dir, environment, tmp_path):
+    end_child(start_child(run_dir, "disabled", 2, "finished", env=environment))
+    folder = tmp_path / "outputs"
+    for name in ("a-damaged", "b-run", "c-run"):
+        shutil.copytree(run_dir, folder / name)
+        run = read_json(run_dir / "run.json")
+        (folder / name / "run.json").write_text(json.dumps(run | {"id": name}))
+    (folder / "a-damaged" / "run.json").write_text('{"id": "a-damaged"}')
+    (folder / "reference").mkdir()
+    (folder / "reference" / "summary.json").write_text("{}")
+    (folder / "dry").mkdir()
+    (folder / "dry" / "dry_run.json").write_text("{}")
+    with WandbServer() as server:
+        env = online(environment, server)
+        sent = sync(folder, env=env)
+        assert sent.returncode == 1
+        assert sent.stderr == f"prune-lab: error: {folder / 'a-damaged'}: run.json is not what a run writes ('name')\n"
+        first, second, skipped, total = sent.stdout.splitlines()
+        assert first.startswith(f"{folder / 'b-run'}: 2 records sent")
+        assert second.startswith(f"{folder / 'c-run'}: 2 records sent")
+        assert skipped == f"{folder / 'reference'}: skipped, it holds results without the run (no run.json)"
+        assert total == "wandb-sync: 2 sent, 1 skipped, 1 failed"
+        assert {name: [own_keys(row) for row in run.history] for name, run in server.runs.items()} == {
+            "b-run": expected(2),
+            "c-run": expected(2),
+        }
+        again = sync(folder / "[bc]-*", env=env)
+        assert again.returncode == 0
+        assert again.stdout.endswith("wandb-sync: 2 sent, 0 skipped, 0 failed\n")
+        assert "0 records sent, 2 there before" in again.stdout
+
+
+def test_refill_says_what_is_wrong_in_one_line(run_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    with pytest.raises(ConfigError, match="run: no such run or folder"):
+        refill.main([str(run_dir)])
+    run_dir.mkdir()
+    (run_dir / "dry_run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no runs in .*run"):
+        refill.main([str(run_dir)])
+    with pytest.raises(ConfigError, match=r"run is not the directory of a run \(no run.json\)"):
+        refill.refill(run_dir)
+    (run_dir / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match="run cannot be read: "):
+        refill.refill(run_dir)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match="needs a W&B key"):
+    monkeypatch.delenv("WANDB_API_KEY")
+    with pytest.raises(ConfigError, match="prune-lab wandb-sync needs a W&B key"):
         refill.main([str(run_dir)])
 
 

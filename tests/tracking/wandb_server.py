@@ -1,4 +1,4 @@
-"""A server on 127.0.0.1 that speaks as much of W&B's protocol as one run needs, and remembers what it was sent."""
+"""A server on 127.0.0.1 with as much of W&B's protocol as runs and workspaces need; it remembers what it was sent."""
 
 from __future__ import annotations
 
@@ -31,11 +31,15 @@ class WandbServer:
     def __init__(self) -> None:
         self.mode = "ok"
         self.runs: dict[str, StoredRun] = {}
+        self.views: dict[str, dict[str, Any]] = {}
+        """id -> saved view as last sent; its `spec` is JSON"""
         self.uploads: dict[str, bytes] = {}
         self.stopped = threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
         self._answers = {
+            "upsertView(": self._upsert_view,
+            "allViews(": self._all_views,
             "upsertBucket(": self._upsert_bucket,
             "createRunFiles(": self._create_run_files,
             "createArtifact(": self._create_artifact,
@@ -120,6 +124,27 @@ class WandbServer:
             "project": project,
         }
         return {"upsertBucket": {"bucket": bucket, "inserted": inserted}}
+
+    def _upsert_view(self, variables: dict) -> dict:
+        """Overwrite the view of that id; without an id there is always a new one, whatever its name."""
+        inserted = "id" not in variables
+        key = f"view{len(self.views)}" if inserted else variables["id"]
+        if not inserted and key not in self.views:
+            return {"upsertView": None}
+        self.views[key] = variables
+        return {"upsertView": {"view": {"id": key, "name": variables["name"]}, "inserted": inserted}}
+
+    def _all_views(self, variables: dict) -> dict:
+        """Return the views of that name in a project; a project begins with its first run."""
+        if variables["name"] not in {run.fields["project"] for run in self.runs.values()}:
+            return {"project": None}
+        asked = tuple(variables[key] for key in ("entityName", "projectName", "viewName", "viewType"))
+        nodes = [
+            {"id": key, "displayName": view["displayName"], "spec": view["spec"]}
+            for key, view in self.views.items()
+            if asked == tuple(view[name] for name in ("entityName", "projectName", "name", "type"))
+        ]
+        return {"project": {"allViews": {"edges": [{"node": node} for node in nodes]}}}
 
     def _create_run_files(self, variables: dict) -> dict:
         files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in variables["files"]]
