@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-COMMANDS = ("run", "list", "compare", "verdict", "connect", "hessian-projection", "export", "wandb-sync")
+COMMANDS = ("run", "list", "compare", "verdict", "connect", "hessian-projection", "export", "dashboard", "wandb-sync")
 LISTS = ("models", "datasets", "methods", "schedules", "experiments")
 
 
