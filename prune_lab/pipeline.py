@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ from prune_lab.rehearsal import rehearse
 from prune_lab.schema import ConfigError
 from prune_lab.signals import StopFlag, stop_flag
 from prune_lab.store import PhaseStore, lock
-from prune_lab.tracking import Tracker
+from prune_lab.tracking import BaseSink, Sink, Tracker
 from prune_lab.tracking.lines import summary_lines
+
+Observe = Callable[[StopFlag], Sink]
+"""makes a sink for one run; it sees what the run reports and may ask the flag to stop it"""
 
 
 @dataclass
@@ -43,6 +47,8 @@ class Run:
     tally: Counter[str]
     own: results.RunFolder | None = None
     """a control: where the method's own run is"""
+    observer: Sink = field(default_factory=BaseSink)
+    """one of the tracker's sinks, which also hears of a run that is done already"""
     outcomes: list[dict] = field(default_factory=list)
     images_done: int = 0
     train_s: float = 0.0
@@ -59,13 +65,14 @@ class Run:
             self.poll()
 
 
-def run(*configs: RunConfig, tally: Counter[str] | None = None) -> int:
+def run(*configs: RunConfig, tally: Counter[str] | None = None, observe: Observe | None = None) -> int:
     """Carry out runs on the same device in turn, up to the first that does not finish, and return the exit code.
 
-    0: all are finished, 1: one failed, 128 + signal: one was interrupted.
+    0: all are finished, 1: one failed, 128: its observer stopped one, 128 + signal: one was interrupted.
 
     Args:
         tally: counts the runs' phases with training as "trained" now or "reused".
+        observe: called once per run.
 
     Raises:
         ConfigError: wrong options or data, before the run directory is touched.
@@ -75,12 +82,13 @@ def run(*configs: RunConfig, tally: Counter[str] | None = None) -> int:
     distributed.start(arithmetic.torch_device)
     try:
         tally = Counter() if tally is None else tally
-        return next((code for code in (_run(config, arithmetic, tally) for config in configs) if code), 0)
+        codes = (_run(config, arithmetic, tally, observe) for config in configs)
+        return next((code for code in codes if code), 0)
     finally:
         distributed.stop()
 
 
-def _run(config: RunConfig, arithmetic: Numerics, tally: Counter[str]) -> int:
+def _run(config: RunConfig, arithmetic: Numerics, tally: Counter[str], observe: Observe | None) -> int:
     info = datasets.describe(config.dataset)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model_config = config.method.adapt_model(config.model, **sizes)
@@ -103,6 +111,9 @@ def _run(config: RunConfig, arithmetic: Numerics, tally: Counter[str]) -> int:
     with stop_flag() as stop:
         tracker = folder.tracker(config)
         run = Run(config, model_config, dataset, arithmetic, planned, folder, tracker, stop, tally, own_folder)
+        if observe and distributed.is_main():
+            run.observer = observe(stop)
+            tracker.add_local(run.observer)
         try:
             if not distributed.is_main():
                 return _guarded(run)
@@ -122,11 +133,12 @@ def _guarded(run: Run) -> int:
         run.tracker.message(f"done already: {run.folder.directory}")
         run.tally["reused"] += sum(entry.trains for entry in run.planned)
         _show(run, done)
+        run.observer.summary(done)
         return 0
     try:
         return _carry_out(run)
     except (Interrupted, KeyboardInterrupt):
-        return _end(run, "interrupted", "stopped by a signal; the same command goes on", code=run.stop.exit_code)
+        return _end(run, "interrupted", run.stop.reason, code=run.stop.exit_code)
     except (ConfigError, NonFiniteLoss) as error:
         return _end(run, "failed", str(error), code=1)
     except OSError as error:

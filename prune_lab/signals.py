@@ -6,17 +6,34 @@ import contextlib
 import signal
 from collections.abc import Iterator
 
+STOPPED = 128
+"""exit code of a run that the program itself stopped; codes above it mean that a signal did"""
+
 
 class StopFlag:
-    """Remembers the first signal; `number` is None until then."""
+    """Remembers the first signal, or that the program itself asked; `number` is None until there is a signal."""
 
     number: int | None = None
+    _asked: str | None = None
 
     def __call__(self) -> bool:
-        return self.number is not None
+        return self.number is not None or self._asked is not None
+
+    def ask(self, reason: str) -> None:
+        """Stop the run as a signal would, after a checkpoint; `reason` is one line for its status."""
+        self._asked = reason
+
+    @property
+    def reason(self) -> str:
+        """Why the run stops, and how it goes on; a signal comes before what the program asked."""
+        if self.number is None and self._asked is not None:
+            return self._asked
+        return "stopped by a signal; the same command goes on"
 
     @property
     def exit_code(self) -> int:
+        if self.number is None and self._asked is not None:
+            return STOPPED
         return 128 + (self.number or signal.SIGTERM)
 
     def _set(self, number: int, _frame: object) -> None:

@@ -86,6 +86,10 @@ class Tracker:
         self._local = list(local)
         self._copies: list[Sink] = []
 
+    def add_local(self, sink: Sink) -> None:
+        """Add a sink whose errors end the run."""
+        self._local.append(sink)
+
     def add_copy(self, sink: Sink) -> None:
         """Add a sink whose errors do not matter to the run."""
         self._copies.append(sink)

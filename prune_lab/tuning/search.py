@@ -1,0 +1,129 @@
+"""The search itself: one run per trial, each ends as finished, pruned or failed, or waits for the same command."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from prune_lab.control_runs import in_order
+from prune_lab.failure import fail
+from prune_lab.lazy import lazy_import
+from prune_lab.overrides import compose_checked
+from prune_lab.signals import STOPPED, StopFlag
+from prune_lab.tuning.objectives import Objective, shown
+from prune_lab.tuning.space import Space, text
+from prune_lab.tuning.study import next_trial
+from prune_lab.tuning.watch import TrialWatch
+
+if TYPE_CHECKING:
+    from optuna import Study, Trial
+    from optuna.trial import FrozenTrial
+
+optuna = lazy_import("optuna")
+pipeline = lazy_import("prune_lab.pipeline")
+
+_STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, for what, and where it is noted."""
+
+    study: Study
+    space: Space
+    objectives: list[Objective]
+    conf_dir: Path
+
+    def trials(self, *states: str) -> list[FrozenTrial]:
+        """Return the trials that have ended, all or those that did so as `finished`, `pruned` or `failed`."""
+        return [trial for trial in self.study.get_trials(deepcopy=False)
+                if _STATES.get(trial.state.name) in (states or _STATES.values())]  # fmt: skip
+
+    def command(self, trial: FrozenTrial) -> str:
+        """Return what repeats the trial's run, and goes on with a pruned one."""
+        return shlex.join(["prune-lab", *self.space.command(trial.params)])
+
+    def parameters(self, trial: FrozenTrial | Trial) -> str:
+        return " ".join(f"{key}={text(trial.params[key])}" for key in self.space.searched)
+
+    def line(self, trial: FrozenTrial) -> str:
+        """Return parameters, values and state of a trial that has ended."""
+        parts = [f"trial {trial.number}: {self.parameters(trial)}"]
+        if trial.state.name == "COMPLETE":
+            parts.append(shown(self.objectives, trial.values))
+        error = trial.user_attrs.get("error")
+        return "  ".join([*parts, _STATES[trial.state.name] + (f": {error}" if error else "")])
+
+    def work(self, *, num_trials: int, timeout_s: float | None) -> int:
+        """Go on until there are `num_trials`; return 0, or the exit code of the signal that ended it.
+
+        Args:
+            timeout_s: no trial is begun after so many seconds.
+        """
+        started = time.monotonic()
+        while timeout_s is None or time.monotonic() - started < timeout_s:
+            trial = next_trial(self.study, self.space.searched, num_trials=num_trials)
+            if trial is None:
+                break
+            print(f"\ntrial {trial.number} of {num_trials}: {self.parameters(trial)}", flush=True)
+            code = self._attempt(trial)
+            if code > STOPPED:
+                print(f"study {self.study.study_name}: stopped; the same command goes on with trial {trial.number}")
+                return code
+            print(self.line(self.study.get_trials(deepcopy=False)[trial.number]), flush=True)
+        return 0
+
+    def _attempt(self, trial: Trial) -> int:
+        """Do the run of a trial and note how it ended, unless a signal stopped it; return the run's exit code."""
+        watch = TrialWatch(self._judge(trial))
+
+        def observe(stop: StopFlag) -> TrialWatch:
+            watch.stop = stop
+            return watch
+
+        try:
+            overrides = self.space.command(trial.params)
+            (config,) = compose_checked(self.conf_dir, overrides, sweep=False)
+            *before, config = in_order(replace(config, overrides=tuple(overrides)))
+            code = (pipeline.run(*before) if before else 0) or pipeline.run(config, observe=observe)
+        except Exception as error:
+            code = fail(error)
+            watch.error = " ".join(str(error).split()) or type(error).__name__
+        if code <= STOPPED:
+            self._tell(trial, watch, code)
+        return code
+
+    def _judge(self, trial: Trial):
+        """Return what says after an epoch why the trial is not worth going on."""
+        reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+
+        def judge(epoch: int, top1: float) -> str | None:
+            if len(self.objectives) > 1:  # Optuna takes values per epoch with one objective only
+                return None
+            if epoch not in reported:  # a resumed run repeats what its checkpoint does not cover
+                reported.add(epoch)
+                trial.report(top1, epoch)
+            if not trial.should_prune():
+                return None
+            return (f"pruned by tune: top-1 of {top1:.2f} after epoch {epoch} is below the median "
+                    f"(study {self.study.study_name}, trial {trial.number}); its command goes on")  # fmt: skip
+
+        return judge
+
+    def _tell(self, trial: Trial, watch: TrialWatch, code: int) -> None:
+        states = optuna.trial.TrialState
+        if code == STOPPED:
+            self.study.tell(trial, state=states.PRUNED)
+            return
+        error = watch.error or "a run that it needs did not finish"
+        if code == 0:
+            values = [watch.found.get(objective.key) for objective in self.objectives]
+            if None not in values:
+                self.study.tell(trial, values)
+                return
+            error = f"no {self.objectives[values.index(None)].key} in its summary"
+        trial.set_user_attr("error", error)
+        self.study.tell(trial, state=states.FAIL)
