@@ -18,6 +18,7 @@ _PRINT_FLAGS = ("-c", "--cfg", "-p", "--package", "--resolve")
 _COMPLETION_FLAGS = ("-sc", "--shell-completion")
 _FLAGS_WITH_VALUE = {"-c": ("job", "hydra", "all"), "--cfg": ("job", "hydra", "all"), "-p": None, "--package": None}
 _MODULES = {
+    "tune": "prune_lab.tune",
     "compare": "prune_lab.compare.command",
     "verdict": "prune_lab.verdict_runs",
     "connect": "prune_lab.analysis.connect",
@@ -35,6 +36,7 @@ HELP = """prune-lab {version}: trains, prunes and fine-tunes neural networks, an
   prune-lab -m method=rigl,set seed=0,1,2                   a sweep: every combination
   prune-lab dry_run=true method=rigl model=resnet50         the plan, layer by layer; trains nothing
   prune-lab list models|datasets|methods|schedules|experiments
+  prune-lab tune OPTIONS                                    search options that have several values, with Optuna
   prune-lab compare outputs                                 table over seeds of the runs found there
   prune-lab verdict OPTIONS | RUNS                          is there a winning ticket? trains what the answer needs
   prune-lab connect RUN RUN                                 loss along a line or a curve between two networks

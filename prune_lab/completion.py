@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-COMMANDS = ("run", "list", "compare", "verdict", "connect", "hessian-projection", "export", "dashboard", "wandb-sync")
+COMMANDS = ("run", "list", "tune", "compare", "verdict", "connect", "hessian-projection", "export", "dashboard",
+            "wandb-sync")  # fmt: skip
 LISTS = ("models", "datasets", "methods", "schedules", "experiments")
 
 
@@ -18,11 +19,11 @@ def completions(line: str) -> list[str] | None:
         return [command for command in COMMANDS if command.startswith(words[1])] or None
     if len(words) > 2 and words[1] == "list":
         return [name for name in LISTS if name.startswith(words[2])] if len(words) == 3 else []
-    takes_runs = len(words) > 2 and words[1] in COMMANDS and words[1] not in ("run", "list")
+    takes_runs = len(words) > 2 and words[1] in COMMANDS and words[1] not in ("run", "list", "tune")
     return [] if takes_runs and "=" not in words[-1] else None
 
 
 def without_run(line: str) -> str:
     """Return the command line as Hydra, which knows no sub-commands, can complete it."""
     words = line.split(maxsplit=2)
-    return f"{words[0]} {words[2] if len(words) > 2 else ''}" if words[1:2] == ["run"] else line
+    return f"{words[0]} {words[2] if len(words) > 2 else ''}" if words[1:2] in (["run"], ["tune"]) else line
