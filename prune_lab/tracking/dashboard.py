@@ -53,10 +53,12 @@ def save(workspace: Workspace) -> tuple[str, bool]:
     """Store the workspace as the saved view of its name; return its address and whether it was there before.
 
     W&B tells views apart by an internal name, which every client draws at random; here it is derived from entity,
-    project and name, so the same command finds its view again and overwrites it, whatever it was changed to there.
+    project and name, so the same command finds its view again, even one renamed there, and overwrites all that was
+    changed in it. Views that a person made are never touched, and the private workspace of a user cannot be written.
 
     Raises:
         ConfigError: there is no such project.
+        SpecVersionError: the view was saved by a W&B newer than the package wandb-workspaces.
     """
     identity = hashlib.sha256(f"{workspace.entity}/{workspace.project}/{workspace.name}".encode()).hexdigest()[:11]
     stored = _stored_id(workspace, identity)
