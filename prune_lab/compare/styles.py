@@ -1,0 +1,82 @@
+"""How rows look in every figure: short labels, colours, markers and dashes. Pure; no plotting library."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from prune_lab.compare.groups import Row
+from prune_lab.tracking.lines import to_ascii
+
+LIGHT = ("#0072b2", "#c44e00", "#00856a", "#b0589a", "#2b8fc9", "#a97500", "#5b3fa0", "#666666")
+"""eight hues after Okabe and Ito, told apart with the common kinds of colour blindness; at least 3:1 on white"""
+DARK = ("#3d9fe0", "#ff8745", "#2fc79b", "#e79bcb", "#8fd3fa", "#f0b429", "#a58df0", "#b8b8b8")
+"""the same hues for a dark background"""
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
+"""seven, so that with eight colours 56 methods differ in the pair"""
+DASHES = ("solid", "dash", "dot", "dashdot")
+
+
+@dataclass(frozen=True)
+class Style:
+    """Indices into the palette of the theme, SYMBOLS and DASHES."""
+
+    color: int
+    symbol: int
+    dash: int = 0
+    hollow: bool = False
+    """a control of the method whose colour it has"""
+
+
+def labels(rows: Sequence[Row]) -> dict[str, str]:
+    """Return group -> ASCII text for legends; model and schedule are told where the rows have several.
+
+    Options lose their prefix (schedule.train.lr=0.1 becomes lr=0.1) unless two rows would then look the same.
+    """
+    several = [position for position in (1, 3) if len({row.labels[position] for row in rows}) > 1]
+    full = {row.group: " ".join([row.name, *(row.labels[position] for position in several)]) for row in rows}
+    short = {group: re.sub(r"(?<!\S)(?:\w+\.)+(\w+=)", r"\1", text) for group, text in full.items()}
+    keys = {row.group: (row.labels[2], short[row.group]) for row in rows}
+    taken = list(keys.values())
+    return {group: to_ascii(full[group] if taken.count(key) > 1 else short[group]) for group, key in keys.items()}
+
+
+def method_names(rows: Sequence[Row]) -> list[str]:
+    """Return the methods in the order of their colours, which does not depend on the order of the rows."""
+    return sorted({row.labels[0] for row in rows})
+
+
+def of_methods(rows: Sequence[Row]) -> dict[str, Style]:
+    """Return group -> colour and marker of its method."""
+    order = method_names(rows)
+    return {row.group: _of_method(order.index(row.labels[0]), row) for row in rows}
+
+
+def of_lines(rows: Sequence[Row]) -> tuple[dict[str, Style], bool]:
+    """Return group -> style of a line, and whether colours stand for methods.
+
+    They do while a dash for each row of a method is enough on every data set; else each row has a colour of its own.
+    """
+    members: Mapping[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        members[row.labels[2], row.labels[0]].append(row)
+    if max(map(len, members.values()), default=0) <= len(DASHES):
+        order = method_names(rows)
+        found = {}
+        for (_, method), alike in members.items():
+            for index, row in enumerate(alike):
+                base = _of_method(order.index(method), row)
+                found[row.group] = Style(base.color, base.symbol, index, base.hollow)
+        return found, True
+    num = len(LIGHT)
+    return {
+        row.group: Style(index % num, index % len(SYMBOLS), index // num % len(DASHES))
+        for dataset in dict.fromkeys(row.labels[2] for row in rows)
+        for index, row in enumerate(row for row in rows if row.labels[2] == dataset)
+    }, False
+
+
+def _of_method(index: int, row: Row) -> Style:
+    return Style(index % len(LIGHT), index % len(SYMBOLS), hollow=row.control not in ("", "none"))
