@@ -13,7 +13,22 @@ NAMES = choices(conf_dir(), "experiment")
 ONE_PER_PAPER = {name.partition("/")[0]: name for name in reversed(NAMES)}.values()
 """the others are checked too, but take minutes"""
 SMALL = ("dataset=fake", "dataset.image_size=16", "model.width=0.25", "debug=tiny", "logger.wandb=disabled")
-TINY_OPTIONS = {"demo_rigl": ["method.interval=2"], "rigl": ["method.interval=2"]}
+TINY_OPTIONS = {
+    "demo_rigl": ["method.interval=2"],
+    "rigl": ["schedule.multiplier=1", "schedule.train.epochs=3", "trainer.limit_train_batches=46"],
+    "rigl_report": ["schedule.train.epochs=3", "trainer.limit_train_batches=46"],
+    "autosparse": ["schedule.train.lr=0.01"],
+    "grasp": ["method.rounds=1"],
+    "dst_ee": ["method.interval=2"],
+    "itop": ["method.interval=2"],
+    "gmp": ["method.num_cuts=2"],
+    "str": ["method.threshold_init=-5"],
+    "renda": ["method.levels=2", "method.rewind_to=0ep"],
+    "stabilizing": ["method.rewind_to=0ep"],
+    "lottery_sanity": ["method.levels=2"],
+    "l0": ["method.drop_rate=0.95"],
+    "constrained_l0": ["method.drop_rate=0.9"],
+}
 """per folder: what steps of a recipe must be made small with the training"""
 RECIPES = [name if name in ONE_PER_PAPER else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
