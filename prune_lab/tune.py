@@ -16,7 +16,7 @@ from prune_lab.arguments import Arguments
 from prune_lab.config import RunConfig
 from prune_lab.identity import digest
 from prune_lab.lazy import lazy_import
-from prune_lab.overrides import compose_checked
+from prune_lab.overrides import compose_checked, parse_overrides
 from prune_lab.schema import ConfigError, Word
 from prune_lab.tuning import objectives as goals
 from prune_lab.tuning.objectives import Objective
@@ -100,7 +100,7 @@ def _check(options: Namespace, objectives: Sequence[Objective]) -> bool:
 def _checked_space(conf_dir: Path, typed: list[str]) -> tuple[Space, RunConfig]:
     """Return the space, all ends of which are allowed, and the options of one run in it."""
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
-        space = read(typed)
+        space = read(parse_overrides(typed))
     for key in space.searched:
         if key.split(".")[0] in ("output_dir", "dry_run", "logger"):
             raise ConfigError(f"{key} does not change results, so it cannot be searched")

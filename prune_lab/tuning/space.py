@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import ChoiceSweep, Override
 
 from prune_lab.lazy import lazy_import
-from prune_lab.overrides import parse_overrides
 from prune_lab.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -52,13 +51,12 @@ class Space:
                 yield first | {key: value}
 
 
-def read(overrides: list[str]) -> Space:
-    """Return the space that a command line spans.
+def read(parsed: Sequence[Override]) -> Space:
+    """Return the space that the options of a command span.
 
     Raises:
         ConfigError: values that cannot be searched, or none that are to be.
     """
-    parsed = parse_overrides(overrides)
     keys = [override.get_key_element() for override in parsed]
     searched = {key: _distribution(override) for key, override in zip(keys, parsed, strict=True)
                 if override.is_sweep_override()}  # fmt: skip
