@@ -123,29 +123,49 @@ def help_text() -> str:
 
 
 def _run(arguments: list[str]) -> int:
-    """Check every job the command asks for, then let Hydra compose and start them one after the other."""
-    from prune_lab.overrides import compose_checked
+    """Check every job the command asks for, then start them."""
+    from prune_lab.overrides import compose_checked, launcher_options
     from prune_lab.sweep import run_all
 
     if arguments and arguments[0].split("=")[0] in _COMPLETION_FLAGS:
         return _complete(arguments)
-    flags, overrides = split_flags(arguments)
+    flags, typed = split_flags(arguments)
     sweep = any(flag in SWEEP_FLAGS for flag in flags)
-    for _ in compose_checked(conf_dir(), overrides, sweep=sweep):
-        pass  # every job of a sweep is checked before the first one starts
-    return run_all(conf_dir(), arguments)
+    launcher, overrides = launcher_options(typed)
+    if launcher and not sweep:
+        raise ConfigError(f"{launcher[0]} is for sweeps: add -m")
+    configs = list(compose_checked(conf_dir(), overrides, sweep=sweep))  # all, before the first one starts
+    if flags and not sweep:
+        return hydra_main(conf_dir(), arguments)
+    return run_all(configs, conf_dir=conf_dir(), sweep=sweep, launcher=launcher)
+
+
+def hydra_main(conf_dir: Path, arguments: list[str]) -> int:
+    """Let Hydra answer what it answers by itself: composed options and completion."""
+    import hydra
+
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf_dir), config_name="config")(lambda node: None)()
+    except SystemExit as error:
+        return int(error.code or 0)
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+    return 0
 
 
 def _complete(arguments: list[str]) -> int:
     """Answer or install shell completion; the line typed so far is in the environment variable COMP_LINE."""
-    from prune_lab.sweep import run_all
-
     line = os.environ.get("COMP_LINE", "")
     found = completions(line) if arguments[-1].startswith("query=") else None
     if found is None:
         line = without_run(line)
         os.environ |= {"COMP_LINE": line, "COMP_POINT": str(len(line))}
-        return run_all(conf_dir(), arguments)
+        return hydra_main(conf_dir(), arguments)
     print(" ".join(found))
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,16 @@ from prune_lab.schema import ConfigError, suggestion
 
 RECIPES = ("experiment", "debug")
 """groups whose files set options of other groups"""
+
+
+LAUNCHER = "hydra/launcher"
+"""the one group of Hydra's own that a command may choose from"""
+
+
+def launcher_options(overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Return (options about Hydra's launcher, all others)."""
+    chosen = [line for line in overrides if line.startswith((f"{LAUNCHER}=", "hydra.launcher."))]
+    return chosen, [line for line in overrides if line not in chosen]
 
 
 def compose_checked(conf_dir: Path, overrides: list[str], *, sweep: bool) -> Iterator[RunConfig]:
@@ -46,7 +57,7 @@ def choices(conf_dir: Path, group: str) -> list[str]:
 
 
 def groups(conf_dir: Path) -> list[str]:
-    return sorted(path.name for path in conf_dir.iterdir() if path.is_dir())
+    return sorted(path.name for path in conf_dir.iterdir() if path.is_dir() and path.name != "hydra")
 
 
 def plain(node: Any) -> dict[str, Any]:
@@ -75,7 +86,8 @@ def _check_name(conf_dir: Path, override: Override) -> None:
     if not key:
         raise ConfigError(f"{line}: the name before = is missing")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        raise ConfigError(f"{line}: Hydra's own options are fixed; use -m for a sweep and output_dir for the place")
+        raise ConfigError(f"{line}: Hydra's own options are fixed, but for {LAUNCHER} and hydra.launcher.*; use -m "
+                          "for a sweep and output_dir for the place")
     if key not in groups(conf_dir):
         return
     allowed = choices(conf_dir, key)
@@ -122,7 +134,7 @@ def _jobs(parsed: list[Override], *, sweep: bool) -> list[list[str]]:
 def _compose_one(conf_dir: Path, overrides: list[str]) -> RunConfig:
     try:
         node = compose("config", overrides)
-        return check(plain(node))
+        return replace(check(plain(node)), overrides=tuple(overrides))
     except ConfigError as error:
         raise _located(conf_dir, overrides, error) from error
     except yaml.YAMLError as error:

@@ -19,7 +19,7 @@ from prune_lab.config import RunConfig
 from prune_lab.failure import fail
 from prune_lab.files import write_json
 from prune_lab.lazy import lazy_import
-from prune_lab.overrides import compose_checked, parse_overrides
+from prune_lab.overrides import compose_checked
 from prune_lab.schema import ConfigError
 from prune_lab.verdict import DENSE, REINIT, SMALL, TICKET, Rules, similar_margin
 from prune_lab.verdict_cases import REWOUND, Case, find_cases, read_entries, sparsity_of
@@ -211,13 +211,13 @@ def plan(conf_dir: Path, overrides: Sequence[str]) -> list[Planned]:
     rewinding = [line for line in lottery if line.startswith(("method.rewind_to=", "method.optimizer_state="))]
     masks = ["method=lottery", *(line for line in lottery if line not in rewinding)]
     arms = ",".join((TICKET, REINIT, *_CONTEXT))
-    jobs = [*_compose(conf_dir, [*shared, "method=dense"]),
-            *_compose(conf_dir, [*shared, *masks, f"method.arm={arms}"])]  # fmt: skip
+    jobs = [*compose_checked(conf_dir, [*shared, "method=dense"], sweep=True),
+            *compose_checked(conf_dir, [*shared, *masks, f"method.arm={arms}"], sweep=True)]  # fmt: skip
     _check_enough(config for config in jobs)
     if rewinding:
         rewound = f"{REWOUND},{REINIT}" if any(line.startswith("method.rewind_to=") for line in rewinding) else REWOUND
-        jobs += _compose(conf_dir, [*shared, *masks, *rewinding, f"method.arm={rewound}"])
-    jobs += [config for job in _small_jobs(jobs, small) for config in _compose(conf_dir, job)]
+        jobs += compose_checked(conf_dir, [*shared, *masks, *rewinding, f"method.arm={rewound}"], sweep=True)
+    jobs += [config for job in _small_jobs(jobs, small) for config in compose_checked(conf_dir, job, sweep=True)]
     varied = _varied(jobs)
     widths: dict[str, Any] = {}
     planned = {entry.directory: entry for entry in (_planned(config, varied, widths) for config in jobs)}
@@ -245,18 +245,6 @@ def _refuse(overrides: Sequence[str]) -> None:
         name = line.partition("=")[0].lstrip("+~")
         if name in ("method", "method.arm", "method.name", "method.copy"):
             raise ConfigError(f"{line}: verdict chooses methods and arms itself; leave {name}=... out")
-
-
-def _compose(conf_dir: Path, overrides: list[str]) -> list[RunConfig]:
-    """Return the checked options of every combination, each with the options that compose it."""
-    from hydra import initialize_config_dir
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    configs = list(compose_checked(conf_dir, overrides, sweep=True))
-    with initialize_config_dir(str(conf_dir), version_base="1.3"):
-        batches = BasicSweeper.split_arguments(parse_overrides(overrides), max_batch_size=None)
-    typed = [tuple(job) for batch in batches for job in batch]
-    return [replace(config, overrides=job) for config, job in zip(configs, typed, strict=True)]
 
 
 def _check_enough(configs: Iterable[RunConfig]) -> None:

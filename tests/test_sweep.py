@@ -37,8 +37,11 @@ def test_a_sweep_runs_every_combination_and_a_second_one_finds_them_done(capsys:
     assert statuses() == ["finished"] * 4
     assert cli.main(command) == 0
     assert capsys.readouterr().out.count("done already: outputs/") == 4
-    assert {path.name for path in Path().iterdir()} == {"outputs"}, "Hydra writes inside output_dir only"
-    assert [path.name for path in Path("outputs/sweep").iterdir()] == ["multirun.yaml"]
+    assert {path.name for path in Path().iterdir()} == {"outputs"}, "everything lies inside output_dir"
+    assert {path.name for path in Path().iterdir()} == {"outputs"}, "everything lies inside output_dir"
+    assert {path.name for path in Path("outputs").iterdir() if path.is_dir()} == {
+        "phases", *(path.parent.name for path in Path("outputs").glob("*/status.json"))
+    }
 
 
 def test_an_option_of_the_swept_methods_needs_not_be_the_default_methods(capsys: pytest.CaptureFixture) -> None:

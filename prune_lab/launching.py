@@ -1,0 +1,130 @@
+"""Hands the runs of a sweep to one of Hydra's launchers: processes of this machine, or a cluster. Torch-free."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import BrokenExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from prune_lab.config import RunConfig
+from prune_lab.files import write_text
+from prune_lab.overrides import LAUNCHER
+from prune_lab.schema import ConfigError, suggestion
+from prune_lab.slots import num_gpus, num_slots
+from prune_lab.worker import STOP, Outcome, read_outcome, run_in_worker
+
+_LOST = "its process ended without a word: killed, perhaps for lack of memory"
+
+
+def launch(
+    conf_dir: Path, configs: Sequence[RunConfig], names: Sequence[str], options: Sequence[str], folder: Path
+) -> list[Outcome]:
+    """Return how the runs ended, in order, after all have.
+
+    Args:
+        options: Hydra's options about the launcher, such as hydra/launcher=joblib.
+        folder: of this sweep: what each run prints, and its outcome.
+
+    Raises:
+        ConfigError: the launcher's package is not installed, or it refuses its options.
+    """
+    _register_resolvers()
+    _check_choice(conf_dir, options)
+    print(f"{len(configs)} runs; what each prints is in {folder}/run-N.log", flush=True)
+    for number, name in enumerate(names, start=1):
+        print(f"  run {number}: {name}", flush=True)
+    found: dict[int, Outcome] = {}
+    left, attempt = list(range(len(configs))), 0
+    while left:
+        place = folder / f"again-{attempt}" if attempt else folder
+        place.mkdir(parents=True)
+        with _stopped_by_a_file(place / STOP):
+            broken = _launch_once(conf_dir, [configs[number] for number in left], options, place)
+        outcomes = {number: read_outcome(place, index) for index, number in enumerate(left)}
+        ended = {number: replace(outcome, number=number) for number, outcome in outcomes.items() if outcome}
+        found |= ended
+        left, attempt = [number for number in left if number not in found], attempt + 1
+        if not broken or not ended or (place / STOP).exists():
+            break
+    return [found.get(number) or Outcome(number, 1, _LOST) for number in range(len(configs))]
+
+
+def _launch_once(conf_dir: Path, configs: Sequence[RunConfig], options: Sequence[str], folder: Path) -> bool:
+    """Start runs and wait for them; return whether a dying process took others with it, which can start again."""
+    from hydra import initialize_config_dir
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.plugins import Plugins
+    from hydra.types import HydraContext, RunMode
+
+    with initialize_config_dir(str(conf_dir), version_base="1.3"):
+        hydra = GlobalHydra.instance().hydra
+        place = f'hydra.sweep.dir="{folder.absolute()}"'
+        config = hydra.compose_config("config", [*options, place], run_mode=RunMode.MULTIRUN, from_shell=False)
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
+        launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=context, task_function=run_in_worker, config=config
+        )
+        try:
+            launcher.launch([list(config.overrides) for config in configs], 0)
+        except BrokenExecutor:
+            return True
+        except Exception as error:  # runs return their outcome; this is the launcher's own
+            print(f"prune-lab: error in the launcher: {_reason(error)}", file=sys.stderr, flush=True)
+    return False
+
+
+def _check_choice(conf_dir: Path, options: Sequence[str]) -> None:
+    """Raise ConfigError unless the options choose a launcher whose package is installed, and fit it."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    named = [line.partition("=")[2] for line in options if line.startswith(f"{LAUNCHER}=")]
+    with initialize_config_dir(str(conf_dir), version_base="1.3"):
+        allowed = GlobalHydra.instance().config_loader().get_group_options(LAUNCHER)
+        if not named:
+            raise ConfigError(f"{options[0]}: choose a launcher too, {LAUNCHER}={'|'.join(allowed)}")
+        if named[-1] not in allowed:
+            near = suggestion(named[-1], allowed)
+            raise ConfigError(f"{LAUNCHER}={named[-1]} is not a choice{near}; allowed: {', '.join(allowed)}")
+        try:
+            compose("config", list(options), return_hydra_config=True)
+        except Exception as error:  # of Hydra's many kinds
+            missing = re.search(r"Could not load '(?:\w+/)*([a-z]+)", str(error))
+            hint = f"it needs a package: pip install hydra-{missing[1]}-launcher" if missing else _reason(error)
+            raise ConfigError(f"{' '.join(options)}: {hint}") from error
+
+
+def _register_resolvers() -> None:
+    """Make what the machine has known to the presets in conf/hydra/launcher."""
+    from omegaconf import OmegaConf
+
+    for name, count in (("prune_lab.slots", num_slots), ("prune_lab.gpus", num_gpus)):
+        if not OmegaConf.has_resolver(name):
+            OmegaConf.register_new_resolver(name, count)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:500] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _stopped_by_a_file(path: Path) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a file that every worker watches; a second Ctrl-C stops at once."""
+
+    def stop(number: int, _frame: object) -> None:
+        write_text(path, str(number))
+        print("stopping: the runs under way write a checkpoint, the others do not start", flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,79 @@
+"""How many runs a machine takes at once: one per GPU, or one per core where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+_POLL_S = 0.3
+
+
+def gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; empty without any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip()]
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^GPU (\d+):", listed.stdout, re.MULTILINE)
+
+
+def num_gpus() -> int:
+    return len(gpus())
+
+
+def num_slots() -> int:
+    """Return how many runs this machine should take at once."""
+    return num_gpus() or os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def slot(stopped: Callable[[], bool], folder: Path | None = None) -> Iterator[bool]:
+    """Hold one of the machine's slots while the block runs; gives False if `stopped` came true while waiting.
+
+    All sweeps of a user on the machine share the slots. A GPU's slot makes that GPU the only visible one; a process
+    keeps the GPU of its first run, because CUDA cannot change it later. On a cluster whose scheduler has handed out
+    the devices (SLURM_JOB_ID is set) there is nothing to wait for.
+
+    Args:
+        folder: where the lock files are; default: a folder of the user's among the machine's temporary files.
+    """
+    if "SLURM_JOB_ID" in os.environ:
+        yield not stopped()
+        return
+    names = gpus()
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_slots())))
+    folder = folder or Path(tempfile.gettempdir()) / f"prune-lab-slots-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    paths = {folder / f"{'gpu' if names else 'core'}-{name}": name for name in names or range(num_slots())}
+    with contextlib.ExitStack() as stack:
+        while not stopped():
+            for path, name in paths.items():
+                if _lock(path, stack):
+                    if names:
+                        os.environ["CUDA_VISIBLE_DEVICES"] = name
+                    yield True
+                    return
+            time.sleep(_POLL_S)
+        yield False
+
+
+def _lock(path: Path, stack: contextlib.ExitStack) -> bool:
+    """Lock the file until the stack is closed, unless another process holds it."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return False
+    stack.callback(file.close)
+    return True
