@@ -89,7 +89,7 @@ def _check(options: Namespace, objectives: Sequence[Objective]) -> bool:
     if options.timeout is not None and not 0 < options.timeout < math.inf:
         raise ConfigError(f"--timeout must be seconds above 0, got {options.timeout:g}")
     if options.study is not None and not Word().contains(options.study):
-        raise ConfigError(f"--study {options.study} must consist of {Word()}")
+        raise ConfigError(f"--study {options.study} must be a file name of letters, digits and _.+-")
     can_prune = len(objectives) == 1 and objectives[0].follows_top1
     if options.pruner == "median" and not can_prune:
         raise ConfigError("--pruner median goes by the top-1 after each epoch and needs one objective that is a top-1 "

@@ -323,7 +323,7 @@ MISTAKES = {
     "nothing to search": (["method=rigl"], "nothing to search"),
     "trials": (["--trials", "0", ALPHA], "--trials must be 1 or more, got 0"),
     "timeout": (["--timeout", "-1", ALPHA], "--timeout must be seconds above 0, got -1"),
-    "study": (["--study", "a/b", ALPHA], "--study a/b must consist of letters"),
+    "study": (["--study", "a/b", ALPHA], "--study a/b must be a file name of letters"),
     "pruner": (["--pruner", "best", ALPHA], "invalid choice: 'best'"),
     "objective": (["--objective", "top2", ALPHA], "--objective top2 is not a choice (did you mean 'top1'?)"),
     "objective twice": (["--objective", "top1,final/top1", ALPHA], "names final/top1 twice"),

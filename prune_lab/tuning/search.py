@@ -68,7 +68,8 @@ class Search:
             trial = next_trial(self.study, self.space.searched, num_trials=num_trials)
             if trial is None:
                 break
-            print(f"\ntrial {trial.number} of {num_trials}: {self.parameters(trial)}", flush=True)
+            count = f"{trial.number + 1} of {num_trials}"  # trials are numbered from 0, as Optuna does
+            print(f"\ntrial {trial.number} ({count}): {self.parameters(trial)}", flush=True)
             code = self._attempt(trial)
             if code > STOPPED:
                 print(f"study {self.study.study_name}: stopped; the same command goes on with trial {trial.number}")
