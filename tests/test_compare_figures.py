@@ -9,12 +9,15 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from itertools import combinations
 
+import numpy as np
 import pytest
 
 from prune_lab.compare import figures, html, plots, styles
 from prune_lab.compare.command import main
-from prune_lab.compare.groups import aggregate
+from prune_lab.compare.groups import aggregate, stat_of
+from prune_lab.compare.published import Beside
 from prune_lab.compare.runs import read_runs
 from prune_lab.compare.table import Findings, legend
 from prune_lab.compare.trajectories import densities, trajectory
@@ -218,17 +221,34 @@ def test_more_than_ten_methods_differ_in_colour_and_marker(tmp_path):
     assert len({(look.color, look.symbol) for look in looks}) == 30
 
 
-def luminance(color):
+def linear(color):
     parts = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return np.array([part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts])
+
+
+def cielab(rgb):
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ rgb.clip(0, 1) / (0.9505, 1, 1.089)
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+SEEN_WITH = {
+    "no deviation": np.eye(3),  # the others: Machado et al. 2009, full severity, on linear RGB
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
 
 
 @pytest.mark.parametrize(("palette", "background"), [(styles.LIGHT, "#ffffff"), (styles.DARK, "#1b1f23")])
-def test_colours_stand_out_from_the_background(palette, background):
+def test_colours_stand_out_from_the_background_and_from_each_other(palette, background):
     for color in palette:
-        dark, light = sorted((luminance(color), luminance(background)))
+        dark, light = sorted(linear(one) @ (0.2126, 0.7152, 0.0722) for one in (color, background))
         assert (light + 0.05) / (dark + 0.05) >= 3, color
+    for eyes, matrix in SEEN_WITH.items():
+        seen = [cielab(np.array(matrix) @ linear(color)) for color in palette]
+        assert min(np.linalg.norm(one - other) for one, other in combinations(seen, 2)) > 20, eyes
 
 
 def test_plots_are_written_as_png_and_svg(tmp_path):
@@ -310,6 +330,18 @@ def test_report_loads_nothing_and_escapes_what_runs_say(tmp_path):
     assert INJECTION in data["figures"][1]["views"][0]["series"][0]["label"]
     for heading in ("<h1>", "<h2>Results</h2>", "<h3>Accuracy against cost</h3>", "not confidence intervals"):
         assert heading in markup
+
+
+def test_published_numbers_stand_in_a_table_of_their_own(tmp_path):
+    write_three_rows(tmp_path)
+    rows, found = build(tmp_path)
+    assert "Published numbers" not in html.page(rows, Findings(), found, [])
+    paper = {"cite": "A & B 2020", "where": "table 1", "certainty": "read", "remark": "other data"}
+    entry = Beside(rows[0], "final/top1", 77.5, 0.5, stat_of(rows[0], "final/top1"), paper, changed="method.x=1")
+    text = html.page(rows, Findings(published=(entry,)), found, [])
+    section = text[text.index("<h2>Published numbers") : text.index("<h2>Figures")]
+    for part in ("77.5 &plusmn; 0.5", "A &amp; B 2020, table 1 [read]", "changed: method.x=1", ": other data</li>"):
+        assert part in section
 
 
 def test_compare_writes_both_and_loads_plotting_only_then(tmp_path, capsys):
