@@ -62,7 +62,7 @@ function layout(figure, view, look) {
     Object.assign(x, { type: "category", categoryorder: "array", categoryarray: names, tickfont: { size: 10 } });
     y.rangemode = "tozero";
   } else {
-    x.type = view.log_x ? "log" : "linear";
+    Object.assign(x, view.log_x ? { type: "log", dtick: "D2" } : { type: "linear" }); // D2: labels at 1, 2 and 5
   }
   return { xaxis: x, yaxis: y, paper_bgcolor: look.card, plot_bgcolor: look.card, font: { color: look.text, size: 12 },
     margin: { l: 48, r: 10, t: 30, b: 40 }, showlegend: false, hovermode: "closest", dragmode: touch ? false : "zoom",
