@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,7 +98,7 @@ class Search:
             self._tell(trial, watch, code)
         return code
 
-    def _judge(self, trial: Trial):
+    def _judge(self, trial: Trial) -> Callable[[int, float], str | None]:
         """Return what says after an epoch why the trial is not worth going on."""
         reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
 
