@@ -38,24 +38,26 @@ def launch(
     print(f"{len(configs)} runs; what each prints is in {folder}/run-N.log", flush=True)
     for number, name in enumerate(names, start=1):
         print(f"  run {number}: {name}", flush=True)
-    found: dict[int, Outcome] = {}
-    left, attempt = list(range(len(configs))), 0
-    while left:
-        place = folder / f"again-{attempt}" if attempt else folder
-        place.mkdir(parents=True)
-        with _stopped_by_a_file(place / STOP):
-            broken = _launch_once(conf_dir, [configs[number] for number in left], options, place)
-        outcomes = {number: read_outcome(place, index) for index, number in enumerate(left)}
-        ended = {number: replace(outcome, number=number) for number, outcome in outcomes.items() if outcome}
-        found |= ended
-        left, attempt = [number for number in left if number not in found], attempt + 1
-        if not broken or not ended or (place / STOP).exists():
-            break
+    found, broken = _attempt(conf_dir, configs, range(len(configs)), options, folder)
+    for number in [number for number in range(len(configs)) if number not in found] if broken else ():
+        if not list(folder.rglob(STOP)):  # a run that kills its process takes no other one with it again
+            found |= _attempt(conf_dir, configs, [number], options, folder / f"again-{number + 1}")[0]
     return [found.get(number) or Outcome(number, 1, _LOST) for number in range(len(configs))]
 
 
+def _attempt(
+    conf_dir: Path, configs: Sequence[RunConfig], numbers: Sequence[int], options: Sequence[str], folder: Path
+) -> tuple[dict[int, Outcome], bool]:
+    """Return the outcomes of the runs `numbers` that left one, and whether a dying process took others with it."""
+    folder.mkdir(parents=True)
+    with _stopped_by_a_file(folder / STOP):
+        broken = _launch_once(conf_dir, [configs[number] for number in numbers], options, folder)
+    outcomes = {number: read_outcome(folder, index) for index, number in enumerate(numbers)}
+    return {number: replace(outcome, number=number) for number, outcome in outcomes.items() if outcome}, broken
+
+
 def _launch_once(conf_dir: Path, configs: Sequence[RunConfig], options: Sequence[str], folder: Path) -> bool:
-    """Start runs and wait for them; return whether a dying process took others with it, which can start again."""
+    """Start runs and wait for them; return whether a dying process took others with it."""
     from hydra import initialize_config_dir
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra

@@ -22,12 +22,13 @@ TINY_OPTIONS = {
     "dst_ee": ["method.interval=2"],
     "itop": ["method.interval=2"],
     "gmp": ["method.num_cuts=2"],
-    "str": ["method.threshold_init=-5", "method.threshold_decay=0"],
+    "str": ["method.threshold_init=-5", "method.threshold_decay=0", "schedule.train.lr=0.01"],
     "renda": ["method.levels=2", "method.rewind_to=0ep"],
     "stabilizing": ["method.rewind_to=0ep"],
     "lottery_sanity": ["method.levels=2"],
     "l0": ["method.drop_rate=0.95"],
     "constrained_l0": ["method.drop_rate=0.9"],
+    "greedy": ["method.exclude=[]"],
 }
 """per folder: what steps of a recipe must be made small with the training"""
 RECIPES = [name if name in ONE_PER_PAPER else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]

@@ -102,7 +102,7 @@ def test_a_signal_stops_every_run_after_a_checkpoint(launcher, number, child_env
 
 @pytest.mark.slow
 def test_a_killed_worker_takes_no_other_run_with_it(child_environment: dict[str, str]) -> None:
-    process = start(*TINY, "schedule.train.epochs=40", "trainer.limit_train_batches=null", "seed=0,1",
+    process = start(*TINY, "schedule.train.epochs=8", "trainer.limit_train_batches=null", "seed=0,1",
                     "hydra/launcher=local", child_environment=child_environment)  # fmt: skip
     wait_until(lambda: num_training() >= 1)
     workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "LokyProcess|popen_loky"], capture_output=True,
@@ -116,7 +116,7 @@ def test_a_killed_worker_takes_no_other_run_with_it(child_environment: dict[str,
 @pytest.mark.slow
 def test_a_preempted_job_goes_on_from_its_checkpoint(child_environment: dict[str, str]) -> None:
     """SIGUSR2 is what Slurm sends before a job's time is up; submitit's local jobs know it too."""
-    process = start(*TINY, "schedule.train.epochs=60", "trainer.limit_train_batches=null",
+    process = start(*TINY, "schedule.train.epochs=8", "trainer.limit_train_batches=null",
                     "trainer.checkpoint_interval_s=1000", "hydra/launcher=local_jobs",
                     child_environment=child_environment)  # fmt: skip
     wait_until(lambda: num_training() == 1)

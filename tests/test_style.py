@@ -21,7 +21,8 @@ RECIPES = {"experiment", "debug", "config.yaml"}
 """they set options that are explained where they live"""
 
 TORCH_FREE = ["cli", "config", "overrides", "schema", "listing", "completion", "sweep", "identity", "files", "lazy",
-              "chain", "positions", "verdict", "verdict_cases", "compare.command", "compare.groups",
+              "chain", "positions", "verdict", "verdict_cases", "compare.command", "compare.figures",
+              "compare.html", "worker", "launching", "slots",
               "tracking", "tracking.refill", "models", "datasets", "methods.base"]  # fmt: skip
 
 

@@ -135,6 +135,8 @@ def _draw(rows: Sequence[Row], findings: Findings, notes: Sequence[str], options
     if not rows:
         raise ConfigError(f"--{'html' if options.html else 'plots'}: no finished run to show")
     found = figures.build(rows, findings)
+    for line in found.notes:
+        print(to_ascii(line), file=sys.stderr)
     if options.plots:
         from prune_lab.compare.plots import write_plots
 
