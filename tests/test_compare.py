@@ -346,6 +346,12 @@ def test_a_recipe_with_other_options_is_not_the_papers_experiment(tmp_path, caps
     assert "* rigl 0.9: not the paper's experiment, changed: schedule.multiplier=0.1" in text
 
 
+def test_a_number_from_memory_is_never_shown_as_the_papers(tmp_path, capsys):
+    write_run(tmp_path, "r", config={"paper": PAPER | {"certainty": "memory"}}, final__top1=70.5)
+    assert main([str(tmp_path)]) == 0
+    assert "73.00 +- 0.04 [memory]" in capsys.readouterr().out
+
+
 def test_latency_is_read_from_the_runs_export(tmp_path):
     path = write_run(tmp_path, "r", final__top1=90.0)
     (path / "export").mkdir()

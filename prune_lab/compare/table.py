@@ -149,7 +149,9 @@ def _published(entry: Beside | None) -> str:
     if entry is None:
         return ""
     std = "" if entry.std is None else f" +- {entry.std:.2f}"
-    return f"{entry.published:.2f}{std}" + (" *" if entry.changed else "")
+    certainty = entry.paper["certainty"]
+    doubt = f" [{certainty}]" if certainty in ("memory", "derived") else ""
+    return f"{entry.published:.2f}{std}{doubt}" + (" *" if entry.changed else "")
 
 
 def _difference(difference: Difference | None) -> str:
