@@ -28,7 +28,14 @@ TINY_OPTIONS = {
     "lottery_sanity": ["method.levels=2"],
     "l0": ["method.drop_rate=0.95"],
     "constrained_l0": ["method.drop_rate=0.9"],
-    "greedy": ["method.exclude=[]", "method.num_evaluate=1", "method.eval_images=8", "method.batch=8"],
+    "greedy": [
+        "method.exclude=[]",
+        "method.macs_ratio=null",
+        "method.top1_tol=0.9",
+        "method.num_evaluate=1",
+        "method.eval_images=8",
+        "method.batch=8",
+    ],
 }
 """per folder: what steps of a recipe must be made small with the training"""
 RECIPES = [name if name in ONE_PER_PAPER else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
