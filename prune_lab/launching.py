@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
@@ -38,26 +37,33 @@ def launch(
     print(f"{len(configs)} runs; what each prints is in {folder}/run-N.log", flush=True)
     for number, name in enumerate(names, start=1):
         print(f"  run {number}: {name}", flush=True)
-    found, broken = _attempt(conf_dir, configs, range(len(configs)), options, folder)
-    for number in [number for number in range(len(configs)) if number not in found] if broken else ():
-        if not list(folder.rglob(STOP)):  # a run that kills its process takes no other one with it again
-            found |= _attempt(conf_dir, configs, [number], options, folder / f"again-{number + 1}")[0]
-    return [found.get(number) or Outcome(number, 1, _LOST) for number in range(len(configs))]
+    outcomes, broken = _attempt(conf_dir, configs, range(len(configs)), options, folder)
+    if broken:  # a process that died took others with it: what is left is done alone, one after the other
+        for number, outcome in outcomes.items():
+            if outcome.error == _LOST and not list(folder.rglob(STOP)):
+                outcomes |= _attempt(conf_dir, configs, [number], options, folder / f"again-{number + 1}")[0]
+    return [outcomes[number] for number in range(len(configs))]
 
 
 def _attempt(
     conf_dir: Path, configs: Sequence[RunConfig], numbers: Sequence[int], options: Sequence[str], folder: Path
 ) -> tuple[dict[int, Outcome], bool]:
-    """Return the outcomes of the runs `numbers` that left one, and whether a dying process took others with it."""
+    """Return the outcomes of the runs `numbers`, and whether the pool of processes broke down under them."""
     folder.mkdir(parents=True)
     with _stopped_by_a_file(folder / STOP):
-        broken = _launch_once(conf_dir, [configs[number] for number in numbers], options, folder)
-    outcomes = {number: read_outcome(folder, index) for index, number in enumerate(numbers)}
-    return {number: replace(outcome, number=number) for number, outcome in outcomes.items() if outcome}, broken
+        error = _launch_once(conf_dir, [configs[number] for number in numbers], options, folder)
+    broken = isinstance(error, BrokenExecutor)
+    why = _LOST if broken or error is None else f"the launcher failed: {_reason(error)}"
+    return {
+        number: replace(read_outcome(folder, index) or Outcome(0, 1, why), number=number)
+        for index, number in enumerate(numbers)
+    }, broken
 
 
-def _launch_once(conf_dir: Path, configs: Sequence[RunConfig], options: Sequence[str], folder: Path) -> bool:
-    """Start runs and wait for them; return whether a dying process took others with it."""
+def _launch_once(
+    conf_dir: Path, configs: Sequence[RunConfig], options: Sequence[str], folder: Path
+) -> Exception | None:
+    """Start runs and wait for them; return what the launcher raised: runs of ours leave an outcome instead."""
     from hydra import initialize_config_dir
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra
@@ -74,11 +80,9 @@ def _launch_once(conf_dir: Path, configs: Sequence[RunConfig], options: Sequence
         )
         try:
             launcher.launch([list(config.overrides) for config in configs], 0)
-        except BrokenExecutor:
-            return True
-        except Exception as error:  # runs return their outcome; this is the launcher's own
-            print(f"prune-lab: error in the launcher: {_reason(error)}", file=sys.stderr, flush=True)
-    return False
+        except Exception as error:
+            return error
+    return None
 
 
 def _check_choice(conf_dir: Path, options: Sequence[str]) -> None:

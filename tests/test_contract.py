@@ -363,8 +363,14 @@ def assert_equal(one: Any, other: Any, where: str = "result") -> None:
 # Model families
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", NAMES)
+# A third of the pairs, so that each method meets two families and each family a third of the methods; all with -m slow.
+PAIRS = [
+    pytest.param(name, family, marks=[pytest.mark.slow] * ((i + j) % 3 > 0))
+    for i, name in enumerate(NAMES) for j, family in enumerate(FAMILIES)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_works_on_each_model_family(name: str, family: str, tmp_path: Path) -> None:
     short = SHORT | {"sparsity": 0.6, "interval": 1, "num_cuts": 1}
     tiny = (

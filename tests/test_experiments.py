@@ -10,17 +10,13 @@ from prune_lab.cli import conf_dir, main
 from prune_lab.overrides import choices, compose_checked
 
 NAMES = choices(conf_dir(), "experiment")
-ONE_PER_PAPER = {name.partition("/")[0]: name for name in reversed(NAMES)}.values()
+QUICK = ("demo_rigl", "rigl/resnet50_imagenet_erk_90", "grasp/resnet32_cifar10_95", "l1_filter/resnet56_cifar10_a",
+         "lottery_sanity/resnet20_cifar10_lt_imp", "dep_l0/resnet56_cifar10")  # fmt: skip
 """the others are checked too, but take minutes"""
 SMALL = ("dataset=fake", "dataset.image_size=16", "model.width=0.25", "debug=tiny", "logger.wandb=disabled")
 TINY_OPTIONS = {
-    "demo_rigl": ["method.interval=2"],
-    "rigl": ["schedule.multiplier=1", "schedule.train.epochs=3", "trainer.limit_train_batches=46"],
-    "rigl_report": ["schedule.train.epochs=3", "trainer.limit_train_batches=46"],
     "autosparse": ["schedule.train.lr=0.01"],
     "grasp": ["method.samples_per_class=2", "method.rounds=1"],
-    "dst_ee": ["method.interval=2"],
-    "itop": ["method.interval=2"],
     "gmp": ["method.num_cuts=2"],
     "str": ["method.threshold_init=-5", "method.threshold_decay=0", "schedule.train.lr=0.01"],
     "renda": ["method.levels=2", "method.rewind_to=0ep"],
@@ -38,7 +34,7 @@ TINY_OPTIONS = {
     ],
 }
 """per folder: what steps of a recipe must be made small with the training"""
-RECIPES = [name if name in ONE_PER_PAPER else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+RECIPES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -57,7 +53,10 @@ def test_every_experiment_passes_a_dry_run(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_experiment_trains_on_fake_data(name: str, tmp_path: Path) -> None:
-    options = list(TINY_OPTIONS.get(name.partition("/")[0], ()))
+    (config,) = compose_checked(conf_dir(), [f"experiment={name}"], sweep=False)
+    options = [*TINY_OPTIONS.get(name.partition("/")[0], ()), "schedule.multiplier=1"]
+    if hasattr(config.method.config, "interval"):
+        options.append("method.interval=2")
     assert main([f"experiment={name}", *SMALL, *options, f"output_dir={tmp_path}"]) == 0
     assert len(list(tmp_path.glob("*/summary.json"))) == 1
 
