@@ -159,11 +159,14 @@ class PaperConfig:
                 if key not in PAPER_KEYS:
                     raise ConfigError(f"unknown key {path}.{name}.{key}{suggestion(key, PAPER_KEYS)}; "
                                       f"allowed: {', '.join(PAPER_KEYS)}", path)  # fmt: skip
+        for key, value in self.std.items():
+            if key not in self.values or value < 0:
+                raise ConfigError(f"{path}.std.{key} must be 0 or more, of a number that {path}.values has", path)
 
 
-PAPER_KEYS = ("final/top1", "final/top5", "dense/top1", "delta/top1", "sparsity/achieved", "params/nonzero",
-              "params/total", "params/dense", "macs/dense", "macs/inference", "macs/inference_ratio",
-              "macs/train_ratio")  # fmt: skip
+PAPER_KEYS = ("final/top1", "final/top5", "test/top1", "test/top5", "dense/top1", "delta/top1", "sparsity/achieved",
+              "sparsity/all_parameters", "params/nonzero", "params/total", "params/dense", "macs/dense",
+              "macs/inference", "macs/inference_ratio", "macs/train_ratio", "macs/train_ratio_paper")  # fmt: skip
 """keys of summary.json that a publication can have numbers for"""
 
 

@@ -14,7 +14,7 @@ from prune_lab.compare.command import main
 from prune_lab.compare.conditions import apply, parse
 from prune_lab.compare.differences import Difference, differences, paired
 from prune_lab.compare.front import fronts, pareto
-from prune_lab.compare.groups import accuracy_key, aggregate, sort_rows, stat_of
+from prune_lab.compare.groups import aggregate, sort_rows, stat_of
 from prune_lab.compare.runs import find_runs, read_runs, without_copies
 from prune_lab.compare.table import table
 from prune_lab.schema import ConfigError
@@ -161,6 +161,7 @@ def test_main_writes_markdown_when_not_on_a_terminal(tmp_path, capsys):
         (["r", "--baseline", "method=dense"], r"--baseline method=dense: no row is such"),
         (["r", "--group", "metod"], r"--group metod: no run has it \(did you mean 'method'\?\)"),
         (["r", "--group", "seed"], r"--group seed: rows are means over seeds"),
+        (["r", "--group", "method", "--format", "csv"], r"--group parts the tables that are printed"),
         ([], "prune-lab compare: the following arguments are required: RUNS"),
     ],
 )
@@ -262,7 +263,7 @@ def test_a_baseline_is_one_row_per_data_set_and_model(tmp_path):
     rows = rows_of(tmp_path)
     typed = parse("--baseline", ["method=dense"], read_runs([tmp_path]))
     assert {key: value.mean for key, value in differences(rows, typed, "top1").items()} == {"rigl": -10.0}
-    with pytest.raises(ConfigError, match=r"two rows of resnet20 on digits are such \(dense 0.9; rigl 0.9\); add"):
+    with pytest.raises(ConfigError, match=r"two rows of resnet20 on digits are such \(dense 0.9 schedule=demo; rigl"):
         differences(rows, parse("--baseline", ["method.sparsity=0.9"], read_runs([tmp_path])), "top1")
 
 
@@ -294,6 +295,8 @@ def test_filters_take_groups_options_results_lists_and_negation(tmp_path):
     assert left("method=rigl,set") == ["cut", "rigl-s0"]
     assert left("method!=dense", "method.sparsity=0.90") == ["rigl-s0"]
     assert left("seed=1") == ["dense-s1"]
+    assert left("method.sparsity=9e-1") == ["dense-s0", "dense-s1", "rigl-s0"]
+    assert left("status=running") == ["cut"]
     assert left("final/top1=90") == ["cut", "dense-s0"], "what an unfinished run would have reached is not known"
 
 
@@ -343,7 +346,7 @@ def test_a_recipe_with_other_options_is_not_the_papers_experiment(tmp_path, caps
     assert main([str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "73.00 +- 0.04 *" in text
-    assert "* rigl 0.9: not the paper's experiment, changed: schedule.multiplier=0.1" in text
+    assert "* rigl/x: not the paper's experiment, changed: schedule.multiplier=0.1" in text
 
 
 def test_a_number_from_memory_is_never_shown_as_the_papers(tmp_path, capsys):
@@ -371,8 +374,89 @@ def test_seeds_from_other_machines_are_said(tmp_path, capsys):
     assert "note: the runs of rigl 0.9 come from 2 kinds of machine or package versions" in capsys.readouterr().out
 
 
-def test_runs_with_a_validation_split_are_compared_on_the_test_split(tmp_path):
-    write_run(tmp_path, "a", group="a", final__top1=90.0, test__top1=80.0)
-    assert accuracy_key(rows_of(tmp_path)) == "test"
-    write_run(tmp_path, "b", group="b", final__top1=90.0)
-    assert accuracy_key(rows_of(tmp_path)) == "top1"
+def test_accuracies_are_compared_on_test_images(tmp_path):
+    held_out = {"dataset": {"name": "digits", "validation": 0.1}, "method": {"name": "rigl"}}
+    write_run(tmp_path, "a", group="a", final__top1=95.0, test__top1=90.0, macs__inference=1, config=held_out)
+    write_run(tmp_path, "b", group="b", config__method="static", final__top1=93.0, macs__inference=1)
+    rows = rows_of(tmp_path)
+    assert {row.group: row.stats["accuracy"].mean for row in rows} == {"a": 90.0, "b": 93.0}
+    assert fronts(rows, "accuracy", "macs") == {"b"}
+
+
+def test_a_control_without_its_method_is_not_on_the_front(tmp_path):
+    write_run(tmp_path, "a", group="a", final__top1=95.0, macs__inference=1, control__kind="shuffle")
+    write_run(tmp_path, "b", group="b", final__top1=90.0, macs__inference=1)
+    write_run(tmp_path, "c", group="c", final__top1=80.0, macs__inference=1)
+    assert fronts(rows_of(tmp_path), "accuracy", "macs") == {"b"}
+
+
+def test_rows_that_print_alike_are_told_apart(tmp_path):
+    for name, sparsity in (("a", 0.9482319), ("b", 0.9482321)):
+        config = {"method": {"name": "rigl", "sparsity": sparsity}}
+        write_run(tmp_path, name, group=name, final__top1=90.0, sparsity__requested=sparsity, config=config)
+    for name in ("c", "d"):
+        write_run(tmp_path, name, group=name, final__top1=90.0, config__method="set", control__kind="shuffle")
+    names = [row.name for row in rows_of(tmp_path)]
+    assert names == ["rigl 0.948232 method.sparsity=0.9482319", "rigl 0.948232 method.sparsity=0.9482321",
+                     "set 0.9 c shuffle", "set 0.9 d shuffle"]  # fmt: skip
+
+
+def test_runs_without_a_group_are_never_averaged(tmp_path):
+    for folder, top1 in (("a", 90.0), ("b", 50.0)):
+        path = write_run(tmp_path / folder, "r", final__top1=top1, run__id=folder)
+        (path / "run.json").write_text("{}")
+        summary = json.loads((path / "summary.json").read_text())
+        del summary["run/group"]
+        (path / "summary.json").write_text(json.dumps(summary))
+    assert [row.stats["top1"].mean for row in rows_of(tmp_path)] == [90.0, 50.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("summary.json", {"final/top1": "high"}, "summary.json: final/top1 is 'high', no number"),
+        ("summary.json", {"final/top1": float("nan")}, "summary.json: final/top1 is nan, no number"),
+        ("summary.json", {"run/seed": [1]}, "summary.json: run/seed is [1]"),
+        ("summary.json", {"run/id": 3}, "summary.json: run/id is 3"),
+        ("run.json", {"config": 3}, "run.json: config is no group"),
+        ("run.json", {"config": {"paper": {"cite": "x"}}}, "run.json: config.paper is not what a recipe has"),
+        ("run.json", [1], "run.json holds no object"),
+        ("status.json", {"status": [1]}, "status.json holds"),
+        ("export/export.json", {"latency": {"rows": [None]}}, "export/export.json: TypeError"),
+    ],
+)
+def test_odd_files_make_one_run_unreadable_and_stop_nothing(tmp_path, capsys, name, content, told):
+    write_run(tmp_path, "good", group="other", final__top1=90.0)
+    path = write_run(tmp_path, "odd", final__top1=90.0)
+    (path / name).parent.mkdir(exist_ok=True)
+    before = json.loads((path / name).read_text()) if (path / name).exists() else {}
+    (path / name).write_text(json.dumps(content if isinstance(content, list) else before | content))
+    assert main([str(tmp_path), "--filter", "method=rigl"]) == 0
+    text = capsys.readouterr().out
+    assert "| 90.00 " in text and f"  unreadable: {path} ({told}" in text
+
+
+def test_linked_runs_are_found_and_an_empty_folder_is_said(tmp_path):
+    write_run(tmp_path / "real", "r", final__top1=90.0)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "r").symlink_to(tmp_path / "real" / "r")
+    assert [run.path.name for run in read_runs([tmp_path / "links"])] == ["r"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no runs in .*empty"):
+        find_runs([tmp_path / "links", tmp_path / "empty"])
+
+
+def test_equal_differences_are_no_evidence(tmp_path):
+    assert not paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}).excludes_zero
+
+
+def test_two_recipes_of_one_method_keep_their_names_and_remarks(tmp_path, capsys):
+    for name in ("grasp/a", "grasp/b"):
+        config = {"paper": PAPER | {"remark": f"of {name}"}, "dataset": {"kind": "cifar"}}
+        write_run(tmp_path, name.replace("/", "-"), group=name, config=config, final__top1=70.0,
+                  run__command=f"prune-lab experiment={name} dataset.root=jpeg.tar")  # fmt: skip
+    assert main([str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for name in ("grasp/a", "grasp/b"):
+        assert f"* {name}: not the paper's experiment, changed: dataset.root=jpeg.tar" in text
+        assert f"{name}: of {name}" in text

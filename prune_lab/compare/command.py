@@ -11,7 +11,7 @@ from prune_lab.arguments import Arguments
 from prune_lab.compare import conditions, formats
 from prune_lab.compare.differences import differences
 from prune_lab.compare.front import fronts
-from prune_lab.compare.groups import COSTS, SORT_KEYS, Row, accuracy_key, aggregate, sort_rows
+from prune_lab.compare.groups import COSTS, SORT_KEYS, Row, aggregate, sort_rows
 from prune_lab.compare.published import beside
 from prune_lab.compare.runs import RunResult, read_runs, without_copies
 from prune_lab.compare.table import Findings, legend, published_table, table, unfinished
@@ -73,6 +73,8 @@ def _options(argv: list[str]) -> Namespace:
         if value is not None and value not in allowed:
             near = suggestion(value, allowed)
             raise ConfigError(f"--{name} {value} is not a choice{near}; allowed: {', '.join(allowed)}")
+    if options.group and (options.html or options.plots or options.format == "csv"):
+        raise ConfigError("--group parts the tables that are printed; not with --html, --plots or --format csv")
     options.format = options.format or ("rich" if sys.stdout.isatty() else "markdown")
     return options
 
@@ -85,13 +87,12 @@ def _check_group(key: str, runs: Sequence[RunResult]) -> None:
 
 def find(rows: Sequence[Row], runs: Sequence[RunResult], options: Namespace) -> Findings:
     """Return what is worked out across rows: differences to the baseline, Pareto front, published numbers."""
-    metric = accuracy_key(rows)
+    metric = Findings.metric
     typed = options.baseline or []
     against = conditions.parse("--baseline", typed, runs)
     return Findings(
         differences=differences(rows, against, metric) if against else {},
         baseline=" ".join(typed),
-        metric=metric,
         front=frozenset(fronts(rows, metric, options.cost)),
         cost=options.cost,
         published=tuple(beside(rows)),
@@ -109,11 +110,12 @@ def _write(rows: Sequence[Row], findings: Findings, notes: Sequence[str], option
     if rows and options.format == "csv":
         print(formats.comma_separated(rows, findings), end="")
     stream = sys.stderr if options.format in ("csv", "latex") else sys.stdout
-    if findings.published and options.format in ("rich", "markdown"):
+    if findings.published:
         header, cells, remarks = published_table(findings.published)
-        print("\npublished numbers beside those here\n")
-        _print_table(header, cells, options.format)
         notes = [*notes, *remarks]
+        if stream is sys.stdout:
+            print("\npublished numbers beside those here\n")
+            _print_table(header, cells, options.format)
     if rows:
         print(file=stream)
     for line in notes:

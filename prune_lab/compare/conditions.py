@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +25,9 @@ class Condition:
     """as the user wrote it, for messages"""
 
     def holds(self, run: RunResult) -> bool:
-        """Return whether the run satisfies it; an unfinished run does where only its results could tell."""
+        """Return whether the run satisfies it; a run without results or options does where only those could tell."""
         value = lookup(run, self.key)
-        if value is None and "/" in self.key and not run.summary:
+        if value is None and not run.summary and ("/" in self.key or not run.config):
             return True
         return (_plain(value) in self.values) != self.negated
 
@@ -46,7 +47,7 @@ def _parse_one(flag: str, text: str, runs: Sequence[RunResult]) -> Condition:
         raise ConfigError(f"{flag} {text}: write name=value, name=value,value or name!=value")
     key = left.removesuffix("!")
     require_key(flag, key, runs)
-    return Condition(key, tuple(_value(part) for part in right.split(",")), left.endswith("!"), text)
+    return Condition(key, tuple(_value(part) for part in re.split(r",(?![^\[]*\])", right)), left.endswith("!"), text)
 
 
 def require_key(flag: str, key: str, runs: Iterable[RunResult]) -> None:
@@ -67,6 +68,10 @@ def _names(run: RunResult) -> Iterator[str]:
 
 def _value(text: str) -> Any:
     try:
+        return float(text)  # YAML reads 1e-3 as a text
+    except ValueError:
+        pass
+    try:
         return _plain(yaml.safe_load(text))
     except yaml.YAMLError:
         return text
@@ -83,6 +88,8 @@ def lookup(run: RunResult, key: str) -> Any:
     """Return a result (`final/top1`), an option (`method.sparsity`) or a group's choice (`method`); None: absent."""
     if "/" in key:
         return run.summary.get(key)
+    if key == "status":
+        return run.status
     node: Any = run.config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None

@@ -24,7 +24,7 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        return self.half_width is not None and abs(self.mean) > self.half_width
+        return bool(self.half_width) and abs(self.mean) > self.half_width  # equal differences tell no spread
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
@@ -73,11 +73,15 @@ def find_baselines(rows: Iterable[Row], conditions: Sequence[Condition]) -> dict
             continue
         other = found.setdefault(row.labels[1:3], row)
         if other is not row:
-            raise ConfigError(f"{typed}: two rows of {' on '.join(row.labels[1:3])} are such ({other.name}; "
-                              f"{row.name}); add conditions until one is left")  # fmt: skip
+            raise ConfigError(f"{typed}: two rows of {' on '.join(row.labels[1:3])} are such ({_told(other)}; "
+                              f"{_told(row)}); add conditions until one is left")  # fmt: skip
     if not found:
         raise ConfigError(f"{typed}: no row is such")
     return found
+
+
+def _told(row: Row) -> str:
+    return f"{row.name} schedule={row.labels[3]}"
 
 
 def by_seed(row: Row, metric: str) -> dict[int, float]:

@@ -20,7 +20,7 @@ _COST_AXES = {
     "params": "nonzero parameters",
     "latency": "latency, ms",
 }
-_ACCURACY_AXES = {"top1": "top-1 accuracy, %", "test": "test top-1 accuracy, %"}
+_ACCURACY_AXES = {"accuracy": "top-1 accuracy on test images, %"}
 _COURSE_KEYS = {
     "sparsity": ("Sparsity", "fraction of eligible weights that are zero"),
     "mask/exploration": ("Exploration", "fraction of positions active at least once since the phase began (R_s)"),

@@ -79,7 +79,10 @@ def _record(row: Row, findings: Findings, keys: dict[str, None]) -> dict[str, An
     if findings.differences:
         record |= {f"difference {part}": getattr(difference, part, None) for part in ("mean", "half_width", "n")}
     record["front"] = int(row.group in findings.front)
-    record |= {f"paper {entry.key}": entry.published for entry in findings.published if entry.row is row}
+    for entry in findings.published:
+        if entry.row is row:
+            record |= {f"paper {entry.key}": entry.published, f"paper {entry.key} std": entry.std,
+                       "paper certainty": entry.paper["certainty"], "paper changed": entry.changed}  # fmt: skip
     record |= {"group": row.group, "seeds": " ".join(str(run.seed) for run in row.runs),
                "paths": " ".join(str(run.path) for run in row.runs)}  # fmt: skip
     return record

@@ -30,7 +30,7 @@ def fronts(rows: Sequence[Row], metric: str, cost: str) -> set[str]:
     candidates = defaultdict(list)
     for row in rows:
         value = stat_of(row, COSTS[cost])
-        if metric in row.stats and value is not None and row.control_of is None:
+        if metric in row.stats and value is not None and row.control in ("", "none"):
             candidates[row.labels[2]].append((row.group, (row.stats[metric].mean, value.mean)))
     found = set()
     for entries in candidates.values():

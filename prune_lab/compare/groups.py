@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ _NOT_OPTIONS = ("seed", "output_dir", "dry_run", "logger.", "paper.", "dataset.r
 METRICS = {
     "top1": "final/top1",
     "test": "test/top1",
+    "accuracy": "accuracy/test",
     "delta": "delta/top1",
     "control": "control/delta",
     "params": "params/nonzero",
@@ -28,7 +29,7 @@ METRICS = {
 }
 """what is averaged: short name -> key in a run's summary"""
 
-HIGHER_IS_BETTER = ("top1", "test", "delta", "control")
+HIGHER_IS_BETTER = ("top1", "test", "accuracy", "delta", "control")
 
 SORT_KEYS = ("name", "sparsity", *METRICS)
 
@@ -151,7 +152,7 @@ def _options(firsts: dict[str, RunResult]) -> dict[str, str]:
     """Return for each group the options in which it differs from the groups that would look the same in the table."""
     alike: dict[tuple, list[str]] = defaultdict(list)
     for name, run in firsts.items():
-        alike[(_labels(run), run.summary.get("sparsity/requested"), _matched(run))].append(name)
+        alike[(_labels(run), f"{run.summary.get('sparsity/requested') or 0:g}", _matched(run))].append(name)
     texts = dict.fromkeys(firsts, "")
     for names in alike.values():
         if len(names) == 1:
@@ -162,8 +163,11 @@ def _options(firsts: dict[str, RunResult]) -> dict[str, str]:
         controls = any("control/kind" in firsts[name].summary for name in names)  # they have a column of their own
         shown = [key for key in differing if not (controls and key == "method.control")]
         for name in names:
-            text = " ".join(f"{key}={flat[name][key]}" for key in shown if key in flat[name])
-            texts[name] = text or ("" if controls else name)
+            texts[name] = " ".join(f"{key}={flat[name][key]}" for key in shown if key in flat[name])
+        looks = Counter((texts[name], firsts[name].summary.get("control/kind")) for name in names)
+        for name in names:  # for example other images under the same options
+            if looks[texts[name], firsts[name].summary.get("control/kind")] > 1:
+                texts[name] = f"{texts[name]} {name}".strip()
     return texts
 
 
@@ -198,10 +202,3 @@ def _sorted(rows: Iterable[Row], key: str) -> list[Row]:
     sign = -1 if key in HIGHER_IS_BETTER else 1
     return sorted(ordered, key=lambda row: sign * row.stats[key].mean if key in row.stats else float("inf"))
 
-
-def accuracy_key(rows: Sequence[Row]) -> str:
-    """Return which accuracy all rows can be compared by: of the test split where every run held out a validation split.
-
-    With dataset.validation the last epoch's final/top1 is of held-out training images, which runs are chosen by.
-    """
-    return "test" if rows and all("test" in row.stats for row in rows) else "top1"

@@ -10,9 +10,9 @@ from typing import Any
 from prune_lab.compare.groups import Row, Stat, stat_of
 from prune_lab.compare.runs import RunResult
 
-_HARMLESS = ("experiment", "seed", "output_dir", "dataset.root", "dataset.download", "dataset.cache_dir",
-             "dataset.workers", "logger.", "trainer.device", "trainer.threads", "trainer.checkpoint_interval_s",
-             "trainer.eval_batch_size", "trainer.compile", "trainer.channels_last", "paper.")  # fmt: skip
+_HARMLESS = ("experiment=", "seed=", "output_dir=", "dataset.download=", "dataset.cache_dir=", "dataset.workers=",
+             "logger.", "trainer.device", "trainer.threads", "trainer.checkpoint_interval_s",
+             "trainer.eval_batch_size", "trainer.compile", "trainer.channels_last")  # fmt: skip
 """options, or beginnings of them, with which a recipe is still the paper's"""
 
 
@@ -21,6 +21,7 @@ class Beside:
     """One published number and the same of the runs here."""
 
     row: Row
+    recipe: str
     key: str
     """of summary.json"""
     published: float
@@ -36,17 +37,29 @@ def beside(rows: Sequence[Row]) -> list[Beside]:
     """Return every published number of every row that was run from a recipe."""
     found = []
     for row in rows:
-        paper = row.runs[0].config.get("paper") if row.runs else None
-        if paper:
-            changed = changed_options(row.runs[0])
+        for run in [run for run in row.runs if run.config.get("paper")][:1]:
+            paper, words = run.config["paper"], _options(run)
+            recipe = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), row.name)
+            changed = " ".join(dict.fromkeys(word for other in row.runs for word in changed_options(other)))
             found += [
-                Beside(row, key, value, paper["std"].get(key), stat_of(row, key), paper, changed)
+                Beside(row, recipe, key, value, paper["std"].get(key), stat_of(row, key), paper, changed)
                 for key, value in paper["values"].items()
             ]
     return found
 
 
-def changed_options(run: RunResult) -> str:
-    """Return the options beyond the recipe that a run was started with, but for those that change no result."""
-    words = shlex.split(run.summary.get("run/command", ""))[1:]
-    return " ".join(word for word in words if not word.lstrip("+~").startswith(_HARMLESS))
+def changed_options(run: RunResult) -> list[str]:
+    """Return the options beyond the recipe that a run was started with, but for those that change no result.
+
+    Where ImageNet lies changes nothing, its images are counted; what stands in for CIFAR's archive may be other images.
+    """
+    harmless = _HARMLESS if (run.config.get("dataset") or {}).get("kind") == "cifar" else (*_HARMLESS, "dataset.root=")
+    return [word for word in _options(run) if not word.lstrip("+~").startswith(harmless)]
+
+
+def _options(run: RunResult) -> list[str]:
+    command = run.summary.get("run/command", "")
+    try:
+        return shlex.split(command)[1:]
+    except ValueError:  # not written by this program
+        return command.split()[1:]

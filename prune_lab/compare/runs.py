@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class RunResult:
     """equal for runs that differ in nothing but the seed"""
     seed: int | None
     summary: dict[str, Any]
-    """empty unless the run is finished; with params/ratio, and latency/* of its export, which are worked out here"""
+    """empty unless the run is finished; with params/ratio, accuracy/test and latency/*, which are worked out here"""
     config: dict[str, Any]
     """resolved options; empty if run.json is missing"""
 
@@ -37,30 +38,34 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """Return the run directories that `paths` are, contain or match (shell patterns), each once, in order of name.
 
     Raises:
-        ConfigError: a path that does not exist, or none of them leads to a run.
+        ConfigError: a path that does not exist, or one that leads to no run.
     """
     found: dict[Path, None] = {}
-    given = list(paths)
-    for path in given:
+    for path in paths:
         matches = sorted(glob.glob(os.fspath(path))) if not os.path.exists(path) else [os.fspath(path)]
         if not matches:
             raise ConfigError(f"{path}: no such run or folder")
-        for match in matches:
-            found.update(dict.fromkeys(_below(match)))
-    if not found:
-        raise ConfigError(f"no runs in {', '.join(os.fspath(path) for path in given)}")
+        below = [run for match in matches for run in _below(match)]
+        if not below:
+            raise ConfigError(f"no runs in {path}")
+        found.update(dict.fromkeys(below))
     return list(found)
 
 
 def _below(directory: str) -> Iterator[Path]:
-    if any(os.path.exists(os.path.join(directory, name)) for name in _MARKS):
+    if _is_run(directory):
         yield Path(directory)
     elif os.path.isdir(directory):
         with os.scandir(directory) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        for name in names:
-            if name not in _NOT_RUNS:
-                yield from _below(os.path.join(directory, name))
+            found = sorted((entry.name, entry.is_symlink()) for entry in entries if entry.is_dir())
+        for name, is_link in found:
+            path = os.path.join(directory, name)
+            if name not in _NOT_RUNS and (not is_link or _is_run(path)):  # other links may lead around in circles
+                yield from _below(path)
+
+
+def _is_run(directory: str) -> bool:
+    return any(os.path.exists(os.path.join(directory, name)) for name in _MARKS)
 
 
 def read_runs(paths: Iterable[str | Path]) -> list[RunResult]:
@@ -74,23 +79,57 @@ def read_runs(paths: Iterable[str | Path]) -> list[RunResult]:
 
 def _read_run(path: Path) -> RunResult:
     try:
-        run, summary, status = (_read_optional(path / name) for name in ("run.json", "summary.json", "status.json"))
-        latency = _latency(_read_optional(path / "export" / "export.json"))
-    except ValueError as error:
-        return RunResult(path, "unreadable", str(error), path.name, None, {}, {})
+        return _as_result(path)
+    except (ValueError, OSError, RecursionError) as error:
+        return RunResult(path, "unreadable", " ".join(str(error).split()), str(path), None, {}, {})
+
+
+def _as_result(path: Path) -> RunResult:
+    run, summary, status = (_read_optional(path / name) for name in ("run.json", "summary.json", "status.json"))
+    config = run.get("config") or {}
+    _check(summary, status, config)
     state = status.get("status") or summary.get("status") or "unknown"
     if state == "finished" and not summary:
         state = "without summary.json"
-    config = run.get("config") or {}
+    exported = _read_optional(path / "export" / "export.json")
+    worked_out = _ratio(summary) | _accuracy(summary, config) | _latency(exported)
     return RunResult(
         path=path,
         status=state,
         error=status.get("error"),
-        group=summary.get("run/group") or run.get("group") or path.name,
+        group=summary.get("run/group") or run.get("group") or str(path),
         seed=summary.get("run/seed", config.get("seed")),
-        summary=_with_ratio(summary) | latency if state == "finished" else {},
+        summary=summary | worked_out if state == "finished" else {},
         config=config,
     )
+
+
+_KINDS = {"status": str, "run/id": str, "run/group": str, "run/command": str, "run/seed": int}
+
+
+def _check(summary: dict[str, Any], status: dict[str, Any], config: Any) -> None:
+    """Raise ValueError, naming file and key, for values that no run of this program leaves."""
+    for key, value in summary.items():
+        kind = _KINDS.get(key)
+        if kind and not (isinstance(value, kind) and not isinstance(value, bool)):
+            raise ValueError(f"summary.json: {key} is {value!r}")
+        if key.startswith(_NUMBERS) and key.count("/") == 1 and not _is_number(value):
+            raise ValueError(f"summary.json: {key} is {value!r}, no number")
+    if not all(isinstance(status.get(key), (str, type(None))) for key in ("status", "error")):
+        raise ValueError(f"status.json holds {status!r}")
+    if not isinstance(config, dict) or not isinstance(config.get("seed"), (int, type(None))):
+        raise ValueError("run.json: config is no group of options with a seed")
+    paper, keys = config.get("paper"), {"cite", "where", "certainty", "values", "std"}
+    if paper is not None and not (isinstance(paper, dict) and keys <= {*paper}):
+        raise ValueError("run.json: config.paper is not what a recipe has")
+
+
+_NUMBERS = ("final/", "test/", "dense/", "delta/", "params/", "macs/", "sparsity/", "time/", "control/delta")
+"""beginnings of the keys whose values are averaged"""
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value))
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -105,20 +144,29 @@ def _read_optional(path: Path) -> dict[str, Any]:
     return content
 
 
-def _with_ratio(summary: dict[str, Any]) -> dict[str, Any]:
+def _ratio(summary: dict[str, Any]) -> dict[str, float]:
     nonzero, dense = summary.get("params/nonzero"), summary.get("params/dense")
-    return summary | {"params/ratio": nonzero / dense} if nonzero is not None and dense else summary
+    return {"params/ratio": nonzero / dense} if nonzero is not None and dense else {}
+
+
+def _accuracy(summary: dict[str, Any], config: dict[str, Any]) -> dict[str, float]:
+    """Return the top-1 on test images: with dataset.validation the final one is of held-out training images."""
+    held_out = "test/top1" in summary or (config.get("dataset") or {}).get("validation")
+    value = summary.get("test/top1" if held_out else "final/top1")
+    return {} if value is None else {"accuracy/test": value}
 
 
 def _latency(record: dict[str, Any]) -> dict[str, float]:
-    """Return what prune-lab export measured in PyTorch at its smallest batch size: the runtime every export times."""
-    rows = [row for row in (record.get("latency") or {}).get("rows", ()) if row["runtime"] == "PyTorch"]
-    if not rows:
-        return {}
-    row = min(rows, key=lambda entry: entry["batch"])
-    dense = row["dense"]["median_s"]
-    finished = row["pruned"]["median_s"] if "pruned" in row else dense
-    return {"latency/ms": 1000 * finished, "latency/ratio": finished / dense, "latency/batch": row["batch"]}
+    """Return what prune-lab export measured in PyTorch, the runtime that every export times, at batch size 1."""
+    try:
+        for row in (record.get("latency") or {}).get("rows", ()):
+            if row["runtime"] == "PyTorch" and row["batch"] == 1:
+                dense = row["dense"]["median_s"]
+                finished = row["pruned"]["median_s"] if "pruned" in row else dense
+                return {"latency/ms": 1000 * finished, "latency/ratio": finished / dense}
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"export/export.json: {type(error).__name__}: {error}") from error
+    return {}
 
 
 def without_copies(runs: Iterable[RunResult]) -> tuple[list[RunResult], list[str]]:

@@ -41,7 +41,12 @@ def labels(rows: Sequence[Row]) -> dict[str, str]:
     short = {group: re.sub(r"(?<!\S)(?:\w+\.)+(\w+=)", r"\1", text) for group, text in full.items()}
     keys = {row.group: (row.labels[2], short[row.group]) for row in rows}
     taken = list(keys.values())
-    return {group: to_ascii(full[group] if taken.count(key) > 1 else short[group]) for group, key in keys.items()}
+    told = {group: full[group] if taken.count(key) > 1 else short[group] for group, key in keys.items()}
+    looks = [(keys[group][0], text) for group, text in told.items()]
+    return {
+        group: to_ascii(f"{text} {group}" if looks.count((keys[group][0], text)) > 1 else text)
+        for group, text in told.items()
+    }
 
 
 def method_names(rows: Sequence[Row]) -> list[str]:

@@ -22,7 +22,7 @@ class Findings:
     """by group; empty without a baseline"""
     baseline: str = ""
     """how it was typed"""
-    metric: str = "top1"
+    metric: str = "accuracy"
     """what differences and front are about: short name of METRICS"""
     front: frozenset[str] = frozenset()
     """groups on the Pareto front"""
@@ -34,7 +34,7 @@ class Findings:
 def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[str], list[list[str]]]:
     """Return column names and ASCII cells; a column that no row fills is left out."""
     known = findings or Findings()
-    top1 = {entry.row.group: entry for entry in known.published if entry.key == "final/top1"}
+    top1 = {entry.row.group: entry for entry in known.published if entry.key in ("final/top1", "test/top1")}
     columns = {
         "method": [row.labels[0] for row in rows],
         "model": [row.labels[1] for row in rows],
@@ -45,11 +45,11 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
         "options": [row.options for row in rows],
         "control": [row.control for row in rows],
         "n": [_count(row) for row in rows],
-        "top-1 %": [_spread(row.stats.get("top1"), "{:.2f}") for row in rows],
-        "test top-1 %": [_spread(row.stats.get("test"), "{:.2f}") for row in rows],
+        "top-1 %": [_spread(row, "top1", "{:.2f}") for row in rows],
+        "test top-1 %": [_spread(row, "test", "{:.2f}") for row in rows],
         "paper top-1 %": [_published(top1.get(row.group)) for row in rows],
-        "delta to dense": [_spread(row.stats.get("delta"), "{:+.2f}") for row in rows],
-        "delta to method": [_spread(row.stats.get("control"), "{:+.2f}") for row in rows],
+        "delta to dense": [_spread(row, "delta", "{:+.2f}") for row in rows],
+        "delta to method": [_spread(row, "control", "{:+.2f}") for row in rows],
         f"against {known.baseline}": [_difference(known.differences.get(row.group)) for row in rows],
         "params nonzero": [_params(row) for row in rows],
         "MACs ratio": [_mean(row.stats.get("macs"), "{:.4f}") for row in rows],
@@ -66,14 +66,18 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
 def legend(rows: Sequence[Row], findings: Findings) -> list[str]:
     """Return how to read the table."""
     lines = ["mean +- sample standard deviation over n finished runs; ratios are to the dense network"]
+    if any("test" in row.stats for row in rows):
+        lines.append("top-1 is of held-out training images where test top-1 is given; front and differences go by test "
+                     "images")  # fmt: skip
     if findings.differences:
         lines.append(f"against {findings.baseline}: mean difference in points over runs of the same seed, "
-                     f"{CONFIDENCE:.0%} confidence interval (Student's t; n pairs); ! it leaves out 0")  # fmt: skip
+                     f"{CONFIDENCE:.0%} confidence interval (Student's t; n pairs); ! it leaves out 0, not "
+                     "corrected for the number of rows")  # fmt: skip
     if findings.front:
         lines.append(f"front: * no other row of the data set has at least its accuracy for at most its "
                      f"{COST_NAMES[findings.cost]}, and one of them better")  # fmt: skip
     if any("latency" in row.stats for row in rows):
-        lines.append("latency: PyTorch, smallest batch, as prune-lab export measured it on its machine")
+        lines.append("latency: PyTorch, batch 1, as prune-lab export measured it on its machine")
     return [*lines, *_mixed(rows)]
 
 
@@ -96,12 +100,12 @@ def published_table(entries: Sequence[Beside]) -> tuple[list[str], list[list[str
         here = "" if entry.here is None else _number(entry.here.mean) + _std(entry.here)
         gap = "" if entry.here is None else f"{_number(entry.here.mean - entry.published, sign=True)}"
         mark = " *" if entry.changed else ""
-        cells.append([entry.row.name + mark, entry.key, f"{entry.published:g}{std}", here or "-", gap or "-",
+        cells.append([entry.recipe + mark, entry.key, f"{entry.published:g}{std}", here or "-", gap or "-",
                       f"{entry.paper['cite']}, {entry.paper['where']} [{entry.paper['certainty']}]"])  # fmt: skip
         if entry.changed:
-            remarks[entry.row.name, 0] = f"* {entry.row.name}: not the paper's experiment, changed: {entry.changed}"
+            remarks[entry.row.group, 0] = f"* {entry.recipe}: not the paper's experiment, changed: {entry.changed}"
         if entry.paper.get("remark"):
-            remarks[entry.row.name, 1] = f"{entry.row.name}: {entry.paper['remark']}"
+            remarks[entry.row.group, 1] = f"{entry.recipe}: {entry.paper['remark']}"
     return header, [[to_ascii(cell) for cell in line] for line in cells], list(remarks.values())
 
 
@@ -119,10 +123,11 @@ def _count(row: Row) -> str:
     return str(row.num_finished) if row.num_finished == row.num_runs else f"{row.num_finished} of {row.num_runs}"
 
 
-def _spread(stat: Stat | None, form: str) -> str:
-    if stat is None:
+def _spread(row: Row, metric: str, form: str) -> str:
+    found = row.stats.get(metric)
+    if found is None:
         return ""
-    return form.format(stat.mean) + _std(stat)
+    return form.format(found.mean) + _std(found) + ("" if found.n == row.num_finished else f" ({found.n})")
 
 
 def _std(stat: Stat) -> str:
