@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import re
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import BrokenExecutor
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prune_lab.config import RunConfig
 from prune_lab.files import write_text
 from prune_lab.overrides import LAUNCHER
 from prune_lab.schema import ConfigError, suggestion
 from prune_lab.slots import num_gpus, num_slots
-from prune_lab.worker import STOP, Outcome, read_outcome, run_in_worker
+from prune_lab.worker import STOP, Outcome, log_path, note_launcher, read_outcome, run_in_worker
 
 _LOST = "its process ended without a word: killed, perhaps for lack of memory"
 
@@ -37,33 +39,39 @@ def launch(
     print(f"{len(configs)} runs; what each prints is in {folder}/run-N.log", flush=True)
     for number, name in enumerate(names, start=1):
         print(f"  run {number}: {name}", flush=True)
-    outcomes, broken = _attempt(conf_dir, configs, range(len(configs)), options, folder)
-    if broken:  # a process that died took others with it: what is left is done alone, one after the other
-        for number, outcome in outcomes.items():
-            if outcome.error == _LOST and not list(folder.rglob(STOP)):
-                outcomes |= _attempt(conf_dir, configs, [number], options, folder / f"again-{number + 1}")[0]
-    return [outcomes[number] for number in range(len(configs))]
-
-
-def _attempt(
-    conf_dir: Path, configs: Sequence[RunConfig], numbers: Sequence[int], options: Sequence[str], folder: Path
-) -> tuple[dict[int, Outcome], bool]:
-    """Return the outcomes of the runs `numbers`, and whether the pool of processes broke down under them."""
     folder.mkdir(parents=True)
+    note_launcher(folder)
+    pending, why = [list(range(len(configs)))], _LOST
     with _stopped_by_a_file(folder / STOP):
-        error = _launch_once(conf_dir, [configs[number] for number in numbers], options, folder)
-    broken = isinstance(error, BrokenExecutor)
-    why = _LOST if broken or error is None else f"the launcher failed: {_reason(error)}"
-    return {
-        number: replace(read_outcome(folder, index) or Outcome(0, 1, why), number=number)
-        for index, number in enumerate(numbers)
-    }, broken
+        while pending and not (folder / STOP).exists():
+            numbers = pending.pop(0)
+            error = _launch_once(conf_dir, [configs[number] for number in numbers], options, folder, numbers[0])
+            if isinstance(error, BrokenExecutor) and len(numbers) > 1:
+                pending += _again([number for number in numbers if read_outcome(folder, number) is None], folder)
+            elif error is not None and not isinstance(error, BrokenExecutor):
+                why = f"the launcher failed: {_reason(error)}"
+    return [read_outcome(folder, number) or Outcome(number, 1, why) for number in range(len(configs))]
+
+
+def _again(left: Sequence[int], folder: Path) -> list[list[int]]:
+    """Return what to start after a process died and took others with it: runs under way then alone, the rest together.
+
+    One of those under way may be what killed it, for lack of memory. The rest is in stretches of adjacent numbers.
+    """
+    begun = [number for number in left if log_path(folder, number).exists()]
+    stretches: list[list[int]] = []
+    for number in (number for number in left if number not in begun):
+        if stretches and stretches[-1][-1] == number - 1:
+            stretches[-1].append(number)
+        else:
+            stretches.append([number])
+    return [*stretches, *([number] for number in begun)] if begun else []
 
 
 def _launch_once(
-    conf_dir: Path, configs: Sequence[RunConfig], options: Sequence[str], folder: Path
+    conf_dir: Path, configs: Sequence[RunConfig], options: Sequence[str], folder: Path, first: int
 ) -> Exception | None:
-    """Start runs and wait for them; return what the launcher raised: runs of ours leave an outcome instead."""
+    """Start runs, numbered from `first`, and wait; return what the launcher raised: runs of ours leave an outcome."""
     from hydra import initialize_config_dir
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra
@@ -79,10 +87,33 @@ def _launch_once(
             hydra_context=context, task_function=run_in_worker, config=config
         )
         try:
-            launcher.launch([list(config.overrides) for config in configs], 0)
+            with _lost_jobs_as_results():
+                launcher.launch([list(config.overrides) for config in configs], first)
         except Exception as error:
             return error
     return None
+
+
+@contextlib.contextmanager
+def _lost_jobs_as_results() -> Iterator[None]:
+    """Let Hydra's launcher for submitit wait for every job: it would leave at the first one that is lost."""
+    submitit = importlib.import_module("submitit") if importlib.util.find_spec("submitit") else None
+    if submitit is None:
+        yield
+        return
+    results = submitit.Job.results
+
+    def or_what_was_raised(job: Any) -> list[Any]:
+        try:
+            return results(job)
+        except Exception as error:
+            return [error]
+
+    submitit.Job.results = or_what_was_raised
+    try:
+        yield
+    finally:
+        submitit.Job.results = results
 
 
 def _check_choice(conf_dir: Path, options: Sequence[str]) -> None:

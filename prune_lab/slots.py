@@ -33,7 +33,7 @@ def num_gpus() -> int:
 
 def num_slots() -> int:
     """Return how many runs this machine should take at once."""
-    return num_gpus() or os.cpu_count() or 1
+    return num_gpus() or len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
@@ -41,21 +41,24 @@ def slot(stopped: Callable[[], bool], folder: Path | None = None) -> Iterator[bo
     """Hold one of the machine's slots while the block runs; gives False if `stopped` came true while waiting.
 
     All sweeps of a user on the machine share the slots. A GPU's slot makes that GPU the only visible one; a process
-    keeps the GPU of its first run, because CUDA cannot change it later. On a cluster whose scheduler has handed out
-    the devices (SLURM_JOB_ID is set) there is nothing to wait for.
+    keeps the GPU of its first run, because CUDA cannot change it later. A run that is a Slurm job of its own has been
+    handed its devices: there is nothing to wait for.
 
     Args:
         folder: where the lock files are; default: a folder of the user's among the machine's temporary files.
     """
-    if "SLURM_JOB_ID" in os.environ:
+    if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
         yield not stopped()
         return
     names = gpus()
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_slots())))
-    folder = folder or Path(tempfile.gettempdir()) / f"prune-lab-slots-{os.getuid()}"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_slots())))
+    # Inside an allocation of Slurm GPUs are counted from 0 again.
+    owner = "-".join([str(os.getuid()), *([os.environ["SLURM_JOB_ID"]] if "SLURM_JOB_ID" in os.environ else [])])
+    folder = folder or Path(tempfile.gettempdir()) / f"prune-lab-slots-{owner}"
     folder.mkdir(mode=0o700, exist_ok=True)
     paths = {folder / f"{'gpu' if names else 'core'}-{name}": name for name in names or range(num_slots())}
     with contextlib.ExitStack() as stack:
+        waited = False
         while not stopped():
             for path, name in paths.items():
                 if _lock(path, stack):
@@ -63,6 +66,9 @@ def slot(stopped: Callable[[], bool], folder: Path | None = None) -> Iterator[bo
                         os.environ["CUDA_VISIBLE_DEVICES"] = name
                     yield True
                     return
+            if not waited:
+                print(f"waiting for one of {len(paths)} slots of this machine", flush=True)
+            waited = True
             time.sleep(_POLL_S)
         yield False
 

@@ -16,7 +16,7 @@ from prune_lab.worker import INTERRUPTED, Outcome
 
 
 def run_all(configs: Sequence[RunConfig], *, conf_dir: Path, sweep: bool, launcher: Sequence[str] = ()) -> int:
-    """Return 0 if every run finished, the code of the first one that did not otherwise.
+    """Return 0 if every run finished, the code of a signal that stopped them, or of the first run that failed.
 
     A failed run does not stop a sweep, a signal does. Runs that did not finish are named at the end.
 
@@ -32,9 +32,6 @@ def run_all(configs: Sequence[RunConfig], *, conf_dir: Path, sweep: bool, launch
         outcomes = launch(conf_dir, configs, names, launcher, folder)
     else:
         outcomes = _in_turn(configs, names, sweep=sweep)
-    stopped = next((outcome.code for outcome in outcomes if outcome.code > INTERRUPTED), None)
-    if stopped is not None and not launcher:
-        return stopped
     return _conclude(outcomes, names)
 
 
@@ -84,4 +81,5 @@ def _conclude(outcomes: Sequence[Outcome], names: Sequence[str]) -> int:
             continue  # it has said so itself
         reason = f" ({outcome.error})" if outcome.error else ""
         print(f"prune-lab: not finished (exit code {outcome.code}): {names[outcome.number]}{reason}", file=sys.stderr)
-    return failed[0].code if failed else 0
+    codes = [outcome.code for outcome in failed]
+    return next((code for code in codes if code > INTERRUPTED), codes[0] if codes else 0)

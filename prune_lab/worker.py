@@ -8,13 +8,13 @@ import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prune_lab.config import check
-from prune_lab.files import read_json, write_json
+from prune_lab.files import read_json, write_json, write_text
 from prune_lab.overrides import plain
 from prune_lab.slots import slot
 
@@ -22,6 +22,7 @@ INTERRUPTED = 128
 """exit codes above this mean that a signal stopped the run"""
 STOP = "stop"
 """name of the file, in a sweep's folder, that holds the number of the signal that stops it"""
+_LAUNCHER = "launcher.pid"
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,16 @@ def run_in_worker(node: Any) -> int:
     folder, number = Path(job.sweep.dir), int(job.job.num)
     config = replace(check(plain(node)), overrides=tuple(job.overrides.task))
     tally: Counter[str] = Counter()
-    with _own_signals() as requeue, _own_output(folder / f"run-{number + 1}.log") as errors:
-        with _stopping_with(folder / STOP), slot(lambda: (folder / STOP).exists()) as free:
-            code = _run(config, tally) if free else INTERRUPTED
-    if code >= INTERRUPTED and (folder / STOP).exists():
+    with _own_signals() as (preempted, requeue), _own_output(log_path(folder, number)) as errors:
+
+        def stopped() -> bool:
+            return preempted() or (folder / STOP).exists()
+
+        with _stopping_when(stopped), slot(stopped) as free:
+            code = _run(config, tally) if free else INTERRUPTED + signal.SIGTERM
+    if code > INTERRUPTED and not preempted() and os.getpid() == _pid_of_launcher(folder):
+        write_text(folder / STOP, str(code - INTERRUPTED))  # the signal was for the sweep, which runs in this process
+    if code > INTERRUPTED and (folder / STOP).exists():
         code = INTERRUPTED + int((folder / STOP).read_text())
     error = errors.getvalue().strip().splitlines()[-1:] if code else []
     line = error[0].removeprefix("prune-lab: error: ") if error else ""
@@ -62,6 +69,19 @@ def run_in_worker(node: Any) -> int:
     words = "finished" if code == 0 else f"not finished (exit code {code})"
     print(f"run {number + 1}: {words}", flush=True)
     return code
+
+
+def note_launcher(folder: Path) -> None:
+    """Leave this process's number in the sweep's folder: a launcher may do runs in the process that started it."""
+    write_text(folder / _LAUNCHER, str(os.getpid()))
+
+
+def _pid_of_launcher(folder: Path) -> int:
+    return int((folder / _LAUNCHER).read_text())
+
+
+def log_path(folder: Path, number: int) -> Path:
+    return folder / f"run-{number + 1}.log"
 
 
 def outcome_path(folder: Path, number: int) -> Path:
@@ -102,8 +122,8 @@ class _Twice(io.TextIOBase):
 
 
 @contextlib.contextmanager
-def _stopping_with(path: Path) -> Iterator[None]:
-    """Stop the run in the block, checkpoint first, as soon as the file `path` is there.
+def _stopping_when(stopped: Callable[[], bool]) -> Iterator[None]:
+    """Stop the run in the block, checkpoint first, as soon as `stopped` says so.
 
     A signal reaches the process that started a sweep; on a terminal its workers too, under a launcher not always.
     It is sent again until the run ends: one that comes before the run listens is lost.
@@ -112,7 +132,7 @@ def _stopping_with(path: Path) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(0.5):
-            if path.exists():
+            if stopped():
                 os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -123,8 +143,8 @@ def _stopping_with(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_signals() -> Iterator[Any]:
-    """Ignore SIGINT and SIGTERM outside of the run; give the block a function that puts a preempted job back.
+def _own_signals() -> Iterator[tuple[Callable[[], bool], Callable[[int], None]]]:
+    """Ignore SIGINT and SIGTERM outside of the run; give (was it preempted?, put a preempted job back) to the block.
 
     submitit's handler of SIGUSR2 (a job's time is up, or it is preempted) puts the job into the queue again and leaves
     at once. Here the run is stopped first, so that its checkpoint is of this moment.
@@ -132,19 +152,15 @@ def _own_signals() -> Iterator[Any]:
     ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     handler, called = signal.getsignal(signal.SIGUSR2), []
 
-    def stop_run(number: int, frame: Any) -> None:
-        called.append((number, frame))
-        os.kill(os.getpid(), signal.SIGTERM)
-
     if callable(handler):
-        signal.signal(signal.SIGUSR2, stop_run)
+        signal.signal(signal.SIGUSR2, lambda number, frame: called.append((number, frame)))
 
     def requeue(code: int) -> None:
         if called and code > INTERRUPTED:
             handler(*called[0])
 
     try:
-        yield requeue
+        yield lambda: bool(called), requeue
     finally:
         if callable(handler):
             signal.signal(signal.SIGUSR2, handler)

@@ -86,6 +86,12 @@ def test_the_basic_launcher_is_the_ordinary_sweep(capsys: pytest.CaptureFixture)
     assert not Path("outputs/sweep").exists()
 
 
+def jobs_of_submitit() -> list[int]:
+    """Return the processes of this test's jobs, in the order in which they began."""
+    found = subprocess.run(["pgrep", "-f", "submitit.core._submit"], capture_output=True, text=True).stdout.split()
+    return [int(job) for job in found if str(Path.cwd()) in Path(f"/proc/{job}/cmdline").read_text()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "number"), [("local", signal.SIGTERM), ("local_jobs", signal.SIGINT)])
 def test_a_signal_stops_every_run_after_a_checkpoint(launcher, number, child_environment) -> None:
@@ -120,10 +126,30 @@ def test_a_preempted_job_goes_on_from_its_checkpoint(child_environment: dict[str
                     "trainer.checkpoint_interval_s=1000", "hydra/launcher=local_jobs",
                     child_environment=child_environment)  # fmt: skip
     wait_until(lambda: num_training() == 1)
-    jobs = subprocess.run(["pgrep", "-f", "submitit.core._submit"], capture_output=True, text=True).stdout.split()
-    mine = [job for job in jobs if str(Path.cwd()) in Path(f"/proc/{job}/cmdline").read_text()]
-    os.kill(int(mine[0]), signal.SIGUSR2)
+    os.kill(jobs_of_submitit()[0], signal.SIGUSR2)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, (out, err)
     (log,) = Path("outputs/sweep").glob("*/run-1.log")
     assert "resumed at step" in log.read_text() and statuses() == ["finished"]
+
+
+@pytest.mark.slow
+def test_a_lost_job_leaves_the_others_to_end(child_environment: dict[str, str]) -> None:
+    process = start(*TINY, "schedule.train.epochs=8", "trainer.limit_train_batches=null", "seed=0,1",
+                    "hydra/launcher=local_jobs", child_environment=child_environment)  # fmt: skip
+    wait_until(lambda: num_training() >= 1)
+    os.kill(jobs_of_submitit()[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1 and out.endswith("sweep: 1 of 2 runs finished\n"), (out, err)
+    assert "its process ended without a word" in err
+    assert sorted(statuses())[0] == "finished"
+
+
+@pytest.mark.slow
+def test_a_signal_stops_a_sweep_in_the_launching_process_too(child_environment: dict[str, str]) -> None:
+    process = start(*LONG, "seed=0,1", "hydra/launcher=local", "hydra.launcher.n_jobs=1",
+                    child_environment=child_environment)  # fmt: skip
+    wait_until(lambda: num_training() == 1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143 and statuses() == ["interrupted"]

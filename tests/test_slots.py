@@ -19,7 +19,7 @@ def never() -> bool:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+    for name in ("SLURM_JOB_ID", "SUBMITIT_EXECUTOR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "to be restored")
         monkeypatch.delenv(name)
 
@@ -28,7 +28,7 @@ def test_visible_gpus_are_those_of_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
     assert slots.gpus() == ["2", "5"] and slots.num_slots() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert slots.gpus() == [] and slots.num_slots() == os.cpu_count()
+    assert slots.gpus() == [] and slots.num_slots() == len(os.sched_getaffinity(0))
 
 
 def test_gpus_are_counted_by_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +76,16 @@ def test_cores_are_shared_out_among_runs_without_gpus(tmp_path: Path, monkeypatc
         assert [path.name for path in tmp_path.iterdir()] == ["core-0"]
 
 
-def test_a_cluster_has_handed_out_its_devices_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_within_an_allocation_share_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(slots.tempfile, "gettempdir", lambda: str(tmp_path))
+    with slots.slot(never) as free:
+        assert free and slots.gpus() == ["0"]
+        assert [path.name for path in tmp_path.iterdir()] == [f"prune-lab-slots-{os.getuid()}-7"]
+
+
+def test_a_cluster_has_handed_out_its_devices_already(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     with slots.slot(never, tmp_path) as free:
         assert free and list(tmp_path.iterdir()) == []

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 ws = lazy_import("wandb_workspaces.workspaces")
 wr = lazy_import("wandb_workspaces.reports.v2")
 
-TOP1 = "final/top1"
+TOP1, TEST = "final/top1", "test/top1"
+_TITLES = {TOP1: "top-1 on the evaluation images (%)", TEST: "top-1 on the test images (%)"}
+"""with dataset.validation the evaluation images are held out of training, and test/top1 is there too"""
 COSTS = {
     "macs/inference": "MACs per image",
     "macs/train": "training MACs",
@@ -58,9 +60,10 @@ def runset() -> RunsetSettings:
 
 
 def _costs() -> list[Panel]:
-    points = [_scatter(key, f"top-1 against {title}", log_x=True) for key, title in COSTS.items()]
+    points = [_scatter(key, title, log_x=True) for key, title in COSTS.items()]
+    test = _scatter("macs/inference", COSTS["macs/inference"], y=TEST, log_x=True)
     bars = wr.BarPlot(
-        title="top-1, mean and standard deviation over seeds",
+        title=f"{_TITLES[TOP1]}, mean and standard deviation over seeds",
         metrics=[TOP1],
         groupby="Group",
         groupby_aggfunc="mean",
@@ -68,11 +71,11 @@ def _costs() -> list[Panel]:
         max_runs_to_show=_MAX_LINES,
         max_bars_to_show=_MAX_LINES,
     )
-    return [*points, bars]
+    return [*points, test, bars]
 
 
 def _curves() -> list[Panel]:
-    titles = {"eval/top1": "top-1 on the evaluation images", "train/loss": "training loss"}
+    titles = {"eval/top1": _TITLES[TOP1], "train/loss": "training loss"}
     return [_lines([key], f"{title} / {_AXES[x]}", x=x) for key, title in titles.items() for x in _AXES]
 
 
@@ -80,7 +83,7 @@ def _sparsity() -> list[Panel]:
     return [
         _lines(["sparsity"], "sparsity"),
         _lines(["macs/inference"], "MACs per image"),
-        _scatter("sparsity/achieved", "top-1 against sparsity"),
+        _scatter("sparsity/achieved", "sparsity"),
     ]
 
 
@@ -105,14 +108,15 @@ def _options() -> list[Panel]:
         column(metric=wr.SummaryMetric("sparsity/achieved"), display_name="sparsity"),
         column(metric=wr.SummaryMetric("macs/inference_ratio"), display_name="MACs / dense"),
         column(metric=wr.SummaryMetric("macs/train_ratio"), display_name="training MACs / dense"),
-        column(metric=wr.SummaryMetric(TOP1), display_name="top-1"),
+        column(metric=wr.SummaryMetric(TOP1), display_name=_TITLES[TOP1]),
     ]
-    parallel = wr.ParallelCoordinatesPlot(title="from method to top-1", columns=columns)
+    parallel = wr.ParallelCoordinatesPlot(title=f"from method to {_TITLES[TOP1]}", columns=columns)
     return [parallel, wr.RunComparer(diff_only="split")]
 
 
-def _scatter(key: str, title: str, *, log_x: bool | None = None) -> Panel:
-    return wr.ScatterPlot(title=title, x=wr.SummaryMetric(key), y=wr.SummaryMetric(TOP1), log_x=log_x)
+def _scatter(key: str, title: str, *, y: str = TOP1, log_x: bool | None = None) -> Panel:
+    shown = f"{_TITLES[y]} against {title}"
+    return wr.ScatterPlot(title=shown, x=wr.SummaryMetric(key), y=wr.SummaryMetric(y), log_x=log_x)
 
 
 def _lines(keys: list[str], title: str, *, x: str = "global_step", metric_regex: str | None = None) -> Panel:

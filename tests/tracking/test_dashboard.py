@@ -45,7 +45,8 @@ class Project:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
     folder = tmp_path_factory.mktemp("dashboard")
-    assert run_helpers.execute(folder / "outputs", *run_helpers.TINY, *run_helpers.METHODS["rigl"]) == 0
+    options = [*run_helpers.TINY, *run_helpers.METHODS["rigl"], "dataset.validation=0.25"]  # for test/top1
+    assert run_helpers.execute(folder / "outputs", *options) == 0
     run_dir = run_helpers.run_dir(folder / "outputs")
     with WandbServer() as server:
         env = online(user_environment(folder), server)
@@ -86,7 +87,7 @@ def test_sections_hold_the_panels(project):
     sections = project.spec()["panelBankConfig"]["sections"]
     kinds = {section["name"]: [panel["viewType"] for panel in section["panels"]] for section in sections}
     assert kinds == {
-        "Accuracy against cost": ["Scatter Plot"] * 3 + ["Bar Chart"],
+        "Accuracy against cost": ["Scatter Plot"] * 4 + ["Bar Chart"],
         "Training": [LINES] * 6,
         "Sparsity": [LINES, LINES, "Scatter Plot"],
         "Layers": [LINES, "Weave"],
@@ -100,9 +101,14 @@ def test_sections_hold_the_panels(project):
 def test_scatter_panels_plot_keys_of_the_summary(project):
     plots = project.panels("Scatter Plot")
     costs = [plot["xAxis"] for plot in plots]
-    expected = ("macs/inference", "macs/train", "params/nonzero", "sparsity/achieved")
+    expected = ("macs/inference", "macs/train", "params/nonzero", "macs/inference", "sparsity/achieved")
     assert costs == [f"summary:{key}" for key in expected]
-    assert {plot["yAxis"] for plot in plots} == {"summary:final/top1"}
+    assert [plot["yAxis"] for plot in plots] == [f"summary:{key}/top1" for key in ("final",) * 3 + ("test", "final")]
+    titles = [plot["chartTitle"] for plot in plots]
+    assert [title.partition(" against ")[0] for title in titles] == [
+        f"top-1 on the {images} images (%)" for images in ("evaluation",) * 3 + ("test", "evaluation")
+    ]
+    assert "test/top1" in project.run.summary
     (bars,) = project.panels("Bar Chart")
     columns = project.spec()["runSets"][0]["runFeed"]["columnOrder"]
     shown = {name.removeprefix("summary:") for name in [*costs, *columns] if name != "run:displayName"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -234,6 +235,20 @@ def test_refill_takes_folders_and_goes_on_after_a_failure(run_dir, environment, 
         assert again.returncode == 0
         assert again.stdout.endswith("wandb-sync: 2 sent, 0 skipped, 0 failed\n")
         assert "0 records sent, 2 there before" in again.stdout
+
+
+def test_refill_skips_a_run_under_way_and_sends_one_that_was_killed(run_dir, environment):
+    end_child(start_child(run_dir, "disabled", 2, "interrupted", env=environment))
+    with WandbServer() as server, open(run_dir / ".lock", "a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        skipped = sync(run_dir, env=online(environment, server))
+        assert skipped.returncode == 0, skipped.stderr
+        assert skipped.stdout == f"{run_dir}: running, skipped\nwandb-sync: 0 sent, 1 skipped, 0 failed\n"
+        assert server.runs == {}
+        fcntl.flock(held, fcntl.LOCK_UN)  # as the system does when the process dies
+        sent = sync(run_dir, env=online(environment, server))
+        assert f"{run_dir}: 2 records sent" in sent.stdout, sent.stderr
+        assert server.runs["runid1"].exit_code == 1
 
 
 def test_refill_says_what_is_wrong_in_one_line(run_dir, tmp_path, monkeypatch):
