@@ -21,7 +21,7 @@ from prune_lab.schema import ConfigError, Word
 from prune_lab.tuning import objectives as goals
 from prune_lab.tuning.objectives import Objective
 from prune_lab.tuning.search import Search
-from prune_lab.tuning.space import Space, read
+from prune_lab.tuning.space import Space, is_place, read
 from prune_lab.tuning.study import importances, open_study
 
 torch = lazy_import("torch")
@@ -38,24 +38,25 @@ def main(argv: list[str]) -> int:
     """
     options = _parser().parse_intermixed_args(argv)
     objectives = goals.parse(options.objective)
-    prune = _check(options, objectives)
+    _check(options, objectives)
     from prune_lab.cli import conf_dir
 
-    space, config = _checked_space(conf_dir(), options.options)
+    space, configs = _checked_space(conf_dir(), options.options)
+    config = configs[0]
     _check_split(config, objectives)
-    _check_data(config)
+    images = _check_data(config)
     name = options.study or _name(config, space, objectives)
     path = Path(config.output_dir) / "tune" / f"{name}.db"
     # One process at a time: what another one has under way would look like left over from a kill.
     with store.lock(path.with_suffix(".lock"), what=f"study {name}", report=print, poll=lambda: None):
         study = open_study(
             path,
-            options=space.identity(),
+            options=[*space.identity(), f"images={images}"],
             objectives=[objective.key for objective in objectives],
             directions=[objective.direction for objective in objectives],
-            prune=prune,
+            prune=_prunes(options.pruner, objectives, configs),
         )
-        search = Search(study, space, objectives, conf_dir())
+        search = Search(study, space, objectives, conf_dir(), careful=options.pruner != "median")
         print("\n".join([f"study {name} in {path}", *map(search.line, search.trials())]))
         code = search.work(num_trials=options.trials, timeout_s=options.timeout)
         return code or _conclude(search)
@@ -65,7 +66,7 @@ def _parser() -> Arguments:
     parser = Arguments("tune", "Search options with Optuna. Options are written as for a run; those given several "
                        "values are searched: method.alpha=interval(0.1,0.5), tag(log,interval(1e-4,1e-1)), "
                        "int(interval(1,9)), range(1,10,2), choice(a,b) or a,b. The same command goes on with a stopped "
-                       "search and shows a finished one.")  # fmt: skip
+                       "search, tries failed trials again and shows a finished search.")  # fmt: skip
     add = parser.add_argument
     add("options", nargs="+", metavar="OPTIONS", help="name=value, as for a run")
     add("--study", metavar="NAME", help="kept in OUTPUT_DIR/tune/NAME.db (default: named after the options)")
@@ -73,13 +74,15 @@ def _parser() -> Arguments:
     add("--objective", default="top1", metavar="KEY[,KEY]", help="figures of summary.json, or "
         + ", ".join(goals.SHORT) + " (default top1); of several, the trials that no other beats are listed")
     add("--pruner", choices=("median", "none"), help="median: stop a run below the median of the finished ones after "
-        "the same epoch (default for a single objective that is a top-1)")
+        "the same epoch, a third of the last training phase at the earliest (default for a single objective that is a "
+        "top-1, if trials share method, schedule and trainer.limit_train_batches, and unless their sparsity changes in "
+        "that phase)")
     add("--timeout", type=float, metavar="S", help="begin no trial later than so many seconds from now")
     return parser
 
 
-def _check(options: Namespace, objectives: Sequence[Objective]) -> bool:
-    """Refuse what does not fit together, and return whether to give up trials early."""
+def _check(options: Namespace, objectives: Sequence[Objective]) -> None:
+    """Refuse what does not fit together."""
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("prune-lab tune needs Optuna: pip install optuna")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -90,25 +93,40 @@ def _check(options: Namespace, objectives: Sequence[Objective]) -> bool:
         raise ConfigError(f"--timeout must be seconds above 0, got {options.timeout:g}")
     if options.study is not None and not Word().contains(options.study):
         raise ConfigError(f"--study {options.study} must be a file name of letters, digits and _.+-")
-    can_prune = len(objectives) == 1 and objectives[0].follows_top1
-    if options.pruner == "median" and not can_prune:
+    if options.pruner == "median" and not _follow_top1(objectives):
         raise ConfigError("--pruner median goes by the top-1 after each epoch and needs one objective that is a top-1 "
                           f"(top1, test, delta), got --objective {options.objective}")  # fmt: skip
-    return can_prune and options.pruner != "none"
 
 
-def _checked_space(conf_dir: Path, typed: list[str]) -> tuple[Space, RunConfig]:
-    """Return the space, all ends of which are allowed, and the options of one run in it."""
+def _follow_top1(objectives: Sequence[Objective]) -> bool:
+    return len(objectives) == 1 and objectives[0].follows_top1
+
+
+def _prunes(pruner: str | None, objectives: Sequence[Objective], configs: Sequence[RunConfig]) -> bool:
+    """Return whether to give up trials early: by default only where the same epoch means the same for all `configs`."""
+    if pruner is None:
+        alike = all((config.method.config.name, config.schedule, config.trainer.limit_train_batches)
+                    == (configs[0].method.config.name, configs[0].schedule, configs[0].trainer.limit_train_batches)
+                    for config in configs)  # fmt: skip
+        return alike and _follow_top1(objectives)
+    return pruner == "median"
+
+
+def _checked_space(conf_dir: Path, typed: list[str]) -> tuple[Space, list[RunConfig]]:
+    """Return the space, all ends of which are allowed, and the options of runs that reach them."""
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
         space = read(parse_overrides(typed))
     for key in space.searched:
-        if key.split(".")[0] in ("output_dir", "dry_run", "logger"):
+        if is_place(key) or key == "dry_run":
             raise ConfigError(f"{key} does not change results, so it cannot be searched")
+        if key.endswith("seed"):
+            raise ConfigError(f"{key} cannot be searched: the best of several seeds is luck; search with one and "
+                              "run the best with several (-m seed=0,1,2), prune-lab compare averages them")  # fmt: skip
     configs = [config for probe in space.probes()
                for config in compose_checked(conf_dir, space.command(probe), sweep=False)]  # fmt: skip
     if configs[0].dry_run:
         raise ConfigError("dry_run=true trains nothing, so there is nothing to search; leave it out")
-    return space, configs[0]
+    return space, configs
 
 
 def _check_split(config: RunConfig, objectives: Sequence[Objective]) -> None:
@@ -124,11 +142,13 @@ def _check_split(config: RunConfig, objectives: Sequence[Objective]) -> None:
               "dataset.validation=0.1 compares them on images held out of training", file=sys.stderr)  # fmt: skip
 
 
-def _check_data(config: RunConfig) -> None:
-    """Refuse missing or damaged data once, instead of in every trial."""
+def _check_data(config: RunConfig) -> str:
+    """Refuse missing or damaged data once, instead of in every trial; return a name for what there is."""
     arithmetic = numerics.resolve(config.trainer)
     fmt = datasets.BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
-    datasets.load(config.dataset, fmt).close()
+    dataset = datasets.load(config.dataset, fmt)
+    dataset.close()
+    return dataset.fingerprint[:8]
 
 
 def _name(config: RunConfig, space: Space, objectives: Sequence[Objective]) -> str:

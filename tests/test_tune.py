@@ -25,6 +25,7 @@ from prune_lab.schema import ConfigError
 from prune_lab.signals import STOPPED, StopFlag
 from prune_lab.tracking import BaseSink, RunInfo
 from prune_lab.tuning import objectives, search, space, study
+from prune_lab.tuning.watch import TrialWatch
 
 optuna = pytest.importorskip("optuna")
 
@@ -47,7 +48,10 @@ class Runs:
         self.reached: Callable[[float], float] = lambda alpha: 80 - 100 * abs(alpha - 0.3)
         self.ending: Callable[[int], int] = lambda index: 0
         """exit code of the run that comes so many after the first one"""
+        self.error = "no space left"
         self.asked: list[str] = []
+        self.sparsity: Callable[[int], float] = lambda epoch: 0.9
+        """after an epoch"""
 
     def run(self, config: RunConfig, *, observe: Callable[[StopFlag], BaseSink]) -> int:
         alpha, index = config.method.config.alpha, len(self.alphas)
@@ -57,13 +61,14 @@ class Runs:
         plan = [{"name": "train", "epochs": EPOCHS, "length": f"{EPOCHS} epochs"}]
         sink.start(RunInfo(Path("run"), "id", "name", "group", plan=plan))
         for epoch in range(1, EPOCHS + 1):
-            sink.log({"phase": "train", "epoch": epoch, "eval/top1": self.reached(alpha) * epoch / EPOCHS})
+            sink.log({"phase": "train", "epoch": epoch, "sparsity": self.sparsity(epoch),
+                      "eval/top1": self.reached(alpha) * epoch / EPOCHS})  # fmt: skip
             if stop():
                 self.asked.append(stop.reason)
                 return stop.exit_code
             if code > STOPPED and epoch == 2:
                 return code
-        sink.finish("failed" if code else "finished", "loss is not finite" if code else None)
+        sink.finish("failed" if code else "finished", self.error if code else None)
         if code == 0:
             sink.summary({"final/top1": self.reached(alpha), "macs/inference_ratio": alpha, "delta/top1": None})
         return code
@@ -86,7 +91,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     monkeypatch.setattr(search, "pipeline", SimpleNamespace(run=stand_in.run))
     for module in (tune, search):
         monkeypatch.setattr(module, "compose_checked", composed)
-    monkeypatch.setattr(tune, "_check_data", lambda config: None)
+    monkeypatch.setattr(tune, "_check_data", lambda config: "abcd")
     return stand_in
 
 
@@ -163,8 +168,27 @@ def test_probes_reach_every_category_and_both_ends() -> None:
 
 
 def test_places_do_not_belong_to_what_is_searched() -> None:
-    lines = ["logger.wandb=disabled", "output_dir=x", "seed=1", "a=1,2"]
-    assert read(lines).identity() == ["a=1,2", "seed=1"]
+    places = ["logger.wandb=disabled", "output_dir=x", "dataset.root=y", "dataset.cache_dir=z", "+dataset.workers=2",
+              "trainer.device=cpu", "trainer.threads=1"]  # fmt: skip
+    assert read([*places, "seed=1", "a=1,2"]).identity() == ["a=1,2", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["a=x,y", "b=range(1,6,2)"], [("x", 1), ("x", 3), ("x", 5), ("y", 1), ("y", 3), ("y", 5)]),
+        (["a=range(0.1,0.35,0.1)"], [(0.1,), (0.2,), (0.3,)]),
+        (["a=x,y", "b=interval(0.5,0.5)"], [("x", 0.5), ("y", 0.5)]),
+        (["a=tag(log,int(interval(2,4)))"], [(2,), (3,), (4,)]),
+        (["a=x,y", "b=interval(0,1)"], None),
+        (["a=int(interval(1,1000000000))"], None),
+    ],
+)
+def test_points_of_a_finite_space(lines: list[str], expected: list[tuple] | None) -> None:
+    found = read(lines)
+    assert found.num_points == (None if expected is None else len(expected))
+    points = [tuple(point.values()) for point in found.points()]
+    assert points == [tuple(pytest.approx(value) for value in point) for point in expected or []]
 
 
 def test_objectives_have_a_direction() -> None:
@@ -233,15 +257,48 @@ def test_a_signal_ends_the_search_and_the_same_command_resumes_the_trial(
 
 
 def test_failed_trials_are_noted_and_the_search_goes_on(runs: Runs, capsys: pytest.CaptureFixture) -> None:
-    runs.ending = lambda index: int(index == 1)
+    runs.ending = lambda index: int(index in (1, 3))
     assert find("--trials", "3") == 0
     captured = capsys.readouterr()
     assert states() == ["COMPLETE", "FAIL", "COMPLETE"]
-    assert trials()[1].user_attrs["error"] == "loss is not finite"
-    line = f"trial 1: method.alpha={runs.alphas[1]:.6g}  failed: loss is not finite"
+    assert trials()[1].user_attrs["error"] == "no space left"
+    line = f"trial 1: method.alpha={runs.alphas[1]:.6g}  failed: no space left"
     assert line in captured.out.splitlines() and captured.err.splitlines() == [f"prune-lab: {line}"]
     assert "study s: 2 finished, 1 failed" in captured.out
-    assert find("--trials", "3") == 0 and len(runs.alphas) == 3
+    for num_runs in (4, 5):  # it fails once more
+        assert find("--trials", "3") == 0 and len(runs.alphas) == num_runs
+        captured = capsys.readouterr()
+        assert f"trial {num_runs - 1} (3 of 3): method.alpha={runs.alphas[1]:.6g}" in captured.out
+    assert states() == ["COMPLETE", "FAIL", "COMPLETE", "FAIL", "COMPLETE"]
+    assert captured.err == "" and "study s: 3 finished\n" in captured.out
+    assert runs.alphas[1] == runs.alphas[3] == runs.alphas[4] and len(set(runs.alphas)) == 3
+    assert find("--trials", "3") == 0 and len(runs.alphas) == 5
+
+
+@pytest.mark.parametrize(("objective", "state"), [("top1", "PRUNED"), ("top1,macs", "FAIL")])
+def test_a_trial_that_diverged_is_not_repeated(
+    runs: Runs, capsys: pytest.CaptureFixture, objective: str, state: str
+) -> None:
+    runs.error, runs.ending = "loss is not finite in phase train", lambda index: int(index == 1)
+    arguments = ("--trials", "3", "--objective", objective)
+    assert find(*arguments) == 0
+    captured = capsys.readouterr()
+    assert states() == ["COMPLETE", state, "COMPLETE"]
+    line = f"trial 1: method.alpha={runs.alphas[1]:.6g}  failed: loss is not finite in phase train"
+    assert line in captured.out.splitlines() and captured.err.splitlines() == [f"prune-lab: {line}"]
+    assert "study s: 2 finished, 1 failed" in captured.out
+    assert find(*arguments) == 0 and len(runs.alphas) == 3
+
+
+def test_a_finite_space_is_done_when_every_point_has_had_its_trial(runs: Runs, capsys: pytest.CaptureFixture) -> None:
+    finite = [*RIGL, "method.alpha=0.1,0.2,0.3,0.4,0.5", "--study", "s"]
+    assert cli.main(["tune", *finite, "--trials", "3"]) == 0
+    assert len(set(runs.alphas)) == 3 and "combinations" not in capsys.readouterr().out
+    for _ in range(2):
+        assert cli.main(["tune", *finite, "--trials", "20"]) == 0
+        assert sorted(runs.alphas) == [0.1, 0.2, 0.3, 0.4, 0.5]
+        assert "all 5 combinations have had their trial" in capsys.readouterr().out
+    assert states() == ["COMPLETE"] * 5
 
 
 def test_a_search_without_a_finished_trial_fails(runs: Runs, capsys: pytest.CaptureFixture) -> None:
@@ -255,9 +312,13 @@ def test_a_search_without_a_finished_trial_fails(runs: Runs, capsys: pytest.Capt
     assert trials()[0].user_attrs["error"] == "method.sparsity is out of reach"
 
 
-def test_an_objective_that_the_runs_do_not_have_fails_by_name(runs: Runs) -> None:
-    assert find("--trials", "1", "--objective", "delta") == 1
-    assert trials()[0].user_attrs["error"] == "no delta/top1 in its summary"
+def test_an_objective_that_the_runs_do_not_have_ends_the_search(runs: Runs, capsys: pytest.CaptureFixture) -> None:
+    for count in (1, 2):
+        assert find("--trials", "5", "--objective", "delta") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == (f"prune-lab: error: --objective delta: trial {count - 1} has finished with no delta/top1 in "
+                        "its summary; give an objective that these runs have")  # fmt: skip
+        assert states() == ["FAIL"] * count == ["FAIL"] * len(runs.alphas)
 
 
 def test_a_run_below_the_median_is_given_up_with_its_reason(runs: Runs, capsys: pytest.CaptureFixture) -> None:
@@ -270,6 +331,39 @@ def test_a_run_below_the_median_is_given_up_with_its_reason(runs: Runs, capsys: 
     out = capsys.readouterr().out
     assert f"trial 5: method.alpha={runs.alphas[5]:.6g}  pruned" in out.splitlines()
     assert "study s: 5 finished, 2 pruned" in out
+
+
+def test_runs_whose_sparsity_changes_are_given_up_only_if_asked(runs: Runs) -> None:
+    runs.reached = lambda alpha: 80 if len(runs.alphas) <= 5 else 10
+    runs.sparsity = lambda epoch: epoch / EPOCHS
+    assert find("--trials", "6") == 0
+    assert states() == ["COMPLETE"] * 6
+    assert find("--trials", "7", "--pruner", "median") == 0
+    assert states() == ["COMPLETE"] * 6 + ["PRUNED"]
+
+
+def test_runs_are_compared_by_epoch_only_where_epochs_mean_the_same() -> None:
+    def prunes(*others: tuple[str, ...], pruner: str | None = None, objective: str = "top1") -> bool:
+        return tune._prunes(pruner, objectives.parse(objective), [compose_once(*RIGL, *other) for other in others])
+
+    assert prunes((), ("method.sparsity=0.5",), ("optimizer.weight_decay=0",))
+    assert not prunes((), objective="macs") and not prunes((), objective="top1,macs") and not prunes((), pruner="none")
+    for other in (("schedule.train.lr=0.5",), ("schedule.batch_size=4",), ("trainer.limit_train_batches=2",)):
+        assert not prunes((), other)
+        assert prunes((), other, pruner="median")
+    assert not prunes((), ("method=set",))
+
+
+@pytest.mark.parametrize(
+    ("num_epochs", "first"), [(3, 2), (4, 2), (6, 2), (7, 3), (9, 3), (160, 54), (2, None), (1, None), (None, None)]
+)
+def test_a_run_is_given_up_after_a_third_of_its_epochs(num_epochs: int | None, first: int | None) -> None:
+    for epoch in range(1, (num_epochs or 9) + 1):
+        watch = TrialWatch(lambda epoch, top1: "bad")
+        plan = [{"name": "train", "epochs": num_epochs, "length": "some"}]
+        watch.start(RunInfo(Path("run"), "id", "name", "group", plan=plan))
+        watch.log({"phase": "train", "epoch": epoch, "eval/top1": 1.0})
+        assert watch.stop() == (first is not None and first <= epoch < num_epochs)
 
 
 def test_without_a_pruner_every_run_is_finished(runs: Runs) -> None:
@@ -337,6 +431,10 @@ MISTAKES = {
     "option of one method": (["method=rigl,magnitude", ALPHA], "unknown option method.alpha: method=magnitude has"),
     "dry run": (["dry_run=true", "method=rigl", ALPHA], "dry_run=true trains nothing"),
     "searched place": (["method=rigl", "output_dir=a,b"], "output_dir does not change results"),
+    "searched device": (["method=rigl", "trainer.device=cpu,cuda"], "trainer.device does not change results"),
+    "seed": (["method=rigl", "seed=0,1"], "seed cannot be searched: the best of several seeds is luck"),
+    "validation seed": (["method=rigl", "dataset.validation_seed=range(3)"], "dataset.validation_seed cannot be"),
+    "method's seed": (["method=haste", "method.hash_seed=0,1"], "method.hash_seed cannot be searched"),
     "test without validation": (["method=rigl", "dataset=fake", "--objective", "test", ALPHA], "needs dataset.valid"),
 }
 CHILD = """
@@ -372,7 +470,9 @@ def test_a_mistake_ends_in_one_line_before_torch_is_imported(refused: dict, name
     assert MISTAKES[name][1] in err
 
 
-def test_a_study_is_not_continued_with_other_options(runs: Runs, capsys: pytest.CaptureFixture) -> None:
+def test_a_study_is_not_continued_with_other_options(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     assert find("--trials", "1") == 0
     capsys.readouterr()
     other = "method.alpha=interval(0.1,0.6)"
@@ -385,8 +485,12 @@ def test_a_study_is_not_continued_with_other_options(runs: Runs, capsys: pytest.
         assert cli.main(["tune", *arguments, "--study", "s", "--trials", "2"]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("prune-lab: error: --study s ") and message in line
-    assert find("--trials", "2", "logger.project=other") == 0, "where results are shown changes nothing"
+    places = ["logger.project=other", "trainer.threads=1"]
+    assert find("--trials", "2", *places) == 0, "where results are shown changes nothing"
     assert len(runs.alphas) == 2
+    monkeypatch.setattr(tune, "_check_data", lambda config: "ef01")
+    assert find("--trials", "2") == 1
+    assert "was begun with images=abcd, this command has images=ef01" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_study_is_refused_and_kept(runs: Runs, capsys: pytest.CaptureFixture) -> None:
@@ -423,20 +527,32 @@ def test_a_trial_is_an_ordinary_run_and_a_pruned_one_goes_on_by_its_command(
 ) -> None:
     pruner = optuna.pruners.ThresholdPruner(upper=-1)  # gives up everything it sees
     monkeypatch.setattr(study, "_pruner", lambda prune: pruner if prune else optuna.pruners.NopPruner())
-    assert find("--trials", "1") == 1
+    longer = "schedule.train.epochs=3"
+    assert find("--trials", "1", longer) == 1
     assert states() == ["PRUNED"]
     reason = status(Path("outputs"))
     assert reason["status"] == "interrupted" and reason["error"].startswith("pruned by tune: top-1 of ")
     assert list(Path("outputs/phases").glob("*/checkpoint*")), "it can go on"
-    command = [*RIGL, f"method.alpha={trials()[0].params['method.alpha']:.6g}"]
+    command = [*RIGL, longer, f"method.alpha={trials()[0].params['method.alpha']:.6g}"]
     assert cli.main(command) == 0
     assert "resumed at step" in capsys.readouterr().out
     assert execute(tmp_path / "uninterrupted", *command) == 0
     assert_same_run(Path("outputs"), tmp_path / "uninterrupted")
-    assert find("--trials", "1", "--study", "again", "--pruner", "none") == 0
+    assert find("--trials", "1", longer, "--study", "again", "--pruner", "none") == 0
     assert "done already: outputs/" in capsys.readouterr().out
     found = json.loads((run_dir(Path("outputs")) / "summary.json").read_text())
     assert trials("again")[0].values == [found["final/top1"]]
+
+
+def test_a_loss_that_is_not_finite_and_a_changing_sparsity_are_seen_in_real_runs() -> None:
+    diverging = [*TINY, "method=dense", "optimizer.weight_decay=1e35,1e36", "--study", "s", "--trials", "1"]
+    assert cli.main(["tune", *diverging]) == 1
+    (trial,) = trials()
+    assert trial.state.name == "PRUNED" and trial.user_attrs["diverged"]
+    for method, changes in (("gmp", {"sparsity changes": True}), ("rigl", {})):
+        options = [*TINY, f"method={method}", "schedule.train.epochs=4", "method.sparsity=0.5,0.6", "--trials", "1"]
+        assert cli.main(["tune", *options, "--study", method]) == 0
+        assert trials(method)[0].user_attrs == changes
 
 
 def test_a_control_is_compared_after_the_run_it_belongs_to() -> None:

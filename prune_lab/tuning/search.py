@@ -13,10 +13,11 @@ from prune_lab.control_runs import in_order
 from prune_lab.failure import fail
 from prune_lab.lazy import lazy_import
 from prune_lab.overrides import compose_checked
+from prune_lab.schema import ConfigError
 from prune_lab.signals import STOPPED, StopFlag
 from prune_lab.tuning.objectives import Objective, shown
 from prune_lab.tuning.space import Space, text
-from prune_lab.tuning.study import next_trial
+from prune_lab.tuning.study import DIVERGED, current, next_trial, repeat_failed
 from prune_lab.tuning.watch import TrialWatch
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ optuna = lazy_import("optuna")
 pipeline = lazy_import("prune_lab.pipeline")
 
 _STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
+_CHANGING = "sparsity changes"
+"""attribute of a trial whose sparsity changed while its last phase trained"""
+
+
+def _state(trial: FrozenTrial) -> str | None:
+    """Return how a trial ended; None if it did not. One that diverged counts as pruned for Optuna alone."""
+    return "failed" if trial.state.name == "PRUNED" and DIVERGED in trial.user_attrs else _STATES.get(trial.state.name)
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,12 @@ class Search:
     space: Space
     objectives: list[Objective]
     conf_dir: Path
+    careful: bool = True
+    """give up no trial whose sparsity changes while its last phase trains"""
 
     def trials(self, *states: str) -> list[FrozenTrial]:
         """Return the trials that have ended, all or those that did so as `finished`, `pruned` or `failed`."""
-        return [trial for trial in self.study.get_trials(deepcopy=False)
-                if _STATES.get(trial.state.name) in (states or _STATES.values())]  # fmt: skip
+        return [trial for trial in current(self.study) if _state(trial) in (states or _STATES.values())]
 
     def command(self, trial: FrozenTrial) -> str:
         """Return what repeats the trial's run, and goes on with a pruned one."""
@@ -56,20 +65,26 @@ class Search:
         if trial.state.name == "COMPLETE":
             parts.append(shown(self.objectives, trial.values))
         error = trial.user_attrs.get("error")
-        return "  ".join([*parts, _STATES[trial.state.name] + (f": {error}" if error else "")])
+        return "  ".join([*parts, _state(trial) + (f": {error}" if error else "")])
 
     def work(self, *, num_trials: int, timeout_s: float | None) -> int:
-        """Go on until there are `num_trials`; return 0, or the exit code of the signal that ended it.
+        """Go on until there are `num_trials`, failed ones first; return 0, or the code of the signal that ended it.
 
         Args:
             timeout_s: no trial is begun after so many seconds.
+
+        Raises:
+            ConfigError: the runs do not have an objective.
         """
         started = time.monotonic()
+        repeat_failed(self.study)
         while timeout_s is None or time.monotonic() - started < timeout_s:
-            trial = next_trial(self.study, self.space.searched, num_trials=num_trials)
+            trial = next_trial(self.study, self.space, num_trials=num_trials)
             if trial is None:
+                if len(self.trials()) < num_trials:
+                    print(f"\nall {self.space.num_points} combinations have had their trial", flush=True)
                 break
-            count = f"{trial.number + 1} of {num_trials}"  # trials are numbered from 0, as Optuna does
+            count = f"{len(self.trials()) + 1} of {num_trials}"
             print(f"\ntrial {trial.number} ({count}): {self.parameters(trial)}", flush=True)
             code = self._attempt(trial)
             if code > STOPPED:
@@ -100,7 +115,10 @@ class Search:
 
     def _judge(self, trial: Trial) -> Callable[[int, float], str | None]:
         """Return what says after an epoch why the trial is not worth going on."""
-        reported = set(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        trials = self.study.get_trials(deepcopy=False)
+        reported = set(trials[trial.number].intermediate_values)
+        # A median exists only where a trial has finished, and that one has noted whether its sparsity changed.
+        spared = self.careful and any(_CHANGING in other.user_attrs for other in trials)
 
         def judge(epoch: int, top1: float) -> str | None:
             if len(self.objectives) > 1:  # Optuna takes values per epoch with one objective only
@@ -108,7 +126,7 @@ class Search:
             if epoch not in reported:  # a resumed run repeats what its checkpoint does not cover
                 reported.add(epoch)
                 trial.report(top1, epoch)
-            if not trial.should_prune():
+            if spared or not trial.should_prune():
                 return None
             return (f"pruned by tune: top-1 of {top1:.2f} after epoch {epoch} is below the median "
                     f"(study {self.study.study_name}, trial {trial.number}); its command goes on")  # fmt: skip
@@ -122,10 +140,28 @@ class Search:
             return
         error = watch.error or "a run that it needs did not finish"
         if code == 0:
-            values = [watch.found.get(objective.key) for objective in self.objectives]
-            if None not in values:
-                self.study.tell(trial, values)
-                return
-            error = f"no {self.objectives[values.index(None)].key} in its summary"
+            self._tell_values(trial, watch)
+            return
         trial.set_user_attr("error", error)
-        self.study.tell(trial, state=states.FAIL)
+        diverged = "not finite" in error
+        if diverged:
+            trial.set_user_attr(DIVERGED, True)
+        # Optuna learns nothing from failed trials; pruned ones it ranks below the finished, of one objective only.
+        self.study.tell(trial, state=states.PRUNED if diverged and len(self.objectives) == 1 else states.FAIL)
+
+    def _tell_values(self, trial: Trial, watch: TrialWatch) -> None:
+        """Note what a finished run reached.
+
+        Raises:
+            ConfigError: it does not have an objective, so neither will the others.
+        """
+        for objective in self.objectives:
+            if watch.found.get(objective.key) is None:
+                error = f"no {objective.key} in its summary"
+                trial.set_user_attr("error", error)
+                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+                raise ConfigError(f"--objective {objective.name}: trial {trial.number} has finished with {error}; "
+                                  "give an objective that these runs have")  # fmt: skip
+        if watch.sparsity_changed:
+            trial.set_user_attr(_CHANGING, True)
+        self.study.tell(trial, [watch.found[objective.key] for objective in self.objectives])

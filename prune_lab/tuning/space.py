@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -17,8 +19,11 @@ if TYPE_CHECKING:
 
 distributions = lazy_import("optuna.distributions")
 
-_PLACES = ("output_dir", "logger")
-"""options that change where results go, not what they are"""
+_PLACES = {"output_dir", "logger", "dataset.root", "dataset.cache_dir", "dataset.download", "dataset.workers",
+           "dataset.check_counts", "trainer.device", "trainer.threads", "trainer.checkpoint_interval_s"}  # fmt: skip
+"""options that change where and how fast runs are done, not what comes of them"""
+_MAX_POINTS = 10_000
+"""a larger space counts as endless: draws do not meet in it"""
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,19 @@ class Space:
     def identity(self) -> list[str]:
         """Return the lines that decide what is found, in an order of their own."""
         return sorted(line for key, line in zip(self.keys, self.lines, strict=True)
-                      if key.split(".")[0] not in _PLACES)  # fmt: skip
+                      if not is_place(key))  # fmt: skip
+
+    @property
+    def num_points(self) -> int | None:
+        """Number of combinations; None: endless, or as good as that."""
+        count = math.prod(_count(distribution) for distribution in self.searched.values())
+        return int(count) if count <= _MAX_POINTS else None
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """Yield the parameters of every combination, none if they are endless."""
+        if self.num_points is not None:
+            values = [_values(distribution) for distribution in self.searched.values()]
+            yield from (dict(zip(self.searched, point, strict=True)) for point in itertools.product(*values))
 
     def probes(self) -> Iterator[dict[str, Any]]:
         """Yield parameters that reach every category and both ends of every interval, one option changed at a time."""
@@ -49,6 +66,12 @@ class Space:
         for key, distribution in self.searched.items():
             for value in _ends(distribution)[1:]:
                 yield first | {key: value}
+
+
+def is_place(key: str) -> bool:
+    """Return whether an option changes where and how fast runs are done, and not what comes of them."""
+    name = key.lstrip("+")
+    return not _PLACES.isdisjoint((name, name.split(".")[0]))
 
 
 def read(parsed: Sequence[Override]) -> Space:
@@ -78,6 +101,23 @@ def _ends(distribution: BaseDistribution) -> list[Any]:
     if isinstance(distribution, distributions.CategoricalDistribution):
         return list(distribution.choices)
     return [distribution.low, distribution.high]
+
+
+def _count(distribution: BaseDistribution) -> float:
+    """Return how many values there are; infinite for an interval of real numbers."""
+    if isinstance(distribution, distributions.CategoricalDistribution):
+        return len(distribution.choices)
+    if distribution.single():
+        return 1
+    if distribution.step is None:
+        return math.inf
+    return round((distribution.high - distribution.low) / distribution.step) + 1
+
+
+def _values(distribution: BaseDistribution) -> list[Any]:
+    if isinstance(distribution, distributions.CategoricalDistribution):
+        return list(distribution.choices)
+    return [distribution.low + index * (distribution.step or 0) for index in range(_count(distribution))]
 
 
 def _distribution(override: Override) -> BaseDistribution:

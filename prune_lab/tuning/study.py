@@ -6,20 +6,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.identity import digest
 from prune_lab.lazy import lazy_import
 from prune_lab.schema import ConfigError
+from prune_lab.tuning.space import Space
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
     from optuna.pruners import BasePruner
+    from optuna.trial import FrozenTrial
 
 optuna = lazy_import("optuna")
+sampler = lazy_import("prune_lab.tuning.sampler")
 
 _OWNER = "prune-lab"
 """the study's attribute with the options and objectives it was begun with"""
-_FIRST_JUDGED_EPOCH = 2
+_REPEATS = "repeats"
+"""attribute of a trial: number of the failed one that it does again"""
+DIVERGED = "diverged"
+"""attribute of a trial whose loss was not finite"""
 _STARTUP_TRIALS = 5
 """this many trials are finished before the first is given up: Optuna's default"""
 
@@ -62,7 +67,7 @@ def _first_line(error: Exception) -> str:
 def _pruner(prune: bool) -> BasePruner:
     if not prune:
         return optuna.pruners.NopPruner()
-    return optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS, n_warmup_steps=_FIRST_JUDGED_EPOCH)
+    return optuna.pruners.MedianPruner(n_startup_trials=_STARTUP_TRIALS)
 
 
 def _claim(study: Study, owner: dict[str, list[str]]) -> None:
@@ -84,19 +89,39 @@ def _only(some: set[str], others: set[str]) -> str:
     return " ".join(sorted(some - others)) or "nothing else"
 
 
-def next_trial(study: Study, space: dict[str, BaseDistribution], *, num_trials: int) -> Trial | None:
-    """Return the trial to work on, its parameters chosen: an unfinished one first, None if there are `num_trials`.
+def current(study: Study) -> list[FrozenTrial]:
+    """Return the trials without failed ones that were begun again."""
+    trials = study.get_trials(deepcopy=False)
+    repeated = {trial.user_attrs.get(_REPEATS) for trial in trials}
+    return [trial for trial in trials if trial.number not in repeated]
+
+
+def repeat_failed(study: Study) -> None:
+    """Put new trials with the parameters of the failed ones in line, whatever the reason: a disk has room again.
+
+    A loss that was not finite would not be so the next time either.
+    """
+    for trial in current(study):
+        if trial.state == optuna.trial.TrialState.FAIL and not trial.user_attrs.get(DIVERGED):
+            study.enqueue_trial(trial.params, user_attrs={_REPEATS: trial.number})
+
+
+def next_trial(study: Study, space: Space, *, num_trials: int) -> Trial | None:
+    """Return the trial to work on, its parameters chosen: an unfinished one first, then those in line.
 
     Choices depend on the number of the trial and on the trials before it alone, however often the search was stopped.
+    None: there are `num_trials`, or every point of the space has had its trial.
     """
-    trials = study.get_trials(deepcopy=False)
-    unfinished = [trial for trial in trials if trial.state == optuna.trial.TrialState.RUNNING]
-    if not unfinished and len(trials) >= num_trials:
-        return None
-    number = unfinished[0].number if unfinished else len(trials)
-    study.sampler = optuna.samplers.TPESampler(seed=int(digest(["trial", number])[:8], 16))
+    trials, states = current(study), optuna.trial.TrialState
+    unfinished = [trial for trial in trials if trial.state == states.RUNNING]
+    waiting = [trial for trial in trials if trial.state == states.WAITING]
+    if not unfinished and not waiting:
+        if len(trials) >= num_trials or (space.num_points and not any(sampler.untried(space, trials))):
+            return None
+    number = (unfinished + waiting)[0].number if unfinished or waiting else len(study.trials)
+    study.sampler = sampler.UntriedSampler(space, number)
     trial = optuna.trial.Trial(study, unfinished[0]._trial_id) if unfinished else study.ask()
-    for name, distribution in space.items():
+    for name, distribution in space.searched.items():
         _suggest(trial, name, distribution)
     return trial
 

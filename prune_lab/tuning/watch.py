@@ -8,6 +8,10 @@ from typing import Any
 from prune_lab.signals import StopFlag
 from prune_lab.tracking import BaseSink, RunInfo
 
+_FIRST_JUDGED_EPOCH = 2
+_FIRST_JUDGED_FRACTION = 1 / 3
+"""of the phase's epochs: before that, accuracy tells of the warm-up and not of the end"""
+
 
 class TrialWatch(BaseSink):
     """Hands the top-1 after each epoch of the last training phase to `judge`, and asks the run to stop if that says so.
@@ -19,7 +23,8 @@ class TrialWatch(BaseSink):
         """`judge` gets (epoch, percent) and returns why the run is not worth going on, None if it is."""
         self._judge = judge
         self._phase: str | None = None
-        self._epochs = 0
+        self._epochs: float | None = None
+        self._sparsities: set[float | None] = set()
         self.stop = StopFlag()
         self.found: dict[str, Any] = {}
         """the run's summary"""
@@ -33,9 +38,21 @@ class TrialWatch(BaseSink):
     def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
         if record["phase"] != self._phase or record.get("eval/top1") is None:
             return
+        self._sparsities.add(record.get("sparsity"))
         reason = self._judge(record["epoch"], record["eval/top1"])
-        if reason and not replayed and record["epoch"] < self._epochs:  # stopping after the last epoch saves nothing
+        if reason and not replayed and self._is_judged(record["epoch"]):
             self.stop.ask(reason)
+
+    def _is_judged(self, epoch: int) -> bool:
+        """Return whether stopping here may be just, and saves anything."""
+        if self._epochs is None:  # the phase starts or ends at an optimizer step
+            return False
+        return max(_FIRST_JUDGED_EPOCH, _FIRST_JUDGED_FRACTION * self._epochs) <= epoch < self._epochs
+
+    @property
+    def sparsity_changed(self) -> bool:
+        """Whether it did in the last training phase: accuracy then foretells nothing, weights are still to go."""
+        return len(self._sparsities) > 1
 
     def summary(self, summary: dict[str, Any]) -> None:
         self.found = summary
