@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
 from prune_lab.cli import conf_dir, main
+from prune_lab.config import RunConfig
 from prune_lab.overrides import choices, compose_checked
 
 NAMES = choices(conf_dir(), "experiment")
@@ -90,9 +92,15 @@ HEADLINES = [
 RECIPES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
 
 
+@cache
+def recipe(name: str) -> RunConfig:
+    (config,) = compose_checked(conf_dir(), [f"experiment={name}"], sweep=False)
+    return config
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_composes_and_says_where_its_numbers_come_from(name: str) -> None:
-    (config,) = compose_checked(conf_dir(), [f"experiment={name}"], sweep=False)
+    config = recipe(name)
     if "/" in name:
         assert config.paper is not None
         assert config.paper.values or config.paper.remark, "says why it has no numbers"
@@ -101,7 +109,7 @@ def test_every_experiment_composes_and_says_where_its_numbers_come_from(name: st
 @pytest.mark.parametrize("name", [name for name in NAMES if "/" in name])
 def test_variants_inherit_no_numbers(name: str) -> None:
     """Hydra merges dictionaries: a number of the recipe below would pass for the variant's own."""
-    (config,) = compose_checked(conf_dir(), [f"experiment={name}"], sweep=False)
+    config = recipe(name)
     own = yaml.safe_load((conf_dir() / "experiment" / f"{name}.yaml").read_text())["paper"]
     assert set(config.paper.values) == set(own.get("values", {}))
     assert set(config.paper.std) == set(own.get("std", {}))
@@ -109,7 +117,7 @@ def test_variants_inherit_no_numbers(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "top1", "std"), HEADLINES)
 def test_headlines_are_the_published_ones(name: str, top1: float, std: float | None) -> None:
-    (config,) = compose_checked(conf_dir(), [f"experiment={name}"], sweep=False)
+    config = recipe(name)
     key = "test/top1" if config.dataset.validation else "final/top1"  # papers score test images
     assert (config.paper.values[key], config.paper.std.get(key)) == (top1, std)
 
@@ -122,7 +130,7 @@ def test_every_experiment_passes_a_dry_run(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_experiment_trains_on_fake_data(name: str, tmp_path: Path) -> None:
-    (config,) = compose_checked(conf_dir(), [f"experiment={name}"], sweep=False)
+    config = recipe(name)
     options = [*TINY_OPTIONS.get(name, TINY_OPTIONS.get(name.partition("/")[0], ())), "schedule.multiplier=1"]
     if hasattr(config.method.config, "interval"):
         options.append("method.interval=2")
