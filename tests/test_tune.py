@@ -549,9 +549,9 @@ def test_a_loss_that_is_not_finite_and_a_changing_sparsity_are_seen_in_real_runs
     assert cli.main(["tune", *diverging]) == 1
     (trial,) = trials()
     assert trial.state.name == "PRUNED" and trial.user_attrs["diverged"]
-    for method, changes in (("gmp", {"sparsity changes": True}), ("rigl", {})):
-        options = [*TINY, f"method={method}", "schedule.train.epochs=4", "method.sparsity=0.5,0.6", "--trials", "1"]
-        assert cli.main(["tune", *options, "--study", method]) == 0
+    for method, option, changes in (("gmp", "num_cuts=3", {"sparsity changes": True}), ("rigl", "interval=2", {})):
+        options = [*TINY, f"method={method}", f"method.{option}", "schedule.train.epochs=4", "method.sparsity=0.5,0.6"]
+        assert cli.main(["tune", *options, "--trials", "1", "--study", method]) == 0
         assert trials(method)[0].user_attrs == changes
 
 
