@@ -8,6 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,9 @@ METHODS = {
 
 
 def compose(*overrides: str) -> RunConfig:
-    """Return the checked configuration of one command."""
+    """Return the checked configuration of a recipe with these options: none of them counts as typed."""
     (config,) = compose_checked(conf_dir(), list(overrides), sweep=False)
-    return config
+    return replace(config, overrides=())
 
 
 def execute(folder: Path, *overrides: str) -> int:

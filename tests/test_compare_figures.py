@@ -87,7 +87,7 @@ def test_a_point_of_accuracy_has_means_and_spreads_in_both_directions(tmp_path):
     assert rigl.x_std[0] == pytest.approx(200**0.5) and rigl.y_std[0] == pytest.approx(2**0.5)
     assert series["dense"].x_std == series["dense"].y_std == (None,)
     assert rigl.notes[0].splitlines()[:3] == [
-        "rigl 0.9", "top-1 accuracy, %: 81.00 +- 1.41, n = 2", "sparsity requested: 0.9",
+        "rigl 0.9", "top-1 accuracy on test images, %: 81.00 +- 1.41, n = 2", "sparsity requested: 0.9",
     ]  # fmt: skip
 
 
@@ -337,7 +337,7 @@ def test_published_numbers_stand_in_a_table_of_their_own(tmp_path):
     rows, found = build(tmp_path)
     assert "Published numbers" not in html.page(rows, Findings(), found, [])
     paper = {"cite": "A & B 2020", "where": "table 1", "certainty": "read", "remark": "other data"}
-    entry = Beside(rows[0], "final/top1", 77.5, 0.5, stat_of(rows[0], "final/top1"), paper, changed="method.x=1")
+    entry = Beside(rows[0], "rigl/x", "final/top1", 77.5, 0.5, stat_of(rows[0], "final/top1"), paper, changed="method.x=1")
     text = html.page(rows, Findings(published=(entry,)), found, [])
     section = text[text.index("<h2>Published numbers") : text.index("<h2>Figures")]
     for part in ("77.5 &plusmn; 0.5", "A &amp; B 2020, table 1 [read]", "changed: method.x=1", ": other data</li>"):

@@ -16,7 +16,7 @@ def compose(*overrides: str, sweep: bool = True) -> list:
 
 
 def test_groups_and_choices_are_the_folders_and_files() -> None:
-    assert groups(conf_dir()) == sorted(path.name for path in conf_dir().iterdir() if path.is_dir())
+    assert groups(conf_dir()) == sorted({path.name for path in conf_dir().iterdir() if path.is_dir()} - {"hydra"})
     assert {"model", "dataset", "method", "schedule", "optimizer", "trainer", "logger", "experiment", "debug"} <= set(
         groups(conf_dir())
     )
