@@ -337,7 +337,8 @@ def test_published_numbers_stand_in_a_table_of_their_own(tmp_path):
     rows, found = build(tmp_path)
     assert "Published numbers" not in html.page(rows, Findings(), found, [])
     paper = {"cite": "A & B 2020", "where": "table 1", "certainty": "read", "remark": "other data"}
-    entry = Beside(rows[0], "rigl/x", "final/top1", 77.5, 0.5, stat_of(rows[0], "final/top1"), paper, changed="method.x=1")
+    here = stat_of(rows[0], "final/top1")
+    entry = Beside(rows[0], "rigl/x", "final/top1", 77.5, 0.5, here, paper, changed="method.x=1")
     text = html.page(rows, Findings(published=(entry,)), found, [])
     section = text[text.index("<h2>Published numbers") : text.index("<h2>Figures")]
     for part in ("77.5 &plusmn; 0.5", "A &amp; B 2020, table 1 [read]", "changed: method.x=1", ": other data</li>"):
