@@ -263,7 +263,11 @@ def test_pruned_weights_are_zero_after_every_step(
     assert len(seen) >= 9 and seen[-1] > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+HALF = [pytest.param(name, marks=[pytest.mark.slow] * (index % 2)) for index, name in enumerate(NAMES)]
+"""every other method; all with -m slow"""
+
+
+@pytest.mark.parametrize("name", HALF)
 def test_layout_is_what_is_in_force_at_each_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[int] = []
 
@@ -292,9 +296,7 @@ def test_layout_is_what_is_in_force_at_each_step(name: str, tmp_path: Path, monk
 # Dry run
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (index % 2)) for index, name in enumerate(NAMES)]
-)
+@pytest.mark.parametrize("name", HALF)
 def test_dry_run_counts_what_the_run_spends(name: str, finished, tmp_path: Path) -> None:
     assert dry_run(configure(tmp_path, name, *awkward(name))) == 0
     (path,) = tmp_path.glob("*/dry_run.json")

@@ -108,7 +108,7 @@ def test_bf16_and_average_in_two_processes(tmp_path):
     assert codes == [0, 0], shown
 
 
-@pytest.mark.parametrize("sync_bn", ["true", "false"])
+@pytest.mark.parametrize("sync_bn", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_stopped_pair_goes_on_bit_equal(tmp_path, sync_bn):
     options = (*TINY, *METHODS["rigl"], f"trainer.sync_bn={sync_bn}", "schedule.train.epochs=5",
                "trainer.checkpoint_interval_s=1e-9")  # fmt: skip

@@ -14,7 +14,7 @@ from prune_lab.overrides import choices, compose_checked
 
 NAMES = choices(conf_dir(), "experiment")
 QUICK = ("demo_rigl", "rigl/resnet50_imagenet_erk_90", "grasp/resnet32_cifar10_95", "l1_filter/resnet56_cifar10_a",
-         "lottery_sanity/resnet20_cifar10_lt_imp", "dep_l0/resnet56_cifar10")  # fmt: skip
+         "dep_l0/resnet56_cifar10")  # fmt: skip
 """the others are checked too, but take minutes"""
 SMALL = ("dataset=fake", "dataset.image_size=16", "model.width=0.25", "debug=tiny", "logger.wandb=disabled")
 TINY_OPTIONS = {

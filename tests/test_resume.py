@@ -76,7 +76,11 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_bit_equal(tmp_pa
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are given back
 
 
-@pytest.mark.parametrize("method", METHODS)
+# A third of the methods, the contract test resumes each once; all with -m slow.
+SOME = [pytest.param(name, marks=[pytest.mark.slow] * (index % 3 > 0)) for index, name in enumerate(METHODS)]
+
+
+@pytest.mark.parametrize("method", SOME)
 def test_resume_anywhere_is_bit_exact_with_all_extras(tmp_path, monkeypatch, whole, method):
     """Average, accumulation, clipping, momentum and masks all come back; the cut epoch's loss is complete."""
     options = (*TINY, *EXTRAS, *METHODS[method])

@@ -142,7 +142,7 @@ def test_server_that_fails_from_the_start(mode, run_dir, environment):
     assert len(read_records(run_dir / "metrics.jsonl")) == 4
 
 
-@pytest.mark.parametrize("mode", ["error", "hang"])
+@pytest.mark.parametrize("mode", ["error", pytest.param("hang", marks=pytest.mark.slow)])
 def test_server_that_fails_in_the_middle_is_made_good_by_a_refill(mode, run_dir, environment):
     with WandbServer() as server:
         process = start_child(run_dir, "online", 4, "finished", "half", env=online(environment, server))
