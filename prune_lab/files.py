@@ -76,3 +76,20 @@ def jsonable(value: Any) -> Any:
     if hasattr(value, "item"):
         return jsonable(value.item())
     raise TypeError(f"a {type(value).__name__} cannot be written as JSON: {value!r}")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`; an empty one if there is no such file.
+
+    Raises:
+        ValueError: the file is no JSON, or holds something else than an object; the message begins with `path`.
+    """
+    try:
+        content = read_json(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no object")
+    return content

@@ -11,7 +11,7 @@ from typing import Any
 from prune_lab import datasets
 from prune_lab.config import TrainerConfig
 from prune_lab.datasets import CommonConfig
-from prune_lab.files import read_json
+from prune_lab.files import read_object
 from prune_lab.schema import ConfigError, parse
 
 
@@ -66,14 +66,9 @@ def read_run(directory: str | Path) -> FinishedRun:
 
 def _read(path: Path, name: str) -> dict[str, Any]:
     try:
-        content = read_json(path / name)
-    except FileNotFoundError:
-        return {}
+        return read_object(path / name)
     except ValueError as error:
-        raise ConfigError(f"{path / name} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path / name} holds no object")
-    return content
+        raise ConfigError(str(error)) from error
 
 
 def require_comparable(a: FinishedRun, b: FinishedRun) -> None:

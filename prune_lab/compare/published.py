@@ -37,10 +37,11 @@ def beside(rows: Sequence[Row]) -> list[Beside]:
     """Return every published number of every row that was run from a recipe."""
     found = []
     for row in rows:
-        for run in [run for run in row.runs if run.config.get("paper")][:1]:
+        from_recipe = [run for run in row.runs if run.config.get("paper")]
+        for run in from_recipe[:1]:
             paper, words = run.config["paper"], _options(run)
             recipe = next((word.partition("=")[2] for word in words if word.startswith("experiment=")), row.name)
-            changed = " ".join(dict.fromkeys(word for other in row.runs for word in changed_options(other)))
+            changed = " ".join(dict.fromkeys(word for other in from_recipe for word in changed_options(other)))
             found += [
                 Beside(row, recipe, key, value, paper["std"].get(key), stat_of(row, key), paper, changed)
                 for key, value in paper["values"].items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_lab.files import read_json
+from prune_lab.files import read_object
 from prune_lab.schema import ConfigError
 
 _MARKS = ("status.json", "summary.json", "run.json")
@@ -85,13 +85,13 @@ def _read_run(path: Path) -> RunResult:
 
 
 def _as_result(path: Path) -> RunResult:
-    run, summary, status = (_read_optional(path / name) for name in ("run.json", "summary.json", "status.json"))
+    run, summary, status = (_read_optional(path, name) for name in ("run.json", "summary.json", "status.json"))
     config = run.get("config") or {}
     _check(summary, status, config)
     state = status.get("status") or summary.get("status") or "unknown"
     if state == "finished" and not summary:
         state = "without summary.json"
-    exported = _read_optional(path / "export" / "export.json")
+    exported = _read_optional(path, "export/export.json")
     worked_out = _ratio(summary) | _accuracy(summary, config) | _latency(exported)
     return RunResult(
         path=path,
@@ -132,16 +132,11 @@ def _is_number(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value))
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
+def _read_optional(run: Path, name: str) -> dict[str, Any]:
     try:
-        content = read_json(path)
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} holds no object")
-    return content
+        return read_object(run / name)
+    except ValueError as error:  # the run is named beside it
+        raise ValueError(str(error).removeprefix(f"{run}/")) from error
 
 
 def _ratio(summary: dict[str, Any]) -> dict[str, float]:

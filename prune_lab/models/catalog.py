@@ -81,7 +81,9 @@ def build_on_meta(config: ModelConfig, *, num_classes: int, image_size: int) -> 
     try:
         with torch.device("meta"):
             return build(config, **sizes)
-    except (NotImplementedError, RuntimeError):  # torchvision's RegNet computes its widths with tensors
+    except (NotImplementedError, RuntimeError):
+        # What torch raises on the meta device where a network, as torchvision's RegNet, computes its widths with
+        # tensors. Any other error comes again from the build with values.
         with torch.random.fork_rng(devices=[]):
             return build(config, **sizes).to("meta")
 
