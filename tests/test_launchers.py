@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+from sweep_helpers import TINY, statuses
 
 from prune_lab import cli
 
 pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs prune-lab[launchers]")
 pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs prune-lab[launchers]")
 
-TINY = ("dataset=fake", "dataset.image_size=16", "dataset.num_train=64", "dataset.num_test=16", "model.width=0.25",
-        "debug=tiny", "logger.wandb=disabled")  # fmt: skip
 LONG = (*TINY, "schedule.train.epochs=4000", "trainer.limit_train_batches=null", "trainer.checkpoint_interval_s=1")
 
 
@@ -26,10 +25,6 @@ LONG = (*TINY, "schedule.train.epochs=4000", "trainer.limit_train_batches=null",
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def statuses() -> list[str]:
-    return sorted(json.loads(path.read_text())["status"] for path in Path("outputs").glob("*/status.json"))
 
 
 def start(*options: str, child_environment: dict[str, str]) -> subprocess.Popen:

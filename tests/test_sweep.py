@@ -10,21 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
+from sweep_helpers import TINY, statuses
 
 from prune_lab import cli, phases
-
-TINY = ("dataset=fake", "dataset.image_size=16", "dataset.num_train=64", "dataset.num_test=16", "model.width=0.25",
-        "debug=tiny", "logger.wandb=disabled")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def statuses() -> list[str]:
-    return sorted(json.loads(path.read_text())["status"] for path in Path("outputs").glob("*/status.json"))
 
 
 def test_a_sweep_runs_every_combination_and_a_second_one_finds_them_done(capsys: pytest.CaptureFixture) -> None:
