@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-from prune_lab.files import SaveError, write_bytes
+from prune_lab.files import SaveError, move, read_bytes, sync_directory, write_file
 
 __all__ = ["CheckpointPair", "DamagedFile", "SaveError", "load", "save"]
 
@@ -22,16 +21,42 @@ class DamagedFile(Exception):
     """The file ends early or its content does not match its checksum."""
 
 
+class _Hashing:
+    """A file that is hashed as it is written, so that the content is nowhere in memory as a whole."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.hash, self.refused = file, hashlib.sha256(), None
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.refused = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def save(state: dict[str, Any], path: Path) -> None:
     """Write `state` to `path` under a temporary name, then rename; readers see the old or the new file.
 
     Raises:
         SaveError: the disk refused; the temporary file is removed and `path` is as before.
     """
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    payload = buffer.getbuffer()
-    write_bytes(path, hashlib.sha256(payload).digest(), payload)
+
+    def fill(file: BinaryIO) -> None:
+        file.write(bytes(_DIGEST_BYTES))
+        hashing = _Hashing(file)
+        try:
+            torch.save(state, hashing)
+        except RuntimeError as error:  # torch answers an error of the disk with one about positions
+            raise hashing.refused or error from None
+        file.seek(0)
+        file.write(hashing.hash.digest())
+
+    write_file(path, fill)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -41,7 +66,7 @@ def load(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         DamagedFile: truncated or altered.
     """
-    content = path.read_bytes()
+    content = read_bytes(path)
     payload = memoryview(content)[_DIGEST_BYTES:]
     if hashlib.sha256(payload).digest() != content[:_DIGEST_BYTES]:
         raise DamagedFile(f"{path} is damaged (checksum mismatch)")
@@ -66,8 +91,9 @@ class CheckpointPair:
         save(state, self._staged)
         try:
             if self.newest.exists():
-                os.replace(self.newest, self.previous)
-            os.replace(self._staged, self.newest)
+                move(self.newest, self.previous)
+            move(self._staged, self.newest)
+            sync_directory(self.newest.parent)
         except OSError as error:
             raise SaveError(error.errno, f"cannot write {self.newest}: {error.strerror}") from error
 

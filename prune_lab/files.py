@@ -1,21 +1,26 @@
-"""Text and JSON files that are written whole or not at all. Imports no torch."""
+"""Files that are written whole or not at all, on local disks and over a network. Imports no torch."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 class SaveError(OSError):
     """Nothing new could be written, for example on a full disk; older files are untouched."""
 
 
-def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
-    """Replace `path` by the joined `parts` under a temporary name and a rename; readers see the old or the new file.
+def write_file(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+    """Replace `path` by what `fill` writes, under a temporary name and a rename; readers see the old or the new file.
+
+    Args:
+        fill: writes the content to an open file, which may be rewound.
 
     Raises:
         SaveError: the disk refused; the temporary file is removed and `path` is as before.
@@ -23,15 +28,64 @@ def write_bytes(path: Path, *parts: bytes | memoryview) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        move(temporary, path)
+        sync_directory(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise SaveError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Replace `path` by `content` (see `write_file`)."""
+    write_file(path, lambda file: file.write(content))
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename `source` to `target`, which is replaced if it is there.
+
+    An NFS server that lost its answer is asked again and finds nothing to rename: the error is none if `target` is the
+    very file that `source` was.
+
+    Raises:
+        OSError: not renamed.
+    """
+    number = os.stat(source).st_ino
+    try:
+        os.replace(source, target)
+    except FileNotFoundError:
+        with open(target, "rb") as file:  # opening asks the server, a name alone may be answered from a cache
+            if os.fstat(file.fileno()).st_ino != number:
+                raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in `directory` outlast a power cut; a file system that knows no such order is left alone."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return the content of a file. One that another machine replaces meanwhile is asked for once more.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno not in (errno.ESTALE, errno.ENOENT):
+            raise
+        return path.read_bytes()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -51,7 +105,7 @@ def read_json(path: Path) -> Any:
         FileNotFoundError: no such file.
         ValueError: not JSON.
     """
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(read_bytes(path).decode("utf-8"))
 
 
 def jsonable(value: Any) -> Any:
