@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from prune_lab.schema import ConfigError, suggestion
 from prune_lab.slots import num_gpus, num_slots
 from prune_lab.worker import STOP, Outcome, log_path, note_launcher, read_outcome, run_in_worker
 
+VECTORISED = "prune_lab.vectorised.run_together"
+"""what conf/hydra/launcher/vectorised.yaml names: no launcher of Hydra's kind, the runs stay in this process"""
 _LOST = "its process ended without a word: killed, perhaps for lack of memory"
 
 
@@ -35,11 +38,17 @@ def launch(
         ConfigError: the launcher's package is not installed, or it refuses its options.
     """
     _register_resolvers()
-    _check_choice(conf_dir, options)
+    chosen = _checked_choice(conf_dir, options)
+    in_this_process = chosen["_target_"] == VECTORISED
+    at_once = _runs_at_once(chosen) if in_this_process else 0
     print(f"{len(configs)} runs; what each prints is in {folder}/run-N.log", flush=True)
     for number, name in enumerate(names, start=1):
         print(f"  run {number}: {name}", flush=True)
     folder.mkdir(parents=True)
+    if in_this_process:
+        from prune_lab.vectorised import run_together
+
+        return run_together(configs, at_once, folder)
     note_launcher(folder)
     pending, why = [list(range(len(configs)))], _LOST
     with _stopped_by_a_file(folder / STOP):
@@ -116,8 +125,28 @@ def _lost_jobs_as_results() -> Iterator[None]:
         submitit.Job.results = results
 
 
-def _check_choice(conf_dir: Path, options: Sequence[str]) -> None:
-    """Raise ConfigError unless the options choose a launcher whose package is installed, and fit it."""
+def _runs_at_once(chosen: Mapping[str, Any]) -> int:
+    """Return the option of conf/hydra/launcher/vectorised.yaml.
+
+    Raises:
+        ConfigError: a wrong value, torchrun, or greenlet is not installed.
+    """
+    at_once = chosen["at_once"]
+    if not isinstance(at_once, int) or at_once < 1:
+        raise ConfigError(f"hydra.launcher.at_once must be a whole number of at least 1, got {at_once}")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"{LAUNCHER}=vectorised shares one process among runs; start it without torchrun")
+    if importlib.util.find_spec("greenlet") is None:
+        raise ConfigError(f"{LAUNCHER}=vectorised: it needs a package: pip install greenlet")
+    return at_once
+
+
+def _checked_choice(conf_dir: Path, options: Sequence[str]) -> Mapping[str, Any]:
+    """Return the launcher's own options.
+
+    Raises:
+        ConfigError: none is chosen, its package is not installed, or it does not have one of the options.
+    """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
@@ -130,7 +159,7 @@ def _check_choice(conf_dir: Path, options: Sequence[str]) -> None:
             near = suggestion(named[-1], allowed)
             raise ConfigError(f"{LAUNCHER}={named[-1]} is not a choice{near}; allowed: {', '.join(allowed)}")
         try:
-            compose("config", list(options), return_hydra_config=True)
+            return compose("config", list(options), return_hydra_config=True).hydra.launcher
         except Exception as error:  # of Hydra's many kinds
             missing = re.search(r"Could not load '(?:\w+/)*([a-z]+)", str(error))
             hint = f"it needs a package: pip install hydra-{missing[1]}-launcher" if missing else _reason(error)

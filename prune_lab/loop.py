@@ -23,6 +23,9 @@ from prune_lab.seeding import stable_hash
 
 _NEVER = 2**62
 
+Differentiate = Callable[["Training", Tensor, Tensor], tuple[Tensor, Tensor]]
+"""does what the function `differentiate` does, perhaps for several runs at once"""
+
 
 class Interrupted(Exception):
     """A signal asked the run to stop; a checkpoint has been written."""
@@ -40,6 +43,15 @@ class Progress:
     batch: int = 0
     step: int = 0
     wall_s: float = 0.0
+
+
+def differentiate(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the gradient of a micro-batch to the parameters and return (mean loss, logits in fp32), detached."""
+    with training.numerics.autocast():
+        logits = training.forward(images).float()
+    loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
+    training.scaler.scale(loss / training.trainer.accumulate).backward()
+    return loss.detach(), logits.detach()
 
 
 @dataclass
@@ -62,6 +74,7 @@ class Training:
     show: Callable[[int, int, str], None]
     stop: Callable[[], bool]
     scaler: torch.amp.GradScaler
+    differentiate: Differentiate = differentiate
     ema: torch.optim.swa_utils.AveragedModel | None = None
     progress: Progress = field(default_factory=Progress)
     clock: float = field(default_factory=time.monotonic)
@@ -214,11 +227,8 @@ def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> Non
         last = index == chunks - 1
         wait = not last and hasattr(training.forward, "no_sync")  # processes exchange gradients once per step
         with training.forward.no_sync() if wait else contextlib.nullcontext():
-            with training.numerics.autocast():
-                logits = training.forward(images[part]).float()
-            loss = F.cross_entropy(logits, labels[part], label_smoothing=training.label_smoothing)
-            training.scaler.scale(loss / chunks).backward()
-        _count(training, loss.detach(), logits.detach(), labels[part])
+            loss, logits = training.differentiate(training, images[part], labels[part])
+        _count(training, loss, logits, labels[part])
 
 
 def _count(training: Training, loss: Tensor, logits: Tensor, labels: Tensor) -> None:

@@ -19,6 +19,8 @@ class Numerics:
     precision: str
     channels_last: bool
     compile: bool
+    vectorised: bool = False
+    """True: computed together with the networks of other runs (see prune_lab.vectorised)"""
 
     @property
     def torch_device(self) -> torch.device:
@@ -45,7 +47,10 @@ class Numerics:
     def identity(self) -> dict:
         """Return what can change results: the kind of device, not its number; on a CPU how sums are split."""
         threads = torch.get_num_threads() if self.torch_device.type == "cpu" else None
-        return {**asdict(self), "device": self.torch_device.type, "threads": threads}
+        told = {**asdict(self), "device": self.torch_device.type, "threads": threads}
+        if not self.vectorised:
+            del told["vectorised"]  # it came later: results stored before keep their keys
+        return told
 
 
 def resolve(config: TrainerConfig, *, local_rank: int = 0) -> Numerics:

@@ -17,7 +17,7 @@ from prune_lab.chain import PlannedPhase
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
-from prune_lab.loop import Interrupted, Progress, Training, fit, measure
+from prune_lab.loop import Differentiate, Interrupted, Progress, Training, differentiate, fit, measure
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.models.weights import load_weights
 from prune_lab.numerics import Numerics
@@ -45,6 +45,8 @@ class Job:
     stop: Callable[[], bool]
     origin: dict[str, Any] | None = None
     """result of the phase's origin"""
+    differentiate: Differentiate = differentiate
+    """forward and backward of a micro-batch"""
     rehearsal: bool = False
     """nothing of it counts: a method does repeated work once"""
 
@@ -283,6 +285,7 @@ def open_training(job: Job, context: Context) -> Training:
         show=job.show,
         stop=job.stop,
         progress=Progress(epoch=first // spe, batch=first % spe, step=first),
+        differentiate=job.differentiate,
         scaler=torch.amp.GradScaler(numerics.torch_device.type, enabled=numerics.precision == "fp16"),
     )
 

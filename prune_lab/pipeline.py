@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from prune_lab import chain, control_runs, datasets, distributed, identity, matc
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
 from prune_lab.files import SaveError
+from prune_lab.host import Host
 from prune_lab.loop import Interrupted, NonFiniteLoss
 from prune_lab.numerics import Numerics
 from prune_lab.phases import Job, perform
 from prune_lab.rehearsal import rehearse
 from prune_lab.schema import ConfigError
-from prune_lab.signals import StopFlag, stop_flag
+from prune_lab.signals import StopFlag
 from prune_lab.store import PhaseStore, lock
 from prune_lab.tracking import BaseSink, Sink, Tracker
 from prune_lab.tracking.lines import summary_lines
@@ -45,6 +46,7 @@ class Run:
     tracker: Tracker
     stop: StopFlag
     tally: Counter[str]
+    host: Host
     own: results.RunFolder | None = None
     """a control: where the method's own run is"""
     observer: Sink = field(default_factory=BaseSink)
@@ -56,16 +58,20 @@ class Run:
     macs_offset: int = 0
 
     def poll(self) -> None:
+        """To be called while waiting for another process."""
+        self.host.pause()
         if self.stop():
             raise Interrupted
 
     def poll_alone(self) -> None:
         """Like `poll`, but several processes go on together."""
-        if distributed.world_size() == 1:
-            self.poll()
+        if distributed.world_size() == 1 and self.stop():
+            raise Interrupted
 
 
-def run(*configs: RunConfig, tally: Counter[str] | None = None, observe: Observe | None = None) -> int:
+def run(
+    *configs: RunConfig, tally: Counter[str] | None = None, observe: Observe | None = None, host: Host | None = None
+) -> int:
     """Carry out runs on the same device in turn, up to the first that does not finish, and return the exit code.
 
     0: all are finished, 1: one failed, 128: its observer stopped one, 128 + signal: one was interrupted.
@@ -73,28 +79,32 @@ def run(*configs: RunConfig, tally: Counter[str] | None = None, observe: Observe
     Args:
         tally: counts the runs' phases with training as "trained" now or "reused".
         observe: called once per run.
+        host: what the runs share with others in this process; None: nothing.
 
     Raises:
         ConfigError: wrong options or data, before the run directory is touched.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    arithmetic = numerics.resolve(configs[0].trainer, local_rank=local_rank)
+    host = host or Host()
+    arithmetic = replace(numerics.resolve(configs[0].trainer, local_rank=local_rank), vectorised=host.vectorised)
     distributed.start(arithmetic.torch_device)
     try:
         tally = Counter() if tally is None else tally
-        codes = (_run(config, arithmetic, tally, observe) for config in configs)
+        codes = (_run(config, arithmetic, tally, observe, host) for config in configs)
         return next((code for code in codes if code), 0)
     finally:
         distributed.stop()
 
 
-def _run(config: RunConfig, arithmetic: Numerics, tally: Counter[str], observe: Observe | None) -> int:
+def _run(
+    config: RunConfig, arithmetic: Numerics, tally: Counter[str], observe: Observe | None, host: Host
+) -> int:
     info = datasets.describe(config.dataset)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model_config = config.method.adapt_model(config.model, **sizes)
     # fp32 images on every device: autocast rounds them where it pays, exact evaluation needs them unrounded.
     fmt = BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
-    dataset = datasets.load(config.dataset, fmt)
+    dataset = host.load(config.dataset, fmt)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": distributed.world_size()}
 
     def settle(options: RunConfig) -> tuple[RunConfig, results.RunFolder]:
@@ -108,9 +118,9 @@ def _run(config: RunConfig, arithmetic: Numerics, tally: Counter[str], observe: 
     if distributed.share(not (folder.directory / "run.json").exists() if distributed.is_main() else None):
         with matching.naming_reference(config):
             rehearse(config, model_config, planned, dataset, arithmetic)
-    with stop_flag() as stop:
+    with host.stop_flag() as stop:
         tracker = folder.tracker(config)
-        run = Run(config, model_config, dataset, arithmetic, planned, folder, tracker, stop, tally, own_folder)
+        run = Run(config, model_config, dataset, arithmetic, planned, folder, tracker, stop, tally, host, own_folder)
         if observe and distributed.is_main():
             run.observer = observe(stop)
             tracker.add_local(run.observer)
@@ -123,7 +133,7 @@ def _run(config: RunConfig, arithmetic: Numerics, tally: Counter[str], observe: 
         except Interrupted:
             return stop.exit_code
         finally:
-            dataset.close()
+            host.close(dataset)
 
 
 def _guarded(run: Run) -> int:
@@ -246,6 +256,7 @@ def _job(
         show=run.tracker.progress,
         report=run.tracker.message,
         stop=run.stop,
+        differentiate=run.host.differentiate,
     )
 
 

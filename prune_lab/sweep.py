@@ -8,11 +8,15 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from prune_lab.config import RunConfig
 from prune_lab.control_runs import in_order
 from prune_lab.failure import fail
 from prune_lab.worker import INTERRUPTED, Outcome
+
+if TYPE_CHECKING:
+    from prune_lab.host import Host
 
 
 def run_all(configs: Sequence[RunConfig], *, conf_dir: Path, sweep: bool, launcher: Sequence[str] = ()) -> int:
@@ -28,7 +32,9 @@ def run_all(configs: Sequence[RunConfig], *, conf_dir: Path, sweep: bool, launch
     if launcher and launcher != ["hydra/launcher=basic"]:
         from prune_lab.launching import launch
 
-        folder = Path(configs[0].output_dir) / "sweep" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        now = time.strftime("%Y%m%d-%H%M%S")
+        stamp = f"{now}-{time.time_ns() // 10**6 % 1000:03}-{os.getpid()}"
+        folder = Path(configs[0].output_dir) / "sweep" / stamp
         outcomes = launch(conf_dir, configs, names, launcher, folder)
     else:
         outcomes = _in_turn(configs, names, sweep=sweep)
@@ -48,8 +54,12 @@ def _in_turn(configs: Sequence[RunConfig], names: Sequence[str], *, sweep: bool)
     return outcomes
 
 
-def run_one(config: RunConfig, tally: Counter[str]) -> int:
-    """Do one run or its dry run and return its exit code; torch is imported here for the first time."""
+def run_one(config: RunConfig, tally: Counter[str], host: Host | None = None) -> int:
+    """Do one run or its dry run and return its exit code; torch is imported here for the first time.
+
+    Args:
+        host: what the run shares with others in this process; None: nothing.
+    """
     try:
         if config.dry_run:
             from prune_lab.dry_run import dry_run
@@ -57,7 +67,7 @@ def run_one(config: RunConfig, tally: Counter[str]) -> int:
             return dry_run(config)
         from prune_lab.pipeline import run
 
-        return run(*in_order(config), tally=tally)
+        return run(*in_order(config), tally=tally, host=host)
     except Exception as error:
         return fail(error)
 

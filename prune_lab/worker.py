@@ -106,11 +106,11 @@ def _own_output(path: Path) -> Iterator[io.StringIO]:
     errors = io.StringIO()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", buffering=1) as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(_Twice(log, errors)):
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(Twice(log, errors)):
             yield errors
 
 
-class _Twice(io.TextIOBase):
+class Twice(io.TextIOBase):
     """Writes to a file and keeps what was written."""
 
     def __init__(self, log: Any, kept: io.StringIO) -> None:
