@@ -45,7 +45,8 @@ def allocate(
     Args:
         distribution: "uniform", "er", "erk" or "balanced". Raw density of a layer: 1, (n_in + n_out) / (n_in n_out),
             (sum of the dimensions) / (product of the dimensions) or 1 / (product of the dimensions), the same number
-            of weights in each; to the power `power`. "smart_ratio" and "smart_ratio_vgg": see `smart_ratio`.
+            of weights in each; to the power `power`. "smart_ratio" and "smart_ratio_vgg": see `smart_ratio`. "2:4" is
+            "uniform": half of each group of four is half of each layer.
         first_layer: "sparse", or "dense_compensated": the first layer stays dense and the others pay for it.
 
     Layers whose density would pass 1 are made dense one at a time, largest first, and the rest is solved again.
@@ -88,7 +89,7 @@ def _least_budget(feasible: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _raw_density(distribution: str, shape: tuple[int, ...]) -> float:
-    if distribution == "uniform":
+    if distribution in ("uniform", "2:4"):
         return 1.0
     if distribution == "balanced":
         return 1 / math.prod(shape)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from prune_lab.schema import ConfigError, suggestion
+from prune_lab.semi_structured import GROUP, has_groups
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,12 @@ def layer_kind(module: nn.Module) -> str | None:
 
 
 def select_layers(
-    model: nn.Module, *, include: Sequence[str] = (), exclude: Sequence[str] = (), dense_first: bool = False
+    model: nn.Module,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dense_first: bool = False,
+    grouped: bool = False,
 ) -> list[Layer]:
     """Return every conv and linear layer of `model` in definition order; a shared weight is listed once.
 
@@ -52,6 +58,7 @@ def select_layers(
         include: patterns (* and ?) of module paths to prune although they are dense by default (depthwise).
         exclude: patterns of module paths to keep dense; wins over include.
         dense_first: keep the first layer dense and out of the budget.
+        grouped: keep layers dense whose input channels do not come in the groups of 2:4 sparsity.
 
     Raises:
         ConfigError: a pattern matches no layer, or nothing is left to prune.
@@ -70,11 +77,22 @@ def select_layers(
             continue
         seen.add(id(module.weight))
         kind = layer_kind(module)
+        shape = tuple(module.weight.shape)
         reason = _reason(name, kind, include=include, exclude=exclude, first=dense_first and index == 0)
-        layers.append(Layer(name, path_of[id(module.weight)], kind, tuple(module.weight.shape), not reason, reason))
+        if grouped and not reason and not has_groups(shape):
+            reason = f"{shape[1]} input channels are no multiple of {GROUP} (2:4)"
+        layers.append(Layer(name, path_of[id(module.weight)], kind, shape, not reason, reason))
     if not any(layer.eligible for layer in layers):
-        raise ConfigError("method.exclude leaves no layer to prune" if layers else "the model has no layer to prune")
+        raise ConfigError(_nothing_left(layers, grouped))
     return layers
+
+
+def _nothing_left(layers: Sequence[Layer], grouped: bool) -> str:
+    if not layers:
+        return "the model has no layer to prune"
+    if grouped:
+        return f"method.distribution=2:4: no layer that may be pruned has a multiple of {GROUP} input channels"
+    return "method.exclude leaves no layer to prune"
 
 
 def _reason(name: str, kind: str, *, include: Sequence[str], exclude: Sequence[str], first: bool) -> str:

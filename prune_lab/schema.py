@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Annotated, Any, Literal, TypeVar, Union
 
+import yaml
+
 T = TypeVar("T")
 
 
@@ -157,7 +159,7 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
             if value == choice and type(value) is type(choice):
                 return choice
         names = [str(choice) for choice in allowed]
-        near = suggestion(value, names) if isinstance(value, str) else ""
+        near = suggestion(value, names) if isinstance(value, str) else _misread(value, allowed)
         raise ConfigError(f"{path}={_show(value)} is not allowed{near}; allowed: {', '.join(names)}", path)
     if origin in (list, tuple):
         return _coerce_list(typing.get_args(hint)[0], value, path)
@@ -169,6 +171,15 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         return parse(hint, value, path)
     return _coerce_scalar(hint, value, path)
+
+
+def _misread(value: Any, choices: Iterable[Any]) -> str:
+    """Return advice if `value` is what YAML makes of a text among `choices` without quotes, such as 124 of 2:4."""
+    for choice in (choice for choice in choices if isinstance(choice, str)):
+        read = yaml.safe_load(choice)
+        if read == value and type(read) is type(value):
+            return f" (YAML reads {choice} so; write it in quotes: '{choice}')"
+    return ""
 
 
 def _coerce_union(options: tuple, value: Any, path: str) -> Any:

@@ -196,7 +196,7 @@ def budgets() -> list[tuple[str, str, float]]:
     rows = []
     for name in WITH_MASKS:
         for index, distribution in enumerate(choices(name, "distribution") or ("",)):
-            rows.append((name, distribution, levels[index % len(levels)]))
+            rows.append((name, distribution, 0.5 if distribution == "2:4" else levels[index % len(levels)]))
     return rows
 
 
@@ -218,6 +218,8 @@ def test_achieved_sparsity_is_the_requested_one(name: str, distribution: str, sp
     options = [f"method.sparsity={sparsity}", "schedule.train.epochs=2", "schedule.finetune.epochs=1"]
     if distribution:
         options.append(f"method.distribution={distribution}")
+    if distribution == "2:4" and "none" in choices(name, "redistribution"):
+        options.append("method.redistribution=none")
     if distribution == "file":
         options.append(f"method.densities={densities_file(tmp_path / 'densities.json', name, sparsity)}")
     config = configure(tmp_path / "outputs", name, *options)

@@ -168,6 +168,16 @@ def test_the_early_network_is_the_dense_training_at_that_step(tmp_path: Path, mo
     assert any(bool(state["momentum_buffer"].any()) for state in early["optimizer"]["state"].values())
 
 
+def test_every_round_restores_the_momentum_of_the_early_network(tmp_path: Path) -> None:
+    options = ("method.levels=2", "method.arm=IMP-rewind", "method.rewind_to=4it")
+    folder = finish(configure(tmp_path, "lottery", *options, short={}))
+    early = stored(folder, "early")["optimizer"]["state"]
+    for phase in ("rewind_1", "rewind_2"):  # the training between the two must not move what the second restores
+        state = stored(folder, phase)["optimizer"]["state"]
+        assert state.keys() == early.keys()
+        assert all(torch.equal(state[key]["momentum_buffer"], early[key]["momentum_buffer"]) for key in early)
+
+
 @pytest.mark.parametrize("place", ["4it", "1ep", "0ep"])
 def test_a_round_starts_from_the_masked_early_network(place: str, tmp_path: Path, monkeypatch) -> None:
     first: dict[str, list] = {}

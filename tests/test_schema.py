@@ -187,3 +187,10 @@ def test_rules_across_fields_run_after_every_field_is_checked() -> None:
 def test_suggestion_names_the_nearest_or_nothing() -> None:
     assert suggestion("rgl", ["rigl", "set"]) == " (did you mean 'rigl'?)"
     assert suggestion("zzz", ["rigl", "set"]) == ""
+
+
+def test_a_choice_that_yaml_reads_as_a_number_asks_for_quotes() -> None:
+    with pytest.raises(ConfigError, match=r"x=124 is not allowed \(YAML reads 2:4 so; write it in quotes: '2:4'\)"):
+        coerce(Literal["uniform", "2:4"], 124, "x")
+    with pytest.raises(ConfigError, match=r"x=125 is not allowed; allowed: uniform, 2:4"):
+        coerce(Literal["uniform", "2:4"], 125, "x")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
 from prune_lab.methods.families.annealed_gradient import AnnealingConfig, GradientAnnealing
 from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruningConfig
@@ -14,8 +13,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.context import Context
-
-masks = lazy_import("prune_lab.masks")
 
 
 @dataclass(frozen=True)
@@ -41,20 +38,15 @@ class AutoSparseTopK(GradientAnnealing, WeightPruning):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.budget: int | dict[str, int] = {}
+        self.kept: int | dict[str, int] = {}
         self.empty: set[str] = set()
 
     def setup(self, context: Context) -> None:
-        sparsity = self.config.sparsity
-        is_global = self.config.distribution == "global"
-        self.budget = self.total(context, sparsity) if is_global else self.allocate(context, sparsity)
+        self.kept = self.budget(context, self.config.sparsity)
         super().setup(context)
 
     def project(self, context: Context) -> dict[str, Tensor]:
-        scores = {name: raw.abs() for name, raw in self.raw.items()}
-        if isinstance(self.budget, int):
-            return masks.keep_top_global(scores, self.budget)
-        return {name: masks.keep_top(score, self.budget[name]) for name, score in scores.items()}
+        return self.keep_best({name: raw.abs() for name, raw in self.raw.items()}, self.kept)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return the factor of the epoch; name layers that a global budget leaves without any weight."""

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 torch = lazy_import("torch")
 accounting = lazy_import("prune_lab.accounting")
-masks = lazy_import("prune_lab.masks")
 schedules = lazy_import("prune_lab.sparsity_schedules")
 distributions = lazy_import("prune_lab.distributions")
 
@@ -51,7 +50,8 @@ class GMP(WeightPruning):
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="one bool per weight; one selection per layer and cut",
         differences="masks only shrink: a removed weight stays zero, its optimizer state is zeroed. The target is "
-        "reached exactly at the last cut. distribution=file takes every layer along the cubic to a density of its own",
+        "reached exactly at the last cut. distribution=file takes every layer along the cubic to a density of its own; "
+        "with 2:4 every group of four keeps two or more at each cut",
     )
 
     def __init__(self, config: Any) -> None:
@@ -122,10 +122,7 @@ class GMP(WeightPruning):
             return
         named, old = context.parameters(), dict(context.masks.masks)
         scores = {name: named[name].detach().abs() for name in old}
-        if isinstance(keep, int):
-            new = masks.keep_top_global(scores, keep, candidates=old)
-        else:
-            new = {name: masks.keep_top(score, keep[name], candidates=old[name]) for name, score in scores.items()}
+        new = self.keep_best(scores, keep, old)
         self.cut(context, new)
         context.masks.zero_state(context.optimizer, {name: old[name] & ~mask for name, mask in new.items()})
 

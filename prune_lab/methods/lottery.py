@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -10,6 +11,7 @@ from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import TRAIN_DENSE, Card, Method, MethodConfig, Phase
 from prune_lab.positions import parse_position
 from prune_lab.schema import ConfigError, Example, Index, OpenFraction
+from prune_lab.selection import SEMI_STRUCTURED, check_semi_structured, selection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,8 +48,9 @@ class LotteryConfig(MethodConfig):
     """target over eligible weights; the last round prunes less if that meets it. None: what `levels` rounds leave"""
     fraction: OpenFraction
     """share of the surviving weights that each round removes"""
-    distribution: Literal["global", "uniform"]
-    """one ranking over all layers, or the same fraction of each layer"""
+    distribution: Literal["global", "uniform", "2:4"]
+    """one ranking over all layers, or the same fraction of each layer; 2:4: uniform with two of every four input
+    channels at the end and two or more before"""
     rewind_to: Annotated[str, Example("8ep")]
     """place in the dense training, as epochs (8ep) or steps (500it): weights and schedule go back there; in RR-IMP, the
     control of IMP-rewind, in the rounds that find the mask"""
@@ -68,6 +71,10 @@ class LotteryConfig(MethodConfig):
                 f"{path}.levels={self.levels} and {path}.sparsity={self.sparsity:g}: give one of them; levels of "
                 f"{path}.fraction={self.fraction:g} end at sparsity {1 - (1 - self.fraction) ** self.levels:.6g}"
             )
+        check_semi_structured(self, path)
+        if self.distribution == SEMI_STRUCTURED and self.arm == "random-global":
+            raise ConfigError(f"{path}.arm=random-global draws over all layers, {path}.distribution=2:4 in each; use "
+                              "random-layerwise")
         place = parse_position(self.rewind_to, f"{path}.rewind_to")
         if place.count and self.arm not in _REWINDS:
             raise ConfigError(
@@ -198,7 +205,9 @@ class Lottery(Method):
         return self.config.sparsity
 
     def layers(self, model: nn.Module) -> list[Layer]:
-        return eligibility.select_layers(model, include=self.config.include, exclude=self.config.exclude)
+        config = self.config
+        return eligibility.select_layers(model, include=config.include, exclude=config.exclude,
+                                         grouped=config.distribution == SEMI_STRUCTURED)
 
     def _at_target(self, counts: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
         """Return what the last round leaves of `counts` weights to meet the target."""
@@ -224,6 +233,8 @@ class Lottery(Method):
             if number == self.levels and self.config.sparsity is not None:
                 return self._at_target(counts, sizes)
             counts = {name: count - round(self.config.fraction * count) for name, count in counts.items()}
+            if self.config.distribution == SEMI_STRUCTURED:  # rounding may pass two of four before the last round
+                counts = {name: max(count, sizes[name] // 2) for name, count in counts.items()}
         return counts
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
@@ -246,8 +257,8 @@ class Lottery(Method):
         if self.config.distribution == "global":
             kept = mask_tools.keep_top_global(scores, counts["all"], candidates=old)
         else:
-            kept = {name: mask_tools.keep_top(score, counts[name], candidates=old[name])
-                    for name, score in scores.items()}
+            keep_top = selection(self.config.distribution).keep_top
+            kept = {name: keep_top(score, counts[name], candidates=old[name]) for name, score in scores.items()}
         context.install_masks(kept)
         empty = [name.removesuffix(".weight") for name, count in context.masks.counts().items() if count == 0]
         if empty:
@@ -259,7 +270,8 @@ class Lottery(Method):
         if context.masks is not None:
             context.masks.apply()
         if self.config.optimizer_state == "restore":
-            context.optimizer_state = context.origin.get("optimizer")
+            # A copy: the optimizer moves the tensors it is given, and later rounds start from the same ones.
+            context.optimizer_state = copy.deepcopy(context.origin.get("optimizer"))
 
     def reinit(self, context: Context) -> None:
         """Give the network new initial weights under the same masks."""
@@ -272,7 +284,8 @@ class Lottery(Method):
         shapes = {name: tuple(mask.shape) for name, mask in old.masks.items()}
         if self.config.arm == "random-layerwise":
             counts = old.counts()
-            drawn = {name: mask_tools.random_mask(shape, counts[name], source) for name, shape in shapes.items()}
+            random_mask = selection(self.config.distribution).random_mask
+            drawn = {name: random_mask(shape, counts[name], source) for name, shape in shapes.items()}
         else:
             parts = mask_tools.random_mask((old.num_weights,), old.num_kept, source).split(
                 [mask.numel() for mask in old.masks.values()]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import FINETUNE, PRUNE, TRAIN_DENSE, Card, Phase
 from prune_lab.methods.families.weight_pruning import WeightPruning
 
 if TYPE_CHECKING:
     from prune_lab.context import Context
-
-masks = lazy_import("prune_lab.masks")
 
 
 class Magnitude(WeightPruning):
@@ -32,9 +29,4 @@ class Magnitude(WeightPruning):
         """Keep the largest |w|: of each layer its budget, or of all layers together with distribution=global."""
         named = context.parameters()
         scores = {layer.parameter: named[layer.parameter].detach().abs() for layer in context.eligible()}
-        if self.config.distribution == "global":
-            kept = masks.keep_top_global(scores, self.total(context, self.config.sparsity))
-        else:
-            counts = self.allocate(context, self.config.sparsity)
-            kept = {name: masks.keep_top(score, counts[name]) for name, score in scores.items()}
-        self.cut(context, kept)
+        self.cut(context, self.keep_best(scores, self.budget(context, self.config.sparsity)))

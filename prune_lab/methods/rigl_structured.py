@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 torch = lazy_import("torch")
 distributions = lazy_import("prune_lab.distributions")
-masks = lazy_import("prune_lab.masks")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,8 @@ class StructuredRigL(GradientGrowth):
         eligible="weights of convolutions; linear layers stay dense; depthwise ones only if included",
         cost="RigL's",
         differences="kernels are ranked by the mean |w| and the mean |gradient| of their weights, which the report "
-        "leaves open. A layer keeps whole kernels, so the total can differ from the target by half a kernel",
+        "leaves open. A layer keeps whole kernels, so the total can differ from the target by half a kernel; with 2:4 "
+        "the kernels of two in four input channels stay",
     )
 
     def budget_is_exact(self) -> bool:
@@ -59,7 +59,7 @@ class StructuredRigL(GradientGrowth):
     def draw(self, shape: tuple[int, ...], count: int, source: Generator) -> Tensor:
         # Equal scores within a kernel: ties go to the lower index, so that kernels are never cut.
         scores = torch.rand((*shape[:2], 1, 1), generator=source, dtype=torch.float64)
-        return masks.keep_top(scores.expand(shape), count)
+        return self.selection.keep_top(scores.expand(shape), count)
 
     def num_dropped(self, fraction: float, count: int, shape: tuple[int, ...]) -> int:
         size = _kernel_size(shape)

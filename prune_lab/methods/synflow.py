@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 torch = lazy_import("torch")
 distributions = lazy_import("prune_lab.distributions")
 linearised = lazy_import("prune_lab.linearised")
-masks = lazy_import("prune_lab.masks")
 scoring = lazy_import("prune_lab.scoring")
 
 
@@ -101,10 +100,7 @@ class SynFlow(InitialPruning):
         if config.distribution == "global":
             return self.select(context, scores, level, kept)
         counts, sign = self._counts(context, level, done, kept), -1 if config.control == "invert" else 1
-        return {
-            name: masks.keep_top(sign * score, counts[name], candidates=None if kept is None else kept[name])
-            for name, score in scores.items()
-        }
+        return self.keep_best({name: sign * score for name, score in scores.items()}, counts, kept)
 
     def _counts(
         self, context: Context, level: float, done: float, kept: dict[str, Tensor] | None

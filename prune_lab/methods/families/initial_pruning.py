@@ -114,11 +114,7 @@ class InitialPruning(WeightPruning):
             total = self.total(context, sparsity)
             least = self.config.min_per_layer
             return masks.keep_top_global(scores, total, candidates=candidates, least=least)
-        counts = self.allocate(context, sparsity)
-        return {
-            name: masks.keep_top(score, counts[name], candidates=None if candidates is None else candidates[name])
-            for name, score in scores.items()
-        }
+        return self.keep_best(scores, self.allocate(context, sparsity), candidates)
 
     def prune(self, context: Context) -> dict[str, float]:
         """Choose masks, apply the control if there is one; return gradient norms and the number of empty layers."""
@@ -127,7 +123,7 @@ class InitialPruning(WeightPruning):
         else:
             chosen = self.choose(context)
         if self.config.control == "shuffle":
-            chosen = _shuffled(context, chosen)
+            chosen = self._shuffled(context, chosen)
         if self.config.control == "reinit":
             context.model.load_state_dict(context.fresh_model("control reinit").state_dict())
         before = self._gradient_norm(context)
@@ -140,6 +136,14 @@ class InitialPruning(WeightPruning):
             "prune/gradient_norm_before": before,
             "prune/gradient_norm_after": after,
             "prune/empty_layers": sum(count == 0 for count in context.masks.counts().values()),
+        }
+
+    def _shuffled(self, context: Context, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return masks with the same count per layer at random positions."""
+        sources = {name: context.generator("shuffle", name) for name in chosen}
+        return {
+            name: self.selection.random_mask(tuple(mask.shape), int(mask.sum()), sources[name]).to(mask.device)
+            for name, mask in chosen.items()
         }
 
     def _gradient_norm(self, context: Context) -> float:
@@ -167,6 +171,7 @@ class InitialPruning(WeightPruning):
         """Return the images of one pass over `batches`."""
         return self.config.samples_per_class * context.dataset.info.num_classes
 
+
 def random_scores(context: Context) -> dict[str, Tensor]:
     """Return scores that are uniform in [0, 1) and independent, from the seed."""
     return {
@@ -174,12 +179,4 @@ def random_scores(context: Context) -> dict[str, Tensor]:
             context.device
         )
         for layer in context.eligible()
-    }
-
-
-def _shuffled(context: Context, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return masks with the same count per layer at random positions."""
-    return {
-        name: masks.random_mask(tuple(mask.shape), int(mask.sum()), context.generator("shuffle", name)).to(mask.device)
-        for name, mask in chosen.items()
     }

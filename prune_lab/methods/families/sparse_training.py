@@ -10,10 +10,12 @@ from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import TRAIN, Phase
 from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruningConfig
 from prune_lab.schema import ConfigError, Count, Fraction, Index, Momentum
+from prune_lab.selection import SEMI_STRUCTURED
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
+    from prune_lab.config import RunConfig
     from prune_lab.context import Context
 
 torch = lazy_import("torch")
@@ -25,8 +27,8 @@ schedules = lazy_import("prune_lab.sparsity_schedules")
 
 @dataclass(frozen=True)
 class SparseTrainingConfig(WeightPruningConfig):
-    distribution: Literal["uniform", "er", "erk", "file"]
-    """how the kept weights are shared among layers"""
+    distribution: Literal["uniform", "er", "erk", "file", "2:4"]
+    """how the kept weights are shared among layers; 2:4: two of every four input channels in each layer"""
 
 
 class SparseTraining(WeightPruning):
@@ -48,7 +50,7 @@ class SparseTraining(WeightPruning):
 
     def draw(self, shape: tuple[int, ...], count: int, source: Generator) -> Tensor:
         """Return a random mask with `count` True."""
-        return masks.random_mask(shape, count, source)
+        return self.selection.random_mask(shape, count, source)
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class DropAndGrowConfig(SparseTrainingConfig):
 class DropAndGrow(SparseTraining):
     """Moves `alpha(t)` of each layer's weights every `interval` steps; subclasses say where weights grow.
 
-    Layers keep their counts unless `redistribution_signal` says otherwise.
+    Layers keep their counts unless `redistribution_signal` says otherwise. With 2:4 each group of four grows as many
+    weights as it dropped.
     """
 
     Config = DropAndGrowConfig
@@ -96,6 +99,13 @@ class DropAndGrow(SparseTraining):
         super().__init__(config)
         self.updates = range(0)
         self.churn = dict.fromkeys(("updates", "dropped", "grown", "regrown"), 0)
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse to move weights between layers that all keep half."""
+        if self.redistributes() and self.config.distribution == SEMI_STRUCTURED:
+            raise ConfigError(
+                "method.redistribution must be none with method.distribution=2:4: every layer keeps half of its weights"
+            )
 
     def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a score per position of each parameter named in `candidates`; higher grows first."""
@@ -246,7 +256,7 @@ class DropAndGrow(SparseTraining):
             totals = self.new_totals(shares, left, totals, {name: mask.numel() for name, mask in movable.items()})
         restarted: dict[str, Tensor] = {}
         for name, old in movable.items():
-            new = masks.grow(kept[name], scores[name], totals[name])
+            new = self.selection.grow(kept[name], scores[name], totals[name])
             restarted[name] = new & ~kept[name] if self.config.regrown == "zero" else new & ~old
             named[name].detach()[restarted[name]] = 0.0
             context.masks.replace(name, new)

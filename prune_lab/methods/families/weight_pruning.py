@@ -7,11 +7,13 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.schema import ConfigError, Example, NonNegative, OpenFraction
+from prune_lab.selection import SEMI_STRUCTURED, check_semi_structured, selection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,14 +23,15 @@ if TYPE_CHECKING:
 
 distributions = lazy_import("prune_lab.distributions")
 eligibility = lazy_import("prune_lab.eligibility")
+masks = lazy_import("prune_lab.masks")
 
 
 @dataclass(frozen=True)
 class WeightPruningConfig(MethodConfig):
     sparsity: OpenFraction
     """fraction of zero weights among eligible weights at the end"""
-    distribution: Literal["uniform", "er", "erk", "file", "global"]
-    """how the kept weights are shared among layers"""
+    distribution: Literal["uniform", "er", "erk", "file", "global", "2:4"]
+    """how the kept weights are shared among layers; 2:4: two of every four input channels in each layer"""
     first_layer: Literal["auto", "sparse", "dense_uncompensated", "dense_compensated"]
     """the first layer; auto: dense and outside the budget with uniform and in networks with depthwise convolutions
     (RigL 3(1), 4.1.2), sparse otherwise"""
@@ -57,6 +60,7 @@ class WeightPruningConfig(MethodConfig):
             raise ConfigError(f"{path}.first_layer=dense_compensated: give density 1 in {path}.densities instead")
         if self.distribution == "global" and self.first_layer.startswith("dense"):
             raise ConfigError(f"{path}.first_layer={self.first_layer} needs a budget per layer; use {path}.exclude")
+        check_semi_structured(self, path)
         self._check_match(path)
 
     def _check_match(self, path: str) -> None:
@@ -67,8 +71,8 @@ class WeightPruningConfig(MethodConfig):
             )
         if self.match_by == "epochs" and self.match != "train_macs":
             raise ConfigError(f"{path}.match_by=epochs goes with {path}.match=train_macs, got match={self.match}")
-        if self.match != "none" and self.match_by == "density" and self.distribution == "file":
-            raise ConfigError(f"{path}.match_by=density: {path}.distribution=file fixes the densities")
+        if self.match != "none" and self.match_by == "density" and self.distribution in ("file", SEMI_STRUCTURED):
+            raise ConfigError(f"{path}.match_by=density: {path}.distribution={self.distribution} fixes the densities")
         if self.match_to is not None:
             _parse_reference(self.match_to, path)
 
@@ -119,6 +123,11 @@ class WeightPruning(Method):
     def requested_sparsity(self) -> float:
         return self.config.sparsity
 
+    @property
+    def selection(self) -> ModuleType:
+        """What chooses among the weights of a layer: `keep_top`, `grow` and `random_mask`."""
+        return selection(self.config.distribution)
+
     def layers(self, model: nn.Module) -> list[Layer]:
         config = self.config
         dense_first = config.first_layer == "dense_uncompensated"
@@ -126,8 +135,9 @@ class WeightPruning(Method):
             kinds = {eligibility.layer_kind(module) for module in model.modules()}
             dense_first = config.distribution == "uniform" or "depthwise conv" in kinds
         return eligibility.select_layers(
-            model, include=config.include, exclude=config.exclude, dense_first=dense_first
-        )
+            model, include=config.include, exclude=config.exclude, dense_first=dense_first,
+            grouped=config.distribution == SEMI_STRUCTURED,
+        )  # fmt: skip
 
     def total(self, context: Context, sparsity: float) -> int:
         """Return the kept weights over all eligible layers at `sparsity`.
@@ -172,6 +182,21 @@ class WeightPruning(Method):
         return distributions.allocate(
             config.distribution, layers, self.total(context, sparsity), first_layer=first_layer, power=config.power
         )
+
+    def budget(self, context: Context, sparsity: float) -> int | dict[str, int]:
+        """Return the weights to keep: over all layers together with distribution=global, else per parameter."""
+        return (self.total if self.config.distribution == "global" else self.allocate)(context, sparsity)
+
+    def keep_best(
+        self, scores: dict[str, Tensor], budget: int | dict[str, int], candidates: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Return masks of the highest scores: `budget` in all, or so many of each parameter."""
+        if isinstance(budget, int):
+            return masks.keep_top_global(scores, budget, candidates=candidates)
+        return {
+            name: self.selection.keep_top(score, budget[name], candidates=candidates and candidates[name])
+            for name, score in scores.items()
+        }
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         self.total(context, self.config.sparsity)  # refuses what a global cut could not reach, too
