@@ -34,6 +34,9 @@ _KINDS = {
 # Options that say where data lies or how fast it is read. They cannot change a result.
 _NOT_IDENTITY = ("root", "cache_dir", "download", "workers", "check_counts")
 
+# Options that count once they are set: what was trained before they existed keeps its name.
+_IDENTITY_IF_SET = ("cached_side",)
+
 
 def parse_config(node: Mapping[str, Any]) -> CommonConfig:
     """Return the checked options of the group `dataset`.
@@ -69,7 +72,8 @@ def load(config: CommonConfig, fmt: BatchFormat) -> Dataset:
 
 def identity(config: CommonConfig) -> dict[str, Any]:
     """Return the options that can change a result: no paths, workers or checks."""
-    return {key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY}
+    options = {key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY}
+    return {key: value for key, value in options.items() if value is not None or key not in _IDENTITY_IF_SET}
 
 
 def _module(kind: str) -> ModuleType:

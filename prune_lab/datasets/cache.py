@@ -39,7 +39,7 @@ def cached(source: Path, cache_dir: Path, *, name: str, decode: Callable[[], Dec
         ConfigError: `cache_dir` cannot be written, or from `decode`.
     """
     entry = cache_dir / f"{name}-{_source_key(source)}"
-    with _locked(entry):
+    with locked(entry):
         arrays = _read(entry)
         if arrays is None:
             log.info("decoding %s once into %s", source, entry)
@@ -60,8 +60,12 @@ def _source_key(source: Path) -> str:
 
 
 @contextmanager
-def _locked(entry: Path) -> Iterator[None]:
-    """Hold the entry's lock; the system releases it if the process dies."""
+def locked(entry: Path) -> Iterator[None]:
+    """Hold the lock of a cache entry; the system releases it if the process dies.
+
+    Raises:
+        ConfigError: the folder of the entry cannot be made or written.
+    """
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         handle = open(entry.with_name(entry.name + ".lock"), "w")
@@ -72,20 +76,35 @@ def _locked(entry: Path) -> Iterator[None]:
         yield
 
 
-def _write(entry: Path, decoded: Decoded) -> None:
-    """Write to a temporary folder and rename it, so that a killed process leaves no half entry."""
+@contextmanager
+def replaced(entry: Path) -> Iterator[Path]:
+    """Hand out a temporary folder and rename it to `entry` at the end, so that a killed process leaves no half entry.
+
+    What a killed process left is removed first, what a failing one wrote at once.
+
+    Raises:
+        ConfigError: the disk refused.
+    """
     unfinished = entry.with_name(entry.name + ".tmp")
     try:
         for leftover in (unfinished, entry):
             shutil.rmtree(leftover, ignore_errors=True)
         unfinished.mkdir()
-        for name in _ARRAYS:
-            np.save(unfinished / f"{name}.npy", decoded[name])
-        meta = {"classes": decoded["classes"], "sha256": {name: hash_arrays(decoded[name]) for name in _ARRAYS}}
-        (unfinished / "meta.json").write_text(json.dumps(meta, indent=1))
+        yield unfinished
         os.rename(unfinished, entry)
-    except OSError as error:
+    except BaseException as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise ConfigError(f"dataset.cache_dir={entry.parent} cannot be written: {error.strerror}") from error
+
+
+def _write(entry: Path, decoded: Decoded) -> None:
+    with replaced(entry) as folder:
+        for name in _ARRAYS:
+            np.save(folder / f"{name}.npy", decoded[name])
+        meta = {"classes": decoded["classes"], "sha256": {name: hash_arrays(decoded[name]) for name in _ARRAYS}}
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
 def _read(entry: Path) -> ImageArrays | None:

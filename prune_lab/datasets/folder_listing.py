@@ -32,6 +32,12 @@ class Listing:
     """int64 [N]."""
     sizes: np.ndarray
     """File sizes in bytes, int64 [N]."""
+    modified: np.ndarray
+    """Times of the last change in nanoseconds, int64 [N]."""
+
+    def path(self, index: int) -> Path:
+        """Return where image `index` lies."""
+        return self.folder / os.fsdecode(self.paths[index])
 
 
 def list_splits(config: Config) -> tuple[Listing, Listing]:
@@ -68,22 +74,21 @@ def _list_split(folder: Path, classes: list[str]) -> Listing:
     found = _annotated(folder, annotations) if annotations.is_file() else _by_class_folder(folder)
     index = {name: i for i, name in enumerate(classes)}
     rows = []
-    for class_name, path, size in found:
+    for class_name, path, stat in found:
         if class_name not in index:
             raise ConfigError(f"{folder} holds the class {class_name}, which {folder.parent / 'train'} does not")
-        rows.append((index[class_name], os.fsencode(path), size))
+        rows.append((index[class_name], os.fsencode(path), stat.st_size, stat.st_mtime_ns))
     rows.sort()
-    labels, paths, sizes = zip(*rows, strict=True) if rows else ((), (), ())
-    return Listing(
-        folder, classes, np.array(paths, dtype=np.bytes_), np.array(labels, dtype=np.int64), np.array(sizes, np.int64)
-    )
+    labels, paths, *numbers = zip(*rows, strict=True) if rows else ((), (), (), ())
+    labels, sizes, modified = (np.array(values, dtype=np.int64) for values in (labels, *numbers))
+    return Listing(folder, classes, np.array(paths, dtype=np.bytes_), labels, sizes, modified)
 
 
-def _by_class_folder(folder: Path) -> Iterator[tuple[str, str, int]]:
+def _by_class_folder(folder: Path) -> Iterator[tuple[str, str, os.stat_result]]:
     for entry in os.scandir(folder):
         if entry.is_dir():
-            for path, size in _images_below(entry.path):
-                yield entry.name, os.path.relpath(path, folder), size
+            for path, stat in _images_below(entry.path):
+                yield entry.name, os.path.relpath(path, folder), stat
         elif entry.name.lower().endswith(IMAGE_SUFFIXES):
             raise ConfigError(
                 f"{folder} holds images without class folders ({entry.name}); "
@@ -91,22 +96,22 @@ def _by_class_folder(folder: Path) -> Iterator[tuple[str, str, int]]:
             )
 
 
-def _images_below(folder: str) -> Iterator[tuple[str, int]]:
+def _images_below(folder: str) -> Iterator[tuple[str, os.stat_result]]:
     for entry in os.scandir(folder):
         if entry.is_dir():
             yield from _images_below(entry.path)
         elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("._"):
-            yield entry.path, entry.stat().st_size
+            yield entry.path, entry.stat()
 
 
-def _annotated(folder: Path, annotations: Path) -> Iterator[tuple[str, str, int]]:
+def _annotated(folder: Path, annotations: Path) -> Iterator[tuple[str, str, os.stat_result]]:
     """Tiny ImageNet's own layout: images/NAME and a table with NAME and class in its first two columns."""
     class_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.count("\t") >= 1)
-    for path, size in _images_below(str(folder)):
+    for path, stat in _images_below(str(folder)):
         name = os.path.basename(path)
         if name not in class_of:
             raise ConfigError(f"{annotations} does not name the class of {path}")
-        yield class_of[name], os.path.relpath(path, folder), size
+        yield class_of[name], os.path.relpath(path, folder), stat
 
 
 def _check(config: Config, train: Listing, test: Listing) -> None:

@@ -21,6 +21,11 @@ READ_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.Decompressi
 LAYOUT = "train/CLASS/*.jpg|png and test/CLASS/*.jpg|png"
 
 
+def unreadable(name: object, error: Exception) -> str:
+    """Return one line that says which file is broken, and how."""
+    return f"{name} is not a readable image: {' '.join(str(error).split())}"
+
+
 def decode_folder_or_tar(source: Path, *, image_size: int) -> dict:
     """Return {"classes": names, "train_images": uint8 [N, S, S, 3], "train_labels": int64 [N], "test_...": ...}.
 
@@ -59,7 +64,7 @@ def _decode(content: bytes, name: str, image_size: int) -> np.ndarray:
         with Image.open(io.BytesIO(content)) as image:
             pixels = np.asarray(image.convert("RGB"))
     except READ_ERRORS as error:
-        raise ConfigError(f"{name} is not a readable image: {' '.join(str(error).split())}") from error
+        raise ConfigError(unreadable(name, error)) from error
     if pixels.shape[:2] != (image_size, image_size):
         height, width = pixels.shape[:2]
         raise ConfigError(f"{name} must be {image_size}x{image_size} pixels (dataset.image_size), got {width}x{height}")

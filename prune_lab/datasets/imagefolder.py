@@ -29,6 +29,19 @@ class Config(CommonConfig):
     """Evaluation: side of the central crop over the shorter side of the resized image."""
     workers: Index
     """Processes that decode, at most one per core; 0: in the training process."""
+    # Runs of earlier versions have no such options in their files.
+    cached_side: Count | None = None
+    """Shorter side of the resized copies that batches are cut from; null: from the files themselves."""
+    cache_dir: str = "~/.cache/prune_lab"
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        least = round(self.image_size / self.crop_ratio)
+        if self.cached_side is not None and self.cached_side < least:
+            raise ConfigError(
+                f"{path}.cached_side must be null or at least {least} (image_size / crop_ratio, the side that "
+                f"evaluation resizes to), got {self.cached_side}"
+            )
 
 
 def describe(config: Config) -> DatasetInfo:

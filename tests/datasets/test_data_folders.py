@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -136,8 +137,11 @@ def test_unreadable_image_is_named(tmp_path, workers):
     root = write_tree(tmp_path / "images", TREE)
     path = root / "train" / "dog" / "002.png"
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(ConfigError, match="train/dog/002.png is not a readable image: .+") as caught:
-        train(folder(root, workers=workers), batch_size=17)
+    with (
+        closing(folder(root, workers=workers)) as dataset,
+        pytest.raises(ConfigError, match="train/dog/002.png is not a readable image: .+") as caught,
+    ):
+        train(dataset, batch_size=17)
     assert "\n" not in str(caught.value)
 
 

@@ -1,0 +1,42 @@
+"""Batches on the training device, on a GPU copied while the step before is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+Batch = tuple[Tensor, ...]
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Yield `batches` in order with their tensors on `device`.
+
+    With CUDA one batch is fetched and copied ahead on a stream of its own. The copy overlaps with computing if the
+    tensors are in pinned memory.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield tuple(tensor.to(device) for tensor in batch)
+        return
+    stream = torch.cuda.Stream(device)
+    ahead = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            copied = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
+            arrived = stream.record_event()
+        if ahead is not None:
+            yield _handed_over(*ahead)
+        ahead = copied, arrived
+    if ahead is not None:
+        yield _handed_over(*ahead)
+
+
+def _handed_over(batch: Batch, arrived: torch.cuda.Event) -> Batch:
+    """Return `batch` once the current stream is told to wait for it and its memory to stay until it is used."""
+    current = torch.cuda.current_stream(batch[0].device)
+    current.wait_event(arrived)
+    for tensor in batch:
+        tensor.record_stream(current)
+    return batch

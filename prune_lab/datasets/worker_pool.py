@@ -1,0 +1,89 @@
+"""Worker processes that answer requests in order and live as long as the data set that uses them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+
+def num_usable_cores() -> int:
+    """Return the cores that this process may use; processes that torchrun started on this machine share them."""
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class WorkerPool:
+    """Answers requests ahead of their use, two per worker.
+
+    Args:
+        answer: called in a worker with one request; what it raises ends the iteration with a traceback.
+        workers: processes, at most one per core; 0: answers are made in this process when they are needed.
+        pin_memory: put tensors of the answers where a GPU can fetch them by itself.
+    """
+
+    def __init__(self, answer: Callable[[Any], Any], *, workers: int, pin_memory: bool = False) -> None:
+        self._answer = answer
+        self._options = {"num_workers": min(workers, num_usable_cores()), "pin_memory": pin_memory}
+        self._kept = self._loader(keep=True)
+        self._is_busy = False
+
+    def map(self, requests: Sequence[Any]) -> Iterator[Any]:
+        """Yield the answer to each of `requests`.
+
+        The workers start with the first request and stay for later calls. An iteration that begins before another one
+        has ended gets workers of its own.
+        """
+        if not requests:
+            return
+        if self._is_busy:
+            yield from _iterate(self._loader(keep=False), requests)
+            return
+        self._is_busy = True
+        try:
+            yield from _iterate(self._kept, requests)
+        finally:
+            self._is_busy = False
+
+    def close(self) -> None:
+        """End the workers; a later `map` starts others."""
+        self._kept = self._loader(keep=True)
+
+    def _loader(self, *, keep: bool) -> torch.utils.data.DataLoader:
+        return torch.utils.data.DataLoader(
+            _Answers(self._answer),
+            batch_sampler=_Requests(),
+            collate_fn=_unchanged,
+            persistent_workers=keep and self._options["num_workers"] > 0,
+            generator=torch.Generator(),  # every loader draws a number, which would move torch's global generator
+            **self._options,
+        )
+
+
+class _Requests:
+    """What a loader takes for batches of indices; other ones for every iteration."""
+
+    def __init__(self) -> None:
+        self.current: Sequence[Any] = ()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.current)
+
+
+class _Answers(torch.utils.data.Dataset):
+    def __init__(self, answer: Callable[[Any], Any]) -> None:
+        self._answer = answer
+
+    def __getitems__(self, request: Any) -> Any:
+        return self._answer(request)
+
+
+def _iterate(loader: torch.utils.data.DataLoader, requests: Sequence[Any]) -> Iterator[Any]:
+    loader.batch_sampler.current = requests
+    yield from loader
+
+
+def _unchanged(answer: Any) -> Any:
+    return answer
