@@ -20,6 +20,8 @@ class Format:
     """what has to be installed besides prune-lab itself, by name on the package index and of import"""
     is_graph: bool = True
     """traced: the file holds the operations, not only the tensors"""
+    on_request: bool = False
+    """written only if asked for by name: it is for some networks only"""
 
     def missing(self) -> list[str]:
         """Return the packages that are not installed."""
@@ -37,6 +39,7 @@ FORMATS = {
         Format("torch_export", "torch.export", ("model.pt2",)),
         Format("onnx", "ONNX", ("model.onnx",), ("onnx", "onnxscript", "onnxruntime")),
         Format("openvino", "OpenVINO", ("model.xml", "model.bin"), ("openvino",)),
+        Format("semi_structured", "2:4", ("model_2_4.safetensors",), is_graph=False, on_request=True),
     )
 }
 
@@ -57,6 +60,7 @@ _RUNTIMES = (
     Runtime("onnxruntime", "onnx"),
     Runtime("OpenVINO fp32", "openvino"),
     Runtime("OpenVINO bf16", "openvino", "bf16"),
+    Runtime("PyTorch from 2:4", "semi_structured"),
 )
 
 
@@ -70,14 +74,15 @@ def choose(text: str | None) -> tuple[list[str], dict[str, str]]:
     """Return the formats to write, and by format why it is left out.
 
     Args:
-        text: names with commas; None: everything that is installed.
+        text: names with commas; None: everything that is installed and for all networks.
 
     Raises:
         ConfigError: unknown or repeated name, or a package of a format that was asked for is missing.
     """
     if text is None:
-        left_out = {name: _needs(entry) for name, entry in FORMATS.items() if entry.missing()}
-        return [name for name in FORMATS if name not in left_out], left_out
+        usual = {name: entry for name, entry in FORMATS.items() if not entry.on_request}
+        left_out = {name: _needs(entry) for name, entry in usual.items() if entry.missing()}
+        return [name for name in usual if name not in left_out], left_out
     names = split(text, "--format")
     for name in names:
         if name not in FORMATS:

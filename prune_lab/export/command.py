@@ -22,11 +22,13 @@ _DESCRIPTION = """\
 Write the finished network of a run for other runtimes, check each file against the run's network, and
 measure size and latency on this machine, beside the same network before pruning.
 
-formats (--format; default: all whose packages are installed):
+formats (--format; default: all but the last whose packages are installed):
   safetensors    model.safetensors, model.json: tensors and a description; prune_lab.load(FOLDER)
   torch_export   model.pt2: torch.export.load("model.pt2").module()
   onnx           model.onnx, checked with onnxruntime          pip install onnx onnxscript onnxruntime
   openvino       model.xml, model.bin, in fp32 and, on CPUs that have it, bf16    pip install openvino
+  semi_structured  model_2_4.safetensors: a 2:4 network (method.distribution=2:4) without its zeros; timed with the
+                 kernels for it where a GPU has them
 
 Batch size is free in all of them; input "images" [batch, 3, size, size], normalised as export.json says.
 A file is kept if its outputs on random images differ from those of the run's network in PyTorch (fp32) by
@@ -157,7 +159,7 @@ def _show(record: dict[str, Any]) -> None:
     latency, machine = record["latency"], record["machine"]
     if latency is not None:
         sys.stdout.write("\n" + to_ascii(table.latency_table(latency["rows"])))
-        for line in table.sparse_lines(latency["sparse"]):
+        for line in [*table.sparse_lines(latency["sparse"]), *table.kernel_lines(latency["kernels"])]:
             _say(line)
         rounds = sorted({row["rounds"] for row in latency["rows"]})
         _say(

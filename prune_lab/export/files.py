@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from prune_lab.export import agreement, formats, runtimes
+from prune_lab.export import agreement, formats, packed, runtimes
 from prune_lab.export.catalog import FORMATS, Runtime
 
 _CHUNK = 1 << 20
@@ -59,6 +59,9 @@ def write(name: str, network: Network, folder: Path) -> None:
     Raises:
         NotExportable: as `formats.write`.
     """
+    if name == "semi_structured":
+        packed.write_packed(network.model, network.description, folder)
+        return
     formats.write(name, folder, model=network.model, description=network.description, program=network.program)
 
 

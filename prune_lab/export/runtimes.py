@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prune_lab.export.catalog import Runtime
 from prune_lab.export.formats import INPUT, import_openvino
+from prune_lab.export.packed import load_packed
 from prune_lab.saved_model import load_model
 
 Run = Callable[[Tensor], Tensor]
@@ -25,6 +26,8 @@ def open_network(runtime: Runtime, folder: Path, *, threads: int, shape: tuple[i
     """
     if runtime.format == "safetensors":
         return load_model(folder)
+    if runtime.format == "semi_structured":
+        return load_packed(folder)
     if runtime.format == "torch_export":
         return torch.export.load(folder / "model.pt2").module()
     if runtime.format == "onnx":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
@@ -75,33 +75,51 @@ def zeros(weight: Tensor) -> float:
 
 def with_csr(model: nn.Module, layers: Collection[str]) -> nn.Module:
     """Return a copy of `model` whose `layers` (paths) work without their zeros."""
+    return replaced(model, layers, CsrLayer)
+
+
+def replaced(model: nn.Module, layers: Collection[str], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Return a copy of `model` with `make(layer)` in place of each of `layers` (paths)."""
     model = copy.deepcopy(model)
     for path in layers:
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, CsrLayer(model.get_submodule(path)))
+        setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
     return model
 
 
-def faster_layers(model: nn.Module, images: Tensor) -> list[str]:
-    """Return the paths of the layers that are clearly faster without their zeros, on the inputs that `images` cause."""
+def faster_layers(
+    model: nn.Module,
+    images: Tensor,
+    *,
+    can_be: Callable[[nn.Module], bool] = can_be_csr,
+    make: Callable[[nn.Module], nn.Module] = CsrLayer,
+    finished: Callable[[Callable], Callable] = lambda call: call,
+) -> list[str]:
+    """Return the paths of the layers that are clearly faster in another form, on the inputs that `images` cause.
+
+    Args:
+        can_be: which layers have the other form; the default is CSR, without zeros.
+        make: returns a layer's other form.
+        finished: makes a call return when its work is done, for a device that works on its own.
+    """
     found: list[str] = []
     hooks = []
 
     def try_layer(path: str):
         def hook(layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-            sparse = CsrLayer(layer)
-            calls = (lambda: layer.forward(*inputs), lambda: sparse(*inputs))
+            other = make(layer)
+            calls = (finished(lambda: layer.forward(*inputs)), finished(lambda: other(*inputs)))
             if roughly(calls[1]) > _HOPELESS * roughly(calls[0]):
                 return
             samples = interleaved(calls, rounds=MIN_ROUNDS, seconds=0, sample_s=_SAMPLE_S)
-            dense_s, sparse_s = map(statistics.median, samples)
-            if sparse_s * _LEAST_GAIN < dense_s:
+            dense_s, other_s = map(statistics.median, samples)
+            if other_s * _LEAST_GAIN < dense_s:
                 found.append(path)
 
         return hook
 
     for path, module in model.named_modules():
-        if can_be_csr(module):
+        if can_be(module):
             hooks.append(module.register_forward_hook(try_layer(path)))
     try:
         with torch.inference_mode():

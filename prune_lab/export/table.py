@@ -80,6 +80,15 @@ def is_busy(machine: Mapping[str, Any]) -> bool:
     return load is not None and load > machine["cores"] - machine["threads"] + 0.5
 
 
+def kernel_lines(tried: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return, for each batch size, in how many layers 2:4 kernels are faster."""
+    return [
+        f"2:4 kernels on {entry['device']}, batch {entry['batch']}: "
+        + (f"used in {len(entry['layers'])} layers (export.json)" if entry["layers"] else "not faster; not used")
+        for entry in tried
+    ]
+
+
 def sparse_lines(tried: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what became of the sparse form: a line per batch size for which it is faster, else one line."""
     lines = [

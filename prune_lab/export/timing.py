@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_lab.export import agreement, sparse
+from prune_lab.export import agreement, sparse, tensor_cores
 from prune_lab.export.catalog import Runtime
 from prune_lab.export.latency import Ratio, interleaved, ratio, spread
 from prune_lab.export.runtimes import open_network
@@ -38,25 +38,26 @@ class Setting:
     rounds: int
     threads: int
     image_size: int
-    tolerance: float
-    """of the sparse form's outputs"""
+    tolerances: Mapping[str, float]
+    """precision -> largest difference of a sparse form's outputs, relative to the largest output"""
 
 
 def measure(
     networks: Mapping[str, Timed], engines: Sequence[Runtime], setting: Setting, *,
-    try_sparse: bool, report: Callable[[str], None],
+    try_sparse: bool, try_kernels: bool, report: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return rows of medians and ratios, and what became of a sparse form of the pruned network.
+    """Return rows of medians and ratios, and what became of sparse forms of the pruned network.
 
     Args:
         networks: "dense", and "pruned" where the run pruned anything.
         engines: runtimes besides PyTorch itself whose files lie in the folders.
         try_sparse: many weights of "pruned" are zero, and it has the dense network's shapes.
+        try_kernels: layers of "pruned" are 2:4, and there is a GPU with kernels for them.
     """
-    rows, tried = [], []
+    rows, tried, kernels = [], [], []
     for batch in setting.batches:
         images = torch.randn(batch, 3, setting.image_size, setting.image_size)
-        candidate = _sparse(networks["pruned"].model, images, setting.tolerance) if try_sparse else None
+        candidate = _sparse(networks["pruned"].model, images, setting.tolerances["fp32"]) if try_sparse else None
         calls = _calls(networks, engines, images, setting.threads)
         if candidate is not None:
             calls[sparse.TITLE, "pruned"] = candidate[1]
@@ -66,7 +67,28 @@ def measure(
         rows += [_row(title, batch, samples) for title in [PYTORCH, *(engine.title for engine in engines)]]
         if try_sparse:
             tried.append(_verdict(batch, samples, engines, candidate))
-    return {"rows": rows, "sparse": tried}
+        if try_kernels:
+            layers, row = _kernels(networks["pruned"].model, images, setting)
+            kernels.append({"batch": batch, "layers": layers, "device": tensor_cores.device_name()})
+            rows += row
+    return {"rows": rows, "sparse": tried, "kernels": kernels}
+
+
+def _kernels(model: nn.Module, images: Tensor, setting: Setting) -> tuple[list[str], list[dict[str, Any]]]:
+    """Return the layers that 2:4 kernels make faster, and the row of the GPU without and with them; none: nothing."""
+    dense, images = tensor_cores.on_device(model), tensor_cores.images_on_device(images)
+    layers = sparse.faster_layers(
+        dense, images, can_be=tensor_cores.can_use_kernels, make=tensor_cores.SemiStructuredLayer,
+        finished=tensor_cores.finished,
+    )  # fmt: skip
+    changed = sparse.replaced(dense, layers, tensor_cores.SemiStructuredLayer)
+    with torch.inference_mode():
+        reference = agreement.Reference([images], [dense(images).float()])
+        if not layers or not agreement.compare(reference, changed).within(setting.tolerances["bf16"]):
+            return [], []
+        times = _time([tensor_cores.finished(dense), tensor_cores.finished(changed)], images, setting.rounds)
+    samples = dict(zip([(tensor_cores.TITLE, label) for label in ("dense", "pruned")], times, strict=True))
+    return layers, [_row(tensor_cores.TITLE, len(images), samples)]
 
 
 def _calls(
@@ -93,7 +115,7 @@ def _row(title: str, batch: int, samples: Samples) -> dict[str, Any]:
         row[label] = _times(times)
     if "pruned" in own:
         row["by_pruning"] = _ratio(ratio(own["dense"], own["pruned"]))
-    if title != PYTORCH:
+    if title != PYTORCH and (PYTORCH, "dense") in samples:
         row["to_dense_pytorch"] = _ratio(ratio(samples[PYTORCH, "dense"], last))
     return row
 

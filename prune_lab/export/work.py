@@ -13,7 +13,7 @@ from torch import nn
 
 from prune_lab import models
 from prune_lab.analysis.runs import FinishedRun
-from prune_lab.export import agreement, files, formats, runtimes, sparse, timing
+from prune_lab.export import agreement, files, formats, packed, runtimes, sparse, tensor_cores, timing
 from prune_lab.export.catalog import FORMATS, Runtime
 from prune_lab.export.catalog import runtimes as runtimes_of
 from prune_lab.export.files import Network
@@ -58,7 +58,8 @@ def export(run: FinishedRun, original: dict[str, Any], plan: Plan, report: Repor
         original: description of the network that the run set out from, before anything was removed.
 
     Raises:
-        ConfigError: the network's outputs are unusable, or it has no graph and a graph format was asked for by name.
+        ConfigError: the network's outputs are unusable, or a format was asked for by name and it has no graph or is
+            not 2:4.
     """
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
@@ -79,7 +80,10 @@ class _Export:
         self._machine = machine(torch.get_num_threads())  # before this process loads it
         self._left_out: dict[str, str] = {}
         self._leave_out(plan.left_out)
-        self._network = self._with_graph(load_model(run.directory).requires_grad_(False))
+        model = load_model(run.directory).requires_grad_(False)
+        if "semi_structured" in plan.formats:
+            packed.check(model)
+        self._network = self._with_graph(model)
         self._reference = agreement.make_reference(self._network.model, self._network.image_size)
         self._dense = self._make_dense(original)
         self._label = "dense" if self._dense is None else "pruned"
@@ -168,11 +172,21 @@ class _Export:
             networks = {"dense": timing.Timed(self._dense.model, beside), **networks}
         engines = [engine for engine in self._engines if FORMATS[engine.format].is_graph]
         setting = timing.Setting(
-            plan.batches, plan.rounds, torch.get_num_threads(), self._network.image_size, plan.tolerances["fp32"]
+            plan.batches, plan.rounds, torch.get_num_threads(), self._network.image_size, plan.tolerances
         )
         return timing.measure(
-            networks, engines, setting, try_sparse=self._has_zeros_only(), report=self._report
+            networks, engines, setting,
+            try_sparse=self._has_zeros_only(), try_kernels=self._can_use_kernels(), report=self._report,
         )  # fmt: skip
+
+    def _can_use_kernels(self) -> bool:
+        """Return whether the network was written as 2:4 and a GPU can compute it so; say why not."""
+        if "semi_structured" not in self._written or self._label == "dense":
+            return False
+        reason = tensor_cores.left_out()
+        if reason is not None:
+            self._report(f"2:4 kernels are left out: {reason}")
+        return reason is None
 
     def _has_zeros_only(self) -> bool:
         """Return whether weights are zero and the shapes those of the dense network."""
