@@ -173,17 +173,40 @@ class TrainingCost:
     """MACs spent on training so far, over all images and processes."""
 
     def __init__(self) -> None:
-        self.total = 0
         self.images = 0
-        self.forward = 0
+        self._total = 0
+        self._forward = 0
+        self._unread: Tensor | None = None
+        """int64 [2] on the device: what is still to be added to total and forward"""
+
+    @property
+    def total(self) -> int:
+        self._read()
+        return self._total
+
+    @total.setter
+    def total(self, value: int) -> None:
+        self._read()
+        self._total = value
+
+    @property
+    def forward(self) -> int:
+        """MACs of the forward passes alone."""
+        self._read()
+        return self._forward
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            total, forward = self._unread.tolist()
+            self._total, self._forward, self._unread = self._total + total, self._forward + forward, None
 
     @property
     def mean_forward(self) -> float | None:
         """MACs per image of the networks trained so far, on average; None before the first step."""
         return self.forward / self.images if self.images else None
 
-    def add(self, images: int, forward: int, dense_gradient: int | None = None) -> None:
-        """Add one step.
+    def add(self, images: int, forward: int | Tensor, dense_gradient: int | None = None) -> None:
+        """Add one step; a number that is still on the device is read when the sums are asked for.
 
         Args:
             images: images of the step over all processes.
@@ -193,14 +216,19 @@ class TrainingCost:
         Source: Evci et al. 2020, appendix H, arXiv 1911.11134: 3 f_S, and 2 f_S + f_D with the dense gradient.
         """
         self.images += images
-        self.forward += images * forward
-        self.total += images * (2 * forward + (forward if dense_gradient is None else dense_gradient))
+        step = images * (2 * forward + (forward if dense_gradient is None else dense_gradient))
+        if isinstance(forward, Tensor):
+            unread = torch.stack([step, images * forward])
+            self._unread = unread if self._unread is None else self._unread + unread
+        else:
+            self._total, self._forward = self._total + step, self._forward + images * forward
 
     def state_dict(self) -> dict[str, int]:
         return {"total": self.total, "images": self.images, "forward": self.forward}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.total, self.images, self.forward = state["total"], state["images"], state["forward"]
+        self._total, self.images, self._forward = state["total"], state["images"], state["forward"]
+        self._unread = None
 
 
 def planned_training_macs(

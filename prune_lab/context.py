@@ -64,17 +64,40 @@ class Context:
     report: Callable[[str], None] = lambda text: None
     amp_scaled: bool = False
     """True under fp16, where a gradient may overflow and the step is then skipped"""
-    forward_macs: int = 0
-    """MACs per image of the network as it is masked now"""
 
     def __post_init__(self) -> None:
-        self.forward_macs = self.dense_macs if self.masks is None else self._count()
+        self._macs: int | Tensor | None = None
+        self._prices: tuple[MaskSet, Tensor, int] | None = None  # MACs per weight under masks, and of all others
         if self.last_step is None:
             self.last_step = self.total_steps
 
     @property
     def dense_macs(self) -> int:
         return dense_macs(self.costs)
+
+    @property
+    def forward_macs(self) -> int:
+        """MACs per image of the network as it was masked at the last `commit`."""
+        self._macs = int(self.forward_macs_unread())
+        return self._macs
+
+    def forward_macs_unread(self) -> int | Tensor:
+        """Return `forward_macs`, as an int64 tensor on the device where the host would have to wait for the number."""
+        if self._macs is None:
+            counts = None if self.masks is None else self.masks.unread_counts()
+            self._macs = self._macs_on_device(counts) if counts is not None else self._macs_on_host()
+        return self._macs
+
+    def _macs_on_host(self) -> int:
+        return self.dense_macs if self.masks is None else sparse_macs(self.costs, self.masks.counts())
+
+    def _macs_on_device(self, counts: Tensor) -> Tensor:
+        if self._prices is None or self._prices[0] is not self.masks:
+            places = [sum(cost.positions for cost in self.costs if cost.parameter == name) for name in self.masks.masks]
+            unmasked = sparse_macs(self.costs, dict.fromkeys(self.masks.masks, 0))
+            self._prices = self.masks, torch.tensor(places, device=self.device), unmasked
+        _, places, unmasked = self._prices
+        return unmasked + (counts * places).sum()
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +119,10 @@ class Context:
         self.masks = MaskSet({name: named[name] for name in masks}, masks)
         self.commit()
 
+    def unmask(self) -> None:
+        """Go on without masks, in the network as it is now."""
+        self.masks = self.history = self._macs = None
+
     def commit(self, *, compare: bool = True) -> None:
         """Make changed masks count: weights zeroed, cost recounted, history noted, processes compared.
 
@@ -106,13 +133,10 @@ class Context:
             RuntimeError: masks differ between processes.
         """
         self.masks.apply()
-        self.forward_macs = self._count()
+        self._macs = None
         if self.history is None:
             self.history = MaskHistory(self.masks.masks)
         else:
             self.history.observe(self.masks.masks)
         if compare and distributed.world_size() > 1:
             distributed.assert_same(self.masks.digest(), "masks")
-
-    def _count(self) -> int:
-        return sparse_macs(self.costs, self.masks.counts())

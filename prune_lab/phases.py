@@ -295,4 +295,6 @@ def moving_average(model: nn.Module, decay: float | None) -> torch.optim.swa_uti
     if decay is None:
         return None
     average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    averaged.n_averaged = averaged.n_averaged.cpu()  # asked for in every step: on a GPU the host would wait for it
+    return averaged

@@ -62,8 +62,7 @@ def _replace(context: Context, channels: ChannelMap, alive: Tensor, masks: dict[
     context.model = small
     context.widths = surgery.widths(context.model, channels)
     context.costs = list(profile(context.model, context.dataset.info.image_size))
-    context.masks = context.history = None
-    context.forward_macs = context.dense_macs
+    context.unmask()
     if left:
         context.install_masks(left)
 

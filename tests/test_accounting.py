@@ -298,3 +298,15 @@ def test_ledger_equals_the_formula_when_updates_never_stop():
     for step in range(101 * 5):
         cost.add(1, 200, dense_gradient=1000 if step % 101 == 0 else None)
     assert cost.total / (3 * 1000 * 505) == pytest.approx(rigl_training_ratio(200, 1000, 100))
+
+
+def test_costs_that_are_still_on_the_device_add_up_to_the_same():
+    on_host, deferred = TrainingCost(), TrainingCost()
+    for images, forward, dense in ((4, 10, None), (4, 7, 20), (2, 10**12, None)):
+        on_host.add(images, forward, dense)
+        deferred.add(images, torch.tensor(forward) if forward != 7 else forward, dense)
+    assert deferred.state_dict() == on_host.state_dict() == {
+        "total": 3 * 40 + 4 * (14 + 20) + 6 * 10**12, "images": 10, "forward": 40 + 28 + 2 * 10**12,
+    }  # fmt: skip
+    deferred.total += 5
+    assert (deferred.total, deferred.mean_forward) == (on_host.total + 5, on_host.mean_forward)

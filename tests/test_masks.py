@@ -209,15 +209,19 @@ def test_replacing_all_is_replacing_each(memory_format):
             masks.replace_all(wrong)
 
 
-def test_replacing_all_reads_the_counts_at_once(monkeypatch: pytest.MonkeyPatch):
+def test_replacing_all_reads_nothing_and_counts_are_read_at_once(monkeypatch: pytest.MonkeyPatch):
     """A value read back from a GPU stalls it; int(), item() and tolist() do that."""
     _, masks = conv_and_linear()
     reads = []
     for name in ("tolist", "item", "__int__", "__bool__"):
         original = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, original=original: reads.append(1) or original(tensor))
-    masks.replace_all(dict(masks.masks))
-    assert len(reads) == 1
+    halved = {name: mask & (torch.arange(mask.numel()).view(mask.shape) % 2 == 0) for name, mask in masks.masks.items()}
+    masks.replace_all(halved)
+    assert reads == [] and masks.unread_counts() is not None
+    counts = masks.counts()
+    assert len(reads) == 1 and masks.unread_counts() is None
+    assert counts == masks.counts() == {name: int(mask.sum()) for name, mask in halved.items()}
 
 
 def test_wrong_masks_are_refused():

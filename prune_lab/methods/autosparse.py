@@ -65,4 +65,6 @@ class AutoSparse(GradientAnnealing, SoftThreshold):
     def weight_gradient_macs(self, context: Context, step: int) -> int | None:
         if not self.needs_dense_gradient(step):
             return None
+        if self.config.backward_density == 1:
+            return context.dense_macs
         return accounting.sparse_macs(context.costs, {name: self._num_trained(context, name) for name in self.raw})

@@ -171,9 +171,9 @@ class Method:
     def before_forward(self, context: Context, step: int) -> None:
         """Act once in each step before the forward passes of its micro-batches; gradients are zero."""
 
-    def forward_macs(self, context: Context) -> int:
-        """Return the MACs per image of a training step's forward pass."""
-        return context.forward_macs
+    def forward_macs(self, context: Context) -> int | torch.Tensor:
+        """Return the MACs per image of a training step's forward pass, a tensor if only the device knows."""
+        return context.forward_macs_unread()
 
     def needs_dense_gradient(self, step: int) -> bool:
         """Return whether `after_backward` reads gradients of pruned weights at `step` (counted in the cost)."""

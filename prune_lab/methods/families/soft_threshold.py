@@ -147,6 +147,9 @@ def _advice(init: float, rates: Sequence[float], group: Mapping[str, Any]) -> st
         f"{AWAKE:g} or more"
     )
 
+CHECK_EVERY = 20
+"""steps between looks for a dead layer: each makes the host wait for the device"""
+
 
 class SoftThreshold(RawWeights):
     """One trained threshold per layer or channel; achieved sparsity is an outcome."""
@@ -251,10 +254,16 @@ class SoftThreshold(RawWeights):
 
     def after_step(self, context: Context, step: int) -> None:
         super().after_step(context, step)
-        self.check_alive(context, f"after step {step}")
+        if step % CHECK_EVERY == CHECK_EVERY - 1:
+            self.check_alive(context, f"after step {step}")
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return the mean threshold of each layer as weights are compared with it; say if nothing was pruned."""
+        """Return the mean threshold of each layer as weights are compared with it; say if nothing was pruned.
+
+        Raises:
+            ConfigError: a layer has no weight left.
+        """
+        self.check_alive(context, f"after epoch {epoch + 1}")
         if (epoch + 1) * context.steps_per_epoch == context.total_steps and context.masks.density == 1:
             context.report("nothing was pruned: no weight is below its threshold; see threshold/LAYER in metrics.jsonl")
         means = torch.stack([torch.sigmoid(t.detach()).mean() for t in self.thresholds.values()]).tolist()
