@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+
+_GRACE_S = 60
+"""seconds that a worker goes on for after a signal to end"""
 
 
 def num_usable_cores() -> int:
@@ -56,6 +60,7 @@ class WorkerPool:
             _Answers(self._answer),
             batch_sampler=_Requests(),
             collate_fn=_unchanged,
+            worker_init_fn=_leave_signals_to_the_training,
             persistent_workers=keep and self._options["num_workers"] > 0,
             generator=torch.Generator(),  # every loader draws a number, which would move torch's global generator
             **self._options,
@@ -87,3 +92,13 @@ def _iterate(loader: torch.utils.data.DataLoader, requests: Sequence[Any]) -> It
 
 def _unchanged(answer: Any) -> Any:
     return answer
+
+
+def _leave_signals_to_the_training(_worker: int) -> None:
+    """Go on when all processes of a job get a signal: the training process may need more answers to end well.
+
+    Workers end when their pool is closed and soon after the death of the process that started them; the alarm is for
+    the case that a worker itself was meant.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))

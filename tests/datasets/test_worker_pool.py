@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextlib import closing
 
@@ -74,6 +75,27 @@ def test_an_iteration_inside_another_has_workers_of_its_own(workers):
         assert [square for square, _ in pool.map([7, 8])] == [49, 64]
         seen += outer
         assert [square for square, _ in seen] == [0, 1, 4, 9, 16]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_of_a_job_is_left_to_the_training(number):
+    with closing(WorkerPool(Answer(0.02), workers=2)) as pool:
+        squares = []
+        for square, process in pool.map(range(12)):
+            squares.append(square)
+            os.kill(process, number)
+        assert squares == [i * i for i in range(12)]
+    assert not is_running(process)
+
+
+def test_a_worker_that_was_meant_itself_ends_after_a_while(monkeypatch):
+    monkeypatch.setattr(worker_pool, "_GRACE_S", 1)
+    with closing(WorkerPool(Answer(), workers=1)) as pool:
+        ((_, process),) = pool.map([0])
+        os.kill(process, signal.SIGTERM)
+        with pytest.raises(RuntimeError, match="exited unexpectedly|killed by signal"):
+            time.sleep(1.5)
+            list(pool.map(range(100)))
 
 
 def test_no_more_workers_than_cores_and_ranks_share_them(monkeypatch):
