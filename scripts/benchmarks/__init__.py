@@ -1,0 +1,1 @@
+"""What prune-lab costs, as ratios of things timed in turn: one file per section. Run by scripts/benchmark."""

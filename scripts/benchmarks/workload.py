@@ -1,0 +1,205 @@
+"""Training steps to time: every training phase of a method, on random images of a data set's sizes."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.timing import Plan
+from prune_lab import chain, datasets, identity, loop, numerics
+from prune_lab.chain import PlannedPhase
+from prune_lab.cli import conf_dir
+from prune_lab.config import RunConfig
+from prune_lab.loop import Training
+from prune_lab.methods.base import Phase
+from prune_lab.overrides import choices, compose_checked
+from prune_lab.phases import Job, open_context, open_training
+from prune_lab.rehearsal import RandomImages, job_without_files, set_up
+
+# Small learning rates, as in the first steps of a warm-up: weights that run away would change what is measured.
+_CALM = ("schedule.finetune.lr=1e-4", "logger.wandb=disabled")
+SMALL = ("model=resnet20", "dataset=cifar10", *_CALM)
+"""ResNet-20, 32 px, batch 128"""
+
+
+def large(*, quick: bool) -> tuple[str, ...]:
+    """ResNet-50, 224 px: batch 64 on a GPU; on a CPU, where such a step takes many seconds, 8 or 2."""
+    batch = 64 if torch.cuda.is_available() else 2 if quick else 8
+    return ("model=resnet50", "dataset=imagenet", f"schedule.batch_size={batch}", *_CALM)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command asks for."""
+
+    overrides: tuple[str, ...] = ()
+    rounds: int | None = None
+    quick: bool = False
+    root: str | None = None
+    accuracy: bool = False
+    epochs: int = 3
+    batches: int = 30
+
+    def plan(self, rounds: int, seconds: float) -> Plan:
+        """Return the rounds of a comparison: those typed, few with --quick, else what the section takes."""
+        if self.quick:
+            return Plan(self.rounds or 8, 5.0)
+        return Plan(self.rounds or rounds, float("inf") if self.rounds else seconds)
+
+    def over(self, *base: str) -> tuple[str, ...]:
+        """Return the options `base` with those typed in their places."""
+        return tuple({line.partition("=")[0]: line for line in (*base, *self.overrides)}.values())
+
+
+def methods() -> list[str]:
+    return choices(conf_dir(), "method")
+
+
+def compose(overrides: Sequence[str]) -> RunConfig:
+    """Return the checked options of a run; raises as `compose_checked`."""
+    return next(iter(compose_checked(conf_dir(), list(overrides), sweep=False)))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One training phase at a step of it."""
+
+    name: str
+    training: Training
+    updates: Collection[int]
+    """steps at which the method changes its masks on a schedule of its own, in order"""
+    batch: tuple[Tensor, Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        size, numeric = self.training.batch_size, self.training.numerics
+        images, labels = self.training.dataset.batch(size)
+        object.__setattr__(self, "batch", (images.to(memory_format=numeric.memory_format), labels))
+
+    @property
+    def device(self) -> torch.device:
+        return self.training.numerics.torch_device
+
+    @property
+    def interval(self) -> float:
+        """Mean number of steps between two updates."""
+        steps = list(self.updates)
+        return (steps[-1] - steps[0]) / max(len(steps) - 1, 1) or self.training.context.total_steps
+
+    def ordinary(self) -> None:
+        """Take a step without an update, always at the same place of the schedule."""
+        first = self.training.context.first_step + 1
+        self._step(next(step for step in range(first, first + len(self.updates) + 1) if step not in self.updates))
+
+    def update(self) -> None:
+        """Take a step that changes the masks; not the first such step, which may come before there is momentum."""
+        self._step(list(self.updates)[:2][-1])
+
+    def _step(self, step: int) -> None:
+        self.training.progress.step = step
+        loop.train_step(self.training, *self.batch)
+
+    def check(self) -> None:
+        """Raise NonFiniteLoss if the weights ran away: times of such steps say nothing."""
+        loop.check_finite(self.training, weights=True)
+
+
+def workload(method: str, overrides: Sequence[str]) -> Workload:
+    """Return the first training phase of a method; raises as `workloads`."""
+    return next(iter(workloads(method, overrides)))
+
+
+def workloads(method: str, overrides: Sequence[str]) -> Iterator[Workload]:
+    """Yield the method's own training phases; dense training is that of method=dense.
+
+    What comes before them is done in miniature, as in a dry run; of repeated phases (train_1, train_2 ...) the first.
+
+    Raises:
+        ConfigError: options that do not go together.
+    """
+    jobs = _Jobs(compose([f"method={method}", *overrides]))
+    wanted = [entry for entry in jobs.planned if entry.phase.hook == "train" and _counts(method, entry)]
+    stems = [stem(entry.phase) for entry in wanted]
+    wanted = [entry for index, entry in enumerate(wanted) if stems[index] not in stems[:index]]
+    for job in jobs.up_to(wanted[-1] if wanted else None):
+        if job.planned in wanted:
+            name = method if len(wanted) == 1 else f"{method}, {job.planned.phase.name}"
+            training = _open(job)
+            yield Workload(name, training, _updates(job.method))
+
+
+def stem(phase: Phase) -> str:
+    """Return the name that repeated phases share: train of train_1, train_2 ..."""
+    return re.sub(r"_\d+$", "", phase.name)
+
+
+def _counts(method: str, entry: PlannedPhase) -> bool:
+    return entry.phase.active or method == "dense"
+
+
+def _updates(method: object) -> Collection[int]:
+    """Return the steps at which masks change, as methods that drop and grow, or that cut by and by, keep them."""
+    return getattr(method, "updates", None) or getattr(method, "cuts", None) or ()
+
+
+class _Jobs:
+    """The phases of a run on random images, each on what the ones before it left."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.arithmetic = numerics.resolve(config.trainer)
+        info = datasets.describe(config.dataset)
+        sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+        self.config, self.model = config, config.method.adapt_model(config.model, **sizes)
+        self.dataset = RandomImages(info, self.arithmetic.torch_device)
+        self.planned = identity.plan(
+            config, model=self.model, fingerprint=None, numerics=self.arithmetic.identity(), world_size=1
+        )
+
+    def up_to(self, last: PlannedPhase | None) -> Iterator[Job]:
+        """Yield the jobs up to that of `last` (None: no one); the next one starts from what set-up alone leaves."""
+        done = chain.Results(entry.phase for entry in self.planned)
+        for entry in self.planned if last is not None else ():
+            job = job_without_files(self.config, self.model, entry, self.dataset, self.arithmetic, done)
+            yield job
+            if entry is last:
+                return
+            done.add(entry.phase, set_up(replace(job))[0])
+
+
+def jobs(method: str, overrides: Sequence[str]) -> Iterator[Job]:
+    """Yield a job for each phase of a method's chain, on random images; raises as `workloads`."""
+    found = _Jobs(compose([f"method={method}", *overrides]))
+    yield from found.up_to(found.planned[-1])
+
+
+def _open(job: Job) -> Training:
+    """Return the loop's state at the first step of a training phase."""
+    context = open_context(job)
+    training = open_training(job, context)
+    job.method.setup(context)
+    context.model.train()
+    return training
+
+
+def bare_steps(work: Workload, count: int = 1) -> Callable[[], None]:
+    """Return `count` steps without prune-lab: forward, loss, backward, fused SGD on a copy, in the same formats."""
+    numeric, model = work.training.numerics, copy.deepcopy(work.training.context.model)
+    forward = torch.compile(model) if numeric.compile else model
+    options = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4, "fused": work.device.type in ("cpu", "cuda")}
+    optimizer = torch.optim.SGD(model.parameters(), **options)
+    images, labels = work.batch
+
+    def steps() -> None:
+        for _ in range(count):
+            optimizer.zero_grad(set_to_none=True)
+            with numeric.autocast():
+                logits = forward(images).float()
+            F.cross_entropy(logits, labels).backward()
+            optimizer.step()
+
+    return steps
