@@ -115,7 +115,7 @@ class TrainerConfig:
     sync_bn: bool
     eval_batch_size: Count
     eval_interval: Count
-    checkpoint_interval_s: Positive
+    checkpoint_interval_s: float | str
     threads: Count | None
     limit_train_batches: Count | None
     limit_eval_batches: Count | None
@@ -125,6 +125,10 @@ class TrainerConfig:
             near = suggestion(self.device, ("auto", "cpu", "cuda", "mps"))
             allowed = "auto, cpu, cuda, cuda:N, mps"
             raise ConfigError(f"{path}.device={self.device} is not allowed{near}; allowed: {allowed}", f"{path}.device")
+        interval, name = self.checkpoint_interval_s, f"{path}.checkpoint_interval_s"
+        if interval != "auto" and (isinstance(interval, str) or interval <= 0):
+            given = interval if isinstance(interval, str) else f"{interval:g}"
+            raise ConfigError(f"{name}={given} is not allowed; allowed: auto, a number of seconds above 0", name)
 
 
 @dataclass(frozen=True)

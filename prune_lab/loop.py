@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from prune_lab.context import Context
 from prune_lab.methods.base import Method
 from prune_lab.numerics import Numerics
 from prune_lab.optim import learning_rate, set_learning_rate
+from prune_lab.saving import Saves
 from prune_lab.seeding import stable_hash
 
 _NEVER = 2**62
@@ -85,6 +86,7 @@ class Training:
         self.first_bad = torch.tensor(_NEVER, device=device)  # step of the first non-finite loss
         self.last_scores: dict[str, float] | None = None  # of the last epoch, if it ended in this process
         self.train_s = 0.0  # seconds of training steps in this process
+        self.saves = Saves(self.checkpoints, self.trainer.checkpoint_interval_s, device)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -126,10 +128,22 @@ class Training:
 def fit(training: Training) -> None:
     """Train to the end of the phase, which may lie within an epoch, from wherever `training.progress` stands.
 
+    Nothing is being written any more when this ends, however it ends.
+
     Raises:
         Interrupted: after a checkpoint, when `training.stop()` says so.
         NonFiniteLoss: naming phase, epoch, step and the last good checkpoint.
+        SaveError: the disk refused a checkpoint.
     """
+    try:
+        _train_epochs(training)
+        check_finite(training, weights=True)
+        training.saves.wait()
+    finally:
+        training.saves.close()
+
+
+def _train_epochs(training: Training) -> None:
     progress = training.progress
     context = training.context
     # An epoch may be resumed after its last step: its end is still to come.
@@ -142,16 +156,16 @@ def fit(training: Training) -> None:
         _end_epoch(training, seconds=seconds, images_per_s=images / max(seconds, 1e-9))
         progress.epoch, progress.batch = progress.epoch + 1, 0
         training.sums.zero_()
-        save_checkpoint(training)
+        if distributed.any_rank(training.saves.due(), training.numerics.torch_device):
+            save_checkpoint(training)
         if distributed.any_rank(training.stop(), training.numerics.torch_device):
-            raise Interrupted
+            _interrupt(training)
 
 
 def _train_epoch(training: Training) -> None:
     progress, steps, last_step = training.progress, training.context.steps_per_epoch, training.context.last_step
     training.context.model.train()
     sync_every = 1 if training.numerics.torch_device.type == "cpu" else 50  # reading the loss stalls a GPU
-    last_saved = time.monotonic()
     batches = iter(
         training.dataset.train_batches(
             epoch=progress.epoch,
@@ -173,12 +187,10 @@ def _train_epoch(training: Training) -> None:
         if progress.step % sync_every == 0:
             check_finite(training)
             training.show(progress.step, last_step, training.context.phase)
-        if _agreed(training, progress.step, time.monotonic() - last_saved > training.trainer.checkpoint_interval_s):
+        if _agreed(training, progress.step, training.saves.due()):
             save_checkpoint(training)
-            last_saved = time.monotonic()
         if _agreed(training, progress.step, training.stop()):
-            save_checkpoint(training)
-            raise Interrupted
+            _interrupt(training)
     check_finite(training, weights=True)
 
 
@@ -268,7 +280,7 @@ def check_finite(training: Training, *, weights: bool = False) -> None:
         step, what = max(training.progress.step - 1, 0), "weights are"
     if step == _NEVER:
         return
-    kept = training.checkpoints.last_good()
+    kept = training.saves.last_good()
     raise NonFiniteLoss(
         f"{what} not finite in phase {context.phase}, epoch {step // context.steps_per_epoch + 1}, step {step}; "
         f"last good checkpoint: {kept if kept else 'none'}; lower schedule.{context.block}.lr or use trainer.clip_norm"
@@ -280,14 +292,24 @@ def _all_finite(model: nn.Module) -> bool:
 
 
 def save_checkpoint(training: Training) -> None:
-    """Write a checkpoint from the main process; it is only ever written with finite losses and weights."""
-    check_finite(training, weights=True)
-    training.progress.wall_s += time.monotonic() - training.clock
-    training.clock = time.monotonic()
-    state = training.state_dict()
-    if distributed.is_main():
-        training.checkpoints.save(state)
-    distributed.barrier()
+    """Take a checkpoint, which the main process writes; it is only ever taken with finite losses and weights."""
+    with training.saves.timed():
+        check_finite(training, weights=True)
+        training.progress.wall_s += time.monotonic() - training.clock
+        training.clock = time.monotonic()
+        training.saves.save(training.state_dict())
+
+
+def _interrupt(training: Training) -> NoReturn:
+    """Stop after a checkpoint.
+
+    Raises:
+        Interrupted: it is on disk.
+        SaveError: the disk refused it.
+    """
+    save_checkpoint(training)
+    training.saves.wait()
+    raise Interrupted
 
 
 def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> None:
@@ -324,8 +346,7 @@ def evaluate(model: nn.Module, training: Training, *, numerics: Numerics) -> dic
     """Return loss and percent top-1 and top-5 of the training's evaluation split (see `measure`)."""
     def stop() -> None:
         if distributed.world_size() == 1 and training.stop():
-            save_checkpoint(training)
-            raise Interrupted
+            _interrupt(training)
 
     distributed.share_buffers(model)
     dataset = training.dataset

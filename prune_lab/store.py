@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from prune_lab import checkpoint
 from prune_lab.files import SaveError, read_json, write_json
-from prune_lab.schema import ConfigError
+from prune_lab.locks import lock
 from prune_lab.tracking.jsonl import append_record, read_records, rewrite
-
-
-@contextlib.contextmanager
-def lock(path: Path, *, what: str, report: Callable[[str], None], poll: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock file `path`; it falls with the process, however that ends.
-
-    Args:
-        what: named in the message while another process holds it.
-        poll: called while waiting; may raise to give up.
-
-    Raises:
-        ConfigError: the directory cannot be made or written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")
-    except OSError as error:
-        raise ConfigError(f"output_dir: cannot write {path}: {error.strerror}") from error
-    with file:
-        waited = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not waited:
-                    report(f"waiting for another process that is working on {what}")
-                waited = True
-                poll()
-                time.sleep(0.5)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 class PhaseStore:

@@ -149,10 +149,10 @@ def test_an_option_that_fits_no_pair_ends_both(tmp_path):
 
 def test_a_full_disk_ends_both(tmp_path):
     def full() -> int:
-        def refuse(path, *_parts):
+        def refuse(path, _fill):
             raise SaveError(errno.ENOSPC, f"cannot write {path}: No space left on device")
 
-        checkpoint.write_bytes = refuse
+        checkpoint.write_file = refuse
         return execute(tmp_path / "out", *TINY)
 
     codes = [wait_for(child) for child in fork_pair(tmp_path / "log", full)]

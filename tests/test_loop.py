@@ -257,7 +257,8 @@ def diverge_at(monkeypatch, step: int, value: float = float("nan")) -> None:
 def test_non_finite_loss_stops_with_place_and_last_good_checkpoint(tmp_path, monkeypatch, method, capsys):
     diverge_at(monkeypatch, 8)  # second epoch of six steps
     options = () if method == "dense" else ("method.interval=2",)
-    assert execute(tmp_path, *TINY, f"method={method}", *options, "trainer.eval_interval=5") == 1
+    options = (*options, "trainer.eval_interval=5", "trainer.checkpoint_interval_s=1e-9")
+    assert execute(tmp_path, *TINY, f"method={method}", *options) == 1
     told = status(tmp_path)
     (good,) = tmp_path.glob("phases/*/checkpoint.pt")
     assert told["status"] == "failed" and "\n" not in told["error"]
@@ -266,7 +267,7 @@ def test_non_finite_loss_stops_with_place_and_last_good_checkpoint(tmp_path, mon
     assert told["error"] in capsys.readouterr().out
     assert not (run_dir(tmp_path) / "summary.json").exists()
     saved = checkpoint.load(good)
-    assert saved["progress"]["step"] == 6
+    assert saved["progress"]["step"] == 8
 
 
 def test_non_finite_loss_in_the_first_epoch_has_no_checkpoint(tmp_path, monkeypatch):

@@ -210,13 +210,13 @@ def test_full_disk_ends_in_one_line_and_the_same_command_goes_on(tmp_path, monke
         raise files.SaveError(errno.ENOSPC, f"cannot write {path}: {os.strerror(errno.ENOSPC)}")
 
     if where == "checkpoint":
-        real, calls = checkpoint.write_bytes, []
+        real, calls = checkpoint.write_file, []
 
-        def write_bytes(path, *parts):
+        def write_file(path, fill):
             calls.append(path)
-            return refuse(path) if len(calls) == 2 else real(path, *parts)
+            return refuse(path) if len(calls) == 2 else real(path, fill)
 
-        monkeypatch.setattr(checkpoint, "write_bytes", write_bytes)
+        monkeypatch.setattr(checkpoint, "write_file", write_file)
     elif where == "record":
         monkeypatch.setattr(store, "append_record", full_disk)
     elif where == "run record":
@@ -227,7 +227,7 @@ def test_full_disk_ends_in_one_line_and_the_same_command_goes_on(tmp_path, monke
         monkeypatch.setattr("prune_lab.saved_model.write_bytes", refuse)
     else:
         monkeypatch.setattr(JsonFiles, "finish", full_disk)
-    assert execute(tmp_path / "cut", *TINY, *METHODS["rigl"]) == 1
+    assert execute(tmp_path / "cut", *TINY, *METHODS["rigl"], "trainer.checkpoint_interval_s=1e-9") == 1
     shown = capsys.readouterr()
     assert "Traceback" not in shown.out + shown.err
     (line,) = [line for line in shown.out.splitlines() if line.startswith("failed: ")]
