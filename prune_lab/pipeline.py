@@ -156,10 +156,18 @@ def _guarded(run: Run) -> int:
     except BaseException as error:
         if run.stop() and not distributed.is_main():  # the main process was stopped too, and left first
             return run.stop.exit_code
+        if _lost_process(error):
+            line = "another process of this run is gone; the same command goes on from the last checkpoint"
+            return _end(run, "failed", line, code=1)
         with contextlib.suppress(OSError):
             run.folder.crash(run.tracker, error)
             error.add_note(f"traceback in {run.folder.directory / 'log.txt'}")
         raise
+
+
+def _lost_process(error: BaseException) -> bool:
+    """Return whether the connection to another process broke; gloo has no type of its own for that."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def _end(run: Run, status: str, line: str, *, code: int) -> int:

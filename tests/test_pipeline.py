@@ -27,7 +27,7 @@ from run_helpers import (
 from safetensors.torch import load_file
 
 import prune_lab
-from prune_lab import checkpoint, datasets, files, pipeline, results, store
+from prune_lab import checkpoint, datasets, files, locks, pipeline, results, store
 from prune_lab.datasets import BatchFormat
 from prune_lab.datasets.in_memory import InMemoryDataset
 from prune_lab.loop import measure
@@ -268,7 +268,7 @@ def test_a_waiting_run_says_so_and_goes_on_when_the_phase_is_there(tmp_path, mon
             entered.set()
             leave.wait(60)
 
-    monkeypatch.setattr(store.time, "sleep", lambda _seconds: leave.set())
+    monkeypatch.setattr(locks.time, "sleep", lambda _seconds: leave.set())
     thread = threading.Thread(target=hold)
     thread.start()
     entered.wait(60)
