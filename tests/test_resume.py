@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -26,7 +27,7 @@ from run_helpers import (
     wait_for,
 )  # fmt: skip
 
-from prune_lab import checkpoint, loop, pipeline, results
+from prune_lab import checkpoint, loop, pipeline, results, saving
 
 EXTRAS = ("trainer.ema_decay=0.9", "trainer.accumulate=2", "trainer.clip_norm=1", "schedule.train.epochs=3")
 OFTEN = "trainer.checkpoint_interval_s=1e-9"
@@ -180,6 +181,45 @@ def test_damaged_newest_checkpoint_goes_on_from_the_one_before(tmp_path, monkeyp
     shown = capsys.readouterr().out
     assert "is damaged" in shown and "resumed at step 8" in shown
     assert_same_run(tmp_path, whole(*options))
+
+
+def test_tiny_epochs_write_no_checkpoint_each(tmp_path, monkeypatch):
+    """`auto`: the first one after ten seconds, at the end of an epoch as within it."""
+    taken = []
+    monkeypatch.setattr(checkpoint.CheckpointPair, "save", lambda pair, state: taken.append(state["progress"]["step"]))
+    assert execute(tmp_path / "short", *TINY) == 0
+    assert taken == []
+    monkeypatch.setattr(saving, "LEAST_S", 0.0)
+    monkeypatch.setattr(saving, "SHARE", 1e9)
+    assert execute(tmp_path / "long", *TINY) == 0
+    assert taken == [1, 2, 3, 4, 5, 6, 6, 7, 8, 9, 10, 11, 12, 12]
+
+
+def test_a_signal_while_a_checkpoint_is_written_waits_for_it_and_for_its_own(tmp_path, monkeypatch, whole):
+    options, real, written = (*TINY, *METHODS["rigl"]), checkpoint.CheckpointPair.save, []
+
+    def save(pair, state):
+        time.sleep(0.3)  # a slow disk: steps go on meanwhile
+        real(pair, state)
+        written.append(state["progress"]["step"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.CheckpointPair, "save", save)
+        StopAt(patch, 8, signal.SIGTERM)
+        assert execute(tmp_path, *options, OFTEN) == 143
+    assert written[-1] == 8 and status(tmp_path)["status"] == "interrupted"
+    assert execute(tmp_path, *options) == 0
+    assert_same_run(tmp_path, whole(*options))
+
+
+def test_a_signal_s_own_checkpoint_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch):
+    def full(path, _fill):
+        raise checkpoint.SaveError(errno.ENOSPC, f"cannot write {path}: {os.strerror(errno.ENOSPC)}")
+
+    monkeypatch.setattr(checkpoint, "write_file", full)
+    StopAt(monkeypatch, 8, signal.SIGTERM)
+    assert execute(tmp_path, *TINY) == 1
+    assert "No space left on device" in status(tmp_path)["error"]
 
 
 def kill_until_done(folder: Path, options: tuple[str, ...], *, kills: int, seed: int) -> int:
