@@ -108,7 +108,7 @@ class TrainerConfig:
     device: str
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: bool | Literal["auto"]
-    compile: bool
+    compile: bool | Literal["auto", "graphs"]
     accumulate: Count
     clip_norm: Positive | None
     ema_decay: OpenFraction | None

@@ -67,8 +67,7 @@ class JointNetworks:
         self._parts = _parts(self._stacked.values(), len(models))
         self._buffer_parts = _parts(self._stacked_buffers.values(), len(models))
         self._numerics = trainings[0].numerics
-        forward = vmap(self._forward, randomness="error")
-        self._together = torch.compile(forward) if self._numerics.compile else forward
+        self._together = self._numerics.compiled(vmap(self._forward, randomness="error"))
 
     def _forward(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
         return functional_call(self._one, (parameters, buffers), (images,))

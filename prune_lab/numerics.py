@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from prune_lab.config import TrainerConfig
 from prune_lab.schema import ConfigError
@@ -18,7 +21,8 @@ class Numerics:
     device: str
     precision: str
     channels_last: bool
-    compile: bool
+    compile: bool | str
+    """True: torch.compile; "graphs": each pass replayed as a CUDA graph"""
     vectorised: bool = False
     """True: computed together with the networks of other runs (see prune_lab.vectorised)"""
 
@@ -33,6 +37,12 @@ class Numerics:
     @property
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def compiled(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return `forward` compiled if the options say so; shapes never change while training."""
+        if not self.compile:
+            return forward
+        return torch.compile(forward, dynamic=False, mode="reduce-overhead" if self.compile == "graphs" else None)
 
     def autocast(self):
         """Return a context in which matrix work runs in the chosen precision; the rest stays in fp32."""
@@ -75,7 +85,20 @@ def resolve(config: TrainerConfig, *, local_rank: int = 0) -> Numerics:
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError("trainer.precision=fp16 needs a GPU; allowed on a CPU: fp32, bf16")
     channels_last = precision != "fp32" if config.channels_last == "auto" else config.channels_last
-    return Numerics(str(device), precision, channels_last, config.compile)
+    return Numerics(str(device), precision, channels_last, _compiled(config.compile, device))
+
+
+def _compiled(wanted: bool | str, device: torch.device) -> bool | str:
+    """Return `trainer.compile` with auto resolved.
+
+    Raises:
+        ConfigError: CUDA graphs without CUDA, or no C++ compiler on a machine without a GPU.
+    """
+    if wanted == "graphs" and device.type != "cuda":
+        raise ConfigError(f"trainer.compile=graphs needs a CUDA device, got {device.type}; allowed: true, false")
+    if wanted is True and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        raise ConfigError("trainer.compile=true needs a C++ compiler on a CPU, and there is no g++ or clang++")
+    return device.type == "cuda" if wanted == "auto" else wanted
 
 
 def _device(name: str, local_rank: int) -> torch.device:

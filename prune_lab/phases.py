@@ -266,8 +266,6 @@ def open_training(job: Job, context: Context) -> Training:
     if start is not None:
         context.optimizer.load_state_dict(start)
     forward = distributed.parallel(context.model)
-    if numerics.compile:
-        forward = torch.compile(forward)
     spe, first = max(context.steps_per_epoch, 1), context.first_step
     return Training(
         context=context,
@@ -278,7 +276,7 @@ def open_training(job: Job, context: Context) -> Training:
         label_smoothing=config.schedule.label_smoothing,
         trainer=config.trainer,
         numerics=numerics,
-        forward=forward,
+        forward=numerics.compiled(forward) if job.method.can_compile else forward,
         data_seed=stable_hash(config.seed, order or context.phase) % 2**31,
         checkpoints=job.checkpoints,
         record=job.record,

@@ -129,6 +129,14 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert _timeless(summary(one)) == _timeless(summary(other))
 
 
+def assert_same_network(one: Path, other: Path, **tolerance: float) -> None:
+    """Assert that the runs in two output folders ended with the same network, bit for bit without tolerances."""
+    mine, theirs = (load_file(run_dir(folder) / "model.safetensors") for folder in (one, other))
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], **(tolerance or {"rtol": 0, "atol": 0}))
+
+
 def _timeless(flat: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in flat.items() if not key.startswith("time/") and key != "run/command"}
     kept["phases"] = [{key: phase[key] for key in ("name", "key", "epochs")} for phase in flat["phases"]]

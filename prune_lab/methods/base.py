@@ -110,6 +110,8 @@ class Method:
 
     Config: type = MethodConfig
     card: Card
+    can_compile: bool = True
+    """False: the forward pass changes too often for torch.compile, which trainer.compile=auto then leaves out"""
     costs_depend_on_images: bool = False
     """True: only `measure` tells the MACs of the eligible layers"""
 

@@ -118,6 +118,7 @@ class DepL0(Method):
     """
 
     Config = DepL0Config
+    can_compile = False
     card = Card(
         summary="random gates on channels, made layer by layer by one small network, learn to stay shut",
         paper="Li, Ji 2021, Dep-L0: Improving L0-based Network Sparsification via Dependency Modeling, "
@@ -148,9 +149,9 @@ class DepL0(Method):
     def check_run(self, config: RunConfig) -> None:
         """Refuse compiled networks, schedules without steps for the gates, and an untrained network to start from."""
         block = "train" if self.config.start == "scratch" else "finetune"
-        if config.trainer.compile:
+        if config.trainer.compile not in (False, "auto"):
             raise ConfigError(
-                f"trainer.compile=true does not go with method={self.config.name}, whose gates change in every step",
+                f"trainer.compile={str(config.trainer.compile).lower()} does not go with method={self.config.name}, whose gates change in every step",
                 "trainer.compile",
             )
         if config.schedule.phase(block).epochs == 0:
