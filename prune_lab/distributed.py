@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -42,7 +44,30 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
 
     Once for all runs of a sweep: a store that is opened anew may still be the one another process is closing.
     """
-    return next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    store, own_rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    return dist.PrefixStore(meet(store, own_rank, size), store), own_rank, size
+
+
+def meet(store: dist.Store, own_rank: int, size: int) -> str:
+    """Return a word that the processes of this start have in common and those of no other start had.
+
+    When torchrun starts a group again, its store still holds what the dead processes wrote, and torch would connect to
+    their addresses. torchrun's own count of starts differs between a machine that stayed and one that came anew.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"here {own_rank}", own)
+    while True:
+        if own_rank == 0:  # names whom it sees, perhaps dead ones still, until all of them answer to its own word
+            here = [store.get(f"here {rank}").decode() for rank in range(size)]
+            store.set("together", " ".join(here))
+            if store.check([f"{own} {word}" for word in here[1:]]):
+                return own
+        else:
+            here = store.get("together").decode().split()
+            if here[own_rank:own_rank + 1] == [own]:
+                store.set(f"{here[0]} {own}", "")
+                return here[0]
+        time.sleep(0.05)
 
 
 def stop() -> None:

@@ -7,10 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from run_helpers import METHODS, TINY, assert_same_run, execute, fork_pair, status, wait_for
 
 from prune_lab import distributed, loop
@@ -79,6 +81,26 @@ def wait_for_checkpoint(folder: Path, log: Path) -> None:
         time.sleep(0.02)
 
 
+def test_processes_started_again_do_not_meet_the_dead_ones():
+    """Three times on one store, as under torchrun; the second process arrives late and the first sees its old word."""
+    store, words = torch.distributed.HashStore(), []
+    for late in (0.0, 0.3, 0.0):
+        found: dict[int, str] = {}
+
+        def join(rank: int, wait_s: float, found: dict[int, str] = found) -> None:
+            time.sleep(wait_s)
+            found[rank] = distributed.meet(store, rank, 3)
+
+        members = [threading.Thread(target=join, args=[rank, late * (rank == 1)]) for rank in range(3)]
+        for member in members:
+            member.start()
+        for member in members:
+            member.join(20)
+        assert len(found) == 3 and len(set(found.values())) == 1
+        words.append(found[0])
+    assert len(set(words)) == 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_starts_a_killed_group_again_by_itself(tmp_path, child_environment, rank):
@@ -114,8 +136,8 @@ def test_a_lost_node_is_replaced(tmp_path, child_environment):
         os.kill(worker, signal.SIGKILL)
     lost.wait()
     new = torchrun(tmp_path / "cut", logs[2], child_environment, *launch)
+    codes = stays.wait(TIMEOUT_S), new.wait(TIMEOUT_S)
     shown = "\n".join(log.read_text() for log in logs)
-    assert stays.wait(TIMEOUT_S) == 0 and new.wait(TIMEOUT_S) == 0, shown
-    assert "resumed at step" in "\n".join(log.read_text() for log in logs)
+    assert codes == (0, 0) and "resumed at step" in shown, shown
     pair(tmp_path / "whole", *LONG)
     assert_same_run(tmp_path / "cut", tmp_path / "whole")

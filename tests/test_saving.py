@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_helpers import TINY, compose
 
 from prune_lab import checkpoint, saving
 from prune_lab.checkpoint import CheckpointPair, SaveError
 from prune_lab.saving import Saves, next_save_s, snapshot
+from prune_lab.schema import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -195,3 +197,16 @@ def test_another_process_than_the_main_one_neither_asks_nor_writes(tmp_path, mon
     saves.save({"step": 1})
     saves.close()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "often"])
+def test_a_wrong_interval_is_refused(given):
+    allowed = "allowed: auto, a number of seconds above 0"
+    with pytest.raises(ConfigError, match=f"trainer.checkpoint_interval_s={given} is not allowed; {allowed}"):
+        compose(*TINY, f"trainer.checkpoint_interval_s={given}")
+
+
+@pytest.mark.parametrize("given", ["auto", "2", "0.5"])
+def test_an_interval_is_auto_or_a_number(given):
+    found = compose(*TINY, f"trainer.checkpoint_interval_s={given}").trainer.checkpoint_interval_s
+    assert found == (given if given == "auto" else float(given))
