@@ -16,6 +16,7 @@ from prune_lab import saving
 from prune_lab.accounting import count_parameters, dense_macs, profile
 from prune_lab.cli import conf_dir
 from prune_lab.datasets import describe
+from prune_lab.datasets.stream import PIECE
 from prune_lab.overrides import compose_checked
 from prune_lab.phases import build_model
 
@@ -43,7 +44,6 @@ class Plan:
     epochs: int = 100
     batch_per_gpu: int = 256
     largest_batch: int = 4096
-    eval_batch: int = 500
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def totals(
     stall = state / (rates.host_gb_s * 1e9)
     interval = min(max(stall / saving.SHARE, saving.LEAST_S), saving.MOST_S)
     num_saved = plan.epochs + training / interval
-    first = ceil(batch / gpus), min(plan.eval_batch, ceil(plan.eval_images / gpus))
+    first = min(PIECE, ceil(batch / gpus)), min(PIECE, ceil(plan.eval_images / gpus))
     lines = [
         Line("training", training / 3600, "h", f"{num_steps:,.0f} x {1e3 * step:.4g} ms"),
         Line("evaluation", evaluation / 3600, "h",
@@ -205,7 +205,7 @@ def totals(
         factor, wait = read[f"slowdown with {name}"].value, sum(first) / rate
         lines += [
             Line(f"first batches, {name}", plan.epochs * wait / 3600, "h",
-                 f"{plan.epochs} x ({first[0]} + {first[1]} images until a worker's first batch is whole) / {rate:g}"),
+                 f"{plan.epochs} x ({first[0]} + {first[1]} images in a worker's first pieces of a batch) / {rate:g}"),
             Line(f"total with {name}", (training * factor + rest + plan.epochs * wait) / 3600, "h",
                  f"{training / 3600:.4g} h x {factor:.4g} + {rest / 3600:.3g} h + {plan.epochs * wait / 3600:.3g} h"),
         ]  # fmt: skip

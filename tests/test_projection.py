@@ -54,7 +54,7 @@ def test_one_gpu_by_hand(projection, network, rates):
     assert found["evaluation"] == pytest.approx(10 * 8000 * 2e9 / 60e12 / 3600)
     assert found["checkpoint"] == pytest.approx(80)  # MB
     assert found["stall of a checkpoint"] == pytest.approx(10)  # ms
-    rest = 10 * 8000 * 2e9 / 60e12 + (10 + 100 / 10) * 0.01 + 36 + 10 * (200 + 500) / 100
+    rest = 10 * 8000 * 2e9 / 60e12 + (10 + 100 / 10) * 0.01 + 36 + 10 * (64 + 64) / 100
     assert found["total with JPEG files"] == pytest.approx((100 * 10 + rest) / 3600)
 
 

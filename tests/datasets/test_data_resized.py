@@ -252,7 +252,7 @@ def test_of_two_processes_one_writes_and_the_other_waits(tree):
     assert len(messages.splitlines()) == 2  # one for each split, and no traceback
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])  # workers notice within seconds
 def test_killed_writer_leaves_no_entry_and_no_lock(tree, workers):
     process = start(tree, 0.5, workers=workers)
     for line in process.stderr:

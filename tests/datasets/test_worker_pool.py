@@ -13,7 +13,7 @@ import torch
 from data_helpers import FORMAT, assert_equal_batches, evaluate, make, train, write_tree
 from PIL import Image
 
-from prune_lab.datasets import prefetch, worker_pool
+from prune_lab.datasets import prefetch, stream, worker_pool
 from prune_lab.datasets.worker_pool import WorkerPool, num_usable_cores
 
 
@@ -139,6 +139,16 @@ def test_a_run_of_epochs_with_the_same_workers_gives_the_batches_of_none(images)
         for seed in (None, 5):
             first, second = (list(data.train_subset(subset, augment_seed=seed)) for data in (dataset, plain))
             assert_equal_batches(first, second)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pieces_of_a_batch_are_joined_in_order(images, workers, monkeypatch):
+    with closing(make("imagefolder", FORMAT, **images, workers=0)) as whole:
+        expected = train(whole, batch_size=8), evaluate(whole, batch_size=7)
+    monkeypatch.setattr(stream, "PIECE", 3)
+    with closing(make("imagefolder", FORMAT, **images, workers=workers)) as dataset:
+        assert_equal_batches(train(dataset, batch_size=8), expected[0])
+        assert_equal_batches(evaluate(dataset, batch_size=7), expected[1])
 
 
 def test_on_a_cpu_nothing_is_fetched_ahead():
