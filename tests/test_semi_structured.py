@@ -29,7 +29,8 @@ from method_runs import (
 from methods.toys import OneLayer, mask_of, one_step, open_phase
 from torch import Tensor, nn
 
-from prune_lab import masks, pipeline
+from prune_lab import masks, models, pipeline
+from prune_lab.context import Context
 from prune_lab.eligibility import select_layers
 from prune_lab.loop import Training
 from prune_lab.overrides import compose_checked
@@ -202,6 +203,27 @@ def test_layers_without_groups_stay_dense_with_the_reason() -> None:
     assert "depthwise" in layers["1"].reason
     with pytest.raises(ConfigError, match=r"distribution=2:4: no layer that may be pruned has a multiple of 4"):
         select_layers(model[:1], grouped=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet50", "vgg16", "mobilenet_v2", "mobilenet_v3_small", "wrn_28_10"]
+)
+def test_half_of_every_eligible_layer_is_kept_whatever_the_network(name: str) -> None:
+    (config,) = compose_checked(CONF, [f"model={name}", "dataset=imagenet", "dataset.root=none"], sweep=False)
+    model = models.build_on_meta(config.model, num_classes=1000, image_size=224)
+    method = make("gmp", distribution="2:4", sparsity=0.5)
+    layers = method.layers(model)
+    context = Context(model=model, costs=[], layers=layers, phase="", seed=0, total_steps=0, steps_per_epoch=0)
+    sizes = {layer.parameter: layer.size for layer in layers if layer.eligible}
+    assert method.allocate(context, 0.5) == {path: size // 2 for path, size in sizes.items()}
+    assert sum(sizes.values()) > 0.8 * sum(layer.size for layer in layers if layer.kind != "depthwise conv")
+
+
+def test_training_can_be_as_long_as_a_reference_s(tmp_path: Path) -> None:
+    options = ("method.match=train_macs", "method.match_to=1:uniform", "method.match_by=epochs")
+    folder = finish(configure(tmp_path, "static", "method.distribution=2:4", "method.sparsity=0.5", *options))
+    written = summary(folder)
+    assert written["match/epochs"] == 6 and written["sparsity/achieved"] == 0.5  # half the cost, but for the rest
 
 
 def test_all_methods_with_budgets_per_layer_have_it() -> None:
