@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,7 @@ class Context:
     """True under fp16, where a gradient may overflow and the step is then skipped"""
 
     def __post_init__(self) -> None:
+        self._named: tuple[nn.Module, Mapping[str, nn.Parameter]] | None = None
         self._macs: int | Tensor | None = None
         self._prices: tuple[MaskSet, Tensor, int] | None = None  # MACs per weight under masks, and of all others
         if self.last_step is None:
@@ -103,8 +105,11 @@ class Context:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        return dict(self.model.named_parameters())
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the network's parameters by path; looked up once, because finding them means a walk over modules."""
+        if self._named is None or self._named[0] is not self.model:
+            self._named = self.model, MappingProxyType(dict(self.model.named_parameters()))
+        return self._named[1]
 
     def eligible(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.eligible]

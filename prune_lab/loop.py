@@ -20,7 +20,7 @@ from prune_lab.methods.base import Method
 from prune_lab.numerics import Numerics
 from prune_lab.optim import learning_rate, set_learning_rate
 from prune_lab.saving import Saves
-from prune_lab.seeding import stable_hash
+from prune_lab.seeding import seed_device
 
 _NEVER = 2**62
 
@@ -204,7 +204,7 @@ def _agreed(training: Training, step: int, flag: bool) -> bool:
 def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
     """Do one step: forward and backward over the micro-batches, the method, the optimizer, the masks."""
     context, method, step = training.context, training.method, training.progress.step
-    torch.manual_seed(stable_hash(training.data_seed, "step", step, distributed.rank()))  # dropout
+    seed_device(training.numerics.torch_device, training.data_seed, "step", step, distributed.rank())
     set_learning_rate(context.optimizer, learning_rate(training.schedule, step, context.steps_per_epoch))
     context.optimizer.zero_grad(set_to_none=True)
     forward_macs = method.forward_macs(context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,3 +111,51 @@ def test_an_ordinary_step_reads_nothing_back(method: str, monkeypatch: pytest.Mo
     with watched(monkeypatch) as watch:
         train_step(training, images, labels)
     assert watch.found == []
+
+
+def num_calls(work) -> int:
+    """Return how many functions, of Python or built in, are called while `work` runs."""
+    seen = []
+
+    def note(frame, event, argument):
+        if event in ("call", "c_call"):
+            seen.append(event)
+
+    sys.setprofile(note)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return len(seen)
+
+
+def calls_beside_torch(method: str, model: str) -> int:
+    """Return the calls of an ordinary step but for forward, backward and optimizer, which are torch's."""
+    options = [option for option in METHODS[method] if not option.startswith("method.interval")]
+    training = first_training(*options, f"model={model}", "schedule.train.epochs=2000")
+    images, labels = training.dataset.batch(training.batch_size)
+    for _ in range(3):  # the first ones make what later ones find: momentum, and masks that are installed
+        train_step(training, images, labels)
+        training.progress.step += 1
+    optimizer = training.context.optimizer
+    gradients = [parameter.grad for parameter in training.context.model.parameters()]
+
+    def arithmetic(*_):
+        for parameter, gradient in zip(training.context.model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        return torch.zeros(()), torch.zeros(len(labels), 4)
+
+    training.differentiate = arithmetic
+
+    def torchs_part():
+        optimizer.zero_grad(set_to_none=True)
+        arithmetic()
+        optimizer.step()
+
+    return num_calls(lambda: train_step(training, images, labels)) - num_calls(torchs_part)
+
+
+@pytest.mark.parametrize("method", ["dense", "static", "rigl", "set", "gmp", "magnitude"])
+def test_the_loop_adds_no_python_per_layer(method: str) -> None:
+    small, large = (calls_beside_torch(method, model) for model in ("resnet20", "resnet44"))
+    assert small == large < 200
