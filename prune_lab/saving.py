@@ -120,7 +120,7 @@ class Saves:
         writing, self._writing = self._writing, None
         if writing is not None:
             seconds = writing.result()
-            if self._device.type == "cpu" and self.costs:  # computing for a checkpoint took a core from training
+            if self.costs:  # the thread took a core or the interpreter from training
                 self.costs[-1] += seconds
                 self._plan()
 
