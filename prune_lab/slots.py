@@ -1,4 +1,4 @@
-"""How many runs a machine takes at once: one per GPU, or one per core where there is none."""
+"""How many runs a machine takes at once: one per GPU, or as many as asked for, or one per core where there is none."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from prune_lab.schema import ConfigError
 
 _POLL_S = 0.3
 
@@ -31,9 +33,21 @@ def num_gpus() -> int:
     return len(gpus())
 
 
+def runs_per_gpu() -> int:
+    """Return how many processes share a GPU: 1, or PRUNE_LAB_RUNS_PER_GPU from the environment.
+
+    Raises:
+        ConfigError: that is no whole number of at least 1.
+    """
+    text = os.environ.get("PRUNE_LAB_RUNS_PER_GPU", "1")
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise ConfigError(f"PRUNE_LAB_RUNS_PER_GPU must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
 def num_slots() -> int:
     """Return how many runs this machine should take at once."""
-    return num_gpus() or len(os.sched_getaffinity(0))
+    return num_gpus() * runs_per_gpu() or len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
@@ -57,6 +71,8 @@ def slot(stopped: Callable[[], bool], folder: Path | None = None) -> Iterator[bo
     folder = folder or Path(tempfile.gettempdir()) / f"prune-lab-slots-{owner}"
     folder.mkdir(mode=0o700, exist_ok=True)
     paths = {folder / f"{'gpu' if names else 'core'}-{name}": name for name in names or range(num_slots())}
+    for share in range(1, runs_per_gpu() if names else 1):
+        paths |= {folder / f"gpu-{name}-{share}": name for name in names}
     with contextlib.ExitStack() as stack:
         waited = False
         while not stopped():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from prune_lab import slots
+from prune_lab.schema import ConfigError
 
 
 def never() -> bool:
@@ -19,7 +21,8 @@ def never() -> bool:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("SLURM_JOB_ID", "SUBMITIT_EXECUTOR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS"):
+    for name in ("SLURM_JOB_ID", "SUBMITIT_EXECUTOR", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+                 "PRUNE_LAB_RUNS_PER_GPU"):  # fmt: skip
         monkeypatch.setenv(name, "to be restored")
         monkeypatch.delenv(name)
 
@@ -29,6 +32,26 @@ def test_visible_gpus_are_those_of_the_environment(monkeypatch: pytest.MonkeyPat
     assert slots.gpus() == ["2", "5"] and slots.num_slots() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert slots.gpus() == [] and slots.num_slots() == len(os.sched_getaffinity(0))
+
+
+def test_several_processes_may_share_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    monkeypatch.setenv("PRUNE_LAB_RUNS_PER_GPU", "2")
+    assert slots.num_slots() == 4
+    with contextlib.ExitStack() as held:
+        seen = []
+        for _ in range(4):
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")  # as other processes see it
+            assert held.enter_context(slots.slot(never, tmp_path))
+            seen.append(os.environ["CUDA_VISIBLE_DEVICES"])
+        assert seen == ["3", "4", "3", "4"]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+        asked = []
+        with slots.slot(lambda: asked.append(1) or len(asked) > 2, tmp_path) as free:
+            assert not free
+    monkeypatch.setenv("PRUNE_LAB_RUNS_PER_GPU", "half")
+    with pytest.raises(ConfigError, match="PRUNE_LAB_RUNS_PER_GPU must be a whole number of at least 1, got 'half'"):
+        slots.num_slots()
 
 
 def test_gpus_are_counted_by_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
