@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from prune_lab.schema import ConfigError, suggestion
+from prune_lab.selection import SEMI_STRUCTURED
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _least_budget(feasible: Callable[[int], bool], low: int, high: int) -> int:
 
 
 def _raw_density(distribution: str, shape: tuple[int, ...]) -> float:
-    if distribution in ("uniform", "2:4"):
+    if distribution in ("uniform", SEMI_STRUCTURED):
         return 1.0
     if distribution == "balanced":
         return 1 / math.prod(shape)

@@ -23,7 +23,7 @@ class SemiStructuredLayer(nn.Module):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         super().__init__()
-        self._weight = to_sparse_semi_structured(layer.weight.detach().flatten(1))
+        self._weight = to_sparse_semi_structured(layer.weight.detach().flatten(1).contiguous())
         self._bias = None if layer.bias is None else layer.bias.detach()
         self._is_conv = isinstance(layer, nn.Conv2d)
 
