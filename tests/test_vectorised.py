@@ -108,10 +108,10 @@ def test_only_networks_of_one_shape_and_number_format_are_computed_together() ->
     assert len({joint_networks.shape(batch) for batch in (first, *others, smaller)}) == 4
 
 
-TOGETHER = ("dense", "magnitude", "rigl", "gmp", "directional", "slimming", "str", "autosparse")
+SLOW = ("dense", "gmp", "directional", "slimming", "autosparse", "l0", "snip", "fpgm")
 
 
-@pytest.mark.parametrize("method", TOGETHER)
+@pytest.mark.parametrize("method", ["magnitude", "rigl", "str", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)])
 def test_runs_end_as_they_end_alone_but_for_rounding(method: str, tmp_path: Path, monkeypatch) -> None:
     options = (*TINY, *CALM, *METHODS[method])
     seen = []
@@ -161,7 +161,7 @@ def test_a_dense_phase_that_several_runs_need_is_trained_once(capsys) -> None:
 
 def test_a_signal_stops_all_and_the_same_command_ends_as_if_there_had_been_none(capsys) -> None:
     """Bit by bit, because the same networks are computed together again."""
-    options = (*TINY, *METHODS["rigl"], "schedule.train.epochs=30", "seed=0,1")
+    options = (*TINY, *METHODS["rigl"], "schedule.train.epochs=10", "seed=0,1")
     command = ["-m", *options, LAUNCHER, "output_dir=stopped"]
     threading.Thread(target=stop_when_training, args=(Path("stopped"),), daemon=True).start()
     assert cli.main(command) == 128 + signal.SIGTERM
