@@ -116,26 +116,30 @@ def test_torchrun_starts_a_killed_group_again_by_itself(tmp_path, child_environm
 
 @pytest.mark.slow
 def test_a_lost_node_is_replaced(tmp_path, child_environment):
-    """Two torchrun agents, of which one dies with all it started; a third takes its place."""
+    """Two torchrun agents, of which one dies with all it started; a third takes its place.
+
+    torchrun's agents share a store by default, and one that stayed does not tell a new one where it is (torch 2.15).
+    """
+    apart = child_environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
               "--rdzv-id=run", "--local-addr=127.0.0.1", "--max-restarts=3")  # fmt: skip
     logs = [tmp_path / f"{name}.log" for name in ("stays", "lost", "new")]
-    stays = torchrun(tmp_path / "cut", logs[0], child_environment, *launch)
+    stays = torchrun(tmp_path / "cut", logs[0], apart, *launch)
     end = time.monotonic() + TIMEOUT_S
     while socket.socket().connect_ex(("127.0.0.1", port)):  # the first agent keeps the meeting point, and must live
         assert time.monotonic() < end
         time.sleep(0.1)
-    lost = torchrun(tmp_path / "cut", logs[1], child_environment, *launch)
+    lost = torchrun(tmp_path / "cut", logs[1], apart, *launch)
     wait_for_checkpoint(tmp_path / "cut", logs[0])
     started = workers(lost.pid)
     lost.kill()
     for worker in started.values():
         os.kill(worker, signal.SIGKILL)
     lost.wait()
-    new = torchrun(tmp_path / "cut", logs[2], child_environment, *launch)
+    new = torchrun(tmp_path / "cut", logs[2], apart, *launch)
     codes = stays.wait(TIMEOUT_S), new.wait(TIMEOUT_S)
     shown = "\n".join(log.read_text() for log in logs)
     assert codes == (0, 0) and "resumed at step" in shown, shown
