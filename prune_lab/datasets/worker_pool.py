@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-_GRACE_S = 60
+_GRACE_S = 20
 """seconds that a worker goes on for after a signal to end"""
 
 
@@ -33,13 +35,27 @@ class WorkerPool:
         self._options = {"num_workers": min(workers, num_usable_cores()), "pin_memory": pin_memory}
         self._kept = self._loader(keep=True)
         self._is_busy = False
+        self._running: weakref.WeakSet[Iterator[Any]] = weakref.WeakSet()
+        # At exit Python ends the workers by a signal, which they leave to the training: they are to be gone before.
+        atexit.register(_close, weakref.ref(self))
 
     def map(self, requests: Sequence[Any]) -> Iterator[Any]:
-        """Yield the answer to each of `requests`.
+        """Return the answers to `requests`, in order.
 
         The workers start with the first request and stay for later calls. An iteration that begins before another one
         has ended gets workers of its own.
         """
+        answers = self._answers(requests)
+        self._running.add(answers)
+        return answers
+
+    def close(self) -> None:
+        """End the workers and every iteration; a later `map` starts others."""
+        for answers in list(self._running):
+            answers.close()
+        self._kept = self._loader(keep=True)
+
+    def _answers(self, requests: Sequence[Any]) -> Iterator[Any]:
         if not requests:
             return
         if self._is_busy:
@@ -50,10 +66,6 @@ class WorkerPool:
             yield from _iterate(self._kept, requests)
         finally:
             self._is_busy = False
-
-    def close(self) -> None:
-        """End the workers; a later `map` starts others."""
-        self._kept = self._loader(keep=True)
 
     def _loader(self, *, keep: bool) -> torch.utils.data.DataLoader:
         return torch.utils.data.DataLoader(
@@ -94,6 +106,11 @@ def _unchanged(answer: Any) -> Any:
     return answer
 
 
+def _close(pool: weakref.ref[WorkerPool]) -> None:
+    if pool() is not None:
+        pool().close()
+
+
 def _leave_signals_to_the_training(_worker: int) -> None:
     """Go on when all processes of a job get a signal: the training process may need more answers to end well.
 
@@ -102,3 +119,4 @@ def _leave_signals_to_the_training(_worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 
 import numpy as np
 import pytest
 import torch
-from data_helpers import FORMAT, assert_equal_batches, evaluate, make, train, write_tree
+from data_helpers import FORMAT, REPO, assert_equal_batches, evaluate, make, train, write_tree
 from PIL import Image
 
 from prune_lab.datasets import prefetch, stream, worker_pool
@@ -88,6 +90,7 @@ def test_a_signal_to_all_processes_of_a_job_is_left_to_the_training(number):
     assert not is_running(process)
 
 
+@pytest.mark.slow  # torch looks for lost workers every five seconds
 def test_a_worker_that_was_meant_itself_ends_after_a_while(monkeypatch):
     monkeypatch.setattr(worker_pool, "_GRACE_S", 1)
     with closing(WorkerPool(Answer(), workers=1)) as pool:
@@ -96,6 +99,17 @@ def test_a_worker_that_was_meant_itself_ends_after_a_while(monkeypatch):
         with pytest.raises(RuntimeError, match="exited unexpectedly|killed by signal"):
             time.sleep(1.5)
             list(pool.map(range(100)))
+
+
+@pytest.mark.parametrize("last", ["pass", "raise SystemExit(0)"])
+def test_a_program_that_closes_no_pool_ends_at_once(last):
+    code = (
+        "import time\nfrom prune_lab.datasets.worker_pool import WorkerPool\npool = WorkerPool(float, workers=2)\n"
+        f"list(pool.map(range(3)))\nheld = pool.map(range(99))\nnext(held)\nprint(time.time())\n{last}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.time() - float(done.stdout) < 15  # workers that must be killed take 20
 
 
 def test_no_more_workers_than_cores_and_ranks_share_them(monkeypatch):
