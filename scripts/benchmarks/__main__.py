@@ -33,17 +33,17 @@ class Section:
 
 
 SECTIONS = {
-    "goals": Section("steps:goals", "3", "the loop over bare PyTorch, masks and RigL over dense, many rounds"),
+    "goals": Section("steps:goals", "4", "the loop over bare PyTorch, masks and RigL over dense, many rounds"),
     "steps": Section("steps:small", "5", "every method's step over the dense step, ResNet-20, batch 128"),
-    "steps_large": Section("steps:large", "8", "the same, ResNet-50 at 224 px"),
+    "steps_large": Section("steps:large", "10", "the same, ResNet-50 at 224 px", is_long=True),
     "data": Section("data:run", "1", "the in-memory data path over torchvision's DataLoader"),
-    "stream": Section("data:stream", "?", "streamed images (scripts/benchmark_stream.py)", is_long=True),
+    "stream": Section("data:stream", "2", "scripts/benchmark_stream.py: streamed images", is_long=True),
     "formats": Section("formats:run", "1", "fp32 and bf16, contiguous and channels_last; threads"),
-    "compile": Section("formats:compiled", "6", "the same with torch.compile, 34-92 s to warm up each", is_long=True),
-    "checkpoints": Section("checkpoints:run", "1", "saving and resuming, over a step and over training"),
+    "compile": Section("formats:compiled", "6", "the same with torch.compile, a minute to warm up each", is_long=True),
+    "checkpoints": Section("checkpoints:run", "2", "saving and resuming, over a step and over training"),
     "startup": Section("startup:run", "2", "help, options and a run of one step over importing torch"),
     "scoring": Section("scoring:run", "2", "scores at initialisation and removal of channels over a dense step"),
-    "memory": Section("memory:run", "1", "peak memory of RigL over dense and its masks"),
+    "memory": Section("memory:run", "3", "peak memory of RigL over dense and its masks"),
     "peer": Section("peer:run", "2", "training over a plain PyTorch and DataLoader script; --accuracy: both trained"),
     "gpu": Section("gpu:run", "0", "images/s, fraction of the bf16 peak, seconds per CIFAR-10 epoch"),
 }

@@ -58,9 +58,9 @@ def _one(name: str, overrides: Sequence[str], options: Options, report: Report) 
         starts = in_turn({"anew": started, "resumed": resumed}, options.plan(8, 10), work.device)
         training.saves.close()
     one = [value / _STEPS for value in times["steps"]]
-    stalls = [max(b - a, 0.0) for a, b in zip(times["steps"], times["saved"], strict=True)]
+    stalls = [b - a for a, b in zip(times["steps"], times["saved"], strict=True)]
     report.compare(f"{name}: steps that a save costs", stalls, one)
-    slowed = [1 + share(stall, interval) for stall in stalls]
+    slowed = [1 + share(max(stall, 0.0), interval) for stall in stalls]
     report.compare(f"{name}: training that saves (interval {interval}) over none", slowed, [1.0] * len(slowed), GOAL)
     report.compare(f"{name}: resumed to its first step, over started anew", starts["resumed"], starts["anew"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import runpy
+import os
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import plain, workload
 from benchmarks.report import Report
-from benchmarks.timing import in_turn
+from benchmarks.timing import in_turn, output_of
 from benchmarks.workload import Options
 from prune_lab import datasets, numerics
 from prune_lab.config import RunConfig
@@ -60,13 +60,11 @@ def run(options: Options, report: Report) -> None:
 
 
 def stream(options: Options, report: Report) -> None:
-    """Run the script for streamed images, which prints its own lines."""
+    """Run the script for streamed images in a process of its own: it computes with one thread."""
     script = Path(__file__).parents[1] / "benchmark_stream.py"
     if not script.exists():
         report.note(f"not run: {script.name} is not there")
         return
-    typed, sys.argv = sys.argv, [str(script)]
-    try:
-        runpy.run_path(str(script), run_name="__main__")
-    finally:
-        sys.argv = typed
+    rounds = ["--rounds", "1", "--images", "32"] if options.quick else []
+    for line in output_of([sys.executable, str(script), *rounds], os.environ).splitlines():
+        report.note(line)

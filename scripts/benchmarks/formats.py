@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import torch
+
 from benchmarks import workload
 from benchmarks.report import Report
 from benchmarks.timing import in_turn, in_turn_once
@@ -27,11 +29,15 @@ def compiled(options: Options, report: Report) -> None:
 
 
 def _formats(options: Options, report: Report, *, compiled: bool) -> None:
-    works = {}
+    works, compilers = {}, {"": "false"}
+    if compiled:
+        compilers[", compiled"] = "true"
+    if compiled and torch.cuda.is_available():
+        compilers[", CUDA graphs"] = "graphs"
     for precision in ("fp32", "bf16"):
         for layout, channels_last in (("contiguous", "false"), ("channels_last", "true")):
-            for suffix, compile_ in (("", "false"), (", compiled", "true"))[: 1 + compiled]:
-                chosen = {"precision": precision, "channels_last": channels_last, "compile": compile_}
+            for suffix, compiler in compilers.items():
+                chosen = {"precision": precision, "channels_last": channels_last, "compile": compiler}
                 typed = [f"trainer.{key}={value}" for key, value in chosen.items()]
                 overrides = tuple(dict.fromkeys((*options.over(*workload.SMALL), *typed)))
                 try:

@@ -42,7 +42,7 @@ def run(options: Options, report: Report) -> None:
     }
     report.note(f"{count} batches of {batch_size} per stretch, {'real' if options.root else 'random'} images, "
                 f"ours: {arithmetic}; plain: fp32, contiguous, eager, two workers")  # fmt: skip
-    times = in_turn(calls, options.plan(12, 240), device)
+    times = in_turn(calls, options.plan(8, 240), device)
     report.compare("training throughput over the plain script", times["plain"], times["ours"], GOAL)
 
 
@@ -70,7 +70,7 @@ def _peer(config: RunConfig, info: datasets.DatasetInfo, device: torch.device, *
     """
     model = build_model(config.model, num_classes=info.num_classes, image_size=info.image_size, seed=seed).to(device)
     chosen, schedule = config.optimizer, config.schedule.phase("train")
-    lr = schedule.lr if steps else 1e-4  # timed stretches: weights that run away would change what is measured
+    lr = schedule.lr if steps else workload.CALM_LR
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay)
     if steps is None:
         return model, optimizer, None

@@ -1,4 +1,7 @@
-"""Start-up: what a command takes before it computes, over importing torch, each in a process of its own."""
+"""Start-up: what a command takes before it computes, over importing torch, each in a process of its own.
+
+A whole run writes everything a run leaves and evaluates one batch.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,11 @@ def run(options: Options, report: Report) -> None:
             "import torch": lambda: seconds_of([sys.executable, "-c", "import torch"], os.environ),
             "prune-lab --help": lambda: seconds_of([*command, "--help"], os.environ),
             "prune-lab --cfg job": lambda: seconds_of([*command, "--cfg", "job"], os.environ),
-            "run of one training step and one evaluation batch": one_step,
-            "the same run, done already": lambda: seconds_of([*command, *_ONE_STEP, f"output_dir={folder}", "seed=0"],
+            "whole run of one training step": one_step,
+            "the same, done already": lambda: seconds_of([*command, *_ONE_STEP, f"output_dir={folder}", "seed=0"],
                                                              os.environ),
         }  # fmt: skip
         in_turn_once(dict(list(calls.items())[:-1]), 1)  # files come into the page cache
-        times = in_turn_once(calls, options.plan(10, 0).rounds)
+        times = in_turn_once(calls, options.plan(8, 0).rounds)
     for name in list(calls)[1:]:
-        report.compare(f"{name}, over importing torch", times[name], times["import torch"])
+        report.compare(f"{name}: over importing torch", times[name], times["import torch"])

@@ -85,7 +85,7 @@ def _loop_steps(work: Workload, count: int) -> Callable[[], None]:
 
     def steps() -> None:
         training.progress.batch = training.context.steps_per_epoch - count
-        training.progress.step = training.context.first_step + 1  # within the warm-up
+        training.progress.step = training.context.first_step + 1
         loop._train_epoch(training)
 
     return steps

@@ -22,16 +22,20 @@ from prune_lab.overrides import choices, compose_checked
 from prune_lab.phases import Job, open_context, open_training
 from prune_lab.rehearsal import RandomImages, job_without_files, set_up
 
-# Small learning rates, as in the first steps of a warm-up: weights that run away would change what is measured.
-_CALM = ("schedule.finetune.lr=1e-4", "logger.wandb=disabled")
-SMALL = ("model=resnet20", "dataset=cifar10", *_CALM)
+CALM_LR = 1e-4
+"""learning rate of timed steps: weights that run away, or learn their batch by heart, would change what is measured"""
+SMALL = ("model=resnet20", "dataset=cifar10", "logger.wandb=disabled")
 """ResNet-20, 32 px, batch 128"""
 
 
 def large(*, quick: bool) -> tuple[str, ...]:
-    """ResNet-50, 224 px: batch 64 on a GPU; on a CPU, where such a step takes many seconds, 8 or 2."""
-    batch = 64 if torch.cuda.is_available() else 2 if quick else 8
-    return ("model=resnet50", "dataset=imagenet", f"schedule.batch_size={batch}", *_CALM)
+    """ResNet-50, 224 px: batch 64 on a GPU; on a CPU, where such a step takes many seconds, 4 or 2.
+
+    The schedule has the length that it has with batches of 256, whatever the batch is.
+    """
+    batch = 64 if torch.cuda.is_available() else 2 if quick else 4
+    trainer = ("trainer.limit_train_batches=5000", "trainer.compile=false")
+    return ("model=resnet50", "dataset=imagenet", f"schedule.batch_size={batch}", *trainer, "logger.wandb=disabled")
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,7 @@ def _open(job: Job) -> Training:
     context = open_context(job)
     training = open_training(job, context)
     job.method.setup(context)
+    training.schedule = replace(training.schedule, lr=CALM_LR, final_lr=0.0)  # the method knows the real one
     context.model.train()
     return training
 
@@ -189,8 +194,8 @@ def _open(job: Job) -> Training:
 def bare_steps(work: Workload, count: int = 1) -> Callable[[], None]:
     """Return `count` steps without prune-lab: forward, loss, backward, fused SGD on a copy, in the same formats."""
     numeric, model = work.training.numerics, copy.deepcopy(work.training.context.model)
-    forward = torch.compile(model) if numeric.compile else model
-    options = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 5e-4, "fused": work.device.type in ("cpu", "cuda")}
+    forward = numeric.compiled(model)
+    options = {"lr": CALM_LR, "momentum": 0.9, "weight_decay": 5e-4, "fused": work.device.type in ("cpu", "cuda")}
     optimizer = torch.optim.SGD(model.parameters(), **options)
     images, labels = work.batch
 
