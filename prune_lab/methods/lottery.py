@@ -197,7 +197,9 @@ class Lottery(Method):
             return {"lottery": options, "from": self.levels if self._at_once() else 1, "target": final}
         state = self._optimizer_state()
         shuffled = config.arm if state == "restore" else f"{config.arm}, {state}"
-        return {"lottery": {"rewind": state, "shuffle": shuffled}.get(place)}
+        # Not "restore" alone: what was stored under that name before may hold momentum of a later round.
+        rewound = "restore a copy" if state == "restore" else state
+        return {"lottery": {"rewind": rewound, "shuffle": shuffled}.get(place)}
 
     # Budgets
 
