@@ -206,6 +206,7 @@ def test_a_run_killed_while_it_trains_the_smaller_network_goes_on(tmp_path: Path
 
         def train_step(training, images, labels) -> None:
             if training.context.phase == "finetune" and training.progress.step == 4:
+                training.saves.wait()  # for the checkpoint that is being written
                 os.kill(os.getpid(), signal.SIGKILL)
             real(training, images, labels)
 

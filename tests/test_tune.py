@@ -567,7 +567,8 @@ def test_a_control_is_compared_after_the_run_it_belongs_to() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_or_killed_search_resumes_its_run(number: int) -> None:
-    long = [*RIGL, "schedule.train.epochs=8", ALPHA, "--study", "s", "--trials", "1"]
+    often = "trainer.checkpoint_interval_s=1e-9"
+    long = [*RIGL, "schedule.train.epochs=8", often, ALPHA, "--study", "s", "--trials", "1"]
     log = Path("first.log").absolute()
     child = fork(log, lambda: cli.main(["tune", *long]))
     deadline = time.monotonic() + 60
