@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_helpers import fork, wait_for
+from run_helpers import TINY, fork, fork_run, run_dir, wait_for
 
 from prune_lab import locks
 from prune_lab.locks import HeartbeatLock, lock
@@ -170,3 +170,13 @@ def test_an_owner_s_file_deleted_while_it_is_read_is_no_free_lock(tmp_path, monk
     waiter = HeartbeatLock(tmp_path / "lock")
     monkeypatch.setattr(waiter, "_numbers", lambda: [4])
     assert not waiter.attempt()
+
+
+def test_the_same_command_twice_at_once_on_such_a_file_system(tmp_path, no_locks):
+    """One trains, the other waits and finds all done."""
+    children = [fork_run(tmp_path / "out", *TINY) for _ in range(2)]
+    assert [wait_for(child) for child in children] == [0, 0]
+    shown = "".join(log.read_text() for log in tmp_path.glob("out.*.log"))
+    assert shown.count("done already") == 1 and shown.count("train 1/2") == 1
+    log = (run_dir(tmp_path / "out") / "log.txt").read_text()
+    assert "is on a file system without locks (No locks available); heartbeats stand in for them" in log
