@@ -11,7 +11,7 @@ from typing import Any
 from prune_lab.compare.runs import RunResult, flat_options
 
 _NOT_OPTIONS = ("seed", "output_dir", "dry_run", "logger.", "paper.", "dataset.root", "dataset.download",
-                "dataset.cache_dir")  # fmt: skip
+                "dataset.cache_dir", "dataset.workers")  # fmt: skip
 """options, or beginnings of them, that do not tell groups apart"""
 
 METRICS = {

@@ -29,10 +29,10 @@ class Config(CommonConfig):
     """Evaluation: side of the central crop over the shorter side of the resized image."""
     workers: Index
     """Processes that decode, at most one per core; 0: in the training process."""
-    # Runs of earlier versions have no such options in their files.
-    cached_side: Count | None = None
+    cached_side: Count | None
     """Shorter side of the resized copies that batches are cut from; null: from the files themselves."""
-    cache_dir: str = "~/.cache/prune_lab"
+    cache_dir: str
+    """Where these copies are kept."""
 
     def check(self, path: str) -> None:
         super().check(path)
