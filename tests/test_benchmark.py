@@ -244,6 +244,21 @@ def test_wrong_words_end_in_one_line(words, line, capsys):
     assert line in error and error.count("\n") == 1
 
 
+def test_a_failed_section_is_named_and_the_others_are_run(monkeypatch, capsys, tmp_path):
+    def fail(options, report):
+        raise RuntimeError("no such thing")
+
+    sections = {"one": fail, "two": lambda options, report: report.figure("top-1", 71.5, "%")}
+    monkeypatch.setattr(main.Section, "load", lambda self: sections[self.line])
+    for name in sections:
+        monkeypatch.setitem(main.SECTIONS, name, main.Section("", "0", name))
+    assert main.main(["one", "two", "--json", str(tmp_path / "out.json")]) == 1
+    out, error = capsys.readouterr()
+    assert "failed: RuntimeError: no such thing" in out and "71.5 %" in out
+    assert error.endswith("\nscripts/benchmark: failed: one\n")
+    assert [row["section"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["one", "two"]
+
+
 def test_every_section_is_there():
     for name, section in main.SECTIONS.items():
         assert callable(section.load()), name

@@ -6,6 +6,7 @@ import argparse
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -63,12 +64,13 @@ def _run(argv: list[str]) -> int:
     for word in chosen:
         if word not in SECTIONS:
             raise ConfigError(f"section {word}{suggestion(word, SECTIONS)}; allowed: {', '.join(SECTIONS)}")
-    from benchmarks.report import Report
+    from benchmarks.report import Report, reason
     from benchmarks.workload import SMALL, Options, compose
+    from prune_lab import numerics
 
     if typed.root:
         overrides.append(f"dataset.root={typed.root}")
-    compose(Options(tuple(overrides)).over(*SMALL))  # refuses wrong options, and sets nothing
+    numerics.resolve(compose(Options(tuple(overrides)).over(*SMALL)).trainer)  # refuses wrong options; sets threads
     options = Options(tuple(overrides), typed.rounds, typed.quick, typed.root, typed.accuracy, typed.epochs,
                       typed.batches)  # fmt: skip
     report, began = Report(), time.monotonic()
@@ -76,14 +78,24 @@ def _run(argv: list[str]) -> int:
     print("\n".join(f"{key}: {value}" for key, value in head.items()))
     print("each number: the median of ratios paired round by round, in brackets its 99 % interval")
     names = chosen or [name for name, section in SECTIONS.items() if not section.is_long]
+    failed = []
     for name in names:
         report.begin(name, SECTIONS[name].line)
-        SECTIONS[name].load()(options, report)
+        try:
+            SECTIONS[name].load()(options, report)
+        except ConfigError:
+            raise
+        except Exception as error:  # what other sections found must not be lost
+            traceback.print_exception(error)
+            report.note(f"failed: {reason(error)}")
+            failed.append(name)
         if typed.json:
             report.write(Path(typed.json), argv, head)
     left = [name for name in SECTIONS if name not in names]
     print(f"\n{(time.monotonic() - began) / 60:.1f} minutes" + (f"; not run: {', '.join(left)}" if left else ""))
-    return 0
+    if failed:
+        print(f"scripts/benchmark: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -65,6 +65,6 @@ def stream(options: Options, report: Report) -> None:
     if not script.exists():
         report.note(f"not run: {script.name} is not there")
         return
-    rounds = ["--rounds", "1", "--images", "32"] if options.quick else []
+    rounds = ["--rounds", "1", "--images", "128"] if options.quick else []
     for line in output_of([sys.executable, str(script), *rounds], os.environ).splitlines():
         report.note(line)

@@ -53,7 +53,7 @@ class Report:
         middle = spread(ratios)
         row = {"section": self.section, "name": name, "median": middle.median, "quartiles": [middle.low, middle.high],
                "rounds": len(ratios)}  # fmt: skip
-        text = f"{name:58} {middle.median:8.4f}"
+        text = f"{name:63} {middle.median:8.4f}"
         if len(ratios) >= MIN_ROUNDS:
             found = ratio(values, base)
             row["interval_99"] = [found.low, found.high]
@@ -68,7 +68,7 @@ class Report:
 
     def figure(self, name: str, value: float, unit: str) -> None:
         """Print one number that is no ratio of times, such as an accuracy or images per second of a GPU."""
-        print(f"  {name:58} {value:10.4g} {unit}", flush=True)
+        print(f"  {name:63} {value:10.4g} {unit}", flush=True)
         self.rows.append({"section": self.section, "name": name, "value": value, "unit": unit})
 
     def write(self, path: Path, command: Sequence[str], head: dict[str, Any]) -> None:
