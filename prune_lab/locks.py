@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from prune_lab.files import read_bytes
 from prune_lab.schema import ConfigError
 
 STALE_S = 60.0
@@ -26,7 +27,14 @@ _FREE = b"free\n"
 
 
 @contextlib.contextmanager
-def lock(path: Path, *, what: str, report: Callable[[str], None], poll: Callable[[], None]) -> Iterator[None]:
+def lock(
+    path: Path,
+    *,
+    what: str,
+    report: Callable[[str], None],
+    poll: Callable[[], None] = lambda: None,
+    option: str = "output_dir",
+) -> Iterator[None]:
     """Hold the lock file `path`; it falls with the process, however that ends.
 
     Where the file system has no locks (NFS without a lock service, Lustre without `flock`), heartbeats stand in.
@@ -34,6 +42,7 @@ def lock(path: Path, *, what: str, report: Callable[[str], None], poll: Callable
     Args:
         what: named in the message while another process holds it.
         poll: called while waiting; may raise to give up.
+        option: what says where the file lies, for errors.
 
     Raises:
         ConfigError: the directory cannot be made or written, or the lock cannot be asked for.
@@ -42,10 +51,10 @@ def lock(path: Path, *, what: str, report: Callable[[str], None], poll: Callable
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")
     except OSError as error:
-        raise ConfigError(f"output_dir: cannot write {path}: {error.strerror}") from error
+        raise ConfigError(f"{option}: cannot write {path}: {error.strerror}") from error
     with file:
         claim, waited = _claim(file, path, report), False
-        while not _attempt(claim, path):
+        while not _attempt(claim, path, option):
             if not waited:
                 report(f"waiting for another process that is working on {what}")
             waited = True
@@ -69,11 +78,27 @@ def _claim(file: TextIO, path: Path, report: Callable[[str], None]) -> SystemLoc
     return claim
 
 
-def _attempt(claim: SystemLock | HeartbeatLock, path: Path) -> bool:
+def is_held(path: Path) -> bool:
+    """Return whether a process holds the lock file `path`, which may be on a file system that is only read."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: enough for a file that may only be read
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+        return HeartbeatLock(path).is_held()
+    return False
+
+
+def _attempt(claim: SystemLock | HeartbeatLock, path: Path, option: str) -> bool:
     try:
         return claim.attempt()
     except OSError as error:
-        raise ConfigError(f"output_dir: cannot lock {path}: {error.strerror}") from error
+        raise ConfigError(f"{option}: cannot lock {path}: {error.strerror}") from error
 
 
 class SystemLock:
@@ -133,6 +158,11 @@ class HeartbeatLock:
     def release(self) -> None:
         self._ended.set()
         self._heart.join()
+
+    def is_held(self) -> bool:
+        """Return whether there is an owner that has not finished; one that was killed counts until it is replaced."""
+        number = max(self._numbers(), default=0)
+        return number > 0 and not read_bytes(self._file(number)).startswith(_FREE)
 
     def _is_over(self, number: int) -> bool:
         """Return whether the owner has finished, or has not been heard of for as long as this process looks."""

@@ -12,7 +12,7 @@ import pytest
 from run_helpers import TINY, fork, fork_run, run_dir, wait_for
 
 from prune_lab import locks
-from prune_lab.locks import HeartbeatLock, lock
+from prune_lab.locks import HeartbeatLock, is_held, lock
 from prune_lab.schema import ConfigError
 from prune_lab.signals import stop_flag
 
@@ -180,3 +180,26 @@ def test_the_same_command_twice_at_once_on_such_a_file_system(tmp_path, no_locks
     assert shown.count("done already") == 1 and shown.count("train 1/2") == 1
     log = (run_dir(tmp_path / "out") / "log.txt").read_text()
     assert "is on a file system without locks (No locks available); heartbeats stand in for them" in log
+
+
+def held_while_and_after(path: Path) -> list[bool]:
+    """Return whether the lock counts as held before, while and after this process holds it."""
+    seen = [is_held(path)]
+    with lock(path, what="this", report=lambda _line: None):
+        seen.append(is_held(path))
+    return [*seen, is_held(path)]
+
+
+def test_whether_a_lock_is_held_is_known_without_taking_it(tmp_path: Path) -> None:
+    assert held_while_and_after(tmp_path / "lock") == [False, True, False]
+
+
+def test_the_same_without_locks_of_the_system(tmp_path: Path, no_locks: None) -> None:
+    assert held_while_and_after(tmp_path / "lock") == [False, True, False]
+
+
+def test_what_cannot_be_written_is_told_with_the_option_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"^dataset\.cache_dir: cannot write .*file/lock"):
+        with lock(tmp_path / "file" / "lock", what="this", report=print, option="dataset.cache_dir"):
+            pass

@@ -109,9 +109,10 @@ def test_only_networks_of_one_shape_and_number_format_are_computed_together() ->
 
 
 SLOW = ("dense", "gmp", "directional", "slimming", "autosparse", "l0", "snip", "fpgm")
+TOGETHER = ("magnitude", "rigl", "str", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 
 
-@pytest.mark.parametrize("method", ["magnitude", "rigl", "str", *(pytest.param(m, marks=pytest.mark.slow) for m in SLOW)])
+@pytest.mark.parametrize("method", TOGETHER)
 def test_runs_end_as_they_end_alone_but_for_rounding(method: str, tmp_path: Path, monkeypatch) -> None:
     options = (*TINY, *CALM, *METHODS[method])
     seen = []

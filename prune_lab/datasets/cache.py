@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from prune_lab.datasets.in_memory import ImageArrays, hash_arrays
+from prune_lab.locks import lock
 from prune_lab.schema import ConfigError
 
 log = logging.getLogger(__name__)
@@ -59,21 +59,14 @@ def _source_key(source: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def locked(entry: Path) -> Iterator[None]:
-    """Hold the lock of a cache entry; the system releases it if the process dies.
+def locked(entry: Path) -> AbstractContextManager[None]:
+    """Return what holds the lock of a cache entry; it falls if the process dies.
 
     Raises:
-        ConfigError: the folder of the entry cannot be made or written.
+        ConfigError: on entering, the folder of the entry cannot be made or written.
     """
-    try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(entry.with_name(entry.name + ".lock"), "w")
-    except OSError as error:
-        raise ConfigError(f"dataset.cache_dir={entry.parent} cannot be written: {error.strerror}") from error
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+    path, what = entry.with_name(f"{entry.name}.lock"), f"the images of {entry.name}"
+    return lock(path, what=what, report=log.info, option="dataset.cache_dir")
 
 
 @contextmanager

@@ -149,9 +149,11 @@ class DepL0(Method):
     def check_run(self, config: RunConfig) -> None:
         """Refuse compiled networks, schedules without steps for the gates, and an untrained network to start from."""
         block = "train" if self.config.start == "scratch" else "finetune"
-        if config.trainer.compile not in (False, "auto"):
+        wanted = config.trainer.compile
+        if wanted not in (False, "auto"):
             raise ConfigError(
-                f"trainer.compile={str(config.trainer.compile).lower()} does not go with method={self.config.name}, whose gates change in every step",
+                f"trainer.compile={str(wanted).lower()} does not go with method={self.config.name}, whose gates "
+                "change in every step",
                 "trainer.compile",
             )
         if config.schedule.phase(block).epochs == 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 from prune_lab.arguments import Arguments
 from prune_lab.files import read_json
+from prune_lab.locks import is_held
 from prune_lab.schema import ConfigError
 from prune_lab.tracking.base import RunInfo
 from prune_lab.tracking.jsonl import read_records
@@ -110,25 +110,12 @@ def _send(sink: WandbSink, info: RunInfo, records: list[dict[str, Any]], status:
     return Sent(sink.url, len(records) - present, present)
 
 
-def _is_running(run_dir: Path) -> bool:
-    """Return whether a process works on the run: it holds the lock until it ends, also when it is killed."""
-    path = run_dir / ".lock"
-    if not path.exists():
-        return False
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: enough for a file that may only be read
-        except BlockingIOError:
-            return True
-        return False
-
-
 def _sync(run_dir: Path, options: argparse.Namespace) -> str:
     """Send one run, say what came of it, and return the word that it is counted under."""
     if not (run_dir / "run.json").exists():
         print(f"{run_dir}: skipped, it holds results without the run (no run.json)", flush=True)
         return "skipped"
-    if _is_running(run_dir):  # it would be marked as failed in W&B
+    if is_held(run_dir / ".lock"):  # a process works on it: it would be marked as failed in W&B
         print(f"{run_dir}: running, skipped", flush=True)
         return "skipped"
     try:

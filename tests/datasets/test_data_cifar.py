@@ -295,7 +295,7 @@ def test_two_processes_at_once_get_the_same_arrays(tmp_path, tree):
 
 def test_cache_dir_that_cannot_be_written_is_named(tmp_path, tree):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="dataset.cache_dir=.*file.* cannot be written"):
+    with pytest.raises(ConfigError, match="dataset.cache_dir: cannot write .*file"):
         read(**small_cifar(tmp_path, tree, cache_dir=str(tmp_path / "file" / "cache")))
 
 
