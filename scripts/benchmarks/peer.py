@@ -98,7 +98,7 @@ def _accuracy(options: Options, report: Report) -> None:
 def _run_options(options: Options, seed: int, folder: str) -> RunConfig:
     length = (f"schedule.train.epochs={options.epochs}", f"trainer.limit_train_batches={options.batches}")
     rest = (f"schedule.train.warmup_epochs={min(1, options.epochs - 1)}", f"seed={seed}", f"output_dir={folder}")
-    return workload.compose(options.over(*workload.SMALL, "method=dense", *length, *rest))
+    return workload.compose(options.over(*workload.SMALL, "schedule=cifar_short", "method=dense", *length, *rest))
 
 
 def _our_top1(options: Options, seed: int) -> float:
