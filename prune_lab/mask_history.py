@@ -9,17 +9,32 @@ import torch
 from torch import Tensor
 
 
+_INITIAL, _EVER = 1, 2
+
+
 class MaskHistory:
-    """The first masks of a phase and every position that has been active since, keyed by parameter path."""
+    """The first masks of a phase and every position that has been active since, keyed by parameter path.
+
+    Both are bits of one byte per weight: two bool copies of the masks would be a tenth of what a small batch trains in.
+    """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        self.initial = {name: mask.clone() for name, mask in masks.items()}
-        self.ever = {name: mask.clone() for name, mask in masks.items()}
+        self._bits = {name: mask.to(torch.uint8) * (_INITIAL | _EVER) for name, mask in masks.items()}
+
+    @property
+    def initial(self) -> dict[str, Tensor]:
+        """bool, made anew at each call"""
+        return {name: (bits & _INITIAL).bool() for name, bits in self._bits.items()}
+
+    @property
+    def ever(self) -> dict[str, Tensor]:
+        """bool, made anew at each call"""
+        return {name: (bits & _EVER).bool() for name, bits in self._bits.items()}
 
     def observe(self, masks: Mapping[str, Tensor]) -> None:
         """Note the masks in force."""
         for name, mask in masks.items():
-            self.ever[name] |= mask
+            self._bits[name] |= mask.to(torch.uint8) * _EVER
 
     def totals(self, masks: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the figures of the whole network, without those per layer."""
@@ -40,8 +55,8 @@ class MaskHistory:
                 torch.stack(
                     [
                         mask.sum(),
-                        self.ever[name].sum(),
-                        (mask & self.initial[name]).sum(),
+                        (self._bits[name] & _EVER).count_nonzero(),
+                        (mask & (self._bits[name] & _INITIAL).bool()).sum(),
                         (~mask.flatten(1).any(1)).sum(),
                     ]
                 )
@@ -63,9 +78,9 @@ class MaskHistory:
         return figures
 
     def state_dict(self) -> dict[str, Any]:
-        return {"initial": dict(self.initial), "ever": dict(self.ever)}
+        return {"initial": self.initial, "ever": self.ever}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for kind in ("initial", "ever"):
-            for name, mask in getattr(self, kind).items():
-                mask.copy_(state[kind][name])
+        for name, bits in self._bits.items():
+            initial, ever = (state[kind][name].to(bits) for kind in ("initial", "ever"))
+            bits.copy_(initial * _INITIAL | ever * _EVER)

@@ -37,7 +37,8 @@ class RandomGrowth(DropAndGrow):
         if self.config.growth == "random":
             return scores
         # In double precision adding 1 merges no two of the numbers.
-        return {name: score.double() + ~context.history.ever[name] for name, score in scores.items()}
+        ever = context.history.ever
+        return {name: score.double() + ~ever[name] for name, score in scores.items()}
 
     def paper_train_ratio(self, context: Context) -> float:
         return context.forward_macs / context.dense_macs
