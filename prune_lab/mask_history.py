@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 _INITIAL, _EVER = 1, 2
 
 

@@ -14,15 +14,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "prune_lab").rglob("*.py"))
 YAML = sorted((ROOT / "conf").rglob("*.yaml"))
 TEXTS = [
-    *PACKAGE, *YAML, *sorted((ROOT / "tests").rglob("*.py")), *(path for path in sorted((ROOT / "scripts").rglob("*")) if path.is_file() and path.suffix != ".pyc"),
+    *PACKAGE, *YAML, *sorted((ROOT / "tests").rglob("*.py")),
+    *(path for path in sorted((ROOT / "scripts").rglob("*")) if path.is_file() and path.suffix != ".pyc"),
     *(ROOT / name for name in ("README.md", "pyproject.toml", ".gitignore")),
 ]  # fmt: skip
 RECIPES = {"experiment", "debug", "config.yaml"}
 """they set options that are explained where they live"""
 
-TORCH_FREE = ["cli", "config", "overrides", "schema", "listing", "completion", "selection", "sweep", "identity", "files", "lazy",
+TORCH_FREE = ["cli", "config", "overrides", "schema", "listing", "completion", "sweep", "identity", "files", "lazy",
               "chain", "positions", "verdict", "verdict_cases", "compare.command", "compare.figures",
-              "compare.html", "worker", "launching", "slots",
+              "compare.html", "worker", "launching", "slots", "selection",
               "tracking", "tracking.refill", "models", "datasets", "methods.base"]  # fmt: skip
 
 
