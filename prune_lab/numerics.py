@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from prune_lab.allocator import keep_freed_memory
 from prune_lab.config import TrainerConfig
 from prune_lab.schema import ConfigError
 
@@ -78,6 +79,8 @@ def resolve(config: TrainerConfig, *, local_rank: int = 0) -> Numerics:
     # Denormal numbers made fp32 ResNet-20 steps on a CPU 7 times as long after ten steps of training; worker threads
     # inherit this setting, so it comes before their first work.
     torch.set_flush_denormal(True)
+    if device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32; exact evaluation relies on it
     precision = config.precision
     if precision == "auto":
