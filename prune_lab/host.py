@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from typing import Any
 
 from torch import Tensor
@@ -27,7 +28,8 @@ class Host:
         return signals.stop_flag()
 
     def pause(self) -> None:
-        """Be called by a run that waits for something that another run may be doing."""
+        """Let half a second pass, in which another process or run may give back what this run waits for."""
+        time.sleep(0.5)
 
     def differentiate(self, training: loop.Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `loop.differentiate`."""

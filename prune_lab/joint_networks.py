@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import torch
@@ -35,16 +36,15 @@ def why_alone(training: Training) -> str | None:
     return None
 
 
-def shape(batch: Batch) -> Hashable:
-    """Return what batches must have in common to be computed together: kinds of modules, shapes, number format."""
-    model = batch.training.context.model
-    modules = tuple((name, type(module)) for name, module in model.named_modules())
-    sizes = tuple((name, tensor.shape) for name, tensor in chain(model.named_parameters(), model.named_buffers()))
-    return modules, sizes, batch.images.shape, batch.training.numerics
+def kind(training: Training) -> Hashable:
+    """Return what networks must have in common to be computed together: modules and options, shapes, number format."""
+    model = training.context.model
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return repr(model), tuple((name, tensor.shape, tensor.requires_grad) for name, tensor in tensors), training.numerics
 
 
 class JointNetworks:
-    """Networks of the same `shape`, each with its own weights, images and loss.
+    """Networks of the same `kind`, each with its own weights, images and loss.
 
     Weights are copied in before and gradients out after each pass, in a few fused operations: whatever a method does
     to the weights of its run is seen, and nothing else of the run has to know. Extra memory: parameters, gradients and
@@ -56,9 +56,9 @@ class JointNetworks:
     def __init__(self, trainings: Sequence[Training]) -> None:
         self.trainings = tuple(trainings)
         models = [training.context.model for training in trainings]
-        self._one = models[0]
+        one = models[0]
         self._stacked = _stack([dict(model.named_parameters()) for model in models])
-        for name, parameter in self._one.named_parameters():
+        for name, parameter in one.named_parameters():
             self._stacked[name].requires_grad_(parameter.requires_grad)
         self._stacked_buffers = _stack([dict(model.named_buffers()) for model in models])
         # The same tensors network by network, as the fused copies want them.
@@ -67,13 +67,16 @@ class JointNetworks:
         self._parts = _parts(self._stacked.values(), len(models))
         self._buffer_parts = _parts(self._stacked_buffers.values(), len(models))
         self._numerics = trainings[0].numerics
-        self._together = self._numerics.compiled(vmap(self._forward, randomness="error"))
-
-    def _forward(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
-        return functional_call(self._one, (parameters, buffers), (images,))
+        # Of `one` only: a reference to this object would keep all networks until a full garbage collection.
+        self._together = self._numerics.compiled(vmap(partial(_forward, one), randomness="error"))
 
     def differentiate(self, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-        """Do for the batch of every network what `loop.differentiate` does; return what it returns, in order."""
+        """Do for the batch of every network what `loop.differentiate` does; return what it returns, in order.
+
+        An error leaves the networks and their gradients as they were.
+        """
+        for value in self._stacked.values():
+            value.grad = None
         _copy(self._parts, self._parameters)
         _copy(self._buffer_parts, self._buffers)
         images = torch.stack([batch.images for batch in batches])
@@ -88,8 +91,8 @@ class JointNetworks:
             for loss, batch in zip(losses, batches, strict=True)
         ]
         torch.stack(scaled).sum().backward()
-        _copy(self._buffers, self._buffer_parts)
         self._hand_out_gradients()
+        _copy(self._buffers, self._buffer_parts)
         return [(loss.detach(), output.detach()) for loss, output in zip(losses, logits, strict=True)]
 
     @torch.no_grad()
@@ -103,12 +106,14 @@ class JointNetworks:
                 parameter.grad = torch.zeros_like(parameter)
         if parameters:
             torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
-        for value in self._stacked.values():
-            value.grad = None
 
     @property
     def _num(self) -> int:
         return len(self.trainings)
+
+
+def _forward(one: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
+    return functional_call(one, (parameters, buffers), (images,))
 
 
 def _stack(named: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

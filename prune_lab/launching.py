@@ -40,7 +40,7 @@ def launch(
     _register_resolvers()
     chosen = _checked_choice(conf_dir, options)
     in_this_process = chosen["_target_"] == VECTORISED
-    at_once = _runs_at_once(chosen) if in_this_process else 0
+    at_once = _runs_at_once(chosen, configs) if in_this_process else 0
     print(f"{len(configs)} runs; what each prints is in {folder}/run-N.log", flush=True)
     for number, name in enumerate(names, start=1):
         print(f"  run {number}: {name}", flush=True)
@@ -125,15 +125,17 @@ def _lost_jobs_as_results() -> Iterator[None]:
         submitit.Job.results = results
 
 
-def _runs_at_once(chosen: Mapping[str, Any]) -> int:
+def _runs_at_once(chosen: Mapping[str, Any], configs: Sequence[RunConfig]) -> int:
     """Return the option of conf/hydra/launcher/vectorised.yaml.
 
     Raises:
-        ConfigError: a wrong value, torchrun, or greenlet is not installed.
+        ConfigError: a wrong value, runs that cannot share a process, torchrun, or greenlet is not installed.
     """
     at_once = chosen["at_once"]
-    if not isinstance(at_once, int) or at_once < 1:
+    if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
         raise ConfigError(f"hydra.launcher.at_once must be a whole number of at least 1, got {at_once}")
+    if len({config.trainer.threads for config in configs}) > 1:
+        raise ConfigError(f"trainer.threads must be the same for all runs of {LAUNCHER}=vectorised")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(f"{LAUNCHER}=vectorised shares one process among runs; start it without torchrun")
     if importlib.util.find_spec("greenlet") is None:

@@ -8,6 +8,7 @@ import fcntl
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,8 +23,12 @@ STALE_S = 60.0
 BEAT_S = 10.0
 """seconds between heartbeats"""
 
+_TRIES = 3
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FREE = b"free\n"
+
+_held: list[TextIO] = []
+"""lock files that end with this very process"""
 
 
 @contextlib.contextmanager
@@ -32,8 +37,9 @@ def lock(
     *,
     what: str,
     report: Callable[[str], None],
-    poll: Callable[[], None] = lambda: None,
+    poll: Callable[[], None] = lambda: time.sleep(0.5),
     option: str = "output_dir",
+    with_children: bool = False,
 ) -> Iterator[None]:
     """Hold the lock file `path`; it falls with the process, however that ends.
 
@@ -41,8 +47,10 @@ def lock(
 
     Args:
         what: named in the message while another process holds it.
-        poll: called while waiting; may raise to give up.
+        poll: called again and again while waiting; should let some time pass, may raise to give up.
         option: what says where the file lies, for errors.
+        with_children: processes forked meanwhile hold it too, for they work on what it protects; others are to call
+            `leave_to_parent`.
 
     Raises:
         ConfigError: the directory cannot be made or written, or the lock cannot be asked for.
@@ -59,23 +67,37 @@ def lock(
                 report(f"waiting for another process that is working on {what}")
             waited = True
             poll()
-            time.sleep(0.5)
+        if not with_children:
+            _held.append(file)
         try:
             yield
         finally:
+            if not with_children:
+                _held.remove(file)
             claim.release()
 
 
 def _claim(file: TextIO, path: Path, report: Callable[[str], None]) -> SystemLock | HeartbeatLock:
     """Return the kind of lock that the file system has."""
     claim = SystemLock(file)
-    try:
-        claim.attempt()  # if it is had now, it is had again
-    except OSError as error:
-        if error.errno in _UNSUPPORTED:
-            report(f"{path.parent} is on a file system without locks ({error.strerror}); heartbeats stand in for them")
-            return HeartbeatLock(path)
-    return claim
+    for _ in range(_TRIES):  # a lock service that starts again has none for a moment
+        try:
+            claim.attempt()  # if it is had now, it is had again
+            return claim
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                return claim
+            reason = error.strerror
+        time.sleep(1)
+    report(f"{path.parent} is on a file system without locks ({reason}); heartbeats stand in for them")
+    return HeartbeatLock(path)
+
+
+def leave_to_parent() -> None:
+    """Give up, in a forked process, the locks that are the parent's alone: they fall when it dies."""
+    for file in _held:
+        os.close(file.fileno())
+    _held.clear()
 
 
 def is_held(path: Path) -> bool:
@@ -162,7 +184,10 @@ class HeartbeatLock:
     def is_held(self) -> bool:
         """Return whether there is an owner that has not finished; one that was killed counts until it is replaced."""
         number = max(self._numbers(), default=0)
-        return number > 0 and not read_bytes(self._file(number)).startswith(_FREE)
+        try:
+            return number > 0 and not read_bytes(self._file(number)).startswith(_FREE)
+        except FileNotFoundError:  # the next owner has deleted it
+            return True
 
     def _is_over(self, number: int) -> bool:
         """Return whether the owner has finished, or has not been heard of for as long as this process looks."""
@@ -180,13 +205,18 @@ class HeartbeatLock:
         return now - self._since > STALE_S
 
     def _beat(self, descriptor: int) -> None:
-        """Change the file until the end. An owner that was suspended may find itself replaced: its process stops."""
+        """Change the file until the end.
+
+        An owner that was suspended may find itself replaced: its process is killed, for whatever it still wrote would
+        be written over its successor's.
+        """
         beats = 0
         while not self._ended.wait(BEAT_S):
             with contextlib.suppress(OSError):  # a server that does not answer now may do so at the next beat
                 if max(self._numbers(), default=self._number) > self._number:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    break
+                    print(f"prune-lab: error: {self._path} was taken over by another process while this one stood "
+                          "still; it ends here", file=sys.stderr, flush=True)
+                    os.kill(os.getpid(), signal.SIGKILL)
                 beats += 1
                 self._write(descriptor, self._line(beats))
         with contextlib.suppress(OSError):

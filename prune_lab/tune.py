@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     name = options.study or _name(config, space, objectives)
     path = Path(config.output_dir) / "tune" / f"{name}.db"
     # One process at a time: what another one has under way would look like left over from a kill.
-    with store.lock(path.with_suffix(".lock"), what=f"study {name}", report=print, poll=lambda: None):
+    with store.lock(path.with_suffix(".lock"), what=f"study {name}", report=print):
         study = open_study(
             path,
             options=[*space.identity(), f"images={images}"],

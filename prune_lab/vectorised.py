@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import io
+import time
 from collections import Counter, deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+import torch
 from greenlet import getcurrent, greenlet
 
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat, CommonConfig
 from prune_lab.datasets.base import InMemoryConfig
 from prune_lab.host import Host
-from prune_lab.joint_networks import Batch, JointNetworks, shape, why_alone
+from prune_lab.joint_networks import Batch, JointNetworks, kind, why_alone
 from prune_lab.loop import differentiate
 from prune_lab.signals import StopFlag, stop_flag
 from prune_lab.slots import gpus, slot
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.loop import Training
+
+_WAIT_S = 0.5
+"""seconds between looks at what other processes hold"""
 
 
 def run_together(configs: Sequence[RunConfig], at_once: int, folder: Path) -> list[Outcome]:
@@ -45,10 +51,15 @@ def run_together(configs: Sequence[RunConfig], at_once: int, folder: Path) -> li
         active: list[_Member] = []
         outcomes: list[Outcome] = []
         while active or (waiting and not stop()):
-            while waiting and len(active) < at_once and not stop():
-                active.append(waiting.popleft())
-                active[-1].resume()
-            company.advance(active)
+            try:
+                while waiting and len(active) < at_once and not stop():
+                    active.append(waiting.popleft())
+                    active[-1].resume()
+                company.advance(active)
+            except KeyboardInterrupt as error:  # a second Ctrl-C: each run notes that it was interrupted
+                for member in active:
+                    member.end(error)
+                raise
             outcomes += [member.outcome() for member in active if member.is_over]
             active = [member for member in active if not member.is_over]
         outcomes += [Outcome(member.number, stop.exit_code, "not started") for member in waiting]
@@ -56,13 +67,20 @@ def run_together(configs: Sequence[RunConfig], at_once: int, folder: Path) -> li
     return sorted(outcomes, key=lambda outcome: outcome.number)
 
 
+@dataclass
+class _Turn:
+    """What a run says that has computed a batch by itself."""
+
+    training: Training
+
+
 class _Member:
-    """A run as a coroutine: goes on when it is resumed, until it has a batch, must wait for another run, or ends."""
+    """A run as a coroutine: goes on when it is resumed, until it hands over or ends."""
 
     def __init__(self, number: int, config: RunConfig, company: _Company, folder: Path) -> None:
         self.number = number
-        self.batch: Batch | None = None
-        """what it waits for the gradients of; None: for another run"""
+        self.said: Batch | _Turn | None = None
+        """a batch to be computed; or that it goes on at the next step; None: it waits for another run"""
         self._tally: Counter[str] = Counter()
         self._errors = io.StringIO()
         self._path = log_path(folder, number)
@@ -74,12 +92,26 @@ class _Member:
     def is_over(self) -> bool:
         return self._coroutine.dead
 
+    @property
+    def is_waiting(self) -> bool:
+        return self.said is None and not self.is_over
+
     def resume(self, answer: tuple[Tensor, Tensor] | None = None) -> None:
+        """Let the run go on; without an answer it computes its batch by itself."""
+        self._enter(lambda: self._coroutine.switch(*([answer] if self._coroutine else [])))
+
+    def end(self, error: BaseException) -> None:
+        """Raise `error` in the run, which takes note of it."""
+        if self._coroutine:
+            with contextlib.suppress(type(error)):
+                self._enter(lambda: self._coroutine.throw(error))
+
+    def _enter(self, switch: Callable[[], Any]) -> None:
         if self._log is None:  # open until the run ends: its console keeps the stream it finds at first
             self._log = open(self._path, "a", encoding="utf-8", buffering=1)
         with contextlib.redirect_stdout(self._log), contextlib.redirect_stderr(Twice(self._log, self._errors)):
-            said = self._coroutine.switch(*([] if answer is None else [answer]))
-        self.batch = None if self.is_over else said
+            said = switch()
+        self.said = None if self.is_over else said
         if self.is_over:
             self._code = said
             self._log.close()
@@ -100,8 +132,9 @@ class _Company(Host):
     def __init__(self, stop: StopFlag) -> None:
         self._stop, self._shown = stop, StopFlag()
         self._datasets: dict[str, Any] = {}
+        self._kinds: dict[int, _Kind] = {}
         self._networks: dict[tuple[int, ...], JointNetworks] = {}
-        self._alone: set[int] = set()
+        self._looked_s = time.monotonic()
 
     def load(self, config: CommonConfig, fmt: BatchFormat) -> Any:
         if not isinstance(config, InMemoryConfig):  # one that streams has readers of its own for each run
@@ -123,53 +156,111 @@ class _Company(Host):
         return contextlib.nullcontext(self._shown)
 
     def pause(self) -> None:
-        getcurrent().parent.switch(None)
+        _hand_over(None, torch.device("cpu"))
 
     def differentiate(self, training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return getcurrent().parent.switch(Batch(training, images, labels))
+        """Hand the batch over, or compute it here, before other runs have drawn from the random generators."""
+        device, own = training.numerics.torch_device, self._kind(training)
+        if own.reason is None:
+            answer = _hand_over(Batch(training, images, labels), device)
+            return differentiate(training, images, labels) if answer is None else answer
+        answer = differentiate(training, images, labels)
+        _hand_over(_Turn(training), device)
+        return answer
+
+    def _kind(self, training: Training) -> _Kind:
+        """Return how the training's networks are computed, decided anew in every epoch: methods may change them."""
+        number, epoch = id(training), training.progress.epoch
+        known = self._kinds.get(number)
+        if known is None or known.training is not training or known.epoch != epoch:
+            reason = why_alone(training)
+            reason = reason or (known.reason if known is not None and known.training is training else None)
+            self._kinds[number] = _Kind(training, epoch, reason, kind(training))
+            if reason and (known is None or known.reason != reason):
+                training.context.report(f"computed alone: {reason}")
+        return self._kinds[number]
 
     def advance(self, members: Sequence[_Member]) -> None:
-        """Answer every batch and let its run go on; runs that wait go on when another run has got somewhere."""
+        """Let every run go on, with its gradients; one that waits only when another run has got somewhere, or at times.
+        """
+        if self._stop() and not self._shown():
+            print("stopping: the runs under way write a checkpoint, the others do not start", flush=True)
         self._shown.number = self._stop.number  # all see a signal at the same step, so that they go on in step
-        paused = [member for member in members if member.batch is None and not member.is_over]
-        ready = [member for member in members if member.batch is not None]
-        got_somewhere = not ready
-        networks = {}
+        waiting = [member for member in members if member.is_waiting]
+        ready = [member for member in members if member.said is not None]
+        got_somewhere, networks = False, {}
         for group in self._groups(ready):
-            batches = [member.batch for member in group]
-            for member, answer in zip(group, self._answers(batches, networks), strict=True):
-                training = member.batch.training
+            for member, answer in zip(group, self._answers([member.said for member in group], networks), strict=True):
+                before = _training(member)
                 member.resume(answer)
-                got_somewhere |= member.batch is None or member.batch.training is not training
+                got_somewhere |= _training(member) is not before
         self._networks = networks
-        if got_somewhere:
-            for member in paused:
+        now = time.monotonic()
+        if not ready:
+            time.sleep(_WAIT_S)  # all wait for other processes
+        if got_somewhere or not ready or now - self._looked_s > _WAIT_S:
+            self._looked_s = now
+            for member in waiting:
                 member.resume()
+        alive = {id(_training(member)) for member in members}
+        self._kinds = {number: known for number, known in self._kinds.items() if number in alive}
 
     def _groups(self, ready: Sequence[_Member]) -> list[list[_Member]]:
         """Return the members in groups that are computed together."""
         groups: dict[Hashable, list[_Member]] = {}
         for member in ready:
-            reason = why_alone(member.batch.training)
-            if reason is not None:
-                self._note_alone(member, reason)
-            groups.setdefault(member.number if reason else shape(member.batch), []).append(member)
+            batch = member.said
+            key = (self._kind(batch.training).kind, batch.images.shape) if isinstance(batch, Batch) else member.number
+            groups.setdefault(key, []).append(member)
         return list(groups.values())
 
-    def _note_alone(self, member: _Member, reason: str) -> None:
-        if member.number not in self._alone:
-            member.batch.training.context.report(f"computed alone: {reason}")
-        self._alone.add(member.number)
-
-    def _answers(self, batches: Sequence[Batch], networks: dict) -> list[tuple[Tensor, Tensor]]:
-        """Return loss and logits of each batch; its network's parameters have got their gradients.
+    def _answers(
+        self, batches: Sequence[Batch | _Turn], networks: dict[tuple[int, ...], JointNetworks]
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """Return loss and logits of each batch; None: the run is to compute it by itself.
 
         Args:
             networks: gets the stacked networks that were used: those of earlier groups are given up.
         """
         if len(batches) == 1:
-            (batch,) = batches
-            return [differentiate(batch.training, batch.images, batch.labels)]
+            return [None]
         key = tuple(id(batch.training) for batch in batches)
-        networks[key] = self._networks.get(key) or JointNetworks([batch.training for batch in batches])
-        return networks[key].differentiate(batches)
+        try:
+            known = self._networks.get(key)
+            if known is None or any(a is not b.training for a, b in zip(known.trainings, batches, strict=True)):
+                known = JointNetworks([batch.training for batch in batches])
+            networks[key] = known
+            return known.differentiate(batches)
+        except Exception as error:  # such as too little memory, or an operation that torch.func does not know
+            reason = f"together it failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            for batch in batches:
+                number = id(batch.training)
+                self._kinds[number] = replace(self._kinds[number], reason=reason)
+                batch.training.context.report(f"computed alone: {reason}")
+            return [None] * len(batches)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How the networks of a training are computed."""
+
+    training: Training
+    epoch: int
+    reason: str | None
+    """why alone; None: with others of the same kind"""
+    kind: Hashable
+
+
+def _training(member: _Member) -> Training | None:
+    return None if member.said is None else member.said.training
+
+
+def _hand_over(said: Batch | _Turn | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Let other runs go on and return what this one is resumed with; its random numbers go on where they were."""
+    state = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    answer = getcurrent().parent.switch(said)
+    torch.set_rng_state(state)
+    if on_device is not None:
+        torch.cuda.set_rng_state(on_device, device)
+    return answer

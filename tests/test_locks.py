@@ -39,7 +39,7 @@ def hold(path: Path, log: Path, name: str, seconds: float) -> int:
         with open(log, "a") as file:
             file.write(f"{name} {text}\n")
 
-    with lock(path, what="this", report=lambda _line: None, poll=lambda: None):
+    with lock(path, what="this", report=lambda _line: None):
         note("begins")
         end = time.monotonic() + seconds
         while time.monotonic() < end:  # at work: only the heart's own thread can beat
@@ -81,7 +81,7 @@ def test_a_file_system_without_locks_is_told_once_and_waiting_can_be_given_up(tm
 def test_another_error_of_the_lock_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(locks.fcntl, "flock", refuse(errno.EIO))
     with pytest.raises(ConfigError, match=r"output_dir: cannot lock .*/lock: Input/output error"):
-        with lock(tmp_path / "lock", what="this", report=print, poll=lambda: None):
+        with lock(tmp_path / "lock", what="this", report=print):
             pass
 
 
@@ -111,21 +111,24 @@ def test_several_that_wait_for_a_killed_owner_do_not_get_its_lock_at_once(tmp_pa
     assert sorted(order[::2]) == ["a", "b", "c", "d"] and order[::2] == order[1::2]
 
 
-def test_an_owner_that_was_suspended_finds_itself_replaced_and_stops(tmp_path, no_locks):
+def test_an_owner_that_was_suspended_finds_itself_replaced_and_writes_nothing_more(tmp_path, no_locks):
     log = tmp_path / "log"
 
     def owner() -> int:
-        with stop_flag() as stop, lock(tmp_path / "lock", what="this", report=print, poll=lambda: None):
+        with stop_flag() as stop, lock(tmp_path / "lock", what="this", report=print):
             log.write_text("begins\n")
             wait_until(stop)
+            log.write_text("ends\n")
             return stop.exit_code
 
     child = fork(tmp_path / "out", owner)
     wait_until(lambda: lines(log) == ["begins"])
     os.kill(child, signal.SIGSTOP)
-    with lock(tmp_path / "lock", what="this", report=print, poll=lambda: None):
+    with lock(tmp_path / "lock", what="this", report=print):
         os.kill(child, signal.SIGCONT)
-        assert wait_for(child) == 143
+        assert wait_for(child) == -signal.SIGKILL
+    assert lines(log) == ["begins"]
+    assert "was taken over by another process" in (tmp_path / "out").read_text()
     with lock(tmp_path / "lock", what="this", report=print, poll=lambda: pytest.fail("it was given back")):
         pass
 
@@ -203,3 +206,29 @@ def test_what_cannot_be_written_is_told_with_the_option_that_names_it(tmp_path: 
     with pytest.raises(ConfigError, match=r"^dataset\.cache_dir: cannot write .*file/lock"):
         with lock(tmp_path / "file" / "lock", what="this", report=print, option="dataset.cache_dir"):
             pass
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_a_killed_owner_keeps_a_lock_only_through_processes_that_work_on_what_it_protects(tmp_path, leaves) -> None:
+    """As decoding workers of a training process, and those that write the copies of images."""
+    log = tmp_path / "log"
+
+    def worker() -> int:
+        if leaves:
+            locks.leave_to_parent()
+        log.write_text("works\n")
+        time.sleep(3)
+        return 0
+
+    def owner() -> int:
+        with lock(tmp_path / "lock", what="this", report=print, with_children=not leaves):
+            fork(tmp_path / "worker", worker)
+            time.sleep(30)
+        return 0
+
+    child = fork(tmp_path / "out", owner)
+    wait_until(lambda: lines(log) == ["works"])
+    assert is_held(tmp_path / "lock")
+    os.kill(child, signal.SIGKILL)
+    wait_for(child)
+    assert is_held(tmp_path / "lock") is not leaves

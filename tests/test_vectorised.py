@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,12 +101,17 @@ def test_what_cannot_be_computed_together_is_told() -> None:
     assert "forward pass" in joint_networks.why_alone(hooked)
 
 
-def test_only_networks_of_one_shape_and_number_format_are_computed_together() -> None:
-    first, second = batches(trainings("resnet20", 2))
-    assert joint_networks.shape(first) == joint_networks.shape(second)
-    others = [*batches(trainings("vgg16", 1)), *batches(trainings("resnet20", 1, precision="bf16"))]
-    smaller = joint_networks.Batch(first.training, first.images[:3], first.labels[:3])
-    assert len({joint_networks.shape(batch) for batch in (first, *others, smaller)}) == 4
+def test_only_networks_of_one_kind_are_computed_together() -> None:
+    first, second, strided = trainings("resnet20", 3)
+    assert joint_networks.kind(first) == joint_networks.kind(second)
+    strided.context.model.conv1.stride = (2, 2)  # has parameters of the same shapes
+    others = [*trainings("vgg16", 1), *trainings("resnet20", 1, precision="bf16"), strided]
+    assert len({joint_networks.kind(training) for training in (first, *others)}) == 4
+
+
+def test_stacked_networks_go_when_they_are_given_up() -> None:
+    networks = weakref.ref(joint_networks.JointNetworks(trainings("resnet20", 2)))
+    assert networks() is None, "only a full garbage collection would free the memory"
 
 
 SLOW = ("dense", "gmp", "directional", "slimming", "autosparse", "l0", "snip", "fpgm")
@@ -133,6 +139,41 @@ def test_runs_end_as_they_end_alone_but_for_rounding(method: str, tmp_path: Path
         for key in {"train/loss", "eval/loss", "sparsity", "macs/train", "global_step"} & row.keys():
             assert row[key] == pytest.approx(own_row[key], rel=1e-3), key
     assert one.name != alone.name, "rounding differs, so the runs have names of their own"
+
+
+def compare_with_alone(tmp_path: Path, *options: str) -> str:
+    """Run seeds 0 and 1 together and seed 1 alone, assert that the weights are the same bits, and return the log."""
+    assert cli.main(["-m", *options, "seed=0,1", LAUNCHER, "output_dir=together"]) == 0
+    assert execute(tmp_path / "alone", *options, "seed=1") == 0
+    one = next(Path("together").glob("*-s1-*"))
+    mine, own = (load_file(path / "model.safetensors") for path in (one, run_dir(tmp_path / "alone")))
+    assert all(torch.equal(mine[name], own[name]) for name in own)
+    return (one / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("more", [("trainer.accumulate=2",), METHODS["rigl"]])
+def test_networks_with_dropout_draw_what_they_draw_alone(more: tuple[str, ...], tmp_path: Path) -> None:
+    log = compare_with_alone(tmp_path, *TINY, "model=wrn_16_8", "model.width=0.125", "model.dropout=0.3", *more)
+    assert log.count("computed alone: its dropout would draw other numbers") == 1
+
+
+def test_what_cannot_be_stacked_is_computed_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_):
+        raise RuntimeError("vmap: no rule")
+
+    monkeypatch.setattr(joint_networks.JointNetworks, "differentiate", refuse)
+    log = compare_with_alone(tmp_path, *TINY, *METHODS["rigl"])
+    assert log.count("computed alone: together it failed with RuntimeError: vmap: no rule") == 1
+
+
+def test_a_second_ctrl_c_ends_every_run_as_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(joint_networks.JointNetworks, "differentiate", interrupted)
+    assert cli.main(["-m", *TINY, "method=dense", "seed=0,1,2", LAUNCHER, "hydra.launcher.at_once=2"]) == 130
+    statuses = [json.loads(path.read_text())["status"] for path in Path("outputs").glob("*/status.json")]
+    assert statuses == ["interrupted", "interrupted"], "the third has not begun"
 
 
 def joined(method: str) -> bool:
@@ -186,6 +227,8 @@ def stop_when_training(folder: Path) -> None:
     ("option", "environment", "message"),
     [
         ("hydra.launcher.at_once=0", {}, "hydra.launcher.at_once must be a whole number of at least 1, got 0"),
+        ("hydra.launcher.at_once=true", {}, "hydra.launcher.at_once must be a whole number of at least 1, got True"),
+        ("trainer.threads=1,2", {}, "trainer.threads must be the same for all runs"),
         ("hydra.launcher.atonce=2", {}, "Could not override 'hydra.launcher.atonce'"),
         ("hydra.launcher.at_once=2", {"WORLD_SIZE": "2"}, "start it without torchrun"),
     ],

@@ -86,7 +86,7 @@ class ResultFolder:
             except OSError as error:
                 reason = f"cannot make the folder {self.directory}: {error.strerror}"
                 raise ConfigError(f"{reason}; --output FOLDER names another") from error
-            with store.lock(self.directory / ".lock", what=str(self.directory), report=report, poll=lambda: None):
+            with store.lock(self.directory / ".lock", what=str(self.directory), report=report):
                 found = self._result()
                 if found is None:
                     about = {"key": self.key, "runs": [str(run.directory.resolve()) for run in runs], **self.inputs}

@@ -66,7 +66,7 @@ def locked(entry: Path) -> AbstractContextManager[None]:
         ConfigError: on entering, the folder of the entry cannot be made or written.
     """
     path, what = entry.with_name(f"{entry.name}.lock"), f"the images of {entry.name}"
-    return lock(path, what=what, report=log.info, option="dataset.cache_dir")
+    return lock(path, what=what, report=log.info, option="dataset.cache_dir", with_children=True)
 
 
 @contextmanager

@@ -183,17 +183,17 @@ def _shapes(listing: Listing, side: int, indices: np.ndarray) -> np.ndarray | st
 def _store(listing: Listing, index: np.ndarray, path: Path, indices: np.ndarray) -> np.ndarray | str:
     """Write the pixels of images to their places and return their checksums, or in one line what went wrong."""
     checksums = np.empty(len(indices), dtype=np.int64)
-    with open(path, "rb+", buffering=0) as file:
-        for row, i in enumerate(indices.tolist()):
-            offset, height, width, _ = index[i].tolist()
-            try:
-                pixels = np.ascontiguousarray(resize(read_rgb(listing.path(i)), width, height))
-            except READ_ERRORS as error:
-                return unreadable(listing.path(i), error)
-            checksums[row] = zlib.crc32(pixels)
-            try:
+    try:
+        with open(path, "rb+") as file:
+            for row, i in enumerate(indices.tolist()):
+                offset, height, width, _ = index[i].tolist()
+                try:
+                    pixels = np.ascontiguousarray(resize(read_rgb(listing.path(i)), width, height))
+                except READ_ERRORS as error:
+                    return unreadable(listing.path(i), error)
+                checksums[row] = zlib.crc32(pixels)
                 file.seek(offset)
                 file.write(pixels)
-            except OSError as error:
-                return f"dataset.cache_dir: {path} cannot be written: {error.strerror}"
+    except OSError as error:
+        return f"dataset.cache_dir: {path} cannot be written: {error.strerror}"
     return checksums

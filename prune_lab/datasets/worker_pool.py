@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from prune_lab import locks
+
 _GRACE_S = 20
 """seconds that a worker goes on for after a signal to end"""
 
@@ -72,7 +74,7 @@ class WorkerPool:
             _Answers(self._answer),
             batch_sampler=_Requests(),
             collate_fn=_unchanged,
-            worker_init_fn=_leave_signals_to_the_training,
+            worker_init_fn=_leave_to_the_training,
             persistent_workers=keep and self._options["num_workers"] > 0,
             generator=torch.Generator(),  # every loader draws a number, which would move torch's global generator
             **self._options,
@@ -111,12 +113,15 @@ def _close(pool: weakref.ref[WorkerPool]) -> None:
         pool().close()
 
 
-def _leave_signals_to_the_training(_worker: int) -> None:
-    """Go on when all processes of a job get a signal: the training process may need more answers to end well.
+def _leave_to_the_training(_worker: int) -> None:
+    """Hold no locks of the training process, and go on when all processes of a job get a signal.
+
+    The training process may need more answers to end well.
 
     Workers end when their pool is closed and soon after the death of the process that started them; the alarm is for
     the case that a worker itself was meant.
     """
+    locks.leave_to_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_S))
     signal.signal(signal.SIGALRM, lambda *_: os._exit(0))

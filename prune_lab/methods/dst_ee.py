@@ -49,6 +49,7 @@ class DSTEE(GradientGrowth):
         super().__init__(config)
         self.rounds_active: dict[str, Tensor] = {}
         self.last: dict[str, float] = {}
+        self.noted_epoch = -1
 
     def setup(self, context: Context) -> None:
         super().setup(context)
@@ -75,6 +76,9 @@ class DSTEE(GradientGrowth):
         gradients = self.gradient_scores(context, step, old)
         bonuses = {name: self.bonus(name, step) for name in old}
         super().update(context, step)
+        epoch = step // context.steps_per_epoch
+        if epoch != self.noted_epoch:  # not in `end_epoch`, which comes twice if a signal stops the evaluation
+            self.last, self.noted_epoch = {}, epoch
         for name, mask in context.masks.masks.items():
             self._note_layer(name, gradients[name], bonuses[name], pruned=~old[name], grown=mask & ~old[name])
         for name, mask in context.masks.masks.items():
@@ -96,11 +100,11 @@ class DSTEE(GradientGrowth):
         grown/gradient/LAYER, grown/bonus/LAYER: means over the newly grown weights; pruned/...: over all weights that
         could have been grown; grown/never_active/LAYER: share of grown weights that had never been active.
         """
-        noted, self.last = self.last, {}
-        return super().end_epoch(context, epoch) | noted
+        return super().end_epoch(context, epoch) | (self.last if epoch == self.noted_epoch else {})
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"rounds_active": dict(self.rounds_active), "last": dict(self.last)}
+        noted = {"last": dict(self.last), "noted_epoch": self.noted_epoch}
+        return super().state_dict() | {"rounds_active": dict(self.rounds_active)} | noted
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -108,7 +112,7 @@ class DSTEE(GradientGrowth):
         self.rounds_active = {
             name: counts.to(device.get(name, counts.device)) for name, counts in state["rounds_active"].items()
         }
-        self.last = dict(state["last"])
+        self.last, self.noted_epoch = dict(state["last"]), state["noted_epoch"]
 
 
 def _rms(values: Tensor) -> Tensor:

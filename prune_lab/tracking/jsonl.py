@@ -89,6 +89,7 @@ class JsonFiles(BaseSink):
         if self._dir is None:
             return
         try:
-            self._metrics.close()  # on a full disk it cannot flush; the status may still fit
+            if self._metrics is not None:
+                self._metrics.close()  # on a full disk it cannot flush; the status may still fit
         finally:
             write_json(self._dir / "status.json", {"status": status, "error": error})
