@@ -56,6 +56,7 @@ class Rates:
     nvlink_gb_s: float = 350.0
     network_gb_s: float = 40.0
     message_us: float = 30.0
+    norm_wait_us: float = 50.0
     overlap: float = 0.7
     decode_rate: float = 350.0
     cached_rate: float = 2000.0
@@ -63,6 +64,7 @@ class Rates:
     cores_per_node: int = 96
     disk_gb_s: float = 6.0
     host_gb_s: float = 20.0
+    write_s_gb: float = 1.5
     start_s: float = 120.0
 
 
@@ -72,7 +74,9 @@ REASONS = {
     "gpus_per_node": "usual size of a node",
     "nvlink_gb_s": "GB/s of an all-reduce inside a node; NVLink 4 has 450 each way",
     "network_gb_s": "GB/s of an all-reduce between nodes per GPU; 400 Gb/s InfiniBand has 50",
-    "message_us": "latency of a small collective",
+    "message_us": "latency of a small collective, inside a node",
+    "norm_wait_us": "torch.nn.SyncBatchNorm's forward makes the process wait for the GPU, which then has to wait "
+    "for new work; per layer, a few launches",
     "overlap": "share of the gradient exchange hidden behind the backward pass",
     "decode_rate": "JPEGs/s that a core decodes and crops; scripts/benchmark_stream.py measures it",
     "cached_rate": "images/s that a core cuts from dataset.cached_side=256; measured by the same script",
@@ -80,6 +84,7 @@ REASONS = {
     "cores_per_node": "cores that may decode",
     "disk_gb_s": "GB/s of a node's disk, for images and checkpoints; one NVMe drive",
     "host_gb_s": "GB/s from a GPU into pinned host memory; PCIe 5 has 64 each way",
+    "write_s_gb": "seconds of computing that a GB of checkpoint costs the writing thread; 205 MB took 0.30 s",
     "start_s": "imports, listing 1.28 million files, first compilation, warm-up of the kernels",
 }
 
@@ -94,7 +99,7 @@ class Line:
     formula: str
 
     def __str__(self) -> str:
-        return f"  {self.what:<30} {shown(self.value):>9} {self.unit:<6} = {self.formula}"
+        return f"  {self.what:<31} {shown(self.value):>9} {self.unit:<6} = {self.formula}"
 
 
 def shown(value: float) -> str:
@@ -126,7 +131,8 @@ def steps(network: Network, plan: Plan, rates: Rates, gpus: int) -> dict[str, Li
     reduce = 2 * (gpus - 1) / gpus * gradient / (bandwidth * 1e9)
     norm_messages = 2 * network.norms if gpus > 1 else 0
     norm = norm_messages * rates.message_us * 1e-6
-    step = compute + (1 - rates.overlap) * reduce + norm
+    host = norm_messages // 2 * rates.norm_wait_us * 1e-6
+    step = compute + (1 - rates.overlap) * reduce + norm + host
     lines = [
         Line("batch", batch, "images", f"min({plan.batch_per_gpu} x {gpus}, {plan.largest_batch}); {local} per GPU"),
         Line("steps per epoch", per_epoch, "", f"{plan.images:,} // {batch}, the last partial batch is dropped"),
@@ -142,15 +148,18 @@ def steps(network: Network, plan: Plan, rates: Rates, gpus: int) -> dict[str, Li
              f"2 (forward, backward) x {network.norms} layers, {8 * network.norm_channels / 1e6:.2g} MB each way"
              if gpus > 1 else "none on one GPU"),
         Line("waiting for them", 1e3 * norm, "ms", f"{norm_messages} x {rates.message_us:g} us, not hidden"),
+        Line("host waits of joined batch norm", 1e3 * host, "ms",
+             f"{norm_messages // 2} layers x {rates.norm_wait_us:g} us, in the forward pass"),
         Line("time per step", 1e3 * step, "ms",
-             f"{1e3 * compute:.4g} + (1 - {rates.overlap:g}) x {1e3 * reduce:.4g} + {1e3 * norm:.4g}"),
+             f"{1e3 * compute:.4g} + (1 - {rates.overlap:g}) x {1e3 * reduce:.4g} + {1e3 * norm:.4g} + "
+             f"{1e3 * host:.4g}"),
         Line("images/s", batch / step, "", f"{batch} / {1e3 * step:.4g} ms"),
     ]  # fmt: skip
     return {line.what: line for line in lines}
 
 
 def data(done: dict[str, Line], plan: Plan, rates: Rates, gpus: int) -> dict[str, Line]:
-    """Return the lines about reading images, per node."""
+    """Return the lines about reading images, per node; what is possible there bounds evaluation too."""
     nodes = ceil(gpus / rates.gpus_per_node)
     needed = done["images/s"].value / nodes
     cores = rates.cores_per_node * min(gpus, rates.gpus_per_node) / rates.gpus_per_node
@@ -161,15 +170,49 @@ def data(done: dict[str, Line], plan: Plan, rates: Rates, gpus: int) -> dict[str
     ]  # fmt: skip
     for name, rate, size in (("JPEG files", rates.decode_rate, rates.file_kb),
                              ("cached_side=256", rates.cached_rate, copies_kb)):  # fmt: skip
-        possible = min(cores * rate, rates.disk_gb_s * 1e6 / size)
+        by_cores, by_disk = cores * rate, rates.disk_gb_s * 1e6 / size
+        possible = min(by_cores, by_disk)
+        limit = "disk" if by_disk < by_cores else "cores"
         lines += [
             Line(f"cores for {name}", needed / rate, "cores",
                  f"{shown(needed)} / {rate:g} per core; {cores:g} are there"),
             Line(f"reading of {name}", needed * size / 1e6, "GB/s",
                  f"{shown(needed)} x {size:.4g} kB; {rates.disk_gb_s:g} are there, more from memory"),
+            Line(f"possible with {name}", possible, "",
+                 f"images/s, min({cores:g} x {rate:g}, {rates.disk_gb_s:g} GB/s / {size:.4g} kB); limited by "
+                 f"{limit}, {needed / possible:.0%} needed"),
             Line(f"slowdown with {name}", max(1.0, needed / possible), "x",
-                 f"max(1, {shown(needed)} / min({cores:g} x {rate:g}, {rates.disk_gb_s:g} GB/s / {size:.4g} kB))"),
+                 f"max(1, {shown(needed)} / {shown(possible)})"),
         ]  # fmt: skip
+    return {line.what: line for line in lines}
+
+
+def num_saves(cost_s: float, training_s: float) -> int:
+    """Return how many checkpoints of equal cost the program takes with `checkpoint_interval_s=auto`."""
+    costs, last = [], 0.0
+    while (last := saving.next_save_s(costs, last)) <= training_s:
+        costs.append(cost_s)
+    return len(costs)
+
+
+def checkpoints(training: float, network: Network, rates: Rates) -> dict[str, Line]:
+    """Return the lines about checkpoints in `training` seconds."""
+    state = 2 * 4 * network.parameters
+    copy, write = state / (rates.host_gb_s * 1e9), state / 1e9 * rates.write_s_gb
+    cost = copy + write
+    count = num_saves(cost, training)
+    lines = [
+        Line("checkpoint", state / 1e6, "MB", f"2 (weights, momentum) x 4 bytes x {network.parameters:,}"),
+        Line("copy of a checkpoint", 1e3 * copy, "ms",
+             f"{state / 1e6:.4g} MB / {rates.host_gb_s:g} GB/s to the host, training waits"),
+        Line("writing of a checkpoint", 1e3 * write, "ms",
+             f"{state / 1e6:.4g} MB x {rates.write_s_gb:g} s/GB of computing, beside training but booked as cost"),
+        Line("checkpoints", count, "",
+             f"none at epochs' ends; when all of {1e3 * cost:.4g} ms are {saving.SHARE:.0%} of the time, "
+             f"{saving.LEAST_S:g} s apart at least"),
+        Line("time between checkpoints", training / max(1, count), "s", f"{shown(training)} s / {max(1, count)}"),
+        Line("cost of checkpoints", count * cost / 3600, "h", f"{count} x {1e3 * cost:.4g} ms, at most"),
+    ]  # fmt: skip
     return {line.what: line for line in lines}
 
 
@@ -178,38 +221,42 @@ def totals(
 ) -> dict[str, Line]:
     """Return the lines about the whole run."""
     step, num_steps, batch = done["time per step"].value / 1e3, done["steps"].value, done["batch"].value
-    training = step * num_steps
-    forward = 2 * network.macs / (rates.peak_tflops * 1e12 * rates.utilisation)
-    evaluation = plan.epochs * plan.eval_images * forward / gpus
-    state = 2 * 4 * network.parameters
-    stall = state / (rates.host_gb_s * 1e9)
-    interval = min(max(stall / saving.SHARE, saving.LEAST_S), saving.MOST_S)
-    num_saved = plan.epochs + training / interval
+    training, start = step * num_steps, rates.start_s
+    nodes, images = ceil(gpus / rates.gpus_per_node), plan.epochs * plan.eval_images
+    forward = gpus / nodes * rates.peak_tflops * 1e12 * rates.utilisation / (2 * network.macs)
     first = min(PIECE, ceil(batch / gpus)), min(PIECE, ceil(plan.eval_images / gpus))
     lines = [
         Line("training", training / 3600, "h", f"{num_steps:,.0f} x {1e3 * step:.4g} ms"),
-        Line("evaluation", evaluation / 3600, "h",
-             f"{plan.epochs} x {plan.eval_images:,} x 2 x {network.macs:,} FLOPs at the same rate / {gpus} GPUs"),
-        Line("checkpoint", state / 1e6, "MB", f"2 (weights, momentum) x 4 bytes x {network.parameters:,}"),
-        Line("stall of a checkpoint", 1e3 * stall, "ms",
-             f"{state / 1e6:.4g} MB / {rates.host_gb_s:g} GB/s to the host; a thread then writes it in "
-             f"{state / 1e9 / rates.disk_gb_s:.2g} s"),
-        Line("time between checkpoints", interval, "s",
-             f"{1e3 * stall:.3g} ms / {saving.SHARE:g}, but {saving.LEAST_S:g} to {saving.MOST_S:g}"),
-        Line("all stalls", num_saved * stall / 3600, "h",
-             f"({plan.epochs} epochs + {training / 3600:.4g} h / {interval:g} s) x {1e3 * stall:.3g} ms"),
-        Line("start", rates.start_s / 3600, "h", f"{rates.start_s:g} s, once"),
+        Line("evaluation by GPUs", forward, "",
+             f"images/s per node, {gpus / nodes:g} x {rates.peak_tflops:g} T/s x {rates.utilisation:g} / "
+             f"(2 x {network.macs:,} FLOPs)"),
     ]  # fmt: skip
-    rest = evaluation + num_saved * stall + rates.start_s
+    saves = checkpoints(training, network, rates)
+    lines += [*saves.values(), Line("start", start / 3600, "h", f"{start:g} s, once")]
     for name, rate in (("JPEG files", rates.decode_rate), ("cached_side=256", rates.cached_rate)):
-        factor, wait = read[f"slowdown with {name}"].value, sum(first) / rate
+        factor, possible = read[f"slowdown with {name}"].value, read[f"possible with {name}"].value
+        evaluation, wait = images / (nodes * min(forward, possible)), plan.epochs * sum(first) / rate
+        rest = evaluation + wait + start + 3600 * saves["cost of checkpoints"].value
         lines += [
-            Line(f"first batches, {name}", plan.epochs * wait / 3600, "h",
+            Line(f"evaluation, {name}", evaluation / 3600, "h",
+                 f"{plan.epochs} x {plan.eval_images:,} / ({nodes} x min({shown(forward)}, {shown(possible)}))"),
+            Line(f"first batches, {name}", wait / 3600, "h",
                  f"{plan.epochs} x ({first[0]} + {first[1]} images in a worker's first pieces of a batch) / {rate:g}"),
-            Line(f"total with {name}", (training * factor + rest + plan.epochs * wait) / 3600, "h",
-                 f"{training / 3600:.4g} h x {factor:.4g} + {rest / 3600:.3g} h + {plan.epochs * wait / 3600:.3g} h"),
+            Line(f"total with {name}", (training * factor + rest) / 3600, "h",
+                 f"{training / 3600:.4g} h x {factor:.4g} + {rest / 3600:.3g} h of evaluation, first batches, "
+                 "checkpoints and start"),
         ]  # fmt: skip
     return {line.what: line for line in lines}
+
+
+def optimistic(plan: Plan, rates: Rates, gpus: int) -> list[str]:
+    """Return what is taken too lightly for so many GPUs, in a line each."""
+    local, nodes, found = plan.largest_batch // gpus, ceil(gpus / rates.gpus_per_node), []
+    if local < plan.batch_per_gpu:
+        found.append(f"{local} images per GPU are taken to compute as fast as {plan.batch_per_gpu}; they are slower")
+    if nodes > 1:
+        found.append(f"a message over {nodes} nodes is taken to need no longer than one inside a node; it needs more")
+    return [f"  optimistic: {words}" for words in found]
 
 
 def project(network: Network, plan: Plan, rates: Rates, gpus: int) -> dict[str, Line]:
@@ -239,7 +286,7 @@ def main() -> None:
         print(f"  --{field.name.replace('_', '-'):<20} {getattr(rates, field.name):>8g}  {REASONS[field.name]}")
     for gpus in options["gpus"]:
         print(f"\n{gpus} GPU{'s' * (gpus > 1)} (projection, not measured)")
-        print("\n".join(str(line) for line in project(network, plan, rates, gpus).values()))
+        print("\n".join(map(str, [*project(network, plan, rates, gpus).values(), *optimistic(plan, rates, gpus)])))
 
 
 if __name__ == "__main__":

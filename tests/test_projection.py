@@ -32,6 +32,7 @@ def rates(projection):
     return projection.Rates(
         peak_tflops=600, utilisation=0.1, nvlink_gb_s=100, network_gb_s=10, message_us=10, overlap=0.5,
         decode_rate=100, cached_rate=1000, file_kb=100, cores_per_node=80, disk_gb_s=1, host_gb_s=8, start_s=36,
+        norm_wait_us=20, write_s_gb=1.5,
     )  # fmt: skip
 
 
@@ -51,11 +52,36 @@ def test_one_gpu_by_hand(projection, network, rates):
     assert found["cores for cached_side=256"] == pytest.approx(10)
     assert found["slowdown with JPEG files"] == pytest.approx(10)  # a tenth of the node: 10 cores, 1000 images/s
     assert found["training"] == pytest.approx(100 / 3600)
-    assert found["evaluation"] == pytest.approx(10 * 8000 * 2e9 / 60e12 / 3600)
+    assert found["evaluation by GPUs"] == pytest.approx(30_000)  # a forward pass is a third of a step
+    assert found["evaluation, JPEG files"] == pytest.approx(10 * 8000 / 1000 / 3600)  # the cores decode no faster
+    assert found["evaluation, cached_side=256"] == pytest.approx(10 * 8000 / (1e6 / 262.656) / 3600)  # nor the disk
     assert found["checkpoint"] == pytest.approx(80)  # MB
-    assert found["stall of a checkpoint"] == pytest.approx(10)  # ms
-    rest = 10 * 8000 * 2e9 / 60e12 + (10 + 100 / 10) * 0.01 + 36 + 10 * (64 + 64) / 100
+    assert found["copy of a checkpoint"] == pytest.approx(10)  # ms
+    assert found["writing of a checkpoint"] == pytest.approx(120)
+    assert found["checkpoints"] == 7  # at 10, 26, 39 ... 91 s: n of 0.13 s are 1 % of n x 13 s
+    assert found["cost of checkpoints"] == pytest.approx(7 * 0.13 / 3600)
+    rest = 10 * 8000 / 1000 + 7 * 0.13 + 36 + 10 * (64 + 64) / 100
     assert found["total with JPEG files"] == pytest.approx((100 * 10 + rest) / 3600)
+
+
+def test_checkpoints_are_placed_as_the_program_places_them(projection):
+    assert projection.num_saves(0.01, 9.9) == 0
+    assert projection.num_saves(0.01, 100) == 10  # every 10 s, however cheap
+    assert projection.num_saves(8.0, 4000) == 5  # at 10 s, then every 800 s
+
+
+def test_it_says_whether_cores_or_the_disk_set_the_limit(projection, network, rates):
+    plan = projection.Plan()
+    for changed, limit in (({}, "cores"), ({"cores_per_node": 8000}, "disk")):
+        line = projection.project(network, plan, replace(rates, **changed), 1)["possible with JPEG files"]
+        assert f"limited by {limit}, " in line.formula
+
+
+def test_what_is_taken_too_lightly_is_said(projection, rates):
+    plan = projection.Plan()
+    assert projection.optimistic(plan, rates, 8) == []
+    assert len(projection.optimistic(plan, rates, 16)) == 1
+    assert "64 images per GPU" in projection.optimistic(plan, rates, 64)[0]
 
 
 def test_gradients_and_messages_between_gpus_by_hand(projection, network, rates):
@@ -63,7 +89,8 @@ def test_gradients_and_messages_between_gpus_by_hand(projection, network, rates)
     assert node["all-reduce of gradients"] == pytest.approx(2 * 7 / 8 * 40e6 / 100e9 * 1e3)
     assert two_nodes["all-reduce of gradients"] == pytest.approx(2 * 15 / 16 * 40e6 / 10e9 * 1e3)
     assert node["messages of joined batch norm"] == 100 and node["waiting for them"] == pytest.approx(1)
-    assert node["time per step"] == pytest.approx(20 + 0.5 * 0.7 + 1)
+    assert node["host waits of joined batch norm"] == pytest.approx(50 * 0.02)
+    assert node["time per step"] == pytest.approx(20 + 0.5 * 0.7 + 1 + 1)
     assert two_nodes["images/s needed per node"] == pytest.approx(two_nodes["images/s"] / 2)
 
 
@@ -77,7 +104,7 @@ def test_faster_parts_never_make_a_run_longer(projection, network, rates):
     for gpus in (1, 8, 64):
         base = values(projection, network, rates, gpus)
         for better in ({"utilisation": 0.2}, {"decode_rate": 200}, {"network_gb_s": 20}, {"message_us": 5},
-                       {"disk_gb_s": 2}, {"overlap": 0.9}, {"start_s": 1}):  # fmt: skip
+                       {"disk_gb_s": 2}, {"overlap": 0.9}, {"start_s": 1}, {"norm_wait_us": 10}):  # fmt: skip
             faster = values(projection, network, replace(rates, **better), gpus)
             for name in ("total with JPEG files", "total with cached_side=256"):
                 assert faster[name] <= base[name] * 1.0000001, (gpus, better)
