@@ -121,15 +121,14 @@ def _measure(
 ) -> dict[str, list[float]]:
     """Return images per second and decoding core of each path, one number per round.
 
-    The clock starts with the first batch of an epoch: what workers do before it does not count.
+    The clock starts before the first batch is asked for: workers fetch several at once, which must not come free.
     """
     clock = time.perf_counter if options.workers or options.device != "cpu" else time.process_time
     rates: dict[str, list[float]] = {name: [] for name in paths}
     for epoch in range(options.rounds + 1):
         for name, batches in paths.items():
+            began = clock()
             with closing(_generator(batches(epoch))) as stream:
-                next(stream)
-                began = clock()
                 num_images = sum(len(labels) for _, labels in stream)
             if options.device != "cpu":
                 torch.cuda.synchronize()

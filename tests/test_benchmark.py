@@ -104,6 +104,50 @@ def test_saves_take_their_share_of_an_hour():
     assert checkpoints.share(0.0, "auto") == 0
 
 
+def test_the_loader_that_takes_least_time_is_found_by_its_second_use(monkeypatch):
+    """Starting the workers, in the first use, does not count; one candidate is not timed."""
+    now, used = [0.0], []
+
+    def use(count: int) -> None:
+        now[0] += {2: 3.0, 4: 1.0, 8: 2.0}[count] if count in used else 10.0 * count
+        used.append(count)
+
+    monkeypatch.setattr(plain.time, "perf_counter", lambda: now[0])
+    assert plain.fastest(lambda count: count, use, [2, 4, 8]) == (4, 4)
+    used.clear()
+    assert plain.fastest(lambda count: count, use, [2]) == (2, 2) and used == []
+
+
+def test_numbers_of_workers_stay_within_the_cores():
+    assert [plain.worker_counts(cores) for cores in (1, 2, 4, 7, 96)] == [[2], [2], [2, 4], [2, 4], [2, 4, 8]]
+
+
+def test_a_load_above_the_cores_is_warned_of():
+    assert report.load_warning(2.0, 2) is None and report.load_warning(None, 2) is None
+    assert report.load_warning(2.5, 2).startswith("WARNING: a load of 2.50 on 2 cores: ")
+
+
+def test_quick_starts_few_processes():
+    assert workload.Options(quick=True).num_starts() == 2
+    assert workload.Options().num_starts() == 8
+    assert workload.Options(rounds=12, quick=True).num_starts() == 12
+
+
+def test_streams_are_timed_from_before_their_first_batch(monkeypatch):
+    """Four batches of one image, a second each: with the clock at the first batch three seconds would be counted."""
+    stream = importlib.import_module("benchmark_stream")
+    now = [0.0]
+
+    def batches(epoch):
+        for _ in range(4):
+            now[0] += 1.0
+            yield None, [0]
+
+    monkeypatch.setattr(stream.time, "process_time", lambda: now[0])
+    options = type("Options", (), {"workers": 0, "device": "cpu", "rounds": 2})
+    assert stream._measure({"a": batches}, options, 1) == {"a": [1.0, 1.0]}
+
+
 # What is timed
 
 
@@ -185,6 +229,24 @@ def test_the_plain_script_trains_and_counts_what_it_gets_right():
         last = plain.train_epoch(model, batches, optimizer)
     assert last < first
     assert plain.top1(model, arrays, [0.5] * 3, [0.5] * 3) == 100
+
+
+def test_the_plain_script_trains_in_the_formats_that_it_is_given():
+    seen = []
+
+    class Seen(torch.nn.Linear):
+        def forward(self, images):
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            logits = super().forward(images.mean((2, 3)))
+            seen.append(logits.dtype)
+            return logits
+
+    model = Seen(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
+    plain.train_epoch(model, batches, optimizer, autocast=lambda: torch.autocast("cpu", torch.bfloat16),
+                      memory_format=torch.channels_last)  # fmt: skip
+    assert seen == [torch.bfloat16]
 
 
 def test_the_figures_of_a_gpu_are_made_on_any_device(monkeypatch):

@@ -41,7 +41,7 @@ SECTIONS = {
     "stream": Section("data:stream", "2", "scripts/benchmark_stream.py: streamed images", is_long=True),
     "formats": Section("formats:run", "1", "fp32 and bf16, contiguous and channels_last; threads"),
     "compile": Section("formats:compiled", "6", "the same with torch.compile, a minute to warm up each", is_long=True),
-    "checkpoints": Section("checkpoints:run", "2", "saving and resuming, over a step and over training"),
+    "checkpoints": Section("checkpoints:run", "2", "a save in steps, its share of training (computed), resuming"),
     "startup": Section("startup:run", "2", "help, options and a run of one step over importing torch"),
     "scoring": Section("scoring:run", "2", "scores at initialisation and removal of channels over a dense step"),
     "memory": Section("memory:run", "3", "peak memory of RigL over dense and its masks"),
@@ -64,7 +64,7 @@ def _run(argv: list[str]) -> int:
     for word in chosen:
         if word not in SECTIONS:
             raise ConfigError(f"section {word}{suggestion(word, SECTIONS)}; allowed: {', '.join(SECTIONS)}")
-    from benchmarks.report import Report, reason
+    from benchmarks.report import Report, load_warning, reason
     from benchmarks.workload import SMALL, Options, compose
     from prune_lab import numerics
 
@@ -76,6 +76,8 @@ def _run(argv: list[str]) -> int:
     report, began = Report(), time.monotonic()
     head = report.head()
     print("\n".join(f"{key}: {value}" for key, value in head.items()))
+    if warning := load_warning(head["load_average_1min"], head["cores"]):
+        print(warning)
     print("each number: the median of ratios paired round by round, in brackets its 99 % interval")
     names = chosen or [name for name, section in SECTIONS.items() if not section.is_long]
     failed = []

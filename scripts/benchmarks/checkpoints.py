@@ -1,4 +1,4 @@
-"""What saving keeps from training, by step and at the interval of the options, and what resuming takes."""
+"""What a save keeps from training, in steps; computed from it, its share of an hour; and what resuming takes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from pathlib import Path
 
 from benchmarks import workload
 from benchmarks.report import Report
-from benchmarks.timing import Goal, in_turn
+from benchmarks.timing import in_turn
 from benchmarks.workload import Options
 from prune_lab import loop
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.saving import Saves, next_save_s
 
-GOAL = Goal(1.01)
 _METHOD = "rigl"
 """masks and their history are part of its checkpoints"""
 _STEPS = 3
@@ -22,6 +21,8 @@ _HOUR = 3600.0
 
 
 def run(options: Options, report: Report) -> None:
+    report.note(f"a save: the copy, what the writing thread takes from {_STEPS} steps, waiting until it is done")
+    report.note("computed: that cost, placed by the rule of the options, which aims at 1 %; long training is not timed")
     shapes = {"ResNet-20": workload.SMALL, "ResNet-50": workload.large(quick=options.quick)}
     for name, base in shapes.items():
         _one(name, options.over(*base), options, report)
@@ -61,7 +62,7 @@ def _one(name: str, overrides: Sequence[str], options: Options, report: Report) 
     stalls = [b - a for a, b in zip(times["steps"], times["saved"], strict=True)]
     report.compare(f"{name}: steps that a save costs", stalls, one)
     slowed = [1 + share(max(stall, 0.0), interval) for stall in stalls]
-    report.compare(f"{name}: training that saves (interval {interval}) over none", slowed, [1.0] * len(slowed), GOAL)
+    report.compare(f"{name}: computed: training that saves ({interval}) over none", slowed, [1.0] * len(slowed))
     report.compare(f"{name}: resumed to its first step, over started anew", starts["resumed"], starts["anew"])
 
 

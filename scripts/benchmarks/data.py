@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 from benchmarks import plain, workload
 from benchmarks.report import Report
@@ -18,8 +19,7 @@ from prune_lab import datasets, numerics
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat, cifar, fake
 from prune_lab.datasets.in_memory import ImageArrays, InMemoryDataset
-
-_WORKERS = 2
+from prune_lab.datasets.worker_pool import num_usable_cores
 
 
 def images(options: Options) -> tuple[RunConfig, ImageArrays]:
@@ -42,11 +42,15 @@ def run(options: Options, report: Report) -> None:
     config, arrays = images(options)
     arithmetic, batch_size = numerics.resolve(config.trainer), config.schedule.batch_size
     device, count = arithmetic.torch_device, options.batches
-    loader = plain.loader(arrays, config.dataset.mean, config.dataset.std, batch_size, num_batches=count,
-                          workers=_WORKERS)  # fmt: skip
-    calls: dict[str, Callable[[], object]] = {
-        "torchvision": lambda: deque(((x.to(device), y.to(device)) for x, y in loader), maxlen=0)
-    }
+
+    def drain(loader: DataLoader) -> None:
+        deque(((x.to(device), y.to(device)) for x, y in loader), maxlen=0)
+
+    counts = plain.worker_counts(num_usable_cores())
+    loader, workers = plain.fastest(
+        lambda workers: plain.loader(arrays, config.dataset.mean, config.dataset.std, batch_size, num_batches=count,
+                                     workers=workers), drain, counts)  # fmt: skip
+    calls: dict[str, Callable[[], object]] = {"torchvision": lambda: drain(loader)}
     for dtype in (torch.float32, torch.bfloat16):
         for channels_last in (True, False):
             dataset = InMemoryDataset(config.dataset, arrays, BatchFormat(device, dtype, channels_last))
@@ -54,7 +58,7 @@ def run(options: Options, report: Report) -> None:
             calls[name] = lambda dataset=dataset: deque(last_batches(dataset, batch_size, count, 0), maxlen=0)
     times = in_turn(calls, options.plan(12, 60), device)
     report.note(f"{'real' if options.root else 'random'} images, {count} batches of {batch_size}, DataLoader with "
-                f"{_WORKERS} workers")  # fmt: skip
+                f"{workers} workers (the fastest; tried: {', '.join(map(str, counts))})")  # fmt: skip
     for name in list(calls)[1:]:
         report.compare(f"images/s in memory ({name}) over torchvision", times["torchvision"], times[name])
 

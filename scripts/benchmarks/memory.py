@@ -39,7 +39,7 @@ def _compare(name: str, overrides: Sequence[str], options: Options, report: Repo
         return figures["net"]
 
     in_turn_once({method: lambda method=method: child(method) for method in ("dense", "rigl")},
-                 options.rounds or 8)  # fmt: skip
+                 options.num_starts())  # fmt: skip
     for kind, values in found.items():
         report.compare(f"{name}, {kind}: RigL over dense", values["rigl"], values["dense"])
         allowed = [value + masks for value in values["dense"]]

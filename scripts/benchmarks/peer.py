@@ -17,6 +17,7 @@ from prune_lab import datasets, loop, numerics, pipeline
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
 from prune_lab.datasets.in_memory import InMemoryDataset
+from prune_lab.datasets.worker_pool import num_usable_cores
 from prune_lab.files import read_json
 from prune_lab.optim import learning_rate
 from prune_lab.phases import build_model
@@ -34,16 +35,34 @@ def run(options: Options, report: Report) -> None:
     arithmetic = numerics.resolve(config.trainer)
     device, count, batch_size = arithmetic.torch_device, options.batches, config.schedule.batch_size
     dataset = InMemoryDataset(config.dataset, arrays, BatchFormat(device, torch.float32, arithmetic.channels_last))
-    model, optimizer, _ = _peer(config, dataset.info, device, seed=0)
-    batches = plain.loader(arrays, config.dataset.mean, config.dataset.std, batch_size, num_batches=count)
+    train = _plain_stretch(config, dataset.info, device)
+    train_in_ours = _plain_stretch(config, dataset.info, device, autocast=arithmetic.autocast,
+                                   memory_format=arithmetic.memory_format)  # fmt: skip
+    counts = plain.worker_counts(num_usable_cores())
+    batches, workers = plain.fastest(
+        lambda workers: plain.loader(arrays, config.dataset.mean, config.dataset.std, batch_size, num_batches=count,
+                                     workers=workers), train, counts)  # fmt: skip
     calls: dict[str, Callable[[], object]] = {
-        "plain": lambda: plain.train_epoch(model, batches, optimizer, device=device),
+        "plain": lambda: train(batches),
+        "plain in ours": lambda: train_in_ours(batches),
         "ours": _stretch(workload.workload("dense", options.over(*workload.SMALL)), dataset, batch_size, count),
     }
     report.note(f"{count} batches of {batch_size} per stretch, {'real' if options.root else 'random'} images, "
-                f"ours: {arithmetic}; plain: fp32, contiguous, eager, two workers")  # fmt: skip
+                f"ours: {arithmetic}; plain: fp32, contiguous, eager, {workers} workers (the fastest; "
+                f"tried: {', '.join(map(str, counts))})")  # fmt: skip
     times = in_turn(calls, options.plan(8, 240), device)
     report.compare("training throughput over the plain script", times["plain"], times["ours"], GOAL)
+    layout = "channels_last" if arithmetic.channels_last else "contiguous"
+    in_ours = f"the plain script in {arithmetic.precision}, {layout}"
+    report.compare(f"training throughput over {in_ours}", times["plain in ours"], times["ours"])
+    report.compare(f"{in_ours}: over itself in fp32", times["plain"], times["plain in ours"])
+
+
+def _plain_stretch(config: RunConfig, info: datasets.DatasetInfo, device: torch.device, **formats) -> Callable:
+    """Return the plain script's training on a loader, with a network of its own in the formats of `train_epoch`."""
+    model, optimizer, _ = _peer(config, info, device, seed=0)
+    model.to(memory_format=formats.get("memory_format", torch.contiguous_format))
+    return lambda batches: plain.train_epoch(model, batches, optimizer, device=device, **formats)
 
 
 def _stretch(work: workload.Workload, dataset: datasets.Dataset, batch_size: int, count: int) -> Callable[[], None]:

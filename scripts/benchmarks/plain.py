@@ -1,11 +1,13 @@
 """The peer: CIFAR-10 as an ordinary PyTorch script trains it, with torchvision's transforms and a DataLoader.
 
-fp32, eager, two worker processes, SGD; nothing of prune-lab but the network's definition, which both sides share.
+Eager, SGD, fp32 unless another format is passed; nothing of prune-lab but the network's definition, which both share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -46,17 +48,45 @@ def loader(
                       persistent_workers=workers > 0, pin_memory=pinned)  # fmt: skip
 
 
+def worker_counts(cores: int) -> list[int]:
+    """Return the numbers of workers that a careful user would try."""
+    return [count for count in (2, 4, 8) if count <= max(2, cores)]
+
+
+def fastest(
+    make: Callable[[int], DataLoader], use: Callable[[DataLoader], object], counts: Sequence[int]
+) -> tuple[DataLoader, int]:
+    """Return the loader, with its number of workers, that `use` takes least time with, after a first use of each."""
+
+    def seconds(batches: DataLoader) -> float:
+        use(batches)
+        begin = time.perf_counter()
+        use(batches)
+        return time.perf_counter() - begin
+
+    loaders = {count: make(count) for count in counts}
+    best = counts[0]
+    if len(counts) > 1:
+        taken = {count: seconds(batches) for count, batches in loaders.items()}
+        best = min(taken, key=taken.get)
+    return loaders[best], best
+
+
 def train_epoch(
     model: nn.Module, batches: DataLoader, optimizer: torch.optim.Optimizer, scheduler=None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "cpu", *, autocast: Callable = contextlib.nullcontext,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> float:  # fmt: skip
-    """Train on all batches and return the mean loss."""
+    """Train on all batches and return the mean loss; `autocast` opens the context of the forward pass."""
     model.train()
     total, count = 0.0, 0
     for images, labels in batches:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        images = images.to(device, non_blocking=True, memory_format=memory_format)
+        labels = labels.to(device, non_blocking=True)
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
+        with autocast():
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
         optimizer.step()
         if scheduler is not None:

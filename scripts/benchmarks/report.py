@@ -24,6 +24,13 @@ def reason(error: Exception) -> str:
     return kind + " ".join(str(error).split())
 
 
+def load_warning(load: float | None, cores: int) -> str | None:
+    """Return a warning where other work takes more cores than there are, else None."""
+    if load is None or load <= cores:
+        return None
+    return f"WARNING: a load of {load:.2f} on {cores} cores: figures of several threads mean nothing now"
+
+
 @dataclass
 class Report:
     """Prints ratios and keeps them."""

@@ -36,6 +36,6 @@ def run(options: Options, report: Report) -> None:
                                                              os.environ),
         }  # fmt: skip
         in_turn_once(dict(list(calls.items())[:-1]), 1)  # files come into the page cache
-        times = in_turn_once(calls, options.plan(8, 0).rounds)
+        times = in_turn_once(calls, options.num_starts())
     for name in list(calls)[1:]:
         report.compare(f"{name}: over importing torch", times[name], times["import torch"])

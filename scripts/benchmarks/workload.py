@@ -56,6 +56,10 @@ class Options:
             return Plan(self.rounds or 8, 5.0)
         return Plan(self.rounds or rounds, float("inf") if self.rounds else seconds)
 
+    def num_starts(self) -> int:
+        """Return the rounds of a comparison of processes, each of which imports torch."""
+        return self.rounds or (2 if self.quick else 8)
+
     def over(self, *base: str) -> tuple[str, ...]:
         """Return the options `base` with those typed in their places."""
         return tuple({line.partition("=")[0]: line for line in (*base, *self.overrides)}.values())
