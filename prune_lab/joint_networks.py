@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from prune_lab.loop import Training
+from prune_lab.numerics import Numerics
 
 
 @dataclass
@@ -28,6 +29,9 @@ class Batch:
 
 def why_alone(training: Training) -> str | None:
     """Return why a network cannot be computed together with others; None: it can."""
+    numerics = training.numerics
+    if numerics.torch_device.type == "cpu" and numerics.precision != "fp32":
+        return f"on a CPU {numerics.precision} does not reach stacked convolutions; trainer.precision=fp32 does"
     for module in training.context.model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return "its dropout would draw other numbers than in a run of its own"
@@ -68,7 +72,7 @@ class JointNetworks:
         self._buffer_parts = _parts(self._stacked_buffers.values(), len(models))
         self._numerics = trainings[0].numerics
         # Of `one` only: a reference to this object would keep all networks until a full garbage collection.
-        self._together = self._numerics.compiled(vmap(partial(_forward, one), randomness="error"))
+        self._together = self._numerics.compiled(vmap(partial(_forward, one, self._numerics), randomness="error"))
 
     def differentiate(self, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """Do for the batch of every network what `loop.differentiate` does; return what it returns, in order.
@@ -80,8 +84,7 @@ class JointNetworks:
         _copy(self._parts, self._parameters)
         _copy(self._buffer_parts, self._buffers)
         images = torch.stack([batch.images for batch in batches])
-        with self._numerics.autocast():
-            logits = self._together(self._stacked, self._stacked_buffers, images).float()
+        logits = self._together(self._stacked, self._stacked_buffers, images).float()
         losses = [
             F.cross_entropy(output, batch.labels, label_smoothing=batch.training.label_smoothing)
             for output, batch in zip(logits, batches, strict=True)
@@ -112,8 +115,11 @@ class JointNetworks:
         return len(self.trainings)
 
 
-def _forward(one: nn.Module, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor) -> Tensor:
-    return functional_call(one, (parameters, buffers), (images,))
+def _forward(
+    one: nn.Module, numerics: Numerics, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor
+) -> Tensor:
+    with numerics.autocast():  # inside of `vmap`, as torch.func asks for
+        return functional_call(one, (parameters, buffers), (images,))
 
 
 def _stack(named: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -102,7 +102,7 @@ class Recipe:
         """`macs/train_ratio_paper` of a run."""
         context = copy.copy(self.context)
         _, kept = self.config.method.layout(self.context)[-1]
-        context.forward_macs = sparse_macs(context.costs, kept)
+        context._macs = sparse_macs(context.costs, kept)
         return fresh(self.config.method).paper_train_ratio(context)
 
     @property

@@ -94,6 +94,8 @@ def compare_gradients(model: nn.Module, own: nn.Module, *, factor: float) -> Non
 
 def test_what_cannot_be_computed_together_is_told() -> None:
     plain, dropping, hooked = trainings("resnet20", 3)
+    (rounded,) = trainings("resnet20", 1, precision="bf16")
+    assert "bf16 does not reach stacked convolutions" in joint_networks.why_alone(rounded)
     dropping.context.model.add_module("drop", nn.Dropout(0.1))
     hooked.context.model.register_forward_hook(lambda *_: None)
     assert joint_networks.why_alone(plain) is None
@@ -174,6 +176,30 @@ def test_a_second_ctrl_c_ends_every_run_as_interrupted(monkeypatch: pytest.Monke
     assert cli.main(["-m", *TINY, "method=dense", "seed=0,1,2", LAUNCHER, "hydra.launcher.at_once=2"]) == 130
     statuses = [json.loads(path.read_text())["status"] for path in Path("outputs").glob("*/status.json")]
     assert statuses == ["interrupted", "interrupted"], "the third has not begun"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_stacked_networks_compute_in_bf16_on_a_gpu() -> None:
+    """Their gradients are as far from fp32 as those of networks alone: nearer would mean that they are fp32."""
+    def flat(run) -> torch.Tensor:
+        return torch.cat([parameter.grad.flatten() for parameter in run.context.model.parameters()])
+
+    distances = []
+    for together in (False, True):
+        exact, rounded = trainings("resnet20", 2), trainings("resnet20", 2)
+        for run in (*exact, *rounded):
+            run.context.model.float().cuda()
+            run.numerics = Numerics("cuda", "bf16" if run in rounded else "fp32", False, False)
+        for runs in (exact, rounded):
+            given = [joint_networks.Batch(b.training, b.images.float().cuda(), b.labels.cuda()) for b in batches(runs)]
+            if together:
+                joint_networks.JointNetworks(runs).differentiate(given)
+            else:
+                for batch in given:
+                    differentiate(batch.training, batch.images, batch.labels)
+        distances.append(float((flat(rounded[0]) - flat(exact[0])).norm() / flat(exact[0]).norm()))
+    assert 0.5 < distances[1] / distances[0] < 2
 
 
 def joined(method: str) -> bool:
