@@ -171,7 +171,10 @@ def test_unknown_and_missing_options_are_refused_by_name(name: str) -> None:
             parse(cls.Config, {key: value for key, value in node.items() if key != option}, "method")
 
 
-@pytest.mark.parametrize("value", ["0", "1", "1.5", "-0.1", "nan", "much", "null", "[0.5]"])
+@pytest.mark.parametrize(
+    "value",
+    ["0", "1", "nan", "much", *(pytest.param(text, marks=pytest.mark.slow) for text in ("1.5", "-0.1", "null", "[0.5]"))],
+)
 @pytest.mark.parametrize("name", WITH_SPARSITY)
 def test_command_refuses_a_bad_sparsity(name: str, value: str, capsys: pytest.CaptureFixture) -> None:
     if value == "null" and type(None) in typing.get_args(hints(name)["sparsity"]):
@@ -190,13 +193,15 @@ def test_method_without_a_target_refuses_one(name: str, capsys: pytest.CaptureFi
 # Budgets
 
 
-def budgets() -> list[tuple[str, str, float]]:
-    """Return (method, distribution, sparsity) with sparsities that divide no layer evenly."""
+def budgets() -> list:
+    """Return (method, distribution, sparsity) with sparsities that divide no layer evenly; every other one is slow."""
     levels = (0.5, 0.873, 0.9, 0.3337)
     rows = []
-    for name in WITH_MASKS:
+    for number, name in enumerate(WITH_MASKS):
         for index, distribution in enumerate(choices(name, "distribution") or ("",)):
-            rows.append((name, distribution, 0.5 if distribution == "2:4" else levels[index % len(levels)]))
+            sparsity = 0.5 if distribution == "2:4" else levels[index % len(levels)]
+            marks = [pytest.mark.slow] * ((number + index) % 2)
+            rows.append(pytest.param(name, distribution, sparsity, marks=marks))
     return rows
 
 
@@ -245,8 +250,14 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", WITH_MASKS)
+# Each method with one of them; all with -m slow.
+STEPPED = [
+    pytest.param(name, optimizer, marks=[pytest.mark.slow] * ((i + j) % len(OPTIMIZERS) > 0))
+    for i, name in enumerate(WITH_MASKS) for j, optimizer in enumerate(OPTIMIZERS)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "optimizer"), STEPPED)
 def test_pruned_weights_are_zero_after_every_step(
     name: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,8 +68,8 @@ def assert_same_network(double: Path, single: Path) -> None:
 SLOW_LR = ("schedule.train.lr=0.002", "schedule.finetune.lr=0.002")
 
 
-# A third of the methods; all with -m slow.
-SOME = [pytest.param(name, marks=[pytest.mark.slow] * (index % 3 > 0)) for index, name in enumerate(METHODS)]
+# An eighth of the methods; all with -m slow.
+SOME = [pytest.param(name, marks=[pytest.mark.slow] * (index % 8 > 0)) for index, name in enumerate(METHODS)]
 
 
 @pytest.mark.parametrize("method", SOME)

@@ -29,7 +29,7 @@ def pair(folder: Path, *options: str) -> str:
     return log.read_text()
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(tmp_path, rank):
     def killed() -> int:
         real = loop.train_step

@@ -77,8 +77,8 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_bit_equal(tmp_pa
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are given back
 
 
-# A third of the methods, the contract test resumes each once; all with -m slow.
-SOME = [pytest.param(name, marks=[pytest.mark.slow] * (index % 3 > 0)) for index, name in enumerate(METHODS)]
+# An eighth of the methods, the contract test resumes each once; all with -m slow.
+SOME = [pytest.param(name, marks=[pytest.mark.slow] * (index % 8 > 0)) for index, name in enumerate(METHODS)]
 
 
 @pytest.mark.parametrize("method", SOME)
