@@ -171,10 +171,10 @@ def test_unknown_and_missing_options_are_refused_by_name(name: str) -> None:
             parse(cls.Config, {key: value for key, value in node.items() if key != option}, "method")
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["0", "1", "nan", "much", *(pytest.param(text, marks=pytest.mark.slow) for text in ("1.5", "-0.1", "null", "[0.5]"))],
-)
+SLOW_VALUES = [pytest.param(text, marks=pytest.mark.slow) for text in ("1.5", "-0.1", "null", "[0.5]")]
+
+
+@pytest.mark.parametrize("value", ["0", "1", "nan", "much", *SLOW_VALUES])
 @pytest.mark.parametrize("name", WITH_SPARSITY)
 def test_command_refuses_a_bad_sparsity(name: str, value: str, capsys: pytest.CaptureFixture) -> None:
     if value == "null" and type(None) in typing.get_args(hints(name)["sparsity"]):
