@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,7 @@ def groups(conf_dir: Path) -> list[str]:
 
 def plain(node: Any) -> dict[str, Any]:
     """Return a composed configuration as plain containers, without Hydra's own part."""
-    container = OmegaConf.to_container(node, resolve=True)
-    return {key: value for key, value in container.items() if key != "hydra"}
+    return OmegaConf.to_container(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]), resolve=True)
 
 
 def parse_overrides(overrides: list[str]) -> list[Override]:
@@ -133,14 +132,30 @@ def _jobs(parsed: list[Override], *, sweep: bool) -> list[list[str]]:
 
 def _compose_one(conf_dir: Path, overrides: list[str]) -> RunConfig:
     try:
-        node = compose("config", overrides)
-        return replace(check(plain(node)), overrides=tuple(overrides))
+        composed = compose("config", overrides, return_hydra_config=True)
+        node = plain(composed)
+        _check_names(conf_dir, node, composed.hydra.runtime.choices)
+        return replace(check(node), overrides=tuple(overrides))
     except ConfigError as error:
         raise _located(conf_dir, overrides, error) from error
     except yaml.YAMLError as error:
         raise ConfigError(_one_line(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _explained(conf_dir, overrides, error) from error
+
+
+def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str | None]) -> None:
+    """Raise ConfigError for a choice that is given the name of another one: the name stands in every table.
+
+    Only a file that leaves its name open, such as model/torchvision.yaml, lets the command say it.
+    """
+    for group in groups(conf_dir):
+        own = _read(conf_dir / group / f"{chosen[group]}.yaml").get("name") if chosen.get(group) else None
+        name = node[group].get("name") if own is not None else None
+        if name != own:
+            near = f"{group}={name}" if name in choices(conf_dir, group) else f"{group}=NAME"
+            raise ConfigError(f"{group}.name={name}: the name of {group}={chosen[group]} is no option; choose another "
+                              f"{group} with {near}", f"{group}.name")  # fmt: skip
 
 
 def _located(conf_dir: Path, overrides: list[str], error: ConfigError) -> ConfigError:

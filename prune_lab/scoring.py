@@ -80,6 +80,11 @@ def check_classes(labels: Tensor, per_class: int, num_classes: int, *, rounds: i
             )
 
 
+def most_per_class(labels: Tensor, wanted: int, num_classes: int) -> int:
+    """Return how many images every class can give, up to `wanted`; 0 if one has none."""
+    return min(wanted, int(torch.bincount(labels, minlength=num_classes).min()))
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module, *, train_mode: bool) -> Iterator[None]:
     """Score inside: gradients on for all parameters, no autocast, batch norm on batch statistics or on running ones.
@@ -154,12 +159,16 @@ def loss(model: nn.Module, images: Tensor, labels: Tensor, *, temperature: float
     Raises:
         ConfigError: it is infinite or NaN.
     """
-    logits = model(images)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    value = F.cross_entropy(logits / temperature, labels, reduction="sum")
+    value = _cross_entropy(model, images, labels, temperature)
     if not bool(torch.isfinite(value)):
         raise ConfigError(f"the loss of the scoring images is {value.item()}: look at the start weights and the images")
     return value
+
+
+def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    logits = model(images)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits / temperature, labels, reduction="sum")
 
 
 Data = Iterable[tuple[Tensor, Tensor]]
@@ -286,7 +295,10 @@ def _differentiable_twice(module: nn.Module, args: tuple, kwargs: dict[str, Any]
 
 
 def gradient_norm(context: Context, data: Data, *, train_mode: bool) -> float:
-    """Return the L2 norm of the mean loss gradient over the kept eligible weights (all of them without masks)."""
+    """Return the L2 norm of the mean loss gradient over the kept eligible weights (all of them without masks).
+
+    A figure to report: a loss that is infinite or NaN makes it so, too, and stops nothing.
+    """
     named = context.parameters()
     weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
     masks = {} if context.masks is None else context.masks.masks
@@ -294,7 +306,8 @@ def gradient_norm(context: Context, data: Data, *, train_mode: bool) -> float:
     images_seen = 0
     with untouched(context.model, train_mode=train_mode):
         for images, labels in data:
-            gradients = torch.autograd.grad(loss(context.model, images, labels), list(weights.values()))
+            value = _cross_entropy(context.model, images, labels)
+            gradients = torch.autograd.grad(value, list(weights.values()))
             torch._foreach_add_(list(sums.values()), gradients)
             images_seen += len(images)
     kept = [total if name not in masks else total * masks[name] for name, total in sums.items()]

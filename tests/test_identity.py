@@ -48,7 +48,7 @@ def test_an_option_that_can_change_a_result_changes_every_key(base, option):
 @pytest.mark.parametrize("option", [
     "logger.wandb=offline", "logger.project=other", "logger.tags=[a]", "output_dir=elsewhere",
     "trainer.eval_batch_size=7", "trainer.checkpoint_interval_s=1", "dry_run=true",
-    "schedule.finetune.epochs=7", "schedule.name=other",
+    "schedule.finetune.epochs=7",
 ])  # fmt: skip
 def test_an_option_that_cannot_change_the_result_changes_no_key(base, option):
     assert keys(*BASE, option) == base

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from method_runs import configure, finish, last_result, make, run_folder
-from score_phases import Net, Row, one_image, phase
+from score_phases import Images, Net, Row, one_image, phase
 from torch import Tensor
 
 from prune_lab import cli, pipeline
@@ -220,6 +220,47 @@ def test_smart_ratios_leave_no_choice_for_the_first_layer(capsys):
     assert cli.main(options) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "method.first_layer=dense_compensated: smart_ratio says what the first layer keeps" in line
+
+
+# Gradient norms are only reported
+
+
+def few_images(*counts: int) -> Images:
+    """Return as many images of each class."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return Images(torch.randn(len(labels), 3, 6, 6, generator=torch.Generator().manual_seed(3)), labels, len(counts))
+
+
+@pytest.mark.parametrize("name", ["random", "magnitude_init", "synflow"])
+def test_methods_that_need_no_images_take_what_there_is_for_their_figures(name):
+    method = make(name, samples_per_class=10)
+    few, fewer, none = few_images(2, 3, 4), few_images(2, 2, 2), few_images(0, 3, 4)
+    contexts = [phase(Net(), method, data) for data in (few, fewer, none)]
+    for context in contexts:
+        method.setup(context)
+    with_few, with_fewer, without = (method.prune(context) for context in contexts)
+    assert 0 < with_few["prune/gradient_norm_before"] < math.inf and with_few["prune/gradient_norm_after"] >= 0
+    assert [len(batch) for batch in few.seen] == [len(batch) for batch in fewer.seen] == [6, 6]
+    assert with_few.keys() == with_fewer.keys()
+    assert without == {"prune/empty_layers": with_few["prune/empty_layers"]}
+    assert all(same(contexts[0], contexts[2]))
+
+
+@pytest.mark.parametrize("name", ["snip", "grasp"])
+def test_scores_from_too_few_images_are_refused_but_not_drawn_ones(name):
+    context = phase(Net(), make(name, samples_per_class=3), few_images(2, 3, 4))
+    with pytest.raises(ConfigError, match="method.samples_per_class=3 exceeds the 2 training images of class 0"):
+        make(name, samples_per_class=3).setup(context)
+    drawn = make(name, samples_per_class=3, control="random")
+    drawn.setup(context)
+    assert drawn.prune(context)["prune/gradient_norm_before"] > 0
+
+
+def test_a_norm_that_is_not_finite_is_left_out():
+    model = Net()
+    model[11].bias.data[0] = math.inf
+    method = make("magnitude_init", samples_per_class=2)
+    assert method.prune(phase(model, method)).keys() == {"prune/empty_layers"}
 
 
 # Real runs

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
-from prune_lab.methods.families.initial_pruning import ImageScoresConfig, InitialPruning
+from prune_lab.methods.families.initial_pruning import ImageScores, ImageScoresConfig
 from prune_lab.schema import Count, Positive
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class GraSPConfig(ImageScoresConfig):
     ResNet-50 at 224 px on a CPU: about 0.11 instead of 0.19 GiB per image, half as long again"""
 
 
-class GraSP(InitialPruning):
+class GraSP(ImageScores):
     Config = GraSPConfig
     card = Card(
         summary="keep the weights whose removal would lower the gradient norm most, then train with that mask",
@@ -57,11 +57,9 @@ class GraSP(InitialPruning):
         "on narrow ResNet-20s",
     )
 
-    def setup(self, context: Context) -> None:
-        super().setup(context)
-        config, dataset = self.config, context.dataset
-        sizes = config.samples_per_class, dataset.info.num_classes
-        scoring.check_classes(dataset.train_labels, *sizes, rounds=config.rounds)
+    @property
+    def rounds(self) -> int:
+        return self.config.rounds
 
     def scores(self, context: Context) -> dict[str, Tensor]:
         """Return w * (H g): the paper's S (eq. 8) with the other sign, so that the highest are kept."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
-from prune_lab.methods.families.initial_pruning import ImageScoresConfig, InitialPruning
+from prune_lab.methods.families.initial_pruning import ImageScores, ImageScoresConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ class SNIPConfig(ImageScoresConfig):
     added (Frankle et al. 2021, arXiv 2009.08576). The paper has one batch, where both agree"""
 
 
-class SNIP(InitialPruning):
+class SNIP(ImageScores):
     Config = SNIPConfig
     card = Card(
         summary="keep the largest |weight x gradient| at initialisation, then train with that mask",

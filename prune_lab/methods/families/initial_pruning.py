@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,7 +33,8 @@ class InitialPruningConfig(WeightPruningConfig):
     """sanity checks of Frankle et al. 2021, arXiv 2009.08576. shuffle: the mask's positions at random within each
     layer; reinit: the mask on new initial weights; invert: the lowest scores are kept; random: scores at random"""
     samples_per_class: Count
-    """training images of each class, for scores (if they need data) and gradient norms"""
+    """training images of each class, for scores (if they need data) and gradient norms, which take fewer where a class
+    has no more"""
     scoring_batch: Count
     """most images per scoring pass: fewer take less memory, and batch norm sees fewer at a time"""
 
@@ -68,9 +70,8 @@ class InitialPruning(WeightPruning):
         return None if self.config.control == "none" else type(self)(replace(self.config, control="none"))
 
     def setup(self, context: Context) -> None:
-        """Refuse more scoring images or weights per layer than there are, before anything is written."""
-        dataset, least = context.dataset, self.config.min_per_layer
-        scoring.check_classes(dataset.train_labels, self.config.samples_per_class, dataset.info.num_classes)
+        """Refuse more weights per layer than there are, before anything is written."""
+        least = self.config.min_per_layer
         floor = sum(min(least, layer.size) for layer in context.eligible())
         total = self.total(context, self.config.sparsity)
         if floor > total:
@@ -132,11 +133,9 @@ class InitialPruning(WeightPruning):
         after = self._gradient_norm(context)
         if after == 0:
             context.report("no gradient reaches the kept weights: this network cannot learn; see method.min_per_layer")
-        return {
-            "prune/gradient_norm_before": before,
-            "prune/gradient_norm_after": after,
-            "prune/empty_layers": sum(count == 0 for count in context.masks.counts().values()),
-        }
+        norms = {"prune/gradient_norm_before": before, "prune/gradient_norm_after": after}
+        empty = sum(count == 0 for count in context.masks.counts().values())
+        return {key: value for key, value in norms.items() if value is not None} | {"prune/empty_layers": empty}
 
     def _shuffled(self, context: Context, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return masks with the same count per layer at random positions."""
@@ -146,9 +145,18 @@ class InitialPruning(WeightPruning):
             for name, mask in chosen.items()
         }
 
-    def _gradient_norm(self, context: Context) -> float:
-        """Return the norm on the first scoring batch: enough to compare by, and it costs large data sets little."""
-        return scoring.gradient_norm(context, itertools.islice(self.batches(context), 1), train_mode=True)
+    def _gradient_norm(self, context: Context) -> float | None:
+        """Return the norm on the first scoring batch: enough to compare by, and it costs large data sets little.
+
+        Classes with few images give what they have. None: one has no image, or the norm is infinite or NaN.
+        """
+        config, dataset = self.config, context.dataset
+        each = scoring.most_per_class(dataset.train_labels, config.samples_per_class, dataset.info.num_classes)
+        if not each:
+            return None
+        images = itertools.islice(scoring.batches(context, per_class=each, batch_size=config.scoring_batch), 1)
+        norm = scoring.gradient_norm(context, images, train_mode=True)
+        return norm if math.isfinite(norm) else None
 
     def batches(self, context: Context, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Return (images, labels) of the balanced scoring images, the same in every call.
@@ -170,6 +178,24 @@ class InitialPruning(WeightPruning):
     def num_images(self, context: Context) -> int:
         """Return the images of one pass over `batches`."""
         return self.config.samples_per_class * context.dataset.info.num_classes
+
+
+class ImageScores(InitialPruning):
+    """Base of the methods whose scores come from training images."""
+
+    Config = ImageScoresConfig
+
+    def setup(self, context: Context) -> None:
+        """Refuse more scoring images than there are, before anything is written."""
+        super().setup(context)
+        if self.config.control != "random":
+            labels, num_classes = context.dataset.train_labels, context.dataset.info.num_classes
+            scoring.check_classes(labels, self.config.samples_per_class, num_classes, rounds=self.rounds)
+
+    @property
+    def rounds(self) -> int:
+        """How often so many images are drawn, each time others."""
+        return 1
 
 
 def random_scores(context: Context) -> dict[str, Tensor]:
