@@ -24,13 +24,15 @@ def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) 
     Raises:
         ValueError: NaN among the candidates, or fewer candidates than `num_keep`.
     """
-    flat = score.detach().reshape(-1)
+    flat = ranks(score.detach().reshape(-1))
     where = None if candidates is None else candidates.reshape(-1)
     pool = flat if where is None else _select(flat, where)
     if not 0 <= num_keep <= len(pool):
         raise ValueError(f"cannot keep {num_keep} of {len(pool)} candidates")
-    if torch.isnan(pool).any():
-        raise ValueError("score is NaN at a candidate position")
+    if score.is_floating_point() and len(pool):
+        infinity = int(_bits(torch.tensor(torch.inf, dtype=score.dtype)))
+        if max(abs(int(bound)) for bound in pool.aminmax()) > infinity:
+            raise ValueError("score is NaN at a candidate position")
     if num_keep == 0:
         return torch.zeros(score.shape, dtype=torch.bool, device=score.device)
     # The threshold is found by selection: a full index sort of 2.4 M values takes 3-4 times as long.
@@ -43,22 +45,40 @@ def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) 
     return mask.view(score.shape)
 
 
+def ranks(score: Tensor) -> Tensor:
+    """Return integers, shaped like `score`, in the order of its values: equal for both zeros, beyond infinity for NaN.
+
+    Comparing them is exact in every thread. Numbers below the normal range act as zero in threads that flush them and
+    not in others: a selection that compares such scores in several threads keeps a wrong number of them.
+    """
+    if not score.is_floating_point():
+        return score
+    bits = _bits(score)
+    negative = bits < 0
+    if not negative.any():  # scores are mostly absolute values
+        return bits
+    return torch.where(negative, torch.iinfo(bits.dtype).min - bits, bits)  # sign and magnitude to two's complement
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
+
+
 def _select(values: Tensor, where: Tensor) -> Tensor:
     """Return the values at True positions; NumPy's selection is several times faster than torch's on a CPU."""
-    if values.device.type != "cpu" or values.dtype == torch.bfloat16:
+    if values.device.type != "cpu":
         return values[where]
     return torch.from_numpy(values.numpy()[where.numpy()])
 
 
 def _kth_largest(pool: Tensor, k: int) -> Tensor:
+    position = len(pool) - k
     if pool.device.type == "cpu":
         # NumPy's introselect is the fastest selection on a CPU.
         import numpy
 
-        values = pool.float().numpy() if pool.dtype in (torch.bfloat16, torch.float16) else pool.numpy()
-        position = len(pool) - k
-        return torch.as_tensor(numpy.partition(values, position)[position])
-    return pool.kthvalue(len(pool) - k + 1).values
+        return torch.as_tensor(numpy.partition(pool.numpy(), position)[position])
+    return pool.kthvalue(position + 1).values
 
 
 def keep_top_global(

@@ -64,6 +64,7 @@ def grow(kept: Tensor, score: Tensor, num_total: int, *, candidates: Tensor | No
     free = ~kept if candidates is None else candidates & ~kept
     if (torch.isnan(score) & free).any():
         raise ValueError("score is NaN at a candidate position")
+    score = masks.ranks(score)
     lacking = KEPT - _count(kept)
     candidates_of = to_groups(free).unbind(-1)
     places = _places(to_groups(score).unbind(-1), candidates_of)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from prune_lab.masks import MaskSet, grow, keep_by_sign, keep_top, keep_top_global, random_mask
+from prune_lab.masks import MaskSet, grow, keep_by_sign, keep_top, keep_top_global, random_mask, ranks
 from prune_lab.seeding import generator
 
 # rigl.md example B
@@ -65,9 +69,39 @@ def test_keep_top_accepts_parameters_and_leaves_inputs_alone():
 
 def test_keep_top_refuses_nan_among_candidates_only():
     score = torch.tensor([1.0, torch.nan, 2.0])
-    with pytest.raises(ValueError, match="NaN"):
-        keep_top(score, 1)
+    for nan in (score, -score):  # whatever the sign of NaN
+        with pytest.raises(ValueError, match="NaN"):
+            keep_top(nan, 1)
     assert keep_top(score, 1, candidates=~score.isnan()).tolist() == [False, False, True]
+
+
+MIXED_THREADS = """
+import torch
+torch.set_num_threads(2)
+torch.ones(1 << 22).mul_(2)  # worker threads begin here, and go on as they began
+torch.set_flush_denormal(True)
+from prune_lab import semi_structured
+from prune_lab.masks import keep_top
+bits = torch.arange(1, 3 * 2**18 + 1, dtype=torch.int32)
+scores = torch.cat([torch.linspace(1, 2, 2**18), bits.view(torch.float32)])
+mask = keep_top(scores, 2**19)
+wanted = (torch.arange(2**20) < 2**18) | (torch.arange(2**20) >= 3 * 2**18)
+pairs = semi_structured.keep_top(scores[2**18:].view(3, 2**18), 3 * 2**17).view(-1, 4)  # rising in each group
+print(int(mask.sum()), torch.equal(mask, wanted), int(pairs.sum()), bool(pairs[:, 2:].all()))
+"""
+
+
+def test_keep_top_is_exact_where_threads_differ_in_flushing_denormals():
+    command = [sys.executable, "-c", MIXED_THREADS]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+    assert done.stdout.split() == ["524288", "True", "393216", "True"], done.stderr
+
+
+def test_denormal_scores_are_told_apart():
+    tiny = torch.tensor([1e-45, -1e-45, 4e-45, 0.0, -0.0])
+    assert keep_top(tiny, 2).tolist() == [True, False, True, False, False]
+    assert ranks(tiny).tolist() == [1, -1, 3, 0, 0]
+    assert ranks(torch.tensor([-torch.inf, torch.inf])).tolist() == [-0x7F800000, 0x7F800000]
 
 
 @pytest.mark.parametrize("num_keep", [-1, 3])
