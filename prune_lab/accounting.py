@@ -1,30 +1,25 @@
 """Parameters and MACs, counted here and nowhere else.
 
-Convention: a MAC is one multiply-accumulate of a convolution or linear layer, for one image at the data set's size.
-Biases, normalisation, activations, pooling, additions and products of two activations (attention scores) are not
+Convention: a MAC is one multiply-accumulate of a convolution, or of a matrix product with a weight, for one image at
+the data set's size. A weight is a parameter or computed from parameters; kernels that are mixed for each image count as
+well. Biases, normalisation, activations, pooling, additions and products of two activations (attention scores) are not
 counted; FLOPs would be 2 x MACs. A backward pass costs twice a forward pass: once for the gradient of the inputs, once
 for that of the weights.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_lab.eligibility import Layer, layer_kind
-
-aten = torch.ops.aten
-# operator -> which of its arguments is the weight
-_WEIGHT_ARGUMENT = {aten.mm.default: 1, aten.addmm.default: 2, aten.bmm.default: 1, aten.convolution.default: 1}
+from prune_lab.weight_use import observe, weight_path
 
 
 @dataclass(frozen=True)
@@ -37,6 +32,8 @@ class LayerCost:
     shape: tuple[int, ...]
     weights: int
     positions: int
+    computed: str = ""
+    """why a mask on the parameter would not act on the products that are counted; empty if it does"""
 
     @property
     def macs(self) -> int:
@@ -48,75 +45,20 @@ def profile(model: nn.Module, image_size: int, *, channels: int = 3) -> list[Lay
 
     One image passes through a copy of the model without memory or arithmetic ("meta" device). A layer used twice counts
     twice; a weight shared by two layers is one entry. Weights that are used without calling their layer, as in
-    torchvision's attention, count as well.
+    torchvision's attention, and kernels that are computed in the pass, such as mixtures, count as well.
     """
-    ghost = copy.deepcopy(model).to("meta").eval()
-    path_of = {id(parameter): path for path, parameter in model.named_parameters()}
-    # Moving to "meta" unties shared weights: names come from the model itself.
-    originals = dict(model.named_parameters(remove_duplicate=False))
-    weights = {path: path_of[id(originals[path])] for path, _ in ghost.named_parameters(remove_duplicate=False)}
-    use = _WeightUse(ghost, weights)
-    with torch.no_grad(), use:
-        ghost(torch.zeros(1, channels, image_size, image_size, device="meta"))
-    kinds = {_weight_path(name): layer_kind(module) for name, module in model.named_modules()}
+    uses = observe(model, image_size, channels=channels)
+    kinds = {weight_path(name): layer_kind(module) for name, module in model.named_modules()}
     costs = []
-    for path, positions in use.positions.items():
-        shape = tuple(originals[path].shape)
+    for path, macs in uses.macs.items():
+        name, shape = path.rpartition(".")[0], uses.shapes[path]
         kind = kinds.get(path) or ("linear" if len(shape) == 2 else "conv")
-        costs.append(LayerCost(path.rpartition(".")[0], path, kind, shape, math.prod(shape), positions))
+        positions, rest = divmod(macs, math.prod(shape))
+        computed = uses.computed.get(name, "")
+        costs.append(LayerCost(name, path, kind, shape, math.prod(shape), positions, computed))
+        if rest:  # parts of the weight are used differently often
+            costs.append(LayerCost(name, f"{path} (further use of a part)", kind, (rest,), rest, 1, computed))
     return costs
-
-
-def _weight_path(module: str) -> str:
-    return f"{module}.weight" if module else "weight"
-
-
-class _WeightUse(TorchDispatchMode):
-    """Counts during a forward pass how often each weight is used: parameter path -> positions.
-
-    Layers are counted by hooks, which also see weights that are computed anew in each pass (weight standardisation).
-    Outside of layers the operators themselves are watched.
-    """
-
-    def __init__(self, ghost: nn.Module, path_of: Mapping[str, str]) -> None:
-        """`path_of`: path of a parameter in `ghost` -> path that stands for it."""
-        super().__init__()
-        self.positions: dict[str, int] = {}
-        self._in_layer = False
-        named = list(ghost.named_parameters(remove_duplicate=False))
-        self._owners = {parameter.untyped_storage()._cdata: path_of[path] for path, parameter in named}
-        self._sizes = {path_of[path]: parameter.numel() for path, parameter in named}
-        for name, module in ghost.named_modules():
-            if layer_kind(module):
-                module.register_forward_pre_hook(self._enter)
-                module.register_forward_hook(partial(self._leave, path_of[_weight_path(name)]))
-
-    def _add(self, path: str, positions: int) -> None:
-        self.positions[path] = self.positions.get(path, 0) + positions
-
-    def _enter(self, _module: nn.Module, _inputs: Any) -> None:
-        self._in_layer = True
-
-    def _leave(self, path: str, module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        self._in_layer = False
-        self._add(path, output.numel() // module.weight.shape[0])
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        at = _WEIGHT_ARGUMENT.get(func)
-        path = None if at is None or self._in_layer else self._owners.get(args[at].untyped_storage()._cdata)
-        if path is not None:
-            self._add(path, _operator_macs(func, args, output) // self._sizes[path])
-        return output
-
-
-def _operator_macs(func: Any, args: tuple, output: Tensor) -> int:
-    """Return the multiply-accumulates of a convolution or matrix product."""
-    weight = args[_WEIGHT_ARGUMENT[func]]
-    if func is not aten.convolution.default:
-        return output.numel() * weight.shape[-2]
-    transposed = args[6]
-    return (args[0] if transposed else output).numel() * weight[0].numel()
 
 
 def dense_macs(costs: Sequence[LayerCost]) -> int:
