@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from prune_lab.export.sparse import replaced
 from prune_lab.saved_model import save_model
 from prune_lab.schema import ConfigError
 
@@ -35,6 +36,12 @@ def refusal(model: nn.Module) -> str | None:
     return None
 
 
+def _for_export(model: nn.Module) -> nn.Module:
+    """Return `model` with every module that has a form for graphs (method `for_export`) in that form."""
+    paths = [path for path, module in model.named_modules() if hasattr(module, "for_export")]
+    return replaced(model, paths, lambda module: module.for_export()) if paths else model
+
+
 def trace(model: nn.Module, image_size: int) -> ExportedProgram:
     """Return the operations of `model` (eval mode) on images [batch, 3, image_size, image_size], batch >= 1.
 
@@ -44,6 +51,7 @@ def trace(model: nn.Module, image_size: int) -> ExportedProgram:
     sentence = refusal(model)
     if sentence is not None:
         raise NotExportable(sentence)
+    model = _for_export(model)
     # A batch of 2: sizes 0 and 1 would be taken as constants.
     images = torch.randn(2, 3, image_size, image_size)
     with _quiet(), _one_line("torch.export cannot trace the network"), torch.no_grad():
@@ -79,8 +87,11 @@ def _write_onnx(program: ExportedProgram, folder: Path, image_size: int) -> None
         program, (torch.randn(2, 3, image_size, image_size),), dynamo=True, verbose=False,
         input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: "batch"},),
     )  # fmt: skip
+    network = written.model_proto
+    # Inner shapes may be left out. They say "batch", so that a runtime which is told a number there refuses them.
+    del network.graph.value_info[:]
     path = folder / "model.onnx"
-    written.save(path, external_data=False)
+    onnx.save(network, path)
     onnx.checker.check_model(path, full_check=True)
 
 
