@@ -153,7 +153,8 @@ def open_context(job: Job) -> Context:
     widths = None if job.previous is None else job.previous.get("widths")
     if job.previous is None:
         model = build_model(job.model_config, **sizes, seed=config.seed)
-        load_weights(model, job.model_config)
+        for line in load_weights(model, job.model_config):
+            job.report(line)
     else:
         model = restore_model(job.model_config, job.previous, **sizes)
     costs = layer_costs(job.model_config, **sizes) if widths is None else profile(model, info.image_size)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
+import re
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.files import read_json
 from prune_lab.lazy import lazy_import
 from prune_lab.models.configs import VGG_NAMES, ExternalConfig, ModelConfig, ResNetCifarConfig, WideResNetConfig
+from prune_lab.models.weight_files import Found, describe, read, state_dicts
 from prune_lab.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -23,8 +28,6 @@ torch = lazy_import("torch")
 OFFICIAL_VERSION = "IMAGENET1K_V1"
 """torchvision's original recipe: the dense networks that pruning papers start from (ResNet-50: 76.13 %)."""
 REACH_TIMEOUT_S = 10
-_WRAPPERS = ("state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")
 _SHOWN_KEYS = 3
 _NO_OFFICIAL = "model.weights=torchvision: torchvision has no weights for {}; give null or a file"
 
@@ -45,30 +48,73 @@ def weights_digest(config: ModelConfig) -> str | None:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_weights(model: nn.Module, config: ModelConfig) -> None:
+def load_weights(model: nn.Module, config: ModelConfig) -> list[str]:
     """Load the start weights named by `config.weights` into `model` in place; nothing to do for null.
 
-    Accepted files: a state dict, or one under the key `state_dict` or `model`, written by torch.save or as
-    .safetensors, with or without `module.` and `_orig_mod.` in front of the keys.
+    Accepted files are written by torch.save or as .safetensors. They hold a state dict, plain or within nested
+    mappings, with or without a common prefix; exactly one of those must fit. Where an average of the weights fits too
+    (`state_dict_ema` beside `state_dict`), the weights themselves are taken.
+
+    Returns:
+        Lines for the user: what was chosen and left out, if there was a choice.
 
     Raises:
-        ConfigError: no such file, unreadable, keys or shapes that differ from the model's (nothing is loaded
-            then), official weights that do not exist or cannot be fetched.
+        ConfigError: no such file, unreadable, keys or shapes that differ from the model's, values that are not finite
+            (nothing is loaded then), official weights that do not exist or cannot be fetched.
     """
     if config.weights is None:
-        return
+        return []
     path = official_file(config) if config.weights == "torchvision" else _existing_file(config.weights)
-    state = read_state_dict(path)
-    if config.weights == "torchvision" and isinstance(config, ExternalConfig):
-        # Auxiliary classifiers of GoogLeNet and Inception are built without; their weights have no place.
-        state = {key: value for key, value in state.items() if not key.lower().startswith("aux")}
-    problems = _compare(model, state)
-    if problems:
-        raise ConfigError(
-            f"model.weights={config.weights} does not fit model {config.name}: {problems}{_removed_channels(path)}"
-        )
-    # Not strict: files of old torch versions hold no num_batches_tracked; _compare has checked the rest.
-    model.load_state_dict(state, strict=False)
+    try:
+        found, notes = choose(model, read(path), auxiliary=isinstance(config, ExternalConfig))
+        _check_finite(found)
+    except _Unfit as error:
+        what = f"model.weights={config.weights} "
+        if error.fits_not:
+            what += f"does not fit model {config.name}: "
+        raise ConfigError(f"{what}{error}{_removed_channels(path)}") from None
+    # Not strict: files of old torch versions hold no num_batches_tracked; `choose` has checked the rest.
+    model.load_state_dict(_with_versions(found, model), strict=False)
+    return [f"start weights: {note}" for note in notes]
+
+
+class _Unfit(Exception):
+    """Why the content of a file is no start; `fits_not`: it has weights, but of another network."""
+
+    def __init__(self, reason: str, *, fits_not: bool = False) -> None:
+        super().__init__(reason)
+        self.fits_not = fits_not
+
+
+def choose(model: nn.Module, content: Any, *, auxiliary: bool = False) -> tuple[Found, list[str]]:
+    """Return the state dict of a file's content that fits `model`, and what to say about the choice.
+
+    Args:
+        content: from weight_files.read.
+        auxiliary: leave out weights of auxiliary classifiers (GoogLeNet, Inception), which `model` is built without.
+    """
+    wanted = model.state_dict()
+    all_found = [_without_auxiliary(found) if auxiliary else found for found in state_dicts(content, wanted)]
+    if not all_found:
+        raise _Unfit(f"holds no state dict, names with tensors; found: {describe(content)}")
+    problems = [_compare(model, found) for found in all_found]
+    fits = [found for found, problem in zip(all_found, problems, strict=True) if not problem]
+    if not fits:
+        nearest = min(range(len(problems)), key=lambda index: problems[index].count)
+        where = f"{all_found[nearest]}: " if str(all_found[nearest]) != "the file" else ""
+        raise _Unfit(f"{where}{problems[nearest]}", fits_not=True)
+    plain = [found for found in fits if not found.is_average] or fits
+    if any(not _equal(plain[0], other) for other in plain[1:]):
+        raise _Unfit(f"holds {len(plain)} sets of weights that fit and differ: {', '.join(map(str, plain))}; "
+                     "save one of them in a file of its own")  # fmt: skip
+    return plain[0], _choices(plain[0], [found for found in fits if found.is_average and found is not plain[0]])
+
+
+def _choices(taken: Found, averages: list[Found]) -> list[str]:
+    if not averages:
+        return []
+    return [f"{taken} is taken; {', '.join(map(str, averages))}, a running average, fits as well: to start from it, "
+            "save it in a file of its own"]  # fmt: skip
 
 
 def _removed_channels(path: Path) -> str:
@@ -77,36 +123,6 @@ def _removed_channels(path: Path) -> str:
         if path.name == "model.safetensors" and read_json(path.with_name("model.json")).get("channels"):
             return "; the channels of this run's network were removed, start weights are those of whole networks"
     return ""
-
-
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a weights file by plain key, on the CPU.
-
-    Raises:
-        ConfigError: the file cannot be read or holds no state dict.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            content = lazy_import("safetensors.torch").load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # Damaged or foreign files raise many types (pickle, zip, safetensors, runtime); all mean the same here. Their
-        # texts do not help: torch's advises unrestricted unpickling.
-        raise ConfigError(
-            f"model.weights={path} cannot be read as weights ({type(error).__name__}): damaged, or not written by "
-            "torch.save or safetensors as plain tensors"
-        ) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if not isinstance(content, Mapping) or not content or not all(map(torch.is_tensor, content.values())):
-        raise ConfigError(
-            f"model.weights={path} holds no state dict: expected names with tensors, "
-            "plain or under 'state_dict' or 'model'"
-        )
-    return {_plain_key(key): value for key, value in content.items()}
 
 
 def official_name(config: ModelConfig) -> str:
@@ -164,29 +180,80 @@ def _existing_file(weights: str) -> Path:
     return path
 
 
-def _plain_key(key: str) -> str:
-    while key.startswith(_PREFIXES):
-        key = key.split(".", 1)[1]
-    return key
+def _without_auxiliary(found: Found) -> Found:
+    return replace(found, tensors={k: v for k, v in found.tensors.items() if not k.lower().startswith("aux")})
 
 
-def _compare(model: nn.Module, state: Mapping[str, Tensor]) -> str:
-    """Return in one line how `state` differs from what `model` needs, "" if it fits."""
-    wanted = model.state_dict()
-    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in wanted]
+def _equal(one: Found, other: Found) -> bool:
+    return one.tensors.keys() == other.tensors.keys() and all(
+        torch.equal(value, other.tensors[key]) for key, value in one.tensors.items()
+    )
+
+
+def _check_finite(found: Found) -> None:
+    for name, tensor in found.tensors.items():
+        wrong = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+        if wrong:
+            raise _Unfit(f"cannot be a start: {wrong} of {tensor.numel()} values of {found.prefix}{name} are "
+                         "NaN or infinite")  # fmt: skip
+
+
+def _with_versions(found: Found, model: nn.Module) -> OrderedDict:
+    """Return the tensors with the versions of their modules, by which modules rename what they once called otherwise.
+
+    A file without versions counts as written by the modules at hand.
+    """
+    state = OrderedDict(found.tensors)
+    state._metadata = OrderedDict(found.versions) if found.versions else model.state_dict()._metadata
+    return state
+
+
+@dataclass(frozen=True)
+class _Problems:
+    """How a state dict differs from what a model needs; false where it fits."""
+
+    missing: list[str]
+    unexpected: list[str]
+    reshaped: list[str]
+    only_head: bool
+
+    @property
+    def count(self) -> int:
+        return len(self.missing) + len(self.unexpected) + len(self.reshaped)
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def __str__(self) -> str:
+        named = [("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.reshaped)]
+        parts = [f"{len(items)} {what} ({_shorten(items)})" for what, items in named if items]
+        return "; ".join(parts + ["the file was trained for another number of classes"] * self.only_head)
+
+
+def _compare(model: nn.Module, found: Found) -> _Problems:
+    """Return how a state dict differs from what `model` needs, after all renaming that its modules do themselves."""
+    wanted, state = model.state_dict(), _with_versions(found, model)
     reshaped = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
-    parts = []
-    if missing:
-        parts.append(f"{len(missing)} missing ({_shorten(missing)})")
-    if unexpected:
-        parts.append(f"{len(unexpected)} unexpected ({_shorten(unexpected)})")
-    if reshaped:
-        shown = [f"{key} file {_shape(state[key])} model {_shape(wanted[key])}" for key in reshaped]
-        parts.append(f"{len(reshaped)} of another shape ({_shorten(shown)})")
-    if reshaped and not missing and not unexpected and _are_head(model, reshaped):
-        parts.append("the file was trained for another number of classes")
-    return "; ".join(parts)
+    shown = [f"{key} file {_shape(state[key])} model {_shape(wanted[key])}" for key in reshaped]
+    for key in reshaped:
+        del state[key]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # loading tensors without memory does nothing, as is wanted here
+        try:
+            absent, unexpected = copy.deepcopy(model).to("meta").load_state_dict(state, strict=False)
+        except RuntimeError as error:  # renamed ones of another shape
+            absent, unexpected = [], []
+            shown += re.findall(r"size mismatch for ([\w.]+)", str(error))
+    there = {_memory(wanted[key]) for key in wanted if key in state}
+    missing = [key for key in absent if not key.endswith("num_batches_tracked") and key not in reshaped
+               and _memory(wanted[key]) not in there]  # fmt: skip
+    only_head = bool(reshaped) and not missing and not unexpected and _are_head(model, reshaped)
+    return _Problems(missing, list(unexpected), shown, only_head)
+
+
+def _memory(tensor: Tensor) -> tuple:
+    """Return what two names of one tensor share: files may hold tied weights once."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _are_head(model: nn.Module, keys: list[str]) -> bool:

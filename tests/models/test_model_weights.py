@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import urllib.error
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from model_helpers import build, node
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn.utils import prune
 
 from prune_lab import models
 from prune_lab.models import weights
@@ -44,11 +50,23 @@ def prefixed(state: dict, prefix: str) -> dict:
         lambda state: state,
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": state},
+        lambda state: {"net": state, "acc": 90.0},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {0: {"step": torch.ones(())}}}},
+        lambda state: {"model_ema": state},
+        lambda state: {"ema": {"module": state, "updates": 3}},
         lambda state: prefixed(state, "module."),
         lambda state: {"state_dict": prefixed(state, "module._orig_mod."), "best_prec1": 90.0},
+        lambda state: {"state_dict": prefixed(state, "net.") | {"criterion.weight": torch.ones(10)}},
+        lambda state: {"state_dict": prefixed(state, "model._orig_mod."), "pytorch-lightning_version": "2.5"},
+        lambda state: {key.replace("conv1.", "_orig_mod.conv1."): value for key, value in state.items()},
+        lambda state: {"n_averaged": torch.tensor(7)} | prefixed(state, "module."),
+        lambda state: {"model": state, "args": argparse.Namespace(lr=0.1, out=Path("runs")), "best": numpy.float64(9)},
+        lambda state: {"model": state, "losses": numpy.arange(3.0), "epoch": numpy.int64(3)},
     ],
-    ids=["plain", "state_dict", "model", "module", "compiled and wrapped"],
-)
+    ids=["plain", "state_dict", "model", "net", "model_state_dict", "model_ema", "ema", "module",
+         "compiled and wrapped", "Lightning", "Lightning, compiled", "compiled in part", "averaged", "arguments",
+         "arrays"],
+)  # fmt: skip
 def test_accepted_forms(tmp_path, wrap):
     source, target = resnet20(seed=0), resnet20(seed=1)
     torch.save(wrap(source.state_dict()), tmp_path / "weights.pt")
@@ -93,13 +111,108 @@ def test_damaged_file(tmp_path, suffix):
 
 def test_pickled_module_is_not_executed(tmp_path):
     torch.save(resnet20(seed=0), tmp_path / "module.pt")
-    assert "cannot be read as weights (UnpicklingError)" in refusal(resnet20(seed=0), tmp_path / "module.pt")
+    message = refusal(resnet20(seed=0), tmp_path / "module.pt")
+    assert "cannot be read as weights (UnpicklingError): it holds objects of " in message
+    assert "prune_lab.models.resnet_cifar." in message and "state_dict() alone" in message
 
 
-@pytest.mark.parametrize("content", [[1, 2], {}, {"accuracy": 90.0}, {"state_dict": {"a": 1}}])
-def test_file_without_state_dict(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, found",
+    [([1, 2], "a list"), ({}, "nothing"), ({"accuracy": 90.0}, "accuracy (float)"),
+     ({"state_dict": {"a": 1}}, "state_dict (dict)")],
+)  # fmt: skip
+def test_file_without_state_dict(tmp_path, content, found):
     torch.save(content, tmp_path / "other.pt")
-    assert "holds no state dict" in refusal(resnet20(seed=0), tmp_path / "other.pt")
+    message = refusal(resnet20(seed=0), tmp_path / "other.pt")
+    assert message.endswith(f"holds no state dict, names with tensors; found: {found}")
+
+
+def test_weights_are_preferred_to_their_average_and_this_is_said(tmp_path):
+    source, average, target = resnet20(seed=0), resnet20(seed=2), resnet20(seed=1)
+    torch.save({"state_dict_ema": average.state_dict(), "state_dict": source.state_dict()}, tmp_path / "both.pt")
+    (line,) = models.load_weights(target, config_of(tmp_path / "both.pt"))
+    assert torch.equal(target.conv1.weight, source.conv1.weight)
+    assert line.startswith("start weights: 'state_dict' is taken; 'state_dict_ema', a running average, fits as well")
+
+
+def test_two_networks_in_one_file_are_told_apart_by_nobody(tmp_path):
+    states = prefixed(resnet20(seed=0).state_dict(), "student.") | prefixed(resnet20(seed=2).state_dict(), "teacher.")
+    torch.save({"state_dict": states}, tmp_path / "pair.pt")
+    message = refusal(resnet20(seed=1), tmp_path / "pair.pt")
+    assert "holds 2 sets of weights that fit and differ: 'student.*' of 'state_dict', 'teacher.*' of" in message
+    same = resnet20(seed=0).state_dict()
+    torch.save({"net": same, "model": dict(same)}, tmp_path / "twice.pt")
+    assert models.load_weights(resnet20(seed=1), config_of(tmp_path / "twice.pt")) == []
+
+
+@pytest.mark.parametrize("kind", ["torch.nn.utils.prune", "parametrization"])
+def test_masks_beside_weights_are_applied(tmp_path, kind):
+    source, target = resnet20(seed=0), resnet20(seed=1)
+    weight = source.layer1[0].conv1.weight.detach().clone()
+    mask = (torch.arange(weight.numel()) % 3 == 0).view_as(weight)
+    if kind == "parametrization":
+        masked = nn.Module()
+        masked.register_buffer("mask", mask)
+        masked.forward = lambda weight: weight * masked.mask
+        nn.utils.parametrize.register_parametrization(source.layer1[0].conv1, "weight", masked)
+        assert "layer1.0.conv1.parametrizations.weight.0.mask" in source.state_dict()
+    else:
+        prune.custom_from_mask(source.layer1[0].conv1, "weight", mask.float())
+        assert "layer1.0.conv1.weight_orig" in source.state_dict()
+    torch.save({"net": source.state_dict()}, tmp_path / "masked.pt")
+    models.load_weights(target, config_of(tmp_path / "masked.pt"))
+    loaded = target.layer1[0].conv1.weight
+    assert torch.equal(loaded, torch.where(mask, weight, 0)) and not torch.signbit(loaded[~mask]).any()
+    assert torch.equal(target.conv1.weight, source.conv1.weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(tmp_path, value):
+    state = resnet20(seed=0).state_dict()
+    state["layer2.0.bn1.running_var"][3] = value
+    torch.save({"net": prefixed(state, "module.")}, tmp_path / "nan.pt")
+    assert refusal(resnet20(seed=1), tmp_path / "nan.pt").endswith(
+        "nan.pt cannot be a start: 1 of 32 values of module.layer2.0.bn1.running_var are NaN or infinite"
+    )
+
+
+def _old_names(key: str) -> str:
+    """Return the name that torchvision's official files, or their older versions, have for a tensor."""
+    key = re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", key)
+    return re.sub(r"(encoder_layer_\d+\.mlp\.)(0|3)\.", lambda m: f"{m[1]}linear_{1 if m[2] == '0' else 2}.", key)
+
+
+def check_old_names(name: str) -> bool:
+    """Check that old names, also behind a prefix, lead to the right tensors; return whether there are any.
+
+    Auxiliary heads have no place.
+    """
+    model = models.build_on_meta(config_of("torchvision", "torchvision", name=name), num_classes=1000, image_size=224)
+    state = model.state_dict()
+    old = {_old_names(key): value for key, value in state.items()}
+    aux = {"aux1.fc1.weight": torch.ones(2, device="meta"), "AuxLogits.fc.bias": torch.ones(2, device="meta")}
+    found, notes = weights.choose(model, {"state_dict": prefixed(old | aux, "model._orig_mod.")}, auxiliary=True)
+    assert notes == [] and found.tensors.keys() == state.keys(), name
+    storages = [(value.untyped_storage()._cdata, found.tensors[key].untyped_storage()._cdata)
+                for key, value in state.items()]  # fmt: skip
+    assert all(mine == theirs for mine, theirs in storages), name
+    return old.keys() != state.keys()
+
+
+@pytest.mark.parametrize(
+    "name, has_old_names",
+    [("densenet121", True), ("vit_b_16", True), ("googlenet", False), ("mnasnet0_5", False), ("squeezenet1_1", False)],
+)
+def test_old_names_of_torchvision_classifiers(name, has_old_names):
+    assert check_old_names(name) == has_old_names
+
+
+@pytest.mark.slow
+def test_old_names_of_all_torchvision_classifiers():
+    import torchvision
+
+    renamed = [name for name in torchvision.models.list_models(module=torchvision.models) if check_old_names(name)]
+    assert {name[:3] for name in renamed} == {"den", "vit"} and len(renamed) == 9
 
 
 def test_other_architecture(tmp_path):
