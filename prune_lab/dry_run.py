@@ -59,6 +59,7 @@ def dry_run(config: RunConfig) -> int:
     folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
     _show(folder.directory, planned, rows, summary)
+    print("data: " + "; ".join(info.lines()))
     if config.method.costs_depend_on_images:
         print("? depends on the images: measured on the evaluation images of the run")
     if config.matched:
@@ -95,6 +96,7 @@ def _summary(
         "run/device": results.device_name(arithmetic),
         "run/versions": results.versions(),
         **results.choices(config),
+        **info.figures(),
         **counts,
         **config.method.chosen(),
         "macs/train": spent,

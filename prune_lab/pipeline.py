@@ -189,6 +189,8 @@ def _reason(error: OSError, directory: Path) -> str:
 def _carry_out(run: Run) -> int:
     started = time.monotonic()
     run.folder.start(run.tracker, run.config, run.planned)
+    for line in run.dataset.info.lines():
+        run.tracker.message(line)
     if run.config.matched:
         run.tracker.message(run.config.matched.line())
     if run.own:

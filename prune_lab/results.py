@@ -274,6 +274,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "run/device": device_name(run.numerics),
         "run/versions": versions(),
         **choices(config),
+        **run.dataset.info.figures(),
         **flat,
         "dense/top1": dense[0]["top1"] if dense else None,
         "delta/top1": scores["final"]["top1"] - dense[0]["top1"] if dense else None,

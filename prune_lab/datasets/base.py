@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 from prune_lab.schema import ConfigError, Count, Index, Name, Positive, Range
@@ -34,8 +34,29 @@ class DatasetInfo:
     """Height and width in pixels."""
     num_train: int
     """Images trained on, after the held-out validation images are taken out."""
-    num_eval: int
-    """Images of the split that runs are evaluated on (`Dataset.eval_split`)."""
+    num_val: int
+    """Images held out of training; 0: none."""
+    num_test: int
+    note: str = field(default="", compare=False)
+    """One line on files and classes that are not as usual, "" if there is nothing to say."""
+
+    @property
+    def num_eval(self) -> int:
+        """Images of the split that runs are evaluated on (`Dataset.eval_split`)."""
+        return self.num_val or self.num_test
+
+    def lines(self) -> list[str]:
+        """Return the sizes in words, and the note if there is one."""
+        counts = {"training": self.num_train, "validation": self.num_val, "test": self.num_test}
+        *first, last = (f"{count} {split}" for split, count in counts.items() if split != "validation" or count)
+        sizes = f"{', '.join(first)} and {last} images of {self.num_classes} classes"
+        return [sizes, *filter(None, [self.note])]
+
+    def figures(self) -> dict[str, int]:
+        """Return the sizes under their keys in a run's summary."""
+        held_out = {"data/num_val": self.num_val} if self.num_val else {}
+        counts = {"data/num_train": self.num_train, **held_out, "data/num_test": self.num_test}
+        return counts | {"data/num_classes": self.num_classes}
 
 
 class Dataset(Protocol):
@@ -110,11 +131,12 @@ class CommonConfig:
             if len(values) != 3:
                 raise ConfigError(f"{path}.{option} must hold 3 numbers (one per channel), got {values}")
 
-    def info(self, *, num_classes: int, num_train_images: int, num_test_images: int) -> DatasetInfo:
+    def info(
+        self, *, num_classes: int, num_train_images: int, num_test_images: int, note: str = ""
+    ) -> DatasetInfo:
         """Return the sizes after `validation` of `num_train_images` is held out."""
-        num_held_out = round(self.validation * num_train_images)
-        num_eval = num_held_out if self.validation > 0 else num_test_images
-        return DatasetInfo(num_classes, self.image_size, num_train_images - num_held_out, num_eval)
+        num_val = round(self.validation * num_train_images)
+        return DatasetInfo(num_classes, self.image_size, num_train_images - num_val, num_val, num_test_images, note)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from prune_lab.schema import ConfigError
 log = logging.getLogger(__name__)
 
 Decoded = dict
-"""{"classes": names, "train_images", "train_labels", "test_images", "test_labels": arrays}."""
+"""{"classes": names, "train_images", "train_labels", "test_images", "test_labels": arrays, "note": text or missing}."""
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 # Part of every key: raise it when decoding or file format changes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def cached(source: Path, cache_dir: Path, *, name: str, decode: Callable[[], Decoded]) -> ImageArrays:
@@ -96,7 +96,8 @@ def _write(entry: Path, decoded: Decoded) -> None:
     with replaced(entry) as folder:
         for name in _ARRAYS:
             np.save(folder / f"{name}.npy", decoded[name])
-        meta = {"classes": decoded["classes"], "sha256": {name: hash_arrays(decoded[name]) for name in _ARRAYS}}
+        told = {"classes": decoded["classes"], "note": decoded.get("note", "")}
+        meta = told | {"sha256": {name: hash_arrays(decoded[name]) for name in _ARRAYS}}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
@@ -109,10 +110,10 @@ def _read(entry: Path) -> ImageArrays | None:
         arrays = {name: np.load(entry / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
         damaged = [name for name in _ARRAYS if hash_arrays(arrays[name]) != meta["sha256"][name]]
         content = hashlib.sha256(json.dumps(meta["sha256"], sort_keys=True).encode()).hexdigest()
-        num_classes = len(meta["classes"])
+        num_classes, note = len(meta["classes"]), meta["note"]
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         damaged = [str(error)]
     if damaged:
         log.warning("the cached images in %s are damaged (%s); decoding again", entry, ", ".join(damaged))
         return None
-    return ImageArrays(*arrays.values(), num_classes, content)
+    return ImageArrays(*arrays.values(), num_classes, content, note)

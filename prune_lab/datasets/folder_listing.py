@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prune_lab.datasets.image_files import IMAGE_SUFFIXES
+from prune_lab.datasets.image_reading import is_hidden, left_out_line, some, why_left_out
 from prune_lab.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ class Listing:
     """File sizes in bytes, int64 [N]."""
     modified: np.ndarray
     """Times of the last change in nanoseconds, int64 [N]."""
+    left_out: Counter[str]
+    """How many files and hidden folders of each kind are no images of the data set."""
 
     def path(self, index: int) -> Path:
         """Return where image `index` lies."""
@@ -54,7 +57,7 @@ def list_splits(config: Config) -> tuple[Listing, Listing]:
             f"dataset.root={config.root} {what}; expected layout: train/CLASS/*.jpg|png and "
             f"{config.test_folder or 'val'}/CLASS/*.jpg|png, then dataset.root=/path/to/folder"
         )
-    classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir())
+    classes = sorted(entry.name for entry in os.scandir(root / "train") if entry.is_dir() and not is_hidden(entry.name))
     train = _list_split(root / "train", classes)
     test = _list_split(_test_folder(config, root), classes)
     _check(config, train, test)
@@ -71,7 +74,11 @@ def _test_folder(config: Config, root: Path) -> Path:
 
 def _list_split(folder: Path, classes: list[str]) -> Listing:
     annotations = folder / ANNOTATIONS
-    found = _annotated(folder, annotations) if annotations.is_file() else _by_class_folder(folder)
+    left_out: Counter[str] = Counter()
+    if annotations.is_file():
+        found = _annotated(folder, annotations, left_out)
+    else:
+        found = _by_class_folder(folder, left_out)
     index = {name: i for i, name in enumerate(classes)}
     rows = []
     for class_name, path, stat in found:
@@ -81,33 +88,40 @@ def _list_split(folder: Path, classes: list[str]) -> Listing:
     rows.sort()
     labels, paths, *numbers = zip(*rows, strict=True) if rows else ((), (), (), ())
     labels, sizes, modified = (np.array(values, dtype=np.int64) for values in (labels, *numbers))
-    return Listing(folder, classes, np.array(paths, dtype=np.bytes_), labels, sizes, modified)
+    return Listing(folder, classes, np.array(paths, dtype=np.bytes_), labels, sizes, modified, left_out)
 
 
-def _by_class_folder(folder: Path) -> Iterator[tuple[str, str, os.stat_result]]:
+def _by_class_folder(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, str, os.stat_result]]:
     for entry in os.scandir(folder):
-        if entry.is_dir():
-            for path, stat in _images_below(entry.path):
+        if entry.is_dir() and not is_hidden(entry.name):
+            for path, stat in _images_below(entry.path, left_out):
                 yield entry.name, os.path.relpath(path, folder), stat
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+        elif reason := why_left_out(entry.name):
+            left_out[reason] += 1
+        else:
             raise ConfigError(
                 f"{folder} holds images without class folders ({entry.name}); "
                 f"sort them into {folder}/CLASS/, with the class names of the folder train"
             )
 
 
-def _images_below(folder: str) -> Iterator[tuple[str, os.stat_result]]:
+def _images_below(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
     for entry in os.scandir(folder):
-        if entry.is_dir():
-            yield from _images_below(entry.path)
-        elif entry.name.lower().endswith(IMAGE_SUFFIXES) and not entry.name.startswith("._"):
+        if entry.is_dir() and not is_hidden(entry.name):
+            yield from _images_below(entry.path, left_out)
+        elif reason := why_left_out(entry.name):
+            left_out[reason] += 1
+        else:
             yield entry.path, entry.stat()
 
 
-def _annotated(folder: Path, annotations: Path) -> Iterator[tuple[str, str, os.stat_result]]:
+def _annotated(
+    folder: Path, annotations: Path, left_out: Counter[str]
+) -> Iterator[tuple[str, str, os.stat_result]]:
     """Tiny ImageNet's own layout: images/NAME and a table with NAME and class in its first two columns."""
     class_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.count("\t") >= 1)
-    for path, stat in _images_below(str(folder)):
+    left_out[why_left_out(annotations.name)] -= 1  # known, and not counted as left out below
+    for path, stat in _images_below(str(folder), left_out):
         name = os.path.basename(path)
         if name not in class_of:
             raise ConfigError(f"{annotations} does not name the class of {path}")
@@ -136,9 +150,24 @@ def _check(config: Config, train: Listing, test: Listing) -> None:
                 f"{listing.folder} holds {found} images, but dataset.{option} is {expected}; "
                 "for a subset: dataset.check_counts=false"
             )
-    num_tested = len(np.unique(test.labels))
-    if num_tested != len(train.classes):
+    if untested := _untested(train, test):
         raise ConfigError(
-            f"{test.folder} holds {num_tested} of the {len(train.classes)} classes; "
-            "for a subset: dataset.check_counts=false"
+            f"{test.folder} holds {len(train.classes) - len(untested)} of the {len(train.classes)} classes; "
+            f"for a subset: dataset.check_counts=false (no image of {some(untested)})"
         )
+
+
+def _untested(train: Listing, test: Listing) -> list[str]:
+    """Return the names of the classes without a test image."""
+    counts = np.bincount(test.labels, minlength=len(train.classes))
+    return [name for name, count in zip(train.classes, counts, strict=True) if not count]
+
+
+def note(train: Listing, test: Listing) -> str:
+    """Return one line on what was left out and on classes without test images, "" if there is nothing to say."""
+    untested = _untested(train, test)
+    lines = [
+        left_out_line({listing.folder.name: +listing.left_out for listing in (train, test)}),
+        f"no test images of {some(untested)}" if untested else "",
+    ]
+    return "; ".join(filter(None, lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import IO
 
 import numpy as np
 import torch
@@ -17,14 +18,32 @@ Decoded = Image.Image | np.ndarray
 """An image as Pillow decoded it, or its pixels as uint8 [H, W, 3]."""
 
 
-def read_rgb(path: str | os.PathLike) -> Image.Image:
-    """Return the image as RGB, whatever its mode (grey, palette, CMYK, with alpha).
+def read_rgb(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+    """Return the first frame of an image as 8-bit RGB, whatever its mode.
+
+    Grey, palette and 1-bit images keep their look, CMYK is converted, transparency is ignored. Of 16-bit values the
+    upper 8 bits count, as Pillow takes them of 16-bit colours.
 
     Raises:
-        one of image_files.READ_ERRORS: the file is missing or no readable image.
+        one of image_reading.READ_ERRORS: the file is missing or no readable image.
+        ValueError: integers of more than 16 bits and floating-point numbers, whose range no file states.
     """
-    with Image.open(path) as image:
-        return image.convert("RGB")
+    with Image.open(file) as image:
+        shift = _surplus_bits(image)
+        if shift is None:
+            return image.convert("RGB")
+        return Image.fromarray((np.asarray(image) >> shift).astype(np.uint8)).convert("RGB")
+
+
+def _surplus_bits(image: Image.Image) -> int | None:
+    """Return how many low bits of a grey image are too many for 8; None: Pillow converts its mode by itself."""
+    if image.mode.startswith("I;16") and image.format not in ("FITS", "MCIDAS"):
+        return image.tag_v2.get(258, (16,))[0] - 8 if image.format == "TIFF" else 8  # tag 258: bits per sample
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, which Pillow hands out in 32
+        return 8
+    if image.mode[0] in "IF":
+        raise ValueError(f"its pixels (mode {image.mode}) have no stated range; save it with 8 or 16 bits per pixel")
+    return None
 
 
 def shape_with_shorter_side(width: int, height: int, shorter: int) -> tuple[int, int]:

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import io
 import lzma
-import struct
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from prune_lab.datasets.image_crops import read_rgb
+from prune_lab.datasets.image_reading import (
+    HIDDEN,
+    READ_ERRORS,
+    is_hidden,
+    left_out_line,
+    some,
+    unreadable,
+    why_left_out,
+)
 from prune_lab.schema import ConfigError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-READ_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for missing, truncated and broken files."""
 LAYOUT = "train/CLASS/*.jpg|png and test/CLASS/*.jpg|png"
 
 
-def unreadable(name: object, error: Exception) -> str:
-    """Return one line that says which file is broken, and how."""
-    return f"{name} is not a readable image: {' '.join(str(error).split())}"
-
-
 def decode_folder_or_tar(source: Path, *, image_size: int) -> dict:
-    """Return {"classes": names, "train_images": uint8 [N, S, S, 3], "train_labels": int64 [N], "test_...": ...}.
+    """Return {"classes": names, "train_images": uint8 [N, S, S, 3], "train_labels": int64 [N], "test_...": ...,
+    "note": what was left out}.
 
     Args:
         source: folder, or tar (plain, gz, xz, bz2), whose entries end in train|test/CLASS/FILE. Classes are
@@ -38,17 +40,13 @@ def decode_folder_or_tar(source: Path, *, image_size: int) -> dict:
         ConfigError: no image in one of the splits, different classes in them, a truncated tar, or a broken
             image; the line names the file.
     """
-    entries = _folder_entries(source) if source.is_dir() else _tar_entries(source)
+    left_out: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
+    entries = _folder_entries(source, left_out) if source.is_dir() else _tar_entries(source, left_out)
     splits: dict[str, dict[tuple[str, str], bytes]] = {"train": {}, "test": {}}
     for split, class_name, file_name, content in entries:
         splits[split][class_name, file_name] = content
-    classes, test_classes = (sorted({class_name for class_name, _ in splits[name]}) for name in ("train", "test"))
-    if not classes or classes != test_classes:
-        raise ConfigError(
-            f"{source} must hold the same classes in train and test, got {len(classes)} classes in train and "
-            f"{len(test_classes)} in test; expected layout: {LAYOUT}, and a tar that is not cut short"
-        )
-    decoded = {"classes": classes}
+    classes = _same_classes(source, splits)
+    decoded = {"classes": classes, "note": left_out_line(left_out)}
     for split, contents in splits.items():
         names = sorted(contents)
         images = np.empty((len(names), image_size, image_size, 3), dtype=np.uint8)
@@ -61,8 +59,7 @@ def decode_folder_or_tar(source: Path, *, image_size: int) -> dict:
 
 def _decode(content: bytes, name: str, image_size: int) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        pixels = np.asarray(read_rgb(io.BytesIO(content)))
     except READ_ERRORS as error:
         raise ConfigError(unreadable(name, error)) from error
     if pixels.shape[:2] != (image_size, image_size):
@@ -71,27 +68,46 @@ def _decode(content: bytes, name: str, image_size: int) -> np.ndarray:
     return pixels
 
 
-def _split_name(path: str) -> tuple[str, str, str] | None:
+def _same_classes(source: Path, splits: dict[str, dict[tuple[str, str], bytes]]) -> list[str]:
+    """Return the sorted names of the classes, which must be those of both splits."""
+    train, test = ({class_name for class_name, _ in splits[name]} for name in ("train", "test"))
+    if not train or train != test:
+        lacks = {"train": test - train, "test": train - test}
+        missing = "; ".join(f"{split} lacks {some(sorted(names))}" for split, names in lacks.items() if names)
+        raise ConfigError(
+            f"{source} must hold the same classes in train and test, got {len(train)} classes in train and "
+            f"{len(test)} in test{missing and f' ({missing})'}; expected layout: {LAYOUT}, and a tar that is not "
+            "cut short"
+        )
+    return sorted(train)
+
+
+def _split_name(path: str, left_out: dict[str, Counter[str]]) -> tuple[str, str, str] | None:
     """Return (split, class, file) if `path` ends like that, None for anything else in the archive."""
-    parts = path.split("/")
-    is_image = parts[-1].lower().endswith(IMAGE_SUFFIXES) and not parts[-1].startswith("._")
-    return tuple(parts[-3:]) if is_image and len(parts) >= 3 and parts[-3] in ("train", "test") else None
+    *_, split, class_name, file_name = ("", "", *path.split("/"))
+    if split not in left_out:
+        return None
+    reason = HIDDEN if is_hidden(class_name) else why_left_out(file_name)
+    if reason is not None:
+        left_out[split][reason] += 1
+        return None
+    return split, class_name, file_name
 
 
-def _folder_entries(source: Path) -> Iterator[tuple[str, str, str, bytes]]:
+def _folder_entries(source: Path, left_out: dict[str, Counter[str]]) -> Iterator[tuple[str, str, str, bytes]]:
     for split in ("train", "test"):
         for path in sorted((source / split).glob("*/*")):
-            name = _split_name(path.as_posix())
+            name = _split_name(path.as_posix(), left_out) if path.is_file() else None
             if name is not None:
                 yield *name, path.read_bytes()
 
 
-def _tar_entries(source: Path) -> Iterator[tuple[str, str, str, bytes]]:
+def _tar_entries(source: Path, left_out: dict[str, Counter[str]]) -> Iterator[tuple[str, str, str, bytes]]:
     # "r|*" reads the archive once from front to back; seeking in an xz stream would decompress it again.
     try:
         with tarfile.open(source, "r|*") as archive:
             for member in archive:
-                name = _split_name(member.name) if member.isfile() else None
+                name = _split_name(member.name, left_out) if member.isfile() else None
                 if name is not None:
                     yield *name, archive.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:

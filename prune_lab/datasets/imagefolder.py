@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from prune_lab.datasets.base import BatchFormat, CommonConfig, DatasetInfo
 from prune_lab.schema import ConfigError, Count, Index, Range
+
+if TYPE_CHECKING:
+    from prune_lab.datasets.folder_listing import Listing
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def describe(config: Config) -> DatasetInfo:
         raise ConfigError(
             f"{error}; without the images state dataset.num_classes, dataset.expect_train and dataset.expect_test"
         ) from error
-    return _info(config, len(train.classes), len(train.labels), len(test.labels))
+    return _listed(config, train, test)
 
 
 def load(config: Config, fmt: BatchFormat):
@@ -75,9 +78,15 @@ def load(config: Config, fmt: BatchFormat):
     from prune_lab.datasets.stream import StreamDataset
 
     train, test = list_splits(config)
-    info = _info(config, len(train.classes), len(train.labels), len(test.labels))
-    return StreamDataset(config, info, train, test, fmt)
+    return StreamDataset(config, _listed(config, train, test), train, test, fmt)
 
 
-def _info(config: Config, num_classes: int, num_train: int, num_test: int) -> DatasetInfo:
-    return config.info(num_classes=num_classes, num_train_images=num_train, num_test_images=num_test)
+def _listed(config: Config, train: Listing, test: Listing) -> DatasetInfo:
+    from prune_lab.datasets.folder_listing import note
+
+    sizes = len(train.classes), len(train.labels), len(test.labels)
+    return _info(config, *sizes, note=note(train, test))
+
+
+def _info(config: Config, num_classes: int, num_train: int, num_test: int, note: str = "") -> DatasetInfo:
+    return config.info(num_classes=num_classes, num_train_images=num_train, num_test_images=num_test, note=note)

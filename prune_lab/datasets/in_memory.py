@@ -28,6 +28,8 @@ class ImageArrays:
     test_labels: np.ndarray
     num_classes: int
     content_hash: str
+    note: str = ""
+    """see DatasetInfo"""
 
 
 def hash_arrays(*arrays: np.ndarray) -> str:
@@ -50,7 +52,8 @@ class InMemoryDataset:
         labels = torch.from_numpy(arrays.train_labels.astype(np.int64))
         kept, held_out = splits.hold_out(labels, config.validation, seed=config.validation_seed)
         self.info = config.info(
-            num_classes=arrays.num_classes, num_train_images=len(labels), num_test_images=len(arrays.test_labels)
+            num_classes=arrays.num_classes, num_train_images=len(labels), num_test_images=len(arrays.test_labels),
+            note=arrays.note,
         )
         self.eval_split: Split = "val" if config.validation > 0 else "test"
         self.fingerprint = _fingerprint(config, arrays)

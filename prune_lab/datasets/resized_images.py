@@ -19,14 +19,14 @@ import numpy as np
 from prune_lab.datasets import cache
 from prune_lab.datasets.folder_listing import Listing
 from prune_lab.datasets.image_crops import read_rgb, resize, shape_with_shorter_side
-from prune_lab.datasets.image_files import READ_ERRORS, unreadable
+from prune_lab.datasets.image_reading import READ_ERRORS, unreadable
 from prune_lab.datasets.worker_pool import WorkerPool
 from prune_lab.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
 # Part of every entry's name: raise it when resizing or file format changes.
-_FORMAT = 1
+_FORMAT = 2
 _PIXELS, _INDEX, _META = "pixels.bin", "index.npy", "meta.json"
 _REQUEST = 64
 """images per request to a worker"""

@@ -17,7 +17,7 @@ from torch import Tensor
 from prune_lab.datasets import image_crops, splits
 from prune_lab.datasets.base import BatchFormat, DatasetInfo, Split
 from prune_lab.datasets.folder_listing import Listing
-from prune_lab.datasets.image_files import READ_ERRORS, unreadable
+from prune_lab.datasets.image_reading import READ_ERRORS, unreadable
 from prune_lab.datasets.normalise import Normaliser
 from prune_lab.datasets.prefetch import on_device
 from prune_lab.datasets.resized_images import ResizedImages, open_resized

@@ -1,0 +1,61 @@
+"""Which files of a data set count as images, and what is said of those that do not or cannot be read."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+from PIL import Image
+
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+"""formats that Pillow names but does not decode by itself"""
+
+
+def _suffixes() -> frozenset[str]:
+    Image.init()
+    readable = set(Image.OPEN) - _NOT_DECODED
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in readable)
+
+
+IMAGE_SUFFIXES = _suffixes()
+"""endings of image files, lower case: all that Pillow reads here"""
+READ_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for missing, truncated and broken files, image_crops.read_rgb for pixels of unknown range."""
+HIDDEN = "hidden"
+_NUM_SHOWN = 5
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is no part of a data set: copies and caches of other programs."""
+    return name.startswith(".")
+
+
+def why_left_out(name: str) -> str | None:
+    """Return None for the name of an image file, otherwise the kind of file it is in a word."""
+    if is_hidden(name):
+        return HIDDEN
+    suffix = PurePosixPath(name).suffix.lower()
+    return None if suffix in IMAGE_SUFFIXES else suffix or "without an ending"
+
+
+def left_out_line(counts: Mapping[str, Counter[str]]) -> str:
+    """Return one line that counts what was left out of each split, "" if nothing was."""
+    parts = [
+        f"of {split}: {', '.join(f'{count} {kind}' for kind, count in sorted(kinds.items()))}"
+        for split, kinds in counts.items()
+        if kinds
+    ]
+    return f"left out, because they are hidden or no images, {'; '.join(parts)}" if parts else ""
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first names on one line, and how many more there are."""
+    shown = ", ".join(names[:_NUM_SHOWN])
+    return shown if len(names) <= _NUM_SHOWN else f"{shown} and {len(names) - _NUM_SHOWN} more"
+
+
+def unreadable(name: object, error: Exception) -> str:
+    """Return one line that says which file is broken, and how."""
+    return f"{name} is not a readable image: {' '.join(str(error).split())}"
