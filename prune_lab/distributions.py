@@ -149,7 +149,7 @@ def smart_ratio(
     return targets
 
 
-def largest_remainder(targets: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, int]:
+def largest_remainder(targets: Mapping[str, float | Fraction], sizes: Mapping[str, int], total: int) -> dict[str, int]:
     """Return integers near `targets` with sum `total`, each in [0, size].
 
     Floors first; what is missing goes to the largest fractional parts, ties in layer order.
@@ -238,24 +238,38 @@ def load_densities(path: str, names: Mapping[str, str]) -> dict[str, float]:
     return {names[name]: float(content[name]) for name in names}
 
 
-def file_counts(layers: Sequence[LayerSize], densities: Mapping[str, float], *, sparsity: float) -> dict[str, int]:
-    """Return kept weights per layer from a file's densities, adding up to the budget of `sparsity`.
+def file_counts(
+    layers: Sequence[LayerSize], densities: Mapping[str, float], *, target: float, sparsity: float
+) -> dict[str, int]:
+    """Return kept weights per layer on their way to a file's densities, adding up to the budget of `sparsity`.
+
+    At `target` layer l keeps its density d_l of the file, at a lower sparsity s the density 1 - (1 - d_l) s / target.
 
     Raises:
-        ConfigError: the densities ask for another sparsity than `sparsity` (by more than 0.001), or for no weight at
-            all in a layer.
+        ConfigError: the densities ask for another sparsity than `target` (by more than 0.001), or for no weight at all
+            in a layer.
+        ValueError: `sparsity` lies beyond `target`.
     """
+    if not 0 <= sparsity <= target:
+        raise ValueError(f"sparsity must lie between 0 and the target {target:g}, got {sparsity:g}")
     sizes = {layer.name: layer.size for layer in layers}
+    final = _final_counts(sizes, densities, target)
+    done = Fraction(repr(sparsity)) / Fraction(repr(target))
+    wanted = {name: size - (size - final[name]) * done for name, size in sizes.items()}
+    return largest_remainder(wanted, sizes, num_keep_total(sum(sizes.values()), sparsity))
+
+
+def _final_counts(sizes: Mapping[str, int], densities: Mapping[str, float], target: float) -> dict[str, int]:
     total = sum(sizes.values())
     targets = {name: densities[name] * size for name, size in sizes.items()}
     asked = 1 - sum(targets.values()) / total
-    if abs(asked - sparsity) > 1e-3:
+    if abs(asked - target) > 1e-3:
         raise ConfigError(
-            f"method.densities asks for sparsity {asked:.6g}, method.sparsity for {sparsity:g}; make them agree"
+            f"method.densities asks for sparsity {asked:.6g}, method.sparsity for {target:g}; make them agree"
         )
-    budget = num_keep_total(total, sparsity)
+    budget = num_keep_total(total, target)
     factor = budget / sum(targets.values())  # at most a thousandth: densities in a file are rounded
-    near = {name: min(target * factor, sizes[name]) for name, target in targets.items()}
+    near = {name: min(share * factor, sizes[name]) for name, share in targets.items()}
     counts = largest_remainder(near, sizes, budget)
     empty = [name for name, count in counts.items() if count == 0]
     if empty:

@@ -263,8 +263,22 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_file_counts_are_exact_and_must_agree_with_the_target():
     densities = {"conv1": 0.551, "conv2": 0.1116, "fc": 1.0}  # sparsity 0.80000 of example A, rounded
-    counts = file_counts(EXAMPLE, densities, sparsity=0.8)
+    counts = file_counts(EXAMPLE, densities, target=0.8, sparsity=0.8)
     assert sum(counts.values()) == 1072
     assert counts == {"conv1": 238, "conv2": 514, "fc": 320}
     with pytest.raises(ConfigError, match=r"asks for sparsity 0\.79\d+, method\.sparsity for 0\.9"):
-        file_counts(EXAMPLE, densities, sparsity=0.9)
+        file_counts(EXAMPLE, densities, target=0.9, sparsity=0.9)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "counts"),
+    [(0.0, [432, 4608, 320]), (0.4, [335, 2561, 320]), (0.1, [408, 4096, 320]), (0.8, [238, 514, 320])],
+)  # at 0.1 the layers' ways stand at 407.75, 4096.25 and 320
+def test_layers_go_straight_to_the_densities_of_a_file(sparsity, counts):
+    densities = {"conv1": 0.551, "conv2": 0.1116, "fc": 1.0}
+    assert list(file_counts(EXAMPLE, densities, target=0.8, sparsity=sparsity).values()) == counts
+
+
+def test_a_file_goes_no_further_than_its_densities():
+    with pytest.raises(ValueError, match=r"between 0 and the target 0\.8, got 0\.9"):
+        file_counts(EXAMPLE, {"conv1": 0.551, "conv2": 0.1116, "fc": 1.0}, target=0.8, sparsity=0.9)

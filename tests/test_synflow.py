@@ -268,6 +268,13 @@ def test_layers_end_with_the_counts_of_the_distribution(distribution, monkeypatc
     assert dict(zip(seen.kept[-1], counts(seen.kept[-1]), strict=True)) == expected
 
 
+def test_rounds_go_straight_to_the_densities_of_a_file(tmp_path, monkeypatch):
+    (tmp_path / "d.json").write_text('{"0": 0.5, "4": 0.25, "10": 0.75}')  # 108 of 216, 108 of 432, 18 of 24
+    options = {"distribution": "file", "densities": str(tmp_path / "d.json"), "sparsity": 1 - 234 / 672}
+    seen = prune(small_cnn(), monkeypatch, image_size=8, rounds=3, schedule="linear", first_layer="sparse", **options)
+    assert [counts(kept) for kept in seen.kept] == [[180, 324, 22], [144, 216, 20], [108, 108, 18]]
+
+
 def test_a_rehearsal_scores_once_and_cuts_all_at_once(monkeypatch):
     calls, score = [], linearised.flow
     monkeypatch.setattr(synflow.linearised, "flow", lambda *args: calls.append(0) or score(*args))

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 torch = lazy_import("torch")
 accounting = lazy_import("prune_lab.accounting")
 schedules = lazy_import("prune_lab.sparsity_schedules")
-distributions = lazy_import("prune_lab.distributions")
 
 
 @dataclass(frozen=True)
@@ -94,27 +93,11 @@ class GMP(WeightPruning):
         ]
         if config.distribution == "global":
             return {step: self.total(context, level) for step, level in zip(steps, levels, strict=True)}
-        return dict(zip(steps, self._nested(context, levels), strict=True))
-
-    def _nested(self, context: Context, levels: list[float]) -> list[dict[str, int]]:
-        """Return counts per layer at each level: totals exact, no layer ever growing or passing below its end."""
-        final = self.allocate(context, levels[-1])
         counts, above = [], {layer.parameter: layer.size for layer in context.eligible()}
-        for level in levels[:-1]:
-            wanted = self._wanted(context, level, final)
-            above = distributions.clamp_counts(wanted, low=final, high=above, total=self.total(context, level))
+        for level in levels:
+            above = self.allocate_nested(context, level, above)
             counts.append(above)
-        return [*counts, final]
-
-    def _wanted(self, context: Context, level: float, final: dict[str, int]) -> dict[str, int]:
-        """Return counts at `level` before they are made nested; with a file each layer goes straight to its own end."""
-        sizes = {layer.parameter: layer.size for layer in context.eligible()}
-        if level == 0:
-            return sizes
-        if self.config.distribution != "file":
-            return self.allocate(context, level)
-        done = level / self.config.sparsity
-        return {name: round(size - (size - final[name]) * done) for name, size in sizes.items()}
+        return dict(zip(steps, counts, strict=True))
 
     def after_step(self, context: Context, step: int) -> None:
         keep = self.cuts.get(step)

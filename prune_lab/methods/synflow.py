@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from prune_lab.linearised import Flow
 
 torch = lazy_import("torch")
-distributions = lazy_import("prune_lab.distributions")
 linearised = lazy_import("prune_lab.linearised")
 scoring = lazy_import("prune_lab.scoring")
 
@@ -99,20 +98,10 @@ class SynFlow(InitialPruning):
         level = config.sparsity if done == 1 else 1 - falling(1 - config.sparsity, done, config.schedule)
         if config.distribution == "global":
             return self.select(context, scores, level, kept)
-        counts, sign = self._counts(context, level, done, kept), -1 if config.control == "invert" else 1
-        return self.keep_best({name: sign * score for name, score in scores.items()}, counts, kept)
-
-    def _counts(
-        self, context: Context, level: float, done: float, kept: dict[str, Tensor] | None
-    ) -> dict[str, int]:
-        """Return counts per layer on each layer's own way to its final density; together exactly those of `level`."""
         sizes = {layer.parameter: layer.size for layer in context.eligible()}
-        final = self.allocate(context, self.config.sparsity)
         above = sizes if kept is None else {name: int(torch.count_nonzero(mask)) for name, mask in kept.items()}
-        wanted = {
-            name: round(size * falling(final[name] / size, done, self.config.schedule)) for name, size in sizes.items()
-        }
-        return distributions.clamp_counts(wanted, low=final, high=above, total=self.total(context, level))
+        counts, sign = self.allocate_nested(context, level, above), -1 if config.control == "invert" else 1
+        return self.keep_best({name: sign * score for name, score in scores.items()}, counts, kept)
 
     def _check(self, flow: Flow, index: int) -> None:
         if math.isfinite(flow.total) and all(bool(torch.isfinite(score.sum())) for score in flow.scores.values()):

@@ -163,7 +163,9 @@ class WeightPruning(Method):
             context.report(f"layers without any weight left: {', '.join(empty)}")
 
     def allocate(self, context: Context, sparsity: float) -> dict[str, int]:
-        """Return kept weights per parameter; they add up to `total` exactly.
+        """Return kept weights per parameter at `sparsity`; they add up to `total` exactly.
+
+        With distribution=file layers go straight from dense to the file's densities at method.sparsity.
 
         Raises:
             ConfigError: no such layout exists; the message gives the reachable maximum.
@@ -173,7 +175,7 @@ class WeightPruning(Method):
         if config.distribution == "file":
             names = {layer.name: layer.parameter for layer in context.eligible()}
             densities = distributions.load_densities(config.densities, names)
-            return distributions.file_counts(layers, densities, sparsity=config.sparsity)
+            return distributions.file_counts(layers, densities, target=config.sparsity, sparsity=sparsity)
         compensated = config.first_layer == "dense_compensated"
         if compensated and not context.layers[0].eligible:
             first = context.layers[0]
@@ -182,6 +184,15 @@ class WeightPruning(Method):
         return distributions.allocate(
             config.distribution, layers, self.total(context, sparsity), first_layer=first_layer, power=config.power
         )
+
+    def allocate_nested(self, context: Context, sparsity: float, above: dict[str, int]) -> dict[str, int]:
+        """Return kept weights per parameter at a sparsity on the way to the target, `total` in all.
+
+        No layer grows beyond `above`, the counts before, or passes below what the target leaves it.
+        """
+        final = self.allocate(context, self.config.sparsity)
+        wanted = self.allocate(context, sparsity)
+        return distributions.clamp_counts(wanted, low=final, high=above, total=self.total(context, sparsity))
 
     def budget(self, context: Context, sparsity: float) -> int | dict[str, int]:
         """Return the weights to keep: over all layers together with distribution=global, else per parameter."""
