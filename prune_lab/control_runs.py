@@ -46,26 +46,30 @@ def figures(kind: str, top1: float, *, own: dict[str, Any], own_name: str) -> di
     return {
         "control/kind": kind,
         "control/method_top1": own["final/top1"],
-        "control/delta": top1 - own["final/top1"],
+        "control/method_minus_control": own["final/top1"] - top1,
         "control/method_run": own_name,
     }
 
 
 def beside(summary: dict[str, Any], own: dict[str, Any], kind: str) -> list[str]:
-    """Return a control's results and the method's own side by side, as lines of text."""
+    """Return the method's own results, its control's and their difference, as lines of text."""
     top1, own_top1 = summary["final/top1"], own["final/top1"]
     rows = [
-        ("", f"control {kind}", "method", "difference"),
-        ("top-1", f"{top1:.2f} %", f"{own_top1:.2f} %", f"{top1 - own_top1:+.2f}"),
-        _row("sparsity", summary, own, "sparsity/achieved", "{:.6g}".format),
-        _row("MACs per image", summary, own, "macs/inference", quantity),
+        ("", "method", f"control {kind}", "method - control"),
+        ("top-1", f"{own_top1:.2f} %", f"{top1:.2f} %", f"{own_top1 - top1:+.2f} ({_sign(own_top1 - top1)})"),
+        _row("sparsity", own, summary, "sparsity/achieved", "{:.6g}".format),
+        _row("MACs per image", own, summary, "macs/inference", quantity),
     ]
-    width = max(len(row[1]) for row in rows)
-    return [f"{name:15} {control:{width}}  {method:10}  {off}".rstrip() for name, control, method, off in rows]
+    width = max(len(row[2]) for row in rows)
+    return [f"{name:15} {method:10}  {control:{width}}  {off}".rstrip() for name, method, control, off in rows]
 
 
-def _row(name: str, summary: dict, own: dict, key: str, show: Any) -> tuple[str, str, str, str]:
-    values = summary[key], own[key]
+def _sign(off: float) -> str:
+    return "no difference" if off == 0 else f"the method is {'better' if off > 0 else 'worse'}"
+
+
+def _row(name: str, own: dict, control: dict, key: str, show: Any) -> tuple[str, str, str, str]:
+    values = own.get(key), control.get(key)
     if None in values:
         return (name, *("-" if value is None else show(value) for value in values), "")
     off = values[0] - values[1]

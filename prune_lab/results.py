@@ -21,6 +21,7 @@ from prune_lab import __version__, control_runs, distributed, models
 from prune_lab.accounting import LayerCost, count_parameters, dense_macs, layer_table, profile, sparse_macs
 from prune_lab.chain import PlannedPhase
 from prune_lab.config import RunConfig
+from prune_lab.datasets.splits import eval_range
 from prune_lab.distributions import num_keep_total
 from prune_lab.files import read_json, write_text
 from prune_lab.identity import group_key, plan, run_key
@@ -278,6 +279,8 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         **flat,
         "dense/top1": dense[0]["top1"] if dense else None,
         "delta/top1": scores["final"]["top1"] - dense[0]["top1"] if dense else None,
+        "dense/epochs": dense[0]["epochs"] if dense else None,
+        **images_seen(run),
         **counts,
         **explained([figures["explained"] for figures in run.outcomes]),
         "macs/train": spent,
@@ -299,6 +302,25 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         control, top1 = config.method.config.control, scores["final"]["top1"]
         summary |= control_runs.figures(control, top1, own=own, own_name=run.own.directory.name)
     return summary
+
+
+def images_seen(run: Run) -> dict[str, int | None]:
+    """Return how many images there are and how many of them the run evaluated and trained on.
+
+    `train/images_per_epoch` is null unless `trainer.limit_train_batches` leaves out whole batches.
+    """
+    info, trainer, batch = run.dataset.info, run.config.trainer, run.config.schedule.batch_size
+    limit, world = trainer.limit_eval_batches, distributed.world_size()
+    shares = [len(eval_range(info.num_eval, rank=rank, world_size=world)) for rank in range(world)]
+    evaluated = sum(share if limit is None else min(share, limit * trainer.eval_batch_size) for share in shares)
+    steps = trainer.limit_train_batches
+    limited = steps is not None and steps < run.dataset.num_batches(batch)
+    return {
+        "final/images": evaluated,
+        "data/num_eval": info.num_eval,
+        "data/num_train": info.num_train,
+        "train/images_per_epoch": steps * batch if limited else None,
+    }
 
 
 def explained(told: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from prune_lab.compare.differences import Difference, differences, paired
 from prune_lab.compare.front import fronts, pareto
 from prune_lab.compare.groups import aggregate, sort_rows, stat_of
 from prune_lab.compare.runs import find_runs, read_runs, without_copies
-from prune_lab.compare.table import table
+from prune_lab.compare.table import Findings, legend, table
 from prune_lab.schema import ConfigError
 
 
@@ -62,7 +62,8 @@ def test_single_run_has_no_std_and_missing_metric_is_no_zero(tmp_path):
     (row,) = aggregate(read_runs([tmp_path]))
     assert row.stats["top1"].std is None
     assert "delta" not in row.stats
-    assert "delta to dense" not in table([row])[0]
+    header = table([row], Findings(before_pruning=True))[0]
+    assert {"before pruning %", "change since"}.isdisjoint(header)
 
 
 def test_failed_and_unfinished_runs_are_counted_and_listed(tmp_path, capsys):
@@ -197,8 +198,9 @@ def write_controls(root):
         own = write_run(root, f"own-s{seed}", group="own", seed=seed, final__top1=80.0 + seed)
         for kind, delta in (("shuffle", -3.0 - seed), ("invert", -30.0)):
             config = {"method": {"name": "rigl", "sparsity": 0.9, "control": kind}}
-            beside = {"control__kind": kind, "control__delta": delta, "control__method_run": own.name}
-            write_run(root, f"{kind}-s{seed}", group=kind, seed=seed, config=config, final__top1=81 + delta, **beside)
+            top1 = 80.0 + seed
+            beside = {"control__kind": kind, "control__method_top1": top1, "control__method_run": own.name}
+            write_run(root, f"{kind}-s{seed}", group=kind, seed=seed, config=config, final__top1=top1 + delta, **beside)
     write_run(root, "other", group="other", config__method="set", final__top1=79.0)
 
 
@@ -208,23 +210,24 @@ def test_a_control_stands_below_its_method(tmp_path):
     assert [(row.group, row.control) for row in rows] == [
         ("own", "none"), ("shuffle", "shuffle"), ("invert", "invert"), ("other", ""),
     ]  # fmt: skip
-    assert rows[1].stats["control"].mean == -3.5
+    assert rows[1].stats["control"].mean == 3.5
     header, cells = table(rows)
-    column = header.index("delta to method")
-    assert [line[column] for line in cells] == ["-", "-3.50 +- 0.71", "-30.00 +- 0.00", "-"]
+    column = header.index("method - control")
+    assert [line[column] for line in cells] == ["-", "+3.50 +- 0.71", "+30.00 +- 0.00", "-"]
+    assert any(line.startswith("method - control: ") and "above 0" in line for line in legend(rows, Findings()))
     assert "options" not in header  # the only difference has its own column
 
 
-def test_a_control_without_its_method_keeps_its_delta(tmp_path):
+def test_a_control_without_its_method_keeps_its_difference(tmp_path):
     write_controls(tmp_path)
     rows = sort_rows(aggregate(read_runs([tmp_path / "shuffle-s0", tmp_path / "other"])), "top1")
     assert [row.control for row in rows] == ["", "shuffle"]
-    assert rows[1].control_of is None and rows[1].stats["control"].mean == -3.0
+    assert rows[1].control_of is None and rows[1].stats["control"].mean == 3.0
 
 
 def test_runs_without_controls_have_no_column_for_them(tmp_path):
     write_run(tmp_path, "r", final__top1=90.0)
-    assert {"control", "delta to method"}.isdisjoint(table(aggregate(read_runs([tmp_path])))[0])
+    assert {"control", "method - control"}.isdisjoint(table(aggregate(read_runs([tmp_path])))[0])
 
 
 def rows_of(root):
@@ -256,7 +259,7 @@ def test_one_pair_has_no_interval_and_none_no_difference():
     assert not Difference(-2.0, None, 1).excludes_zero
 
 
-def test_a_baseline_is_one_row_per_data_set_and_model(tmp_path):
+def test_a_baseline_is_one_row_of_each_kind(tmp_path):
     write_seeds(tmp_path, "dense", (90.0,))
     write_seeds(tmp_path, "rigl", (80.0,))
     write_run(tmp_path, "other", group="other", config__model="vgg16", final__top1=70.0)
@@ -309,11 +312,13 @@ def test_a_table_per_value_of_an_option(tmp_path, capsys):
 
 
 def test_latex_and_csv_keep_notes_out_of_the_table(tmp_path, capsys):
-    write_run(tmp_path, "good", final__top1=90.0, delta__top1=-1.5, run__device="a_b")
+    write_run(tmp_path, "good", final__top1=90.0, dense__top1=91.5, delta__top1=-1.5, run__device="a_b")
     write_run(tmp_path, "bad", seed=1, status="failed", error="loss is not finite")
     assert main([str(tmp_path), "--format", "latex"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.startswith("\\begin{tabular}{lllllllll}\n\\toprule\n") and r"top-1 \%" in captured.out
+    assert captured.out.startswith("\\begin{tabular}{llllllll}\n\\toprule\n") and r"top-1 \%" in captured.out
+    assert main([str(tmp_path), "--format", "latex", "--before-pruning"]) == 0
+    captured = capsys.readouterr()
     assert "& $-$1.50 &" in captured.out and "1 of 2" in captured.out
     assert "failed: " in captured.err and "loss is not finite" in captured.err
     assert main([str(tmp_path), "--format", "csv"]) == 0

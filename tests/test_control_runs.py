@@ -39,18 +39,32 @@ def test_a_control_is_done_after_the_method_and_shown_beside_it(capsys: pytest.C
     control, own = control_and_own("shuffle")
     assert len(summaries()) == 2 and not [key for key in own if key.startswith("control/")]
     assert control["control/method_top1"] == own["final/top1"]
-    assert control["control/delta"] == control["final/top1"] - own["final/top1"]
+    assert control["control/method_minus_control"] == own["final/top1"] - control["final/top1"]
     assert control["params/nonzero"] == own["params/nonzero"]
     assert "method.control=shuffle" in control["run/command"]
     assert own["run/command"].endswith("method.control=none") and "shuffle" not in own["run/command"]
     printed = capsys.readouterr().out
     assert printed.index(f"run {control['control/method_run']}\n") < printed.index("control shuffle of ")
     (line,) = (line for line in printed.splitlines() if line.startswith("top-1") and line.count("%") == 2)
-    assert [word for word in line.split() if word != "%"][1:] == [
-        f"{control['final/top1']:.2f}", f"{own['final/top1']:.2f}", f"{control['control/delta']:+.2f}",
+    assert [word for word in line.split() if word != "%"][1:4] == [
+        f"{own['final/top1']:.2f}", f"{control['final/top1']:.2f}", f"{control['control/method_minus_control']:+.2f}",
     ]  # fmt: skip
     logs = [path.read_text() for path in Path("outputs").glob("*/log.txt")]
     assert sorted(line in log for log in logs) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("own", "control", "told"),
+    [(97.49, 98.89, "-1.40 (the method is worse)"), (98.0, 90.5, "+7.50 (the method is better)"),
+     (9.0, 9.0, "+0.00 (no difference)")],
+)  # fmt: skip
+def test_the_difference_is_the_method_minus_its_control(own: float, control: float, told: str) -> None:
+    costs = {"sparsity/achieved": None, "macs/inference": 10}
+    lines = control_runs.beside({"final/top1": control, **costs}, {"final/top1": own, **costs}, "shuffle")
+    assert lines[0].split() == ["method", "control", "shuffle", "method", "-", "control"]
+    assert lines[1] == f"top-1           {own:.2f} %".ljust(26) + f"  {control:.2f} %".ljust(17) + f"  {told}"
+    found = control_runs.figures("shuffle", control, own={"final/top1": own}, own_name="r")
+    assert found["control/method_minus_control"] == own - control
 
 
 def test_the_own_run_is_the_one_without_the_option(capsys: pytest.CaptureFixture) -> None:
@@ -74,18 +88,19 @@ def test_a_sweep_over_controls_does_the_method_once(capsys: pytest.CaptureFixtur
              for line in capsys.readouterr().out.splitlines() if line.startswith("|")]  # fmt: skip
     rows = [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
     assert [row["control"] for row in rows] == ["none", "invert", "shuffle"]
-    assert rows[0]["delta to method"] == "-" and "options" not in rows[0]
+    assert rows[0]["method - control"] == "-" and "options" not in rows[0]
     for row in rows[1:]:
-        assert float(row["delta to method"]) == round(control_and_own(row["control"])[0]["control/delta"], 2)
+        control, own = control_and_own(row["control"])
+        assert float(row["method - control"]) == round(own["final/top1"] - control["final/top1"], 2)
 
 
 def test_a_finished_control_shows_both_again(capsys: pytest.CaptureFixture) -> None:
     command = [*SNIP, "method.control=random"]
     assert cli.main(command) == 0
-    assert "control random  method" in capsys.readouterr().out
+    assert "method      control random  method - control" in capsys.readouterr().out
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
-    assert printed.count("done already") == 2 and "control random  method" in printed
+    assert printed.count("done already") == 2 and "method      control random  method - control" in printed
 
 
 def test_a_failed_own_run_ends_the_command_with_its_code(
@@ -150,8 +165,8 @@ def test_two_processes_do_both_runs() -> None:
     children = fork_pair(log, lambda: cli.main([*SNIP, "method.control=shuffle"]))
     assert [wait_for(child) for child in children] == [0, 0], log.read_text()
     control, own = control_and_own("shuffle")
-    assert control["control/delta"] == control["final/top1"] - own["final/top1"]
-    assert log.read_text().count("control shuffle  method") == 1
+    assert control["control/method_minus_control"] == own["final/top1"] - control["final/top1"]
+    assert log.read_text().count("method      control shuffle  method - control") == 1
 
 
 @pytest.mark.slow

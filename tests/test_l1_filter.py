@@ -228,7 +228,7 @@ def test_controls_cost_the_same_and_share_what_they_can(tmp_path: Path) -> None:
     assert list(keys[2]) == ["train", "prune", "remove", "reinitialise", "scratch"]
     assert keys[0]["train"] == keys[1]["train"] and keys[0]["prune"] != keys[1]["prune"]
     assert [keys[0][name] == keys[2][name] for name in ("train", "prune", "remove")] == [True] * 3
-    assert scratch["macs/train"] > own["macs/train"] and "control/delta" in random
+    assert scratch["macs/train"] > own["macs/train"] and "control/method_minus_control" in random
     mine, other = (load_model(path.parent) for path in sorted(tmp_path.glob("*/model.json"))[:2])
     assert not torch.equal(mine.conv1.weight, other.conv1.weight)
 

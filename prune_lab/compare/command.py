@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prune_lab.arguments import Arguments
 from prune_lab.compare import conditions, formats
-from prune_lab.compare.differences import differences
+from prune_lab.compare.differences import differences, find_baselines, over_dense, without_baseline
 from prune_lab.compare.front import fronts
 from prune_lab.compare.groups import COSTS, SORT_KEYS, Row, aggregate, sort_rows
 from prune_lab.compare.published import beside
@@ -26,6 +26,8 @@ Show runs as a table: a row per set of options, mean and standard deviation over
   prune-lab compare outputs --baseline method=dense --html report.html --plots figures
 
 Runs that differ in more than the seed are never averaged. Failed and unfinished runs are listed below the table.
+Differences, Pareto fronts and training costs over a dense row are of rows of equal model (width included), data,
+evaluation and schedule: batch size, and the epochs asked for or trained in all.
 A name in --filter, --group and --baseline is a group (method, model, dataset), an option (method.sparsity, seed) or
 a result (final/top1); name=a,b takes either value, name!=a all others.
 """
@@ -61,7 +63,10 @@ def _options(argv: list[str]) -> Namespace:
     add("--group", metavar="NAME", help="a table of its own for each value of NAME")
     add("--sort", default="name", metavar="KEY", help=f"one of {', '.join(SORT_KEYS)}")
     add("--baseline", nargs="+", action="extend", metavar="NAME=VALUE",
-        help="differences to the row of the same model and data set of which these hold, paired over seeds")
+        help="differences to the row of which these hold, paired over seeds; of equal model (width included), data, "
+        "evaluation and schedule")
+    add("--before-pruning", action="store_true", help="what each run had before it pruned, at the end of its own "
+        "dense training, and the change since; a dense row may have trained longer")
     add("--cost", default="macs", metavar="COST", help=f"for the Pareto front: one of {', '.join(COSTS)}")
     add("--format", metavar="FORMAT", help=f"one of {', '.join(formats.FORMATS)}; default: rich on a terminal, "
         "markdown elsewhere; csv has every number unrounded")
@@ -93,6 +98,9 @@ def find(rows: Sequence[Row], runs: Sequence[RunResult], options: Namespace) -> 
     return Findings(
         differences=differences(rows, against, metric) if against else {},
         baseline=" ".join(typed),
+        unpaired=without_baseline(rows, find_baselines(rows, against)) if against else (),
+        over_dense=over_dense(rows),
+        before_pruning=options.before_pruning or options.sort == "delta",
         front=frozenset(fronts(rows, metric, options.cost)),
         cost=options.cost,
         published=tuple(beside(rows)),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from prune_lab.compare.conditions import Condition
 from prune_lab.compare.groups import METRICS, Row, stat
+from prune_lab.compare.kinds import peers
 from prune_lab.schema import ConfigError
 
 CONFIDENCE = 0.95
@@ -46,37 +47,71 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Differ
 
 
 def differences(rows: Sequence[Row], conditions: Sequence[Condition], metric: str) -> dict[str, Difference]:
-    """Return group -> difference in `metric` to the baseline of the same data set and model.
+    """Return group -> difference in `metric` to the baseline that the row is comparable with.
 
-    Rows whose data set and model have no baseline among `rows` are left out, as is the baseline itself.
+    Rows without such a baseline among `rows` are left out, as are the baselines themselves.
 
     Raises:
-        ConfigError: no row satisfies the conditions, or several rows of one data set and model do.
+        ConfigError: no row satisfies the conditions, or several rows that are comparable with each other do.
     """
     baselines = find_baselines(rows, conditions)
     found = {}
     for row in rows:
-        baseline = baselines.get(row.labels[1:3])
-        if baseline is not None and baseline is not row:
-            difference = paired(by_seed(row, metric), by_seed(baseline, metric))
+        fitting = peers(row, baselines)
+        if len(fitting) == 1 and fitting[0] is not row:
+            difference = paired(by_seed(row, metric), by_seed(fitting[0], metric))
             if difference is not None:
                 found[row.group] = difference
     return found
 
 
-def find_baselines(rows: Iterable[Row], conditions: Sequence[Condition]) -> dict[tuple[str, str], Row]:
-    """Return (model, data set) -> the one row there that satisfies the conditions."""
+def find_baselines(rows: Iterable[Row], conditions: Sequence[Condition]) -> list[Row]:
+    """Return the rows that satisfy the conditions; no two of them are comparable with each other.
+
+    Raises:
+        ConfigError: as `differences`.
+    """
     typed = f"--baseline {' '.join(condition.typed for condition in conditions)}"
-    found: dict[tuple[str, str], Row] = {}
+    found: list[Row] = []
     for row in rows:
-        if not all(condition.holds(row.runs[0]) for condition in conditions):
-            continue
-        other = found.setdefault(row.labels[1:3], row)
-        if other is not row:
-            raise ConfigError(f"{typed}: two rows of {' on '.join(row.labels[1:3])} are such ({_told(other)}; "
-                              f"{_told(row)}); add conditions until one is left")  # fmt: skip
+        if all(condition.holds(row.runs[0]) for condition in conditions):
+            for other in peers(row, found):
+                raise ConfigError(f"{typed}: two rows of {' on '.join(row.labels[1:3])} are such ({_told(other)}; "
+                                  f"{_told(row)}); add conditions until one is left")  # fmt: skip
+            found.append(row)
     if not found:
         raise ConfigError(f"{typed}: no row is such")
+    return found
+
+
+def without_baseline(rows: Sequence[Row], baselines: Sequence[Row]) -> list[str]:
+    """Return why rows have no baseline, a line for each reason with the rows that it is true of."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        fitting = peers(row, baselines)
+        if len(fitting) != 1:
+            reason = f"{len(fitting)} rows are such" if fitting else _nearest_miss(row, baselines)
+            found.setdefault(reason, []).append(row.name)
+    return [f"{', '.join(names)}: {reason}" for reason, names in found.items()]
+
+
+def _nearest_miss(row: Row, baselines: Sequence[Row]) -> str:
+    """Return in what `row` differs from the baseline that is most like it."""
+    unlike = min((row.kind.unlike(baseline.kind) for baseline in baselines), key=len)
+    return f"{', '.join(unlike[:4])}{', ...' if len(unlike) > 4 else ''}"
+
+
+def over_dense(rows: Sequence[Row]) -> dict[str, float]:
+    """Return group -> training MACs over those of the dense row that it is comparable with, where there is one.
+
+    Several such rows count if they cost the same.
+    """
+    dense = [row for row in rows if row.labels[0] == "dense" and row.stats.get("train")]
+    found = {}
+    for row in rows:
+        costs = {round(other.stats["train"].mean) for other in peers(row, dense)}
+        if "train" in row.stats and len(costs) == 1 and (cost := costs.pop()):
+            found[row.group] = row.stats["train"].mean / cost
     return found
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from prune_lab.compare import styles
-from prune_lab.compare.front import fronts
+from prune_lab.compare.front import front_lines
 from prune_lab.compare.groups import COSTS, Row, Stat, stat_of
 from prune_lab.compare.styles import Style
-from prune_lab.compare.table import COST_NAMES, Findings
+from prune_lab.compare.table import COST_NAMES, SAME, Findings
 from prune_lab.compare.trajectories import Course, Point, read_course
 from prune_lab.tracking.lines import quantity, to_ascii
 
@@ -120,18 +120,20 @@ def _datasets(rows: Sequence[Row]) -> list[str]:
 
 def accuracy(rows: Sequence[Row], metric: str, labels: dict[str, str]) -> Figure:
     """Return accuracy against each cost that a row has, with the Pareto front; a series per method."""
-    looks = styles.of_methods(rows)
+    kinds = styles.kind_names(rows)
+    looks = styles.of_methods(rows, kinds)
     views = []
     for dataset in _datasets(rows):
         for cost in COSTS:
             shown = [row for row in rows if row.labels[2] == dataset and metric in row.stats and _cost(row, cost)]
             if shown:
-                views.append(_accuracy_view(shown, metric, cost, labels, looks))
+                views.append(_accuracy_view(shown, metric, cost, labels, looks, kinds))
     caption = (
         f"A point per row of the table: the mean over its finished runs, n of them (shown on hovering). Error bars are "
-        f"{SPREAD}. The line joins the rows of which no other one has at least the accuracy for at most the cost and "
-        "one of them better; controls (hollow) are left out of it. It orders means and does not say whether their "
-        "differences are beyond chance. Colour and marker: method."
+        f"{SPREAD}. A line joins the rows that no other one of {SAME} beats: with at least the accuracy for at most "
+        "the cost and one of them better; controls (hollow) are left out of it. It orders means and does not say "
+        "whether their differences are beyond chance. Colour and marker: method, and kind of network or training if "
+        "there are several."
     )
     return Figure("accuracy", "Accuracy against cost", caption, "Cost", tuple(views))
 
@@ -141,27 +143,39 @@ def _cost(row: Row, cost: str) -> Stat | None:
 
 
 def _accuracy_view(
-    rows: Sequence[Row], metric: str, cost: str, labels: dict[str, str], looks: dict[str, Style]
+    rows: Sequence[Row], metric: str, cost: str, labels: dict[str, str], looks: dict[str, Style], kinds: dict[str, str]
 ) -> View:
     values = [_cost(row, cost).mean for row in rows]
     log_x = min(values) > 0 and max(values) >= 10 * min(values)
-    points = [_accuracy_point(row, metric, cost, labels[row.group], looks[row.group]) for row in rows]
+    points = [_accuracy_point(row, metric, cost, labels[row.group], looks[row.group], kinds) for row in rows]
     points.sort(key=lambda series: series.label)
     merged = [_merge(list(members)) for _, members in groupby(points, key=lambda series: series.label)]
-    winners = fronts(rows, metric, cost)
-    ordered = sorted((row for row in rows if row.group in winners), key=lambda row: _cost(row, cost).mean)
-    if ordered:
-        x, y = (tuple(_cost(row, cost).mean for row in ordered), tuple(row.stats[metric].mean for row in ordered))
-        none = (None,) * len(ordered)
-        merged.append(Series("Pareto front", None, x, y, none, none, n=(), notes=(), kind="front"))
+    merged += _fronts(rows, metric, cost, kinds)
     title = _COST_AXES[cost] + (" (log scale)" if log_x else "")
     return View(rows[0].labels[2], cost, COST_NAMES[cost], title, _ACCURACY_AXES.get(metric, metric), tuple(merged),
                 log_x)  # fmt: skip
 
 
-def _accuracy_point(row: Row, metric: str, cost: str, label: str, style: Style) -> Series:
+def _fronts(rows: Sequence[Row], metric: str, cost: str, kinds: dict[str, str]) -> list[Series]:
+    """Return the Pareto front of each set of comparable rows, named after what its rows have in common."""
+    lines = front_lines(rows, metric, cost)
+    found = []
+    for circle, best in lines:
+        told = [kinds[row.group].split() for row in circle]
+        common = [word for word in told[0] if all(word in words for words in told)]
+        x, y = (tuple(_cost(row, cost).mean for row in best), tuple(row.stats[metric].mean for row in best))
+        name = " ".join(["Pareto front", *(common if len(lines) > 1 else ())])
+        none = (None,) * len(best)
+        found.append(Series(name, None, x, y, none, none, n=(), notes=(), kind="front"))
+    return found
+
+
+def _accuracy_point(
+    row: Row, metric: str, cost: str, label: str, style: Style, kinds: dict[str, str]
+) -> Series:
     x, y = _cost(row, cost), row.stats[metric]
-    lines = [label, f"{_ACCURACY_AXES.get(metric, metric)}: {_spread(y, '{:.2f}'.format)}, n = {y.n}"]
+    part = f", {row.evaluated} images" if row.evaluated else ""
+    lines = [label, f"{_ACCURACY_AXES.get(metric, metric)}: {_spread(y, '{:.2f}'.format)}, n = {y.n}{part}"]
     if row.sparsity is not None:
         lines.append(f"sparsity requested: {row.sparsity:g}")
     achieved = stat_of(row, "sparsity/achieved")
@@ -171,7 +185,8 @@ def _accuracy_point(row: Row, metric: str, cost: str, label: str, style: Style) 
         value = _cost(row, name)
         if value is not None:
             lines.append(f"{text}: {_spread(value, _milliseconds if name == 'latency' else quantity)}")
-    name = row.labels[0] + (f", control {row.control}" if style.hollow else "")
+    control = f", control {row.control}" if style.hollow else ""
+    name = " ".join(filter(None, (row.labels[0], kinds[row.group]))) + control
     return Series(to_ascii(name), style, (x.mean,), (y.mean,), (x.std,), (y.std,), (y.n,),
                   ("\n".join(lines),), "points")  # fmt: skip
 

@@ -71,6 +71,7 @@ def comma_separated(rows: Sequence[Row], findings: Findings) -> str:
 def _record(row: Row, findings: Findings, keys: dict[str, None]) -> dict[str, Any]:
     record: dict[str, Any] = dict(zip(("method", "model", "dataset", "schedule"), row.labels, strict=True))
     record |= {"sparsity": row.sparsity, "matched": row.matched, "options": row.options, "control": row.control,
+               "epochs": row.epochs, "images evaluated": row.evaluated, "training images per epoch": row.trained,
                "runs": row.num_runs, "finished": row.num_finished}  # fmt: skip
     for key in keys:
         found = stat_of(row, key)
@@ -78,6 +79,7 @@ def _record(row: Row, findings: Findings, keys: dict[str, None]) -> dict[str, An
     difference = findings.differences.get(row.group)
     if findings.differences:
         record |= {f"difference {part}": getattr(difference, part, None) for part in ("mean", "half_width", "n")}
+    record["train MACs over dense row"] = findings.over_dense.get(row.group)
     record["front"] = int(row.group in findings.front)
     for entry in findings.published:
         if entry.row is row:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 
 from prune_lab.compare.groups import COSTS, Row, stat_of
+from prune_lab.compare.kinds import circles
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
@@ -20,21 +20,33 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
     return on_front
 
 
-def fronts(rows: Sequence[Row], metric: str, cost: str) -> set[str]:
-    """Return the groups on the Pareto front of their data set; data sets with a single row have none.
+def front_lines(rows: Sequence[Row], metric: str, cost: str) -> list[tuple[list[Row], list[Row]]]:
+    """Return each circle of two comparable rows or more with those of them on its Pareto front, by rising cost.
 
     Args:
         metric: short name of METRICS, higher is better.
         cost: short name of COSTS, lower is better. Means over seeds count for both.
     """
-    candidates = defaultdict(list)
+    points = {}
     for row in rows:
         value = stat_of(row, COSTS[cost])
         if metric in row.stats and value is not None and row.control in ("", "none"):
-            candidates[row.labels[2]].append((row.group, (row.stats[metric].mean, value.mean)))
-    found = set()
-    for entries in candidates.values():
-        if len(entries) > 1:
-            flags = pareto([point for _, point in entries])
-            found |= {group for (group, _), on_front in zip(entries, flags, strict=True) if on_front}
-    return found
+            points[row.group] = row.stats[metric].mean, value.mean
+    lines = []
+    for circle in circles(row for row in rows if row.group in points):
+        if len(circle) > 1:
+            flags = pareto([points[row.group] for row in circle])
+            best = [row for row, on_front in zip(circle, flags, strict=True) if on_front]
+            lines.append((circle, sorted(best, key=lambda row: points[row.group][1])))
+    return lines
+
+
+def fronts(rows: Sequence[Row], metric: str, cost: str) -> set[str]:
+    """Return the groups that no comparable row beats; rows that are comparable with no other have no front.
+
+    Args:
+        metric, cost: as for `front_lines`.
+    """
+    lines = front_lines(rows, metric, cost)
+    beaten = {row.group for circle, best in lines for row in circle if row not in best}
+    return {row.group for _, best in lines for row in best} - beaten

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from prune_lab.compare.runs import RunResult, flat_options
-
-_NOT_OPTIONS = ("seed", "output_dir", "dry_run", "logger.", "paper.", "dataset.root", "dataset.download",
-                "dataset.cache_dir", "dataset.workers")  # fmt: skip
-"""options, or beginnings of them, that do not tell groups apart"""
+from prune_lab.compare import options
+from prune_lab.compare.kinds import Kind, kinds
+from prune_lab.compare.partial import evaluated, trained
+from prune_lab.compare.runs import RunResult
 
 METRICS = {
     "top1": "final/top1",
     "test": "test/top1",
     "accuracy": "accuracy/test",
     "delta": "delta/top1",
-    "control": "control/delta",
+    "control": "control/method_minus_control",
     "params": "params/nonzero",
     "params_ratio": "params/ratio",
     "macs": "macs/inference_ratio",
-    "train": "macs/train_ratio",
+    "train": "macs/train",
     "latency": "latency/ms",
     "wall": "time/wall_s",
 }
@@ -55,7 +53,7 @@ class Row:
     sparsity: float | None
     """requested; None where the method has no target"""
     options: str
-    """what sets it apart from other rows with the same labels"""
+    """every option in which it differs from another row"""
     num_finished: int
     num_runs: int
     stats: dict[str, Stat]
@@ -67,8 +65,21 @@ class Row:
     """which sanity check of a method it is; none: a method beside its controls"""
     control_of: str | None = None
     """group of the method that it is a control of, if that is among the rows"""
+    kind: Kind = field(default_factory=Kind, repr=False)
+    """which rows it may be set against"""
+    evaluated: str | None = None
+    """which part of the evaluation images its accuracies are of; None: all"""
+    trained: str | None = None
+    """which part of the training images its epochs were of; None: all"""
+    epochs: str = ""
+    """trained in each phase that trains: 2 + 1"""
     runs: tuple[RunResult, ...] = field(default=(), repr=False)
     """the finished ones, by seed"""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether its accuracy before pruning is another than its last one."""
+        return any(run.summary.get("delta/top1") for run in self.runs)
 
     @property
     def name(self) -> str:
@@ -96,13 +107,14 @@ def aggregate(runs: Iterable[RunResult]) -> list[Row]:
         groups[run.group].append(run)
     finished = {name: [run for run in members if run.summary] for name, members in groups.items()}
     shown = {name: members for name, members in finished.items() if members}
-    options = _options({name: members[0] for name, members in shown.items()})
-    methods = _methods_of_controls(shown)
+    firsts = {name: members[0] for name, members in shown.items()}
+    told = options.texts(firsts, {name: _look(run) for name, run in firsts.items()})
+    kind_of, methods = kinds(firsts), _methods_of_controls(shown)
     return [
         Row(
             labels=_labels(members[0]),
             sparsity=members[0].summary.get("sparsity/requested"),
-            options=options[name],
+            options=told[name],
             num_finished=len(members),
             num_runs=len(groups[name]),
             stats=_stats(members),
@@ -110,6 +122,10 @@ def aggregate(runs: Iterable[RunResult]) -> list[Row]:
             matched=_matched(members[0]),
             control=members[0].summary.get("control/kind") or ("none" if name in methods.values() else ""),
             control_of=methods.get(name),
+            kind=kind_of[name],
+            evaluated=evaluated(members[0]),
+            trained=trained(members[0]),
+            epochs=_epochs(members[0]),
             runs=tuple(sorted(members, key=lambda run: -1 if run.seed is None else run.seed)),
         )
         for name, members in shown.items()
@@ -132,6 +148,16 @@ def _labels(run: RunResult) -> tuple[str, str, str, str]:
     return tuple(str(run.summary.get(key, "?")) for key in keys)
 
 
+def _look(run: RunResult) -> tuple:
+    """Return what the table shows of a run beside its options."""
+    sparsity = f"{run.summary.get('sparsity/requested') or 0:g}"
+    return _labels(run), sparsity, _matched(run), run.summary.get("control/kind")
+
+
+def _epochs(run: RunResult) -> str:
+    return " + ".join(f"{phase['epochs']:g}" for phase in run.phases)
+
+
 def _matched(run: RunResult) -> str:
     kind, to, epochs = (run.summary.get(f"match/{key}") for key in ("kind", "to", "epochs"))
     if kind is None:
@@ -146,33 +172,6 @@ def _stats(members: list[RunResult]) -> dict[str, Stat]:
         if values:
             stats[name] = stat(values)
     return stats
-
-
-def _options(firsts: dict[str, RunResult]) -> dict[str, str]:
-    """Return for each group the options in which it differs from the groups that would look the same in the table."""
-    alike: dict[tuple, list[str]] = defaultdict(list)
-    for name, run in firsts.items():
-        alike[(_labels(run), f"{run.summary.get('sparsity/requested') or 0:g}", _matched(run))].append(name)
-    texts = dict.fromkeys(firsts, "")
-    for names in alike.values():
-        if len(names) == 1:
-            continue
-        flat = {name: _telling_options(firsts[name].config) for name in names}
-        keys = dict.fromkeys(key for options in flat.values() for key in options)
-        differing = [key for key in keys if len({repr(options.get(key)) for options in flat.values()}) > 1]
-        controls = any("control/kind" in firsts[name].summary for name in names)  # they have a column of their own
-        shown = [key for key in differing if not (controls and key == "method.control")]
-        for name in names:
-            texts[name] = " ".join(f"{key}={flat[name][key]}" for key in shown if key in flat[name])
-        looks = Counter((texts[name], firsts[name].summary.get("control/kind")) for name in names)
-        for name in names:  # for example other images under the same options
-            if looks[texts[name], firsts[name].summary.get("control/kind")] > 1:
-                texts[name] = f"{texts[name]} {name}".strip()
-    return texts
-
-
-def _telling_options(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in flat_options(config) if not key.startswith(_NOT_OPTIONS)}
 
 
 def sort_rows(rows: Iterable[Row], key: str) -> list[Row]:

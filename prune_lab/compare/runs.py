@@ -33,6 +33,16 @@ class RunResult:
     config: dict[str, Any]
     """resolved options; empty if run.json is missing"""
 
+    def options(self, group: str) -> dict[str, Any]:
+        """Return the options of a group such as `model`; empty if they are not known."""
+        found = self.config.get(group)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def phases(self) -> list[dict[str, Any]]:
+        """The phases of a finished run that trained: name, epochs and more; empty if they are not known."""
+        return [phase for phase in self.summary.get("phases") or () if phase.get("epochs")]
+
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """Return the run directories that `paths` are, contain or match (shell patterns), each once, in order of name.
@@ -92,7 +102,7 @@ def _as_result(path: Path) -> RunResult:
     if state == "finished" and not summary:
         state = "without summary.json"
     exported = _read_optional(path, "export/export.json")
-    worked_out = _ratio(summary) | _accuracy(summary, config) | _latency(exported)
+    worked_out = _ratio(summary) | _accuracy(summary, config) | _control(summary) | _latency(exported)
     return RunResult(
         path=path,
         status=state,
@@ -115,6 +125,10 @@ def _check(summary: dict[str, Any], status: dict[str, Any], config: Any) -> None
             raise ValueError(f"summary.json: {key} is {value!r}")
         if key.startswith(_NUMBERS) and key.count("/") == 1 and not _is_number(value):
             raise ValueError(f"summary.json: {key} is {value!r}, no number")
+    phases = summary.get("phases") or []
+    if not isinstance(phases, list) or not all(isinstance(phase, dict) and _is_number(phase.get("epochs"))
+                                               for phase in phases):  # fmt: skip
+        raise ValueError("summary.json: phases is no list of phases with epochs")
     if not all(isinstance(status.get(key), (str, type(None))) for key in ("status", "error")):
         raise ValueError(f"status.json holds {status!r}")
     if not isinstance(config, dict) or not isinstance(config.get("seed"), (int, type(None))):
@@ -124,8 +138,9 @@ def _check(summary: dict[str, Any], status: dict[str, Any], config: Any) -> None
         raise ValueError("run.json: config.paper is not what a recipe has")
 
 
-_NUMBERS = ("final/", "test/", "dense/", "delta/", "params/", "macs/", "sparsity/", "time/", "control/delta")
-"""beginnings of the keys whose values are averaged"""
+_NUMBERS = ("final/", "test/", "dense/", "delta/", "params/", "macs/", "sparsity/", "time/", "data/num_",
+            "train/", "control/method_top1", "control/method_minus")  # fmt: skip
+"""beginnings of the keys whose values are numbers"""
 
 
 def _is_number(value: Any) -> bool:
@@ -149,6 +164,12 @@ def _accuracy(summary: dict[str, Any], config: dict[str, Any]) -> dict[str, floa
     held_out = "test/top1" in summary or (config.get("dataset") or {}).get("validation")
     value = summary.get("test/top1" if held_out else "final/top1")
     return {} if value is None else {"accuracy/test": value}
+
+
+def _control(summary: dict[str, Any]) -> dict[str, float]:
+    """Return what the method has over its control, in points; runs before this key have the two accuracies."""
+    method, control = summary.get("control/method_top1"), summary.get("final/top1")
+    return {} if method is None or control is None else {"control/method_minus_control": method - control}
 
 
 def _latency(record: dict[str, Any]) -> dict[str, float]:

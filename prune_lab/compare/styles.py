@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from prune_lab.compare.groups import Row
+from prune_lab.compare.kinds import circles
 from prune_lab.tracking.lines import to_ascii
 
 LIGHT = ("#4279e7", "#d28217", "#23a95d", "#761230", "#0a305c", "#5a5c0a", "#3929e7", "#898989")
@@ -18,6 +19,10 @@ DARK = ("#7ea1f1", "#e84031", "#41d37b", "#a73e9d", "#a7f5f0", "#e4e748", "#a01e
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
 """seven, so that with eight colours 56 methods differ in the pair"""
 DASHES = ("solid", "dash", "dot", "dashdot")
+
+_KIND = ("model.", "dataset.", "schedule.batch_size", "schedule.multiplier", "schedule.train.epochs",
+         "schedule.finetune.epochs", "trainer.limit_", "trainer.eval_batch_size")  # fmt: skip
+"""options, or beginnings of them, in which rows that are compared must agree"""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ def labels(rows: Sequence[Row]) -> dict[str, str]:
     """
     several = [position for position in (1, 3) if len({row.labels[position] for row in rows}) > 1]
     full = {row.group: " ".join([row.name, *(row.labels[position] for position in several)]) for row in rows}
-    short = {group: re.sub(r"(?<!\S)(?:\w+\.)+(\w+=)", r"\1", text) for group, text in full.items()}
+    short = {group: _short(text) for group, text in full.items()}
     keys = {row.group: (row.labels[2], short[row.group]) for row in rows}
     taken = list(keys.values())
     told = {group: full[group] if taken.count(key) > 1 else short[group] for group, key in keys.items()}
@@ -54,10 +59,30 @@ def method_names(rows: Sequence[Row]) -> list[str]:
     return sorted({row.labels[0] for row in rows})
 
 
-def of_methods(rows: Sequence[Row]) -> dict[str, Style]:
-    """Return group -> colour and marker of its method."""
-    order = method_names(rows)
-    return {row.group: _of_method(order.index(row.labels[0]), row) for row in rows}
+def kind_names(rows: Sequence[Row]) -> dict[str, str]:
+    """Return group -> ASCII text that tells the row's network, data and schedule from those of other rows.
+
+    Texts are empty where all rows are comparable with each other.
+    """
+    if len(circles(rows)) == 1:
+        return dict.fromkeys((row.group for row in rows), "")
+    several = [position for position in (1, 3) if len({row.labels[position] for row in rows}) > 1]
+    words = {row.group: [word for word in row.options.split() if word.startswith(_KIND)] for row in rows}
+    parts = {row.group: [row.labels[position] for position in several] + words[row.group] for row in rows}
+    partial = {row.group: [f"({part} images)" for part in (row.evaluated, row.trained) if part] for row in rows}
+    return {group: to_ascii(_short(" ".join(parts[group] + partial[group]))) for group in parts}
+
+
+def _short(text: str) -> str:
+    """Return `text` with options without their prefix: lr=0.1 for schedule.train.lr=0.1."""
+    return re.sub(r"(?<!\S)(?:\w+\.)+(\w+=)", r"\1", text)
+
+
+def of_methods(rows: Sequence[Row], kinds: Mapping[str, str] | None = None) -> dict[str, Style]:
+    """Return group -> colour and marker of its method, or of method and kind of network as `kind_names` tells it."""
+    names = {row.group: (row.labels[0], (kinds or {}).get(row.group, "")) for row in rows}
+    order = sorted(set(names.values()))
+    return {row.group: _of_method(order.index(names[row.group]), row) for row in rows}
 
 
 def of_lines(rows: Sequence[Row]) -> tuple[dict[str, Style], bool]:

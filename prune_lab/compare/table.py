@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from prune_lab.compare.differences import CONFIDENCE, Difference
-from prune_lab.compare.groups import Row, Stat
+from prune_lab.compare.groups import Row, Stat, stat_of
 from prune_lab.compare.published import Beside
 from prune_lab.compare.runs import RunResult
-from prune_lab.tracking.lines import duration, quantity, to_ascii
+from prune_lab.tracking.lines import dense_epochs, duration, epochs_text, quantity, to_ascii
 
 COST_NAMES = {"macs": "inference MACs", "train": "training MACs", "params": "nonzero parameters", "latency": "latency"}
+DENSE_ROW = "train MACs / dense row"
+SAME = "equal model, data, evaluation and schedule"
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Findings:
     """groups on the Pareto front"""
     cost: str = "macs"
     """against which the front is drawn: short name of COSTS"""
+    unpaired: Sequence[str] = ()
+    """why rows have no difference to the baseline"""
+    over_dense: Mapping[str, float] = field(default_factory=dict)
+    """by group: training MACs over those of the dense row"""
+    before_pruning: bool = False
+    """whether accuracies before pruning were asked for"""
     published: tuple[Beside, ...] = ()
 
 
@@ -39,21 +47,23 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
         "method": [row.labels[0] for row in rows],
         "model": [row.labels[1] for row in rows],
         "dataset": [row.labels[2] for row in rows],
-        "schedule": [row.labels[3] for row in rows],
+        "schedule": [_part(row.labels[3], row.trained) for row in rows],
+        "epochs": [row.epochs for row in rows] if len({row.epochs for row in rows}) > 1 else [],
         "sparsity": ["" if row.sparsity is None else f"{row.sparsity:g}" for row in rows],
         "matched": [row.matched for row in rows],
         "options": [row.options for row in rows],
         "control": [row.control for row in rows],
         "n": [_count(row) for row in rows],
-        "top-1 %": [_spread(row, "top1", "{:.2f}") for row in rows],
-        "test top-1 %": [_spread(row, "test", "{:.2f}") for row in rows],
+        "top-1 %": [_part(_spread(row, "top1", "{:.2f}"), row.evaluated) for row in rows],
+        "test top-1 %": [_part(_spread(row, "test", "{:.2f}"), row.evaluated) for row in rows],
         "paper top-1 %": [_published(top1.get(row.group)) for row in rows],
-        "delta to dense": [_spread(row, "delta", "{:+.2f}") for row in rows],
-        "delta to method": [_spread(row, "control", "{:+.2f}") for row in rows],
+        **(_before_pruning(rows) if known.before_pruning else {}),
+        "method - control": [_spread(row, "control", "{:+.2f}") for row in rows],
         f"against {known.baseline}": [_difference(known.differences.get(row.group)) for row in rows],
         "params nonzero": [_params(row) for row in rows],
+        "MACs": [_absolute(row, "macs/inference") for row in rows] if _several(rows, "macs/dense") else [],
         "MACs ratio": [_mean(row.stats.get("macs"), "{:.4f}") for row in rows],
-        "train MACs ratio": [_mean(row.stats.get("train"), "{:.3f}") for row in rows],
+        **_training(rows, known.over_dense),
         "latency ms": [_mean(row.stats.get("latency"), "{:.3g}") for row in rows],
         "wall time": [duration(row.stats["wall"].mean) if "wall" in row.stats else "" for row in rows],
         "front": ["*" if row.group in known.front else "" for row in rows],
@@ -63,18 +73,61 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
     return [to_ascii(name) for name in kept], lines
 
 
+def _several(rows: Sequence[Row], key: str) -> bool:
+    """Return whether ratios to a figure are ratios to different ones."""
+    return len({found.mean for row in rows if (found := stat_of(row, key))}) > 1
+
+
+def _absolute(row: Row, key: str) -> str:
+    found = stat_of(row, key)
+    return "" if found is None else quantity(found.mean)
+
+
+def _training(rows: Sequence[Row], over_dense: Mapping[str, float]) -> dict[str, list[str]]:
+    """Return training MACs as a ratio where a dense row is there to divide by; as they are unless all rows have it."""
+    counted = [row for row in rows if "train" in row.stats]
+    columns = {
+        "train MACs": [_absolute(row, "macs/train") for row in rows],
+        DENSE_ROW: [f"{over_dense[row.group]:.3f}" if row.group in over_dense else "" for row in rows],
+    }
+    return {DENSE_ROW: columns[DENSE_ROW]} if all(row.group in over_dense for row in counted) else columns
+
+
+def _before_pruning(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Return the accuracy that each run had before it pruned, after how many epochs, and what has changed since."""
+    cells = []
+    for row in rows:
+        before, epochs = stat_of(row, "dense/top1"), {dense_epochs(run.summary) for run in row.runs}
+        cells.append(f"{before.mean:.2f}{_std(before)} ({epochs_text(epochs.pop())})" if before and row.prunes else "")
+    since = [_spread(row, "delta", "{:+.2f}") if cell else "" for row, cell in zip(rows, cells, strict=True)]
+    return {"before pruning %": cells, "change since": since}
+
+
 def legend(rows: Sequence[Row], findings: Findings) -> list[str]:
     """Return how to read the table."""
-    lines = ["mean +- sample standard deviation over n finished runs; ratios are to the dense network"]
+    lines = ["mean +- sample standard deviation over n finished runs; MACs ratio and % of params are to the row's own "
+             "network, dense"]  # fmt: skip
+    if findings.over_dense:
+        lines.append(f"{DENSE_ROW}: training MACs of the whole run over those of the row dense of {SAME}")
     if any("test" in row.stats for row in rows):
         lines.append("top-1 is of held-out training images where test top-1 is given; front and differences go by test "
                      "images")  # fmt: skip
-    if findings.differences:
+    if any(row.evaluated or row.trained for row in rows):
+        lines.append("(N of M images): only a part was evaluated (top-1) or trained on in each epoch (schedule); such "
+                     "rows are compared with their like alone")  # fmt: skip
+    if any("control" in row.stats for row in rows):
+        lines.append("method - control: top-1 of the method's own run minus that of its control, in points; above 0 "
+                     "the method is better")  # fmt: skip
+    if findings.before_pruning:
+        lines.append("before pruning: the same run's network at the end of its own dense training, which may be "
+                     "shorter than that of a row dense")  # fmt: skip
+    if findings.baseline:
         lines.append(f"against {findings.baseline}: mean difference in points over runs of the same seed, "
                      f"{CONFIDENCE:.0%} confidence interval (Student's t; n pairs); ! it leaves out 0, not "
                      "corrected for the number of rows")  # fmt: skip
+        lines += [f"- no row {findings.baseline} of {SAME} (here / there): {line}" for line in findings.unpaired]
     if findings.front:
-        lines.append(f"front: * no other row of the data set has at least its accuracy for at most its "
+        lines.append(f"front: * no other row of {SAME} has at least its accuracy for at most its "
                      f"{COST_NAMES[findings.cost]}, and one of them better")  # fmt: skip
     if any("latency" in row.stats for row in rows):
         lines.append("latency: PyTorch, batch 1, as prune-lab export measured it on its machine")
@@ -117,6 +170,10 @@ def unfinished(runs: Sequence[RunResult]) -> list[str]:
     for run in left:
         lines.append(f"  {words.get(run.status, run.status)}: {run.path}" + (f" ({run.error})" if run.error else ""))
     return lines
+
+
+def _part(text: str, images: str | None) -> str:
+    return f"{text} ({images} images)" if text and images else text
 
 
 def _count(row: Row) -> str:

@@ -56,9 +56,11 @@ def epoch_line(record: dict[str, Any], epochs: dict[str, int]) -> str | None:
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (what, how much) for the end of a run, from the flat keys of summary.json; missing ones are left out."""
     get = summary.get
+    images, num_eval = get("final/images"), get("data/num_eval")
+    evaluated = f"of {images:,} of {num_eval:,} images" if images and num_eval and images < num_eval else None
     rows = [
-        ("top-1", _join(_percent(get("final/top1")), _delta(get("delta/top1"), get("dense/top1")))),
-        ("top-5", _percent(get("final/top5"))),
+        ("top-1", _join(_percent(get("final/top1")), evaluated, _before_pruning(summary))),
+        ("top-5", _join(_percent(get("final/top5")), evaluated)),
         ("sparsity", _requested(get("sparsity/achieved"), get("sparsity/requested"))),
         ("parameters", _of(get("params/nonzero"), get("params/dense"), "nonzero")),
         ("MACs per image", _of(get("macs/inference"), get("macs/dense"), "")),
@@ -67,7 +69,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("time per image", _times(get("time/inference_s_per_image"), get("time/inference_dense_s_per_image"))),
         ("masks", _masks(get("mask/exploration"), get("mask/overlap"), get("mask/dead_filters"))),
         ("gradient norm", _change(get("prune/gradient_norm_before"), get("prune/gradient_norm_after"))),
-        ("training MACs", _of(get("macs/train"), get("macs/train_dense"), "")),
+        ("training images", _in_each_epoch(get("train/images_per_epoch"), get("data/num_train"))),
+        ("training MACs", _training(get("macs/train"), get("macs/train_dense"))),
         ("wall time", None if get("time/wall_s") is None else duration(get("time/wall_s"))),
     ]
     return [(name, text) for name, text in rows if text]
@@ -99,8 +102,26 @@ def _percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f} %"
 
 
-def _delta(delta: float | None, dense: float | None) -> str | None:
-    return None if delta is None or dense is None else f"({delta:+.2f} against {dense:.2f} % dense)"
+def _in_each_epoch(images: int | None, total: int | None) -> str | None:
+    return None if images is None or total is None else f"{images:,} of {total:,} in each epoch"
+
+
+def dense_epochs(summary: dict[str, Any]) -> int | None:
+    """Return the epochs after which `dense/top1` was measured; None: unknown."""
+    phases = [phase["epochs"] for phase in summary.get("phases") or () if phase["epochs"]]
+    return summary.get("dense/epochs", phases[0] if phases else None)
+
+
+def epochs_text(epochs: int | None) -> str:
+    return "? epochs" if epochs is None else "start weights" if epochs == 0 else f"{epochs} epoch{'s' * (epochs != 1)}"
+
+
+def _before_pruning(summary: dict[str, Any]) -> str | None:
+    """Return what became of the accuracy that the run's own dense training ended with; None if it ended with that."""
+    delta, before = summary.get("delta/top1"), summary.get("dense/top1")
+    if delta is None or before is None or (delta == 0 and len(summary.get("phases") or ()) == 1):
+        return None
+    return f"({delta:+.2f} against {before:.2f} % before pruning, {epochs_text(dense_epochs(summary))})"
 
 
 def _requested(achieved: float | None, requested: float | None) -> str | None:
@@ -144,6 +165,12 @@ def _of(value: float | None, dense: float | None, word: str) -> str | None:
         return None
     text = _join(quantity(value), word)
     return text if not dense else f"{text} ({value / dense:.2%} of {quantity(dense)} dense)"
+
+
+def _training(value: float | None, dense: float | None) -> str | None:
+    if value is None or not dense:
+        return None if value is None else quantity(value)
+    return f"{quantity(value)} ({value / dense:.2%} of {quantity(dense)}, dense training over schedule.train once)"
 
 
 def _join(*parts: str | None) -> str | None:

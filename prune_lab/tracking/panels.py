@@ -107,7 +107,7 @@ def _options() -> list[Panel]:
         column(metric=wr.Config("method.name"), display_name="method"),
         column(metric=wr.SummaryMetric("sparsity/achieved"), display_name="sparsity"),
         column(metric=wr.SummaryMetric("macs/inference_ratio"), display_name="MACs / dense"),
-        column(metric=wr.SummaryMetric("macs/train_ratio"), display_name="training MACs / dense"),
+        column(metric=wr.SummaryMetric("macs/train_ratio"), display_name="training MACs / dense over schedule.train"),
         column(metric=wr.SummaryMetric(TOP1), display_name=_TITLES[TOP1]),
     ]
     parallel = wr.ParallelCoordinatesPlot(title=f"from method to {_TITLES[TOP1]}", columns=columns)

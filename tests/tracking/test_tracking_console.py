@@ -68,9 +68,34 @@ def test_summary_rows_leave_out_what_is_missing():
             }
         )
     )
-    assert rows["top-1"] == "90.00 % (-1.50 against 91.50 % dense)"
+    assert rows["top-1"] == "90.00 % (-1.50 against 91.50 % before pruning, ? epochs)"
     assert rows["sparsity"] == "0.9 (requested 0.9)"
     assert rows["MACs per image"] == "4.09 G (50.00% of 8.18 G dense)"
+
+
+def test_the_accuracy_before_pruning_is_told_with_its_epochs():
+    phases = [{"name": "train", "epochs": 2}, {"name": "prune", "epochs": 0}, {"name": "finetune", "epochs": 1}]
+    known = {"final/top1": 90.0, "dense/top1": 91.5, "delta/top1": -1.5, "phases": phases}
+    assert dict(summary_rows(known))["top-1"] == "90.00 % (-1.50 against 91.50 % before pruning, 2 epochs)"
+    start = known | {"dense/epochs": 0}
+    assert dict(summary_rows(start))["top-1"] == "90.00 % (-1.50 against 91.50 % before pruning, start weights)"
+    dense = {"final/top1": 90.0, "dense/top1": 90.0, "delta/top1": 0.0, "phases": phases[:1]}
+    assert dict(summary_rows(dense))["top-1"] == "90.00 %"
+
+
+def test_parts_of_the_images_are_told():
+    known = {"final/top1": 82.75, "final/top5": 99.0, "final/images": 2000, "data/num_eval": 10000}
+    rows = dict(summary_rows(known | {"train/images_per_epoch": 2560, "data/num_train": 50000}))
+    assert rows["top-1"] == "82.75 % of 2,000 of 10,000 images"
+    assert rows["top-5"] == "99.00 % of 2,000 of 10,000 images"
+    assert rows["training images"] == "2,560 of 50,000 in each epoch"
+    whole = {"final/top1": 82.75, "final/images": 10000, "data/num_eval": 10000, "train/images_per_epoch": None}
+    assert summary_rows(whole | {"data/num_train": 50000}) == [("top-1", "82.75 %")]
+
+
+def test_training_macs_name_what_they_are_divided_by():
+    rows = dict(summary_rows({"macs/train": 15e12, "macs/train_dense": 12e12}))
+    assert rows["training MACs"] == "15 T (125.00% of 12 T, dense training over schedule.train once)"
 
 
 def test_units():
