@@ -31,8 +31,9 @@ formats (--format; default: all but the last whose packages are installed):
                  kernels for it where a GPU has them
 
 Batch size is free in all of them; input "images" [batch, 3, size, size], normalised as export.json says.
-A file is kept if its outputs on random images differ from those of the run's network in PyTorch (fp32) by
-no more than the tolerance, relative to the largest output; otherwise it is removed, and the exit code is 1.
+A file is kept if its outputs on random images differ from those of the run's network in PyTorch (float64) by
+no more than the tolerance, relative to the spread of the outputs over the images; otherwise it is removed, and
+the exit code is 1.
 (bf16 that --precision does not ask for is only measured: it never costs the file.)
 
 Latency: all runtimes take turns, dense and pruned, in every round; medians with quartiles. A ratio is printed
@@ -84,7 +85,7 @@ def parse_options(argv: list[str]) -> Namespace:
         metavar="X",
         type=float,
         default=1e-4,
-        help="in fp32: largest difference over largest output; default 1e-4",
+        help="in fp32: largest difference over spread of the outputs; default 1e-4",
     )
     parser.add_argument(
         "--tolerance-bf16", metavar="X", type=float, default=0.05, help="the same in bf16; default 0.05"
