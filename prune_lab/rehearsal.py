@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prune_lab import datasets
+from prune_lab import datasets, removal
 from prune_lab.chain import PlannedPhase, Results
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
@@ -54,11 +54,14 @@ def rehearse(
     """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
 
     Raises:
-        ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short ...
+        ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short, channels
+            that cannot be removed ...
     """
     first, fresh = planned[0], replace(config, method=type(config.method)(config.method.config))
     job = job_without_files(fresh, model_config, first, dataset, arithmetic, Results(()))
     context = open_context(job)
+    if any(entry.phase.hook == "remove" for entry in planned):
+        removal.try_cut(context, fresh.method.trial_cut(context))
     if first.phase.hook == "train":
         context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
     job.method.setup(context)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from prune_lab import distributed, surgery
+from prune_lab import cut_check, distributed, surgery
 from prune_lab.accounting import profile
 from prune_lab.channels import ChannelMap, channel_map
 from prune_lab.context import Context
@@ -18,12 +21,11 @@ def remove_dead(context: Context) -> dict[str, float]:
     a bias or the shift of a batch norm, goes with it. Masks of single weights go on in the layers that are left.
 
     remove/channels_kept: fraction of the channels that could be removed; remove/difference: largest difference
-    between the outputs of the masked and of the smaller network, relative, measured with random batch norms.
+    between the masked and the smaller network, relative, measured in float64 with random weights.
 
     Raises:
-        ConfigError: no channel is dead, a layer would be empty, the network is wrapped, or an optimizer holds its
-            parameters.
-        RuntimeError: the outputs differ.
+        ConfigError: no channel is dead, a layer would be empty, the network is wrapped, an optimizer holds its
+            parameters, or the two networks differ.
     """
     if context.optimizer is not None:
         raise ConfigError("channels are removed between phases: the optimizer of this one holds the old parameters")
@@ -41,7 +43,7 @@ def remove_dead(context: Context) -> dict[str, float]:
     if lanes := surgery.emptied(channels, alive):
         names = ", ".join(lane.name for lane in lanes)
         raise ConfigError(f"layers would be left without channels: {names}; prune less, or exclude them")
-    difference = surgery.check_equal(context.model, channels, alive, image_size)
+    difference = cut_check.check_equal(context.model, channels, alive, image_size)
     _replace(context, channels, alive, masks)
     if distributed.world_size() > 1:
         distributed.assert_same(str(context.widths), "widths")
@@ -53,6 +55,33 @@ def remove_dead(context: Context) -> dict[str, float]:
         + (f", but for the constants of {constants} channels that were still read" if constants else "")
     )
     return {"remove/channels_kept": kept / channels.num_classes, "remove/difference": difference}
+
+
+def try_cut(context: Context, cut: tuple[ChannelMap, Tensor]) -> None:
+    """Check a cut that has not been made.
+
+    Raises:
+        ConfigError: the smaller network differs from the masked one.
+    """
+    channels, alive = cut
+    if not bool(alive.all()):
+        cut_check.check_equal(context.model, channels, alive, context.dataset.info.image_size)
+
+
+def half_of_hidden(context: Context) -> tuple[ChannelMap, Tensor]:
+    """Return the channel map, and half of the channels of each eligible layer that are not added to others."""
+    channels = channel_map(context.model, context.dataset.info.image_size)
+    allowed = {layer.name for layer in context.eligible()}
+    return channels, half(channels, [not lane.summed and allowed.issuperset(lane.producers) for lane in channels.lanes])
+
+
+def half(channels: ChannelMap, free: Sequence[bool]) -> Tensor:
+    """Return every second class of the lanes that are free and all of the others, bool [num_classes]."""
+    alive = torch.ones(channels.num_classes, dtype=torch.bool)
+    for lane, may_go in zip(channels.lanes, free, strict=True):
+        if may_go:
+            alive[lane.classes[1::2]] = False
+    return alive
 
 
 def _replace(context: Context, channels: ChannelMap, alive: Tensor, masks: dict[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +12,6 @@ from prune_lab.channel_trace import NORMS, check_plain
 from prune_lab.channels import ChannelMap, Lane
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
 from prune_lab.schema import ConfigError
-
-TOLERANCE = 1e-5
-"""largest difference between masked and smaller network, as a fraction of the largest output"""
 
 Widths = dict[str, list[int]]
 """module path -> [outputs, inputs] of a layer, [channels] of a batch norm, [front, back] of a padded shortcut"""
@@ -147,78 +143,6 @@ def _first(count: int, size: int) -> Tensor:
     if not 0 < count <= size:
         raise ValueError(f"{count} of {size} channels")
     return torch.arange(size) < count
-
-
-@torch.no_grad()
-def check_equal(model: nn.Module, channels: ChannelMap, alive: Tensor, image_size: int) -> float:
-    """Return the largest difference between the outputs of the masked and of the smaller network, relative to them.
-
-    Both are copies on the CPU with random scales and shifts in every batch norm, so that a channel which is read
-    although it should not be shows, and statistics near those of random images, so that values stay finite.
-
-    Raises:
-        RuntimeError: they differ by more than TOLERANCE; the message names the first layer whose outputs do.
-    """
-    masked = copy.deepcopy(model).float().cpu().eval()
-    source = torch.Generator().manual_seed(0)
-    _disturb(masked, image_size, source)
-    small = remove_channels(masked, channels, alive)
-    for name, mask in channels.weight_masks(alive, masked).items():
-        masked.get_parameter(name).mul_(mask)
-    images = torch.randn(1, 3, image_size, image_size, generator=source)
-    expected = masked(images)
-    difference = _difference(small(images), expected)
-    if not difference <= TOLERANCE:  # also for NaN
-        where = _first_difference(masked, small, channels, alive, images)
-        raise RuntimeError(
-            f"the network without its dead channels differs from the masked one by {difference:.3g} of the output "
-            f"(allowed: {TOLERANCE:g}), first at {where}; the channels of this architecture cannot be removed"
-        )
-    return difference
-
-
-def _disturb(model: nn.Module, image_size: int, source: torch.Generator) -> None:
-    """Give every batch norm random scales and shifts, and statistics near those of the values that pass it."""
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    for norm in norms:
-        norm.momentum = 1.0  # what one batch tells replaces what the norm knew
-        norm.train()
-        for tensor, low, high in ((norm.weight, 0.5, 1.5), (norm.bias, -0.5, 0.5)):
-            if tensor is not None:
-                tensor.uniform_(low, high, generator=source)
-    model(torch.randn(2, 3, image_size, image_size, generator=source))
-    for norm in norms:
-        norm.eval()
-        mean, variance = norm.running_mean, norm.running_var
-        if variance is not None:
-            variance += 0.1 * variance.mean()  # a channel that is nearly constant is not blown up
-            mean += (torch.rand(len(mean), generator=source) - 0.5) * variance.sqrt()
-
-
-def _difference(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny))
-
-
-def _first_difference(
-    masked: nn.Module, small: nn.Module, channels: ChannelMap, alive: Tensor, images: Tensor
-) -> str:
-    """Return the module path of the first layer whose kept outputs differ."""
-    noted: list[dict[str, Tensor]] = []
-    for network in (masked, small):
-        seen: dict[str, Tensor] = {}
-        noted.append(seen)
-        for path in channels.rows:
-            def note(_module: nn.Module, _inputs: Any, output: Tensor, path: str = path, seen: dict = seen) -> None:
-                seen[path] = output
-
-            network.get_submodule(path).register_forward_hook(note)
-        network(images)
-    for path, output in noted[1].items():
-        rows = channels.kept(channels.rows[path], alive)
-        dim = -1 if output.dim() == 3 or isinstance(small.get_submodule(path), nn.Linear) else 1
-        if _difference(output, noted[0][path].index_select(dim, rows.nonzero().flatten())) > TOLERANCE:
-            return path
-    return "its end"
 
 
 def emptied(channels: ChannelMap, alive: Tensor) -> list[Lane]:

@@ -18,7 +18,7 @@ from run_helpers import METHODS, TINY, assert_same_run, compose, execute, fork, 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prune_lab import loop, models, surgery
+from prune_lab import cut_check, loop, models, surgery
 from prune_lab.accounting import dense_macs, profile
 from prune_lab.channels import ChannelMap, channel_map
 from prune_lab.context import Context
@@ -116,8 +116,8 @@ def test_a_wrapped_network_is_an_error() -> None:
 
 def test_a_cut_that_changes_outputs_ends_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     context, _, _ = masked_phase()
-    monkeypatch.setattr(surgery, "TOLERANCE", -1.0)
-    with pytest.raises(RuntimeError, match="the channels of this architecture cannot be removed"):
+    monkeypatch.setattr(cut_check, "TOLERANCE", -1.0)
+    with pytest.raises(ConfigError, match="the channels of this architecture cannot be removed"):
         remove_dead(context)
     assert context.widths is None and context.model.linear.in_features == 32
 

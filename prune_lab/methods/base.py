@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import torch
-    from torch import nn
+    from torch import Tensor, nn
 
+    from prune_lab.channels import ChannelMap
     from prune_lab.config import AdamConfig, RunConfig, SGDConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
@@ -226,7 +227,17 @@ class Method:
 
     def remove(self, context: Context) -> dict[str, float]:
         """Do the work of a phase whose hook is "remove": take the channels out whose masks leave nothing of them."""
-        return removal.remove_dead(context)
+        figures = removal.remove_dead(context)
+        if not figures:  # a rehearsal in which nothing has closed
+            removal.try_cut(context, self.trial_cut(context))
+        return figures
+
+    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
+        """Return the channels of the whole network and a plausible choice of those to keep, bool [num_classes].
+
+        The cut is tried on it before the training. Here: half of all channels that are not added to others.
+        """
+        return removal.half_of_hidden(context)
 
     def finish(self, model: nn.Module) -> nn.Module:
         """Return the plain module to keep: zeros are baked in, channels were removed in a phase of its own."""

@@ -13,6 +13,7 @@ from prune_lab.schema import ConfigError, OpenFraction, Positive, Range
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from prune_lab.channels import ChannelMap
     from prune_lab.config import RunConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
@@ -24,6 +25,7 @@ eligibility = lazy_import("prune_lab.eligibility")
 gate_budget = lazy_import("prune_lab.gate_budget")
 multipliers = lazy_import("prune_lab.multipliers")
 polarized_gates = lazy_import("prune_lab.polarized_gates")
+removal = lazy_import("prune_lab.removal")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 
@@ -199,6 +201,11 @@ class GDP(Method):
             f"{self.last_gate_step} of {context.total_steps} on; rates: gates {self.gate_lr:.3g}, multiplier "
             f"{self.dual_lr:.3g}"
         )
+
+    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
+        """Return half of the channels that have gates."""
+        problem = self._problem(context)
+        return problem.map, removal.half(problem.map, problem.lane_is_free)
 
     def _problem(self, context: Context) -> GateBudget:
         config = self.config

@@ -26,6 +26,7 @@ channel_selection = lazy_import("prune_lab.channel_selection")
 channels_ = lazy_import("prune_lab.channels")
 distributed = lazy_import("prune_lab.distributed")
 filter_scores = lazy_import("prune_lab.filter_scores")
+removal = lazy_import("prune_lab.removal")
 scale_masks = lazy_import("prune_lab.scale_masks")
 scale_penalty = lazy_import("prune_lab.scale_penalty")
 scale_thresholds = lazy_import("prune_lab.scale_thresholds")
@@ -180,6 +181,12 @@ class MaskSparsity(ScalePruning):
         energy = self.config.energy
         limit = self.config.threshold if energy is None else scale_thresholds.energy_threshold(values, energy)
         return scale_thresholds.with_least(values > limit, values, self.config.least_channels)
+
+    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
+        if self.config.target() not in _MARKS:
+            return super().trial_cut(context)
+        problem = self._problem(context)
+        return problem.channels, removal.half(problem.channels, problem.free)
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         if self.config.target() not in _MARKS:

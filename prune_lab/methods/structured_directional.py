@@ -13,6 +13,7 @@ from prune_lab.schema import ConfigError, Count, Index, OpenFraction, Positive, 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from prune_lab.channels import ChannelMap
     from prune_lab.config import RunConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
@@ -26,6 +27,7 @@ group_grda = lazy_import("prune_lab.group_grda")
 norm_statistics = lazy_import("prune_lab.norm_statistics")
 optim = lazy_import("prune_lab.optim")
 removable_channels = lazy_import("prune_lab.removable_channels")
+removal = lazy_import("prune_lab.removal")
 scoring_images = lazy_import("prune_lab.scoring_images")
 
 _DIRECTIONAL = Phase("directional", "train", "finetune", active=True)
@@ -162,6 +164,11 @@ class StructuredDirectional(Method):
             if self.config.macs_ratio is not None:
                 channels.best(torch.zeros(channels.map.num_classes, dtype=torch.float64), self.config.macs_ratio)
         return None
+
+    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
+        """Return half of the channels that may be removed."""
+        channels = self._channels(context)
+        return channels.map, removal.half(channels.map, channels.free_lanes)
 
     def _channels(self, context: Context) -> RemovableChannels:
         config = self.config

@@ -206,6 +206,13 @@ class ChannelPruning(Method):
         common.init_weights(fresh)  # draws go on from those of the whole network, which the seed decides
         context.model.load_state_dict(fresh.state_dict())
 
+    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
+        """Return a cut of the size asked for, its channels drawn by chance."""
+        problem = Problem(self, context)
+        drawn = context.generator("trial cut")
+        scores = torch.rand(problem.channels.num_classes, generator=drawn, dtype=torch.float64)
+        return problem.channels, channel_selection.top(scores, problem.channels, problem.counts(scores))
+
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         """Return the kept weights of the budget; with scope=global they depend on trained weights."""
         known = self.config.scope == "layer"

@@ -24,6 +24,7 @@ eligibility = lazy_import("prune_lab.eligibility")
 gate_layout = lazy_import("prune_lab.gate_layout")
 hard_concrete = lazy_import("prune_lab.hard_concrete")
 norm_statistics = lazy_import("prune_lab.norm_statistics")
+removal = lazy_import("prune_lab.removal")
 seeding = lazy_import("prune_lab.seeding")
 
 _BATCH = 128
@@ -299,7 +300,10 @@ class GatedWeights(Method):
 
     def remove(self, context: Context) -> dict[str, float]:
         """Remove the closed channels; which are closed after the one step of a dry run says nothing."""
-        return {} if context.rehearsal else super().remove(context)
+        if not context.rehearsal:
+            return super().remove(context)
+        removal.try_cut(context, self.trial_cut(context))
+        return {}
 
     def _measure_statistics(self, context: Context) -> None:
         """Let batch norm see the network as it is evaluated; the forward passes count as training."""
