@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_lab.eligibility import Layer, layer_kind
-from prune_lab.weight_use import observe, weight_path
+from prune_lab.eligibility import Layer, layer_kind, weight_path
+from prune_lab.weight_use import observe
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 from prune_lab import chain, datasets, identity, matching, numerics, results
 from prune_lab.accounting import count_parameters, layer_table
 from prune_lab.config import RunConfig
+from prune_lab.eligibility import usable_layers
 from prune_lab.files import write_json
 from prune_lab.numerics import Numerics
 from prune_lab.phases import build_model, layer_costs
@@ -47,7 +48,8 @@ def dry_run(config: RunConfig) -> int:
         spent = None if spent is None or cost is None else spent + cost
         kept = layout[-1][1] if layout else layout if layout is None else kept
     model = build_model(model_config, **sizes, seed=config.seed)
-    costs, layers = layer_costs(model_config, **sizes), config.method.layers(model)
+    costs = layer_costs(model_config, **sizes)
+    layers = usable_layers(config.method, model, costs)
     rows, removes = layer_table(layers, costs, kept), any(entry.phase.hook == "remove" for entry in planned)
     if config.method.costs_depend_on_images:
         rows = [row | ({"macs_kept": None} if row["eligible"] else {}) for row in rows]

@@ -5,12 +5,20 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from prune_lab.schema import ConfigError, suggestion
 from prune_lab.semi_structured import GROUP, has_groups
+
+if TYPE_CHECKING:
+    from prune_lab.accounting import LayerCost
+    from prune_lab.methods.base import Method
+
+
+NO_PARAMETER = "its weight is no parameter but computed from others"
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,34 @@ def layer_kind(module: nn.Module) -> str | None:
     return "depthwise conv" if module.groups == module.in_channels else "grouped conv"
 
 
+def weight_path(module: str) -> str:
+    """Return the path of the weight of the layer at the path `module`."""
+    return f"{module}.weight" if module else "weight"
+
+
+def usable_layers(method: Method, model: nn.Module, costs: Sequence[LayerCost]) -> list[Layer]:
+    """Return every conv and linear layer of `model`, eligible by the method's rule and by how its weight is used.
+
+    Where the product reads a weight that is computed from the parameter, a mask would remove nothing: such layers stay
+    dense, with the reason that `costs` give.
+
+    Raises:
+        ConfigError: a pattern of the method matches no layer, or nothing is left that the method could prune.
+    """
+    computed = {cost.parameter: cost.computed for cost in costs if cost.computed}
+    layers = [
+        replace(layer, eligible=False, reason=computed[layer.parameter])
+        if layer.eligible and layer.parameter in computed else layer
+        for layer in method.layers(model)
+    ]  # fmt: skip
+    prunes = any(phase.active for phase in method.chain())
+    if prunes and not any(layer.eligible for layer in layers):
+        reasons = dict.fromkeys(layer.reason for layer in layers)
+        name = method.config.name
+        raise ConfigError(f"method={name}: the network has no layer that can be pruned: {'; '.join(reasons)}")
+    return layers
+
+
 def select_layers(
     model: nn.Module,
     *,
@@ -73,15 +109,18 @@ def select_layers(
     path_of = {id(parameter): path for path, parameter in model.named_parameters()}  # one path per shared weight
     layers, seen = [], set()
     for index, (name, module) in enumerate(found):
-        if id(module.weight) in seen:
+        weight = module.weight  # a parametrization computes it anew each time it is asked for
+        path = path_of.get(id(weight), weight_path(name))
+        if path in seen:
             continue
-        seen.add(id(module.weight))
-        kind = layer_kind(module)
-        shape = tuple(module.weight.shape)
+        seen.add(path)
+        kind, shape = layer_kind(module), tuple(weight.shape)
         reason = _reason(name, kind, include=include, exclude=exclude, first=dense_first and index == 0)
+        if id(weight) not in path_of:
+            reason = NO_PARAMETER
         if grouped and not reason and not has_groups(shape):
             reason = f"{shape[1]} input channels are no multiple of {GROUP} (2:4)"
-        layers.append(Layer(name, path_of[id(module.weight)], kind, shape, not reason, reason))
+        layers.append(Layer(name, path, kind, shape, not reason, reason))
     if not any(layer.eligible for layer in layers):
         raise ConfigError(_nothing_left(layers, grouped))
     return layers

@@ -18,6 +18,7 @@ from prune_lab.config import RunConfig, ScheduleConfig
 from prune_lab.context import Context
 from prune_lab.datasets import DatasetInfo
 from prune_lab.distributions import num_keep_total
+from prune_lab.eligibility import Layer, usable_layers
 from prune_lab.methods.families.weight_pruning import WeightPruning
 from prune_lab.numerics import Numerics
 from prune_lab.phases import layer_costs
@@ -141,8 +142,11 @@ class _Problem:
         sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
         self.model = models.build_on_meta(model_config, **sizes)
         self.costs = layer_costs(model_config, **sizes)
-        self.num_weights = sum(layer.size for layer in config.method.layers(self.model) if layer.eligible)
+        self.num_weights = sum(layer.size for layer in self._layers(config.method) if layer.eligible)
         self._set_up: dict[tuple, list[PhaseOutlook]] = {}
+
+    def _layers(self, method: WeightPruning) -> list[Layer]:
+        return usable_layers(method, self.model, self.costs)
 
     def candidate(self, sparsity: float) -> WeightPruning:
         """Return the method with another sparsity.
@@ -171,7 +175,7 @@ class _Problem:
     def _target(self) -> int:
         reference, kind = WeightPruning(self.options.reference()), self.options.match
         context = Context(
-            model=self.model, costs=list(self.costs), layers=reference.layers(self.model), phase="", seed=0,
+            model=self.model, costs=list(self.costs), layers=self._layers(reference), phase="", seed=0,
             total_steps=0, steps_per_epoch=0,
         )  # fmt: skip
         counts = reference.allocate(context, reference.config.sparsity)

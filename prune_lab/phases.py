@@ -17,6 +17,7 @@ from prune_lab.chain import PlannedPhase
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
 from prune_lab.context import Context
+from prune_lab.eligibility import usable_layers
 from prune_lab.loop import Differentiate, Interrupted, Progress, Training, differentiate, fit, measure
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.models.weights import load_weights
@@ -167,7 +168,7 @@ def open_context(job: Job) -> Context:
     context = Context(
         model=model,
         costs=list(costs),
-        layers=config.method.layers(model),
+        layers=usable_layers(config.method, model, costs),
         phase=phase.name,
         seed=config.seed,
         total_steps=steps * schedule.epochs if schedule else 0,

@@ -23,6 +23,7 @@ from prune_lab.chain import PlannedPhase
 from prune_lab.config import RunConfig
 from prune_lab.datasets.splits import eval_range
 from prune_lab.distributions import num_keep_total
+from prune_lab.eligibility import Layer, usable_layers
 from prune_lab.files import read_json, write_text
 from prune_lab.identity import group_key, plan, run_key
 from prune_lab.loop import measure
@@ -34,7 +35,6 @@ from prune_lab.schema import ConfigError
 from prune_lab.tracking import RunInfo, Tracker, open_tracker
 
 if TYPE_CHECKING:
-    from prune_lab.eligibility import Layer
     from prune_lab.methods.base import Method
     from prune_lab.pipeline import Run
 
@@ -188,10 +188,12 @@ def whole_layers(
         masked: kept weights per parameter under a mask.
     """
     info = run.dataset.info
-    whole = models.build_on_meta(run.model_config, num_classes=info.num_classes, image_size=info.image_size)
+    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    whole = models.build_on_meta(run.model_config, **sizes)
     left = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    layers = method.layers(whole)
-    cut = {layer.parameter: left[layer.parameter] for layer in layers if left[layer.parameter] != layer.size}
+    layers = usable_layers(method, whole, layer_costs(run.model_config, **sizes))
+    sizes_left = {layer: left.get(layer.parameter, layer.size) for layer in layers}
+    cut = {layer.parameter: size for layer, size in sizes_left.items() if size != layer.size}
     return layers, cut | masked
 
 

@@ -27,9 +27,11 @@ from prune_lab.verdict_table import Judged, as_json, text
 
 torch = lazy_import("torch")
 accounting = lazy_import("prune_lab.accounting")
+eligibility = lazy_import("prune_lab.eligibility")
 identity = lazy_import("prune_lab.identity")
 models = lazy_import("prune_lab.models")
 numerics = lazy_import("prune_lab.numerics")
+phases = lazy_import("prune_lab.phases")
 pipeline = lazy_import("prune_lab.pipeline")
 results = lazy_import("prune_lab.results")
 
@@ -278,8 +280,10 @@ def _small_jobs(jobs: Sequence[RunConfig], small: Sequence[str]) -> list[list[st
 def small_sparsity(config: RunConfig) -> float:
     """Return which fraction of all parameters a ticket lacks; its own sparsity counts eligible weights only."""
     info = datasets.describe(config.dataset)
-    model = models.build_on_meta(config.model, num_classes=info.num_classes, image_size=info.image_size)
-    eligible = sum(layer.size for layer in config.method.layers(model) if layer.eligible)
+    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    model = models.build_on_meta(config.model, **sizes)
+    layers = eligibility.usable_layers(config.method, model, phases.layer_costs(config.model, **sizes))
+    eligible = sum(layer.size for layer in layers if layer.eligible)
     return sparsity_of(config.resolved["method"]) * eligible / accounting.count_parameters(model)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prune_lab.eligibility import layer_kind
+from prune_lab.eligibility import layer_kind, weight_path
 
 aten = torch.ops.aten
 _OPERANDS = {
@@ -215,11 +215,6 @@ class _Watch(TorchDispatchMode):
             path = f"{path} (computed kernel)"
         self.uses.macs[path] = self.uses.macs.get(path, 0) + macs
         self.uses.shapes.setdefault(path, shape)
-
-
-def weight_path(module: str) -> str:
-    """Return the path of the weight of the layer at the path `module`."""
-    return f"{module}.weight" if module else "weight"
 
 
 def _storage(tensor: Tensor) -> int:
