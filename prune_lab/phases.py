@@ -218,9 +218,17 @@ def span(planned: PlannedPhase, steps_per_epoch: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=32)
 def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tuple[LayerCost, ...]:
-    """Return the dense cost per layer of a network as its options build it."""
-    model = models.build_on_meta(model_config, num_classes=num_classes, image_size=image_size)
-    return tuple(profile(model, image_size))
+    """Return the dense cost per layer of a network as its options build it.
+
+    Raises:
+        ConfigError: the network does not work with images of this size, in evaluation or in training.
+    """
+    sizes = {"num_classes": num_classes, "image_size": image_size}
+    model = models.build_on_meta(model_config, **sizes)
+    with models.one_line(model_config, image_size):
+        costs = tuple(profile(model, image_size))
+    models.check_training_pass(model, model_config, **sizes)
+    return costs
 
 
 def build_model(model_config: Any, *, num_classes: int, image_size: int, seed: int) -> nn.Module:

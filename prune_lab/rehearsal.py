@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from prune_lab import datasets, removal
+from prune_lab import datasets, models, removal
 from prune_lab.chain import PlannedPhase, Results
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
@@ -114,6 +114,13 @@ def one_step(job: Job) -> tuple[dict[str, Any], Context]:
     job.method.setup(context)
     context.model.train()
     if context.total_steps:
+        forward, size = training.forward, job.dataset.info.image_size
+
+        def named(images: torch.Tensor) -> torch.Tensor:
+            with models.one_line(job.model_config, size):
+                return forward(images)
+
+        training.forward = named
         train_step(training, *job.dataset.batch(_IMAGES * job.config.trainer.accumulate))
     return _result(job, context), context
 

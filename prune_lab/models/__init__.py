@@ -10,6 +10,7 @@ from prune_lab.models.configs import (
     VggConfig,
     WideResNetConfig,
 )
+from prune_lab.models.foreign import check_training_pass, one_line
 from prune_lab.models.weights import load_weights, weights_digest
 
 __all__ = [
@@ -22,10 +23,12 @@ __all__ = [
     "WideResNetConfig",
     "build",
     "build_on_meta",
+    "check_training_pass",
     "describe",
     "from_description",
     "load_weights",
     "names",
+    "one_line",
     "parse_config",
     "weights_digest",
 ]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from prune_lab.lazy import lazy_import
 from prune_lab.models import configs
 from prune_lab.models.configs import ExternalConfig, ModelConfig
+from prune_lab.models.foreign import one_line
 from prune_lab.schema import ConfigError, parse, suggestion
 
 if TYPE_CHECKING:
@@ -69,10 +70,15 @@ def build(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Modul
         Module from images [N, 3, image_size, image_size] to logits [N, num_classes].
 
     Raises:
-        ConfigError: a torchvision or timm name that does not exist there.
+        ConfigError: a torchvision or timm name that does not exist there, or that cannot be built for these images.
     """
+    with one_line(config, image_size):
+        return _build(config, num_classes=num_classes, image_size=image_size)
+
+
+def _build(config: ModelConfig, **sizes: int) -> nn.Module:
     module = importlib.import_module(f"prune_lab.models.{_MODULES[type(config)]}")
-    return module.build(config, num_classes=num_classes, image_size=image_size)
+    return module.build(config, **sizes)
 
 
 def build_on_meta(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
@@ -80,10 +86,12 @@ def build_on_meta(config: ModelConfig, *, num_classes: int, image_size: int) -> 
     sizes = {"num_classes": num_classes, "image_size": image_size}
     try:
         with torch.device("meta"):
-            return build(config, **sizes)
-    except (NotImplementedError, RuntimeError):
-        # What torch raises on the meta device where a network, as torchvision's RegNet, computes its widths with
-        # tensors. Any other error comes again from the build with values.
+            return _build(config, **sizes)
+    except ConfigError:
+        raise
+    except Exception:
+        # torch raises NotImplementedError or RuntimeError on the meta device where a network, as torchvision's RegNet,
+        # computes its widths with tensors. Any other error comes again from the build with values.
         with torch.random.fork_rng(devices=[]):
             return build(config, **sizes).to("meta")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from types import ModuleType
 
 import torchvision
@@ -14,17 +15,19 @@ from prune_lab.schema import ConfigError
 _NUM_NEAREST = 3
 # Their training output is a tuple with the auxiliary classifiers unless these are left out.
 _WITH_AUXILIARY = ("googlenet", "inception_v3")
+# Constructor arguments of torchvision's classes for one image size: ViT takes a number, MaxViT height and width.
+_SIZE_ARGUMENTS = {"image_size": lambda size: size, "input_size": lambda size: (size, size)}
 
 
 def build(config: ExternalConfig, *, num_classes: int, image_size: int) -> nn.Module:
-    """Return the network with fresh weights, whatever the image size.
+    """Return the network with fresh weights; one that works for a single image size is built for `image_size`.
 
     Raises:
         ConfigError: the library does not have the name, or timm is asked for and not installed.
     """
     available = torchvision.models.list_models(module=torchvision.models)
     if config.source != "timm" and config.name in available:
-        return _build_torchvision(config, num_classes=num_classes)
+        return _build_torchvision(config, num_classes=num_classes, image_size=image_size)
     if config.source == "torchvision":
         raise ConfigError(f"model.name={config.name} is not a torchvision classifier{_nearest(config.name, available)}")
     timm = _import_timm(config, available)
@@ -33,14 +36,31 @@ def build(config: ExternalConfig, *, num_classes: int, image_size: int) -> nn.Mo
         library = "timm" if config.source == "timm" else "torchvision or timm"
         names = known if config.source == "timm" else available + known
         raise ConfigError(f"model.name={config.name} is not a {library} classifier{_nearest(config.name, names)}")
-    return timm.create_model(config.name, pretrained=False, num_classes=num_classes)
+    known_as = timm.models.get_pretrained_cfg(config.name)
+    extra = {"img_size": image_size} if known_as is not None and known_as.fixed_input_size else {}
+    return timm.create_model(config.name, pretrained=False, num_classes=num_classes, **extra)
 
 
-def _build_torchvision(config: ExternalConfig, *, num_classes: int) -> nn.Module:
-    extra = {}
+def usual_size(config: ExternalConfig) -> int:
+    """Return the height and width of the images that the library's own weights of the network are for, px.
+
+    Raises:
+        Exception: of any kind; the library does not know.
+    """
+    if config.source != "timm" and config.name in torchvision.models.list_models(module=torchvision.models):
+        return torchvision.models.get_model_weights(config.name).DEFAULT.transforms().crop_size[0]
+    import timm
+
+    return timm.models.get_pretrained_cfg(config.name).input_size[-1]
+
+
+def _build_torchvision(config: ExternalConfig, *, num_classes: int, image_size: int) -> nn.Module:
+    made = inspect.signature(torchvision.models.get_model_builder(config.name)).return_annotation
+    accepted = inspect.signature(made).parameters
+    extra = {name: form(image_size) for name, form in _SIZE_ARGUMENTS.items() if name in accepted}
     if config.name in _WITH_AUXILIARY:
         # The official weights of these two expect images normalised in another way; transform_input converts.
-        extra = {"aux_logits": False, "init_weights": True, "transform_input": config.weights == "torchvision"}
+        extra |= {"aux_logits": False, "init_weights": True, "transform_input": config.weights == "torchvision"}
     return torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
 
 

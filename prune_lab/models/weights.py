@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from prune_lab.files import read_json
 from prune_lab.lazy import lazy_import
 from prune_lab.models.configs import VGG_NAMES, ExternalConfig, ModelConfig, ResNetCifarConfig, WideResNetConfig
+from prune_lab.models.foreign import reason
 from prune_lab.models.weight_files import Found, describe, read, state_dicts
 from prune_lab.schema import ConfigError
 
@@ -169,7 +170,7 @@ def _download(url: str, path: Path) -> None:
     except (OSError, RuntimeError) as error:
         raise ConfigError(
             f"model.weights=torchvision: {path.name} is not in {path.parent} and cannot be downloaded "
-            f"({_first_line(error)}); put the file there ({url})"
+            f"({reason(error)}); put the file there ({url})"
         ) from error
 
 
@@ -268,7 +269,3 @@ def _shorten(items: list[str]) -> str:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(str(size) for size in tensor.shape) or "scalar"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

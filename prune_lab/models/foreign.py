@@ -1,0 +1,70 @@
+"""Networks of other libraries: whatever they raise while a run is planned ends in one line with their name."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prune_lab.lazy import lazy_import
+from prune_lab.models.configs import ExternalConfig, ModelConfig
+from prune_lab.schema import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+torch = lazy_import("torch")
+
+_IMAGES = 2
+"""images per pass: batch norm refuses a single one in training where its maps have one pixel"""
+
+
+@contextlib.contextmanager
+def one_line(config: ModelConfig, image_size: int) -> Iterator[None]:
+    """Turn what building or using a network raises into a ConfigError with its name and the image size."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:  # code of other libraries may raise anything
+        raise ConfigError(
+            f"model.name={config.name} does not work with images of {image_size} x {image_size} px "
+            f"(dataset.image_size): {reason(error)}{_usual(config, image_size)}"
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """Return the first line of an error; where it has no text, its type and the line of code that raised it."""
+    if text := str(error).strip():
+        return text.splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{type(error).__name__} at: {frames[-1].line}" if frames else type(error).__name__
+
+
+def check_training_pass(model: nn.Module, config: ModelConfig, *, num_classes: int, image_size: int) -> None:
+    """Refuse a network that does not map images to class scores in training.
+
+    Args:
+        model: without memory ("meta" device).
+
+    Raises:
+        ConfigError: naming what it returns instead.
+    """
+    with one_line(config, image_size), torch.no_grad():
+        scores = model.train()(torch.zeros(_IMAGES, 3, image_size, image_size, device="meta"))
+    model.eval()
+    if not torch.is_tensor(scores) or scores.shape != (_IMAGES, num_classes):
+        got = f"a tensor of shape {tuple(scores.shape)}" if torch.is_tensor(scores) else f"a {type(scores).__name__}"
+        raise ConfigError(f"model.name={config.name} returns {got} in training for {_IMAGES} images, where "
+                          f"({_IMAGES}, {num_classes}) class scores are needed")  # fmt: skip
+
+
+def _usual(config: ModelConfig, image_size: int) -> str:
+    """Return what to add about the size that a library's network is made for, empty if it is this one or unknown."""
+    if not isinstance(config, ExternalConfig):
+        return ""
+    with contextlib.suppress(Exception):  # not every network has one, and this is a hint only
+        size = lazy_import("prune_lab.models.external").usual_size(config)
+        return f"; its usual size is {size} x {size}" if size != image_size else ""
+    return ""
