@@ -35,7 +35,7 @@ def dry_run(config: RunConfig) -> int:
     config = matching.matched(config, model_config, info, arithmetic)
     planned = identity.plan(config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=1)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": 1}
-    folder = results.RunFolder.of(config, fingerprint=None, **inputs)
+    folder = results.RunFolder.of(config, fingerprint=None, content=datasets.content(config.dataset), **inputs)
     dataset, spent, kept = RandomImages(info, arithmetic.torch_device), 0, {}
     done = chain.Results(entry.phase for entry in planned)
     for entry in planned:

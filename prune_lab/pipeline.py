@@ -109,7 +109,8 @@ def _run(
 
     def settle(options: RunConfig) -> tuple[RunConfig, results.RunFolder]:
         solved = matching.matched(options, model_config, dataset.info, arithmetic)
-        return solved, results.RunFolder.of(solved, fingerprint=dataset.fingerprint, **inputs)
+        data = {"fingerprint": dataset.fingerprint, "content": dataset.content}
+        return solved, results.RunFolder.of(solved, **data, **inputs)
 
     own = control_runs.own_run(config)
     own_folder = None if own is None else settle(own)[1]

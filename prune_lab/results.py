@@ -48,13 +48,15 @@ class RunFolder:
     group: str
 
     @classmethod
-    def of(cls, config: RunConfig, *, fingerprint: str | None, **inputs: Any) -> RunFolder:
-        """Return the folder of a run; `inputs` as for identity.plan.
+    def of(cls, config: RunConfig, *, fingerprint: str | None, content: str | None, **inputs: Any) -> RunFolder:
+        """Return the folder of a run.
 
-        Options alone name the directory, so that a dry run without data finds it too; options and data are the run's
-        identity.
+        Args:
+            fingerprint: of the data set, part of the run's identity; None: not known.
+            content: of the data set, part of the directory's name (see Dataset.content).
+            inputs: as for identity.plan.
         """
-        short = run_key(plan(config, fingerprint=None, **inputs), config)[:8]
+        short = run_key(plan(config, fingerprint=content, **inputs), config)[:8]
         name = f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-s{config.seed}-{short}"
         key = run_key(plan(config, fingerprint=fingerprint, **inputs), config)
         return cls(Path(config.output_dir) / name, key, group_key(config, fingerprint=fingerprint, **inputs))

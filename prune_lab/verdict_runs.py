@@ -222,7 +222,9 @@ def plan(conf_dir: Path, overrides: Sequence[str]) -> list[Planned]:
     jobs += [config for job in _small_jobs(jobs, small) for config in compose_checked(conf_dir, job, sweep=True)]
     varied = _varied(jobs)
     widths: dict[str, Any] = {}
-    planned = {entry.directory: entry for entry in (_planned(config, varied, widths) for config in jobs)}
+    chosen = {repr(config.dataset): config.dataset for config in jobs}
+    contents = {name: datasets.content(options) for name, options in chosen.items()}
+    planned = {entry.directory: entry for entry in (_planned(config, varied, widths, contents) for config in jobs)}
     return sorted(planned.values(), key=_order)
 
 
@@ -294,12 +296,15 @@ def _varied(jobs: Sequence[RunConfig]) -> set[str]:
     return {name for name in names if names.count(name) > 1} | {"method.levels", "method.sparsity", "method.rewind_to"}
 
 
-def _planned(config: RunConfig, varied: set[str], widths: dict[str, Any]) -> Planned:
+def _planned(
+    config: RunConfig, varied: set[str], widths: dict[str, Any], contents: dict[str, str | None]
+) -> Planned:
     """Return one run with the place and the trainings that the pipeline will give it.
 
     Args:
         varied: names of the options to show.
         widths: adapted model options that are known already; found ones are added.
+        contents: `Dataset.content` of each data set's options.
     """
     info, method = datasets.describe(config.dataset), config.method
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
@@ -307,13 +312,14 @@ def _planned(config: RunConfig, varied: set[str], widths: dict[str, Any]) -> Pla
     if key not in widths:
         widths[key] = method.adapt_model(config.model, **sizes)
     inputs = {"model": widths[key], "numerics": numerics.resolve(config.trainer).identity(), "world_size": 1}
-    phases = identity.plan(config, fingerprint=None, **inputs)
+    content = contents[repr(config.dataset)]
+    phases = identity.plan(config, fingerprint=content, **inputs)
     name = getattr(method.config, "arm", method.config.name)
     shown = [line for line in config.overrides if line.partition("=")[0] in varied]
     return Planned(
         " ".join([name, *shown]),
         config,
-        results.RunFolder.of(config, fingerprint=None, **inputs).directory,
+        results.RunFolder.of(config, fingerprint=None, content=content, **inputs).directory,
         tuple(entry.key for entry in phases if entry.trains),
     )
 

@@ -17,13 +17,14 @@ __all__ = [
     "Dataset",
     "DatasetInfo",
     "Split",
+    "content",
     "describe",
     "identity",
     "load",
     "parse_config",
 ]
 
-# kind -> module with `Config`, `describe(config)` and `load(config, fmt)`.
+# kind -> module with `Config`, `describe(config)`, `content(config)` and `load(config, fmt)`.
 _KINDS = {
     "digits": "prune_lab.datasets.digits",
     "cifar": "prune_lab.datasets.cifar",
@@ -59,6 +60,14 @@ def describe(config: CommonConfig) -> DatasetInfo:
         ConfigError: an image folder whose options leave sizes open is not on disk.
     """
     return _module(config.kind).describe(config)
+
+
+def content(config: CommonConfig) -> str | None:
+    """Return `Dataset.content` without loading; None too where the data are not there, or not as they should be."""
+    try:
+        return _module(config.kind).content(config)
+    except ConfigError:
+        return None
 
 
 def load(config: CommonConfig, fmt: BatchFormat) -> Dataset:

@@ -65,6 +65,8 @@ class Dataset(Protocol):
     info: DatasetInfo
     fingerprint: str
     """Hash of everything about the data that can change a result: images, labels, split, preparation."""
+    content: str | None
+    """What tells the data from others under the same options, for names of directories; None: the options fix it."""
     eval_split: Split
     """"val" where training images are held out, otherwise "test"."""
 

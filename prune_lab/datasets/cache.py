@@ -116,4 +116,4 @@ def _read(entry: Path) -> ImageArrays | None:
     if damaged:
         log.warning("the cached images in %s are damaged (%s); decoding again", entry, ", ".join(damaged))
         return None
-    return ImageArrays(*arrays.values(), num_classes, content, note)
+    return ImageArrays(*arrays.values(), num_classes, content, note=note)

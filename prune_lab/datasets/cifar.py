@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -56,7 +56,22 @@ def read(config: Config):
         _check_counts(config, decoded, source)
         return decoded
 
-    return cache.cached(source, Path(config.cache_dir).expanduser(), name=config.archive, decode=decode)
+    arrays = cache.cached(source, Path(config.cache_dir).expanduser(), name=config.archive, decode=decode)
+    return replace(arrays, fixed=cifar_files.is_published(source, config.archive))
+
+
+def content(config: Config) -> str | None:
+    """Return the data set's `content`; images of one's own are decoded, if they never were.
+
+    Raises:
+        ConfigError: as `read`; nothing is downloaded.
+    """
+    from prune_lab.datasets import cifar_files, in_memory
+
+    source = cifar_files.find_source(config.root, config.archive, download=False)
+    if cifar_files.is_published(source, config.archive):
+        return None
+    return in_memory.fingerprint(config, read(config))
 
 
 def _check_counts(config: Config, decoded: dict, source: Path) -> None:

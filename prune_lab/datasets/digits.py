@@ -35,6 +35,10 @@ def describe(config: Config) -> DatasetInfo:
     return config.info(num_classes=NUM_CLASSES, num_train_images=NUM_IMAGES - num_test, num_test_images=num_test)
 
 
+def content(_config: Config) -> None:
+    """Return None: the options fix the images."""
+
+
 def load(config: Config, fmt: BatchFormat):
     """Return the digits as an in-memory data set.
 

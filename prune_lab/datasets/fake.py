@@ -29,6 +29,10 @@ def describe(config: Config) -> DatasetInfo:
     )
 
 
+def content(_config: Config) -> None:
+    """Return None: the options fix the images."""
+
+
 def load(config: Config, fmt: BatchFormat):
     """Return the data set."""
     from prune_lab.datasets.in_memory import InMemoryDataset

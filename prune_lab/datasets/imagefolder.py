@@ -81,6 +81,18 @@ def load(config: Config, fmt: BatchFormat):
     return StreamDataset(config, _listed(config, train, test), train, test, fmt)
 
 
+def content(config: Config) -> str:
+    """Return the data set's `content`, from the names and sizes of the files.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    from prune_lab.datasets.folder_listing import list_splits
+    from prune_lab.datasets.stream import fingerprint
+
+    return fingerprint(config, *list_splits(config))
+
+
 def _listed(config: Config, train: Listing, test: Listing) -> DatasetInfo:
     from prune_lab.datasets.folder_listing import note
 

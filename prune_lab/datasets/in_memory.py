@@ -28,6 +28,8 @@ class ImageArrays:
     test_labels: np.ndarray
     num_classes: int
     content_hash: str
+    fixed: bool = True
+    """whether the options of the data set say which images these are"""
     note: str = ""
     """see DatasetInfo"""
 
@@ -56,7 +58,8 @@ class InMemoryDataset:
             note=arrays.note,
         )
         self.eval_split: Split = "val" if config.validation > 0 else "test"
-        self.fingerprint = _fingerprint(config, arrays)
+        self.fingerprint = fingerprint(config, arrays)
+        self.content = None if arrays.fixed else self.fingerprint
         self._normalise = Normaliser(config.mean, config.std, fmt, image_size=config.image_size)
         self._device = fmt.device
         self._windows = Windows(
@@ -175,7 +178,8 @@ class Windows:
         return self._view.index_select(0, starts)
 
 
-def _fingerprint(config: InMemoryConfig, arrays: ImageArrays) -> str:
+def fingerprint(config: InMemoryConfig, arrays: ImageArrays) -> str:
+    """Return a hash of pixels, labels and options."""
     from prune_lab.datasets import identity
 
     text = json.dumps([arrays.content_hash, identity(config)], sort_keys=True)

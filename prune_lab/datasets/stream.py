@@ -59,7 +59,7 @@ class StreamDataset:
         )
         self.info = info
         self.eval_split: Split = "val" if config.validation > 0 else "test"
-        self.fingerprint = _fingerprint(config, train, test)
+        self.fingerprint = self.content = fingerprint(config, train, test)
         self._config, self._fmt = config, fmt
         self._kept = kept
         self.train_labels = torch.from_numpy(train.labels)[kept]
@@ -172,8 +172,8 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _fingerprint(config: Config, *listings: Listing) -> str:
-    """Return a hash of names and sizes: reading a large data set only to hash it would take hours."""
+def fingerprint(config: Config, *listings: Listing) -> str:
+    """Return a hash of options, names and sizes: reading a large data set only to hash it would take hours."""
     from prune_lab.datasets import identity
 
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode())
