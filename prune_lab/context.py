@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prune_lab import distributed
 from prune_lab.accounting import LayerCost, TrainingCost, dense_macs, sparse_macs
-from prune_lab.eligibility import Layer
+from prune_lab.eligibility import Layer, sparsity
 from prune_lab.mask_history import MaskHistory
 from prune_lab.masks import MaskSet
 from prune_lab.seeding import generator
@@ -57,6 +57,8 @@ class Context:
     """True in a dry run: repeated work is done once, results do not count"""
     widths: dict[str, list[int]] | None = None
     """sizes of a network whose channels were removed (see surgery.Widths); None: as its options build it"""
+    removes_channels: bool = False
+    """True: masks stand for channels until a phase of the chain has removed them"""
     masks: MaskSet | None = None
     history: MaskHistory | None = None
     """where the masks have been in this phase"""
@@ -89,6 +91,19 @@ class Context:
             counts = None if self.masks is None else self.masks.unread_counts()
             self._macs = self._macs_on_device(counts) if counts is not None else self._macs_on_host()
         return self._macs
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction of zeros among the eligible weights; None without masks, and where masks stand for channels."""
+        if self.masks is None or (self.removes_channels and self.widths is None):
+            return None
+        return sparsity(self.layers, self.masks.counts())
+
+    def mask_figures(self) -> dict[str, float]:
+        """Return what a record tells of the masks: sparsity, where there is one, and their history."""
+        sparsity = self.sparsity
+        figures = self.history.figures(self.masks.masks)
+        return figures if sparsity is None else {"sparsity": sparsity} | figures
 
     def _macs_on_host(self) -> int:
         return self.dense_macs if self.masks is None else sparse_macs(self.costs, self.masks.counts())

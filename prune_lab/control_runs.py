@@ -58,8 +58,10 @@ def beside(summary: dict[str, Any], own: dict[str, Any], kind: str) -> list[str]
         ("", "method", f"control {kind}", "method - control"),
         ("top-1", f"{own_top1:.2f} %", f"{top1:.2f} %", f"{own_top1 - top1:+.2f} ({_sign(own_top1 - top1)})"),
         _row("sparsity", own, summary, "sparsity/achieved", "{:.6g}".format),
+        _row("channels kept", own, summary, "remove/channels_kept", "{:.6g}".format),
         _row("MACs per image", own, summary, "macs/inference", quantity),
     ]
+    rows = [row for row in rows if row[1:3] != ("-", "-")]
     width = max(len(row[2]) for row in rows)
     return [f"{name:15} {method:10}  {control:{width}}  {off}".rstrip() for name, method, control, off in rows]
 

@@ -36,13 +36,14 @@ def dry_run(config: RunConfig) -> int:
     planned = identity.plan(config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=1)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": 1}
     folder = results.RunFolder.of(config, fingerprint=None, content=datasets.content(config.dataset), **inputs)
-    dataset, spent, kept = RandomImages(info, arithmetic.torch_device), 0, {}
+    dataset, spent, kept, noted = RandomImages(info, arithmetic.torch_device), 0, {}, {}
     done = chain.Results(entry.phase for entry in planned)
     for entry in planned:
         job = job_without_files(config, model_config, entry, dataset, arithmetic, done)
         with matching.naming_reference(config):
             result, context = one_step(job)
         done.add(entry.phase, result)
+        noted |= result.get("noted", {})
         outlook = PhaseOutlook(entry.phase, job.method, context, config.schedule.batch_size)
         layout, cost = outlook.layout(), 0 if entry.phase.repeated else outlook.macs()
         spent = None if spent is None or cost is None else spent + cost
@@ -55,9 +56,8 @@ def dry_run(config: RunConfig) -> int:
         rows = [row | ({"macs_kept": None} if row["eligible"] else {}) for row in rows]
     known = {"spent": spent, "info": info, "arithmetic": arithmetic}
     summary = _summary(config, folder, planned, model, costs, layers, kept, **known)
-    if removes:  # weights of removed channels are not there, zero or not
-        params = None if kept is None else count_parameters(context.model)
-        summary |= {"params/total": params, "params/nonzero": params}
+    if removes:
+        summary |= _removed(None if kept is None else count_parameters(context.model), noted)
     folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
     _show(folder.directory, planned, rows, summary)
@@ -72,6 +72,12 @@ def dry_run(config: RunConfig) -> int:
     return 0
 
 
+def _removed(params: int | None, noted: dict[str, float]) -> dict[str, Any]:
+    """Return the keys of a network without some channels: it has no sparsity; None: what goes depends on training."""
+    counts = {"params/total": params, "params/kept": params, "params/nonzero": None, "sparsity/achieved": None}
+    return counts if params is None else counts | {k: noted[k] for k in ("remove/channels_kept",) if k in noted}
+
+
 def _summary(
     config: RunConfig, folder: results.RunFolder, planned: list, model: Any, costs: list, layers: list,
     kept: dict[str, int] | None, *, spent: int | None, info: datasets.DatasetInfo, arithmetic: Numerics,
@@ -81,12 +87,13 @@ def _summary(
     requested = config.method.requested_sparsity()
     counts |= results.sparsity_counts(layers, kept or {}, requested)
     if kept is None and requested is None:
-        counts |= dict.fromkeys(("macs/inference", "macs/inference_ratio", "params/nonzero"))
+        counts |= dict.fromkeys(("macs/inference", "macs/inference_ratio", "params/nonzero", "params/kept"))
     elif kept is None:  # a global cut: the totals are known, the layout is not
         total = sum(layer.size for layer in layers if layer.eligible)
         cut = total - results.num_keep_total(total, requested)
+        left = counts["params/total"] - cut
         counts |= {"macs/inference": None, "macs/inference_ratio": None, "sparsity/achieved": cut / total,
-                   "params/nonzero": counts["params/total"] - cut}
+                   "params/nonzero": left, "params/kept": left}
     if config.method.costs_depend_on_images:
         counts |= dict.fromkeys(("macs/inference", "macs/inference_ratio"))
     steps = info.num_train // config.schedule.batch_size

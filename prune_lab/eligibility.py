@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -124,6 +124,22 @@ def select_layers(
     if not any(layer.eligible for layer in layers):
         raise ConfigError(_nothing_left(layers, grouped))
     return layers
+
+
+def sparsity(layers: Sequence[Layer], kept: Mapping[str, int]) -> float:
+    """Return the fraction of zeros among the weights of the eligible layers.
+
+    Args:
+        kept: weights left per parameter under a mask; all are where a parameter is missing.
+    """
+    eligible = [layer for layer in layers if layer.eligible]
+    return 1 - sum(kept.get(layer.parameter, layer.size) for layer in eligible) / sum(layer.size for layer in eligible)
+
+
+def reshaped(layers: Sequence[Layer], model: nn.Module) -> list[Layer]:
+    """Return the layers with the shapes that they have in `model`, the same network with fewer channels."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return [replace(layer, shape=shapes.get(layer.parameter, layer.shape)) for layer in layers]
 
 
 def _nothing_left(layers: Sequence[Layer], grouped: bool) -> str:

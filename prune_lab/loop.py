@@ -328,8 +328,7 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
         "time/images_per_s": images_per_s,
     }
     if context.masks is not None:
-        row["sparsity"] = 1 - context.masks.density
-        row |= context.history.figures(context.masks.masks)
+        row |= context.mask_figures()
     row |= training.method.end_epoch(context, progress.epoch)
     _mask_average(training)  # the method may have masked the network only now
     last = progress.step == context.last_step

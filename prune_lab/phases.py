@@ -144,7 +144,7 @@ def _row(context: Context, scores: dict[str, float]) -> dict[str, Any]:
     row |= {"macs/train": context.cost.total} | {f"eval/{key}": value for key, value in scores.items()}
     if context.masks is None:
         return row
-    return row | {"sparsity": 1 - context.masks.density} | context.history.figures(context.masks.masks)
+    return row | context.mask_figures()
 
 
 def open_context(job: Job) -> Context:
@@ -182,6 +182,7 @@ def open_context(job: Job) -> Context:
         amp_scaled=job.numerics.precision == "fp16",
         dataset=job.dataset,
         widths=widths,
+        removes_channels=config.method.removes_channels(),
         fresh_model=lambda word: build_model(job.model_config, **sizes, seed=stable_hash(config.seed, word) % 2**31),
         poll=job.poll,
         rehearsal=job.rehearsal,

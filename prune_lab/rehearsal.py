@@ -100,9 +100,8 @@ def set_up(job: Job) -> tuple[dict[str, Any], Context]:
     if job.planned.phase.hook == "train":
         context.optimizer = job.method.build_optimizer(context.model, job.config.optimizer)
     job.method.setup(context)
-    if job.planned.phase.hook != "train":
-        getattr(job.method, job.planned.phase.hook)(context)
-    return _result(job, context), context
+    noted = {} if job.planned.phase.hook == "train" else getattr(job.method, job.planned.phase.hook)(context)
+    return _result(job, context) | {"noted": noted or {}}, context
 
 
 def one_step(job: Job) -> tuple[dict[str, Any], Context]:

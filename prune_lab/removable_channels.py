@@ -81,10 +81,6 @@ class RemovableChannels:
         """
         return self.costs.at(unit, self.costs.kept(alive)) / self.costs.at(unit, self.costs.sizes)
 
-    def weights(self, alive: Tensor) -> int:
-        """Return the weights of convolutions and linear layers that are left."""
-        return sum(self.costs.layer_weights(self.costs.kept(alive)).values())
-
     def best(self, scores: Tensor, macs_ratio: float) -> Tensor:
         """Return the classes with the highest scores under a budget of MACs, bool [num_classes].
 

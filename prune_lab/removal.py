@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prune_lab import cut_check, distributed, surgery
+from prune_lab import cut_check, distributed, eligibility, surgery
 from prune_lab.accounting import profile
 from prune_lab.channels import ChannelMap, channel_map
 from prune_lab.context import Context
@@ -90,6 +90,7 @@ def _replace(context: Context, channels: ChannelMap, alive: Tensor, masks: dict[
     left = {name: mask for name, mask in left.items() if not bool(mask.all())}
     context.model = small
     context.widths = surgery.widths(context.model, channels)
+    context.layers = eligibility.reshaped(context.layers, context.model)
     context.costs = list(profile(context.model, context.dataset.info.image_size))
     context.unmask()
     if left:

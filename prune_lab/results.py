@@ -23,7 +23,7 @@ from prune_lab.chain import PlannedPhase
 from prune_lab.config import RunConfig
 from prune_lab.datasets.splits import eval_range
 from prune_lab.distributions import num_keep_total
-from prune_lab.eligibility import Layer, usable_layers
+from prune_lab.eligibility import Layer, reshaped, sparsity, usable_layers
 from prune_lab.files import read_json, write_text
 from prune_lab.identity import group_key, plan, run_key
 from prune_lab.loop import measure
@@ -144,6 +144,7 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     unchanged = finished is model
     model = finished
     layers, kept = whole_layers(run, method, model, masked)
+    is_cut = result.get("widths") is not None
     check_sparsity(config, layers, kept)
     exact = run.numerics.exact()
     model.to(exact.torch_device, memory_format=exact.memory_format)
@@ -157,18 +158,18 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
         name: {key: known[name][key] for key in ("loss", "top1", "top5")} if name in known else score(split, model)
         for name, split in splits.items()
     }
-    as_built = unchanged and result.get("widths") is None
+    as_built = unchanged and not is_cut
     costs = layer_costs(run.model_config, **sizes) if as_built else profile(model, info.image_size)
     rows = layer_table(layers, costs, kept)
     counts = {
-        **sparsity_counts(layers, kept, config.method.requested_sparsity()),
-        **cost_counts(model, costs, masked, dense_config=config.model, **sizes),
+        **sparsity_counts(reshaped(layers, model) if is_cut else layers, masked, config.method.requested_sparsity()),
+        **cost_counts(model, costs, masked, dense_config=config.model, is_cut=is_cut, **sizes),
     }
     if measured:
         counts |= observed_counts(rows, measured, counts["macs/dense"])
     if not distributed.is_main():
         return
-    removed = {} if result.get("widths") is None else {"channels": result["widths"]}
+    removed = {"channels": result["widths"]} if is_cut else {}
     save_model(model, models.describe(run.model_config, **sizes) | removed, run.folder.directory)
     run.tracker.layers(rows)
     summary = summarise(run, scores, counts, wall_s=wall_s)
@@ -236,26 +237,35 @@ def check_sparsity(config: RunConfig, layers: list, kept: dict[str, int]) -> Non
 
 
 def sparsity_counts(layers: list, kept: dict[str, int], requested: float | None) -> dict[str, Any]:
-    """Return the target and what came of it; a network without masks has neither."""
-    total = sum(layer.size for layer in layers if layer.eligible)
-    achieved = sum(kept.get(layer.parameter, layer.size) for layer in layers if layer.eligible)
+    """Return the target and what came of it; a network without masks of single weights has neither.
+
+    Args:
+        layers: with the shapes of the network that is saved.
+        kept: weights left per parameter under a mask.
+    """
     has_masks = requested is not None or bool(kept)
-    return {"sparsity/requested": requested, "sparsity/achieved": 1 - achieved / total if has_masks else None}
+    return {"sparsity/requested": requested, "sparsity/achieved": sparsity(layers, kept) if has_masks else None}
 
 
 def cost_counts(
-    model: nn.Module, costs: Sequence[LayerCost], kept: dict[str, int], *, dense_config: Any, **sizes: int
+    model: nn.Module, costs: Sequence[LayerCost], kept: dict[str, int], *, dense_config: Any, is_cut: bool = False,
+    **sizes: int,
 ) -> dict[str, Any]:
-    """Return parameters and MACs of the finished network beside those of the network as configured, dense."""
+    """Return parameters and MACs of the finished network beside those of the network as configured, dense.
+
+    params/nonzero is None where channels were removed and no masks are left; params/kept is there for all.
+    """
     dense = models.build_on_meta(dense_config, **sizes)
     total = count_parameters(model)
     weights = {cost.parameter: cost.weights for cost in costs}
     dense_forward = dense_macs(layer_costs(dense_config, **sizes))
     forward = sparse_macs(costs, kept)
+    left = total - sum(weights[name] - count for name, count in kept.items())
     return {
         "params/dense": count_parameters(dense),
         "params/total": total,
-        "params/nonzero": total - sum(weights[name] - count for name, count in kept.items()),
+        "params/nonzero": None if is_cut and not kept else left,
+        "params/kept": left,
         "macs/dense": dense_forward,
         "macs/inference": forward,
         "macs/inference_ratio": forward / dense_forward,

@@ -144,7 +144,7 @@ def test_main_writes_markdown_when_not_on_a_terminal(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     assert [cell.strip() for cell in lines[0].strip("|").split("|")] == [
-        "method", "model", "dataset", "schedule", "sparsity", "n", "top-1 %", "params nonzero", "wall time",
+        "method", "model", "dataset", "schedule", "sparsity", "n", "top-1 %", "params left", "wall time",
     ]  # fmt: skip
     assert cells == ["rigl", "resnet20", "digits", "demo", "0.9", "2", "90.50 +- 0.71", "100 (10.0%)", "2 min 00 s"]
 

@@ -410,7 +410,7 @@ def test_a_browser_draws_the_report(tmp_path, dark):
     assert (said["title"], said["images"], said["dark"]) == ("prune-lab: comparison of runs", 0, dark)
     assert said["drawn"] == said["svgs"] == 4
     assert said["background"] == ("#1b1f23" if dark else "#ffffff")
-    assert (said["axis"], said["other"]) == ("inference MACs per image", "nonzero parameters")
+    assert (said["axis"], said["other"]) == ("inference MACs per image", "parameters left")
     assert said["ticks"] == "<b>conv1</b>" and "</script><script>" in said["hover"]
     assert (said["before"], said["after"], said["pressed"]) == (3, 1, "false")  # a line with its band, and a line
     assert (said["up"], said["down"]) == (["9.00", "60.50 \u00b1 0.71"], ["60.50 \u00b1 0.71", "9.00"])

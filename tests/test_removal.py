@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from channel_networks import NARROW, outputs, phase, thinned
+from contexts import context_of
 from method_runs import configure, finish, summary
 from run_helpers import METHODS, TINY, assert_same_run, compose, execute, fork, records, run_dir, wait_for
 from safetensors.torch import load_file
@@ -26,9 +27,10 @@ from prune_lab.dry_run import dry_run
 from prune_lab.eligibility import select_layers
 from prune_lab.files import read_json
 from prune_lab.removal import remove_dead
-from prune_lab.results import explained
+from prune_lab.results import explained, sparsity_counts
 from prune_lab.saved_model import load_model
 from prune_lab.schema import ConfigError
+from prune_lab.tracking.lines import epoch_line, summary_rows
 
 
 def masked_phase(family: str = "resnet20-A", **options: bool) -> tuple[Context, ChannelMap, Tensor]:
@@ -134,16 +136,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_summary_is_that_of_the_network_on_disk(folder: Path) -> None:
     written, model = summary(folder), load_model(folder)
     sizes = [parameter.numel() for parameter in model.parameters()]
-    assert written["params/total"] == written["params/nonzero"] == sum(sizes) < written["params/dense"]
+    assert written["params/total"] == written["params/kept"] == sum(sizes) < written["params/dense"]
     macs = sum(cost.macs for cost in profile(model, 16))
     assert written["macs/inference"] == macs
     assert written["macs/inference_ratio"] == macs / written["macs/dense"] <= 0.8
     whole = models.from_description(read_json(folder / "model.json"))
     eligible = {layer.parameter: layer.size for layer in select_layers(whole, include=["*"])}
     left = sum(model.get_parameter(name).numel() for name in eligible)
-    assert written["sparsity/achieved"] == 1 - left / sum(eligible.values())
+    assert written["sparsity/achieved"] is written["sparsity/requested"] is written["params/nonzero"] is None
     rows = json.loads((folder / "layers.json").read_text())
     assert sum(row["kept"] for row in rows) == left and sum(row["macs_kept"] for row in rows) == macs
+
+
+def test_records_of_channels_show_no_sparsity(folder: Path) -> None:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert not [row["phase"] for row in rows if "sparsity" in row]
+    (removed,) = [row for row in rows if row["phase"] == "remove"]
+    (pruned,) = [row for row in rows if row["phase"] == "prune"]
+    assert 0 < removed["remove/channels_kept"] < 1
+    assert "  channels kept 0." in epoch_line(pruned, {}) and "  channels kept 0." in epoch_line(removed, {})
+    lines = dict(summary_rows(summary(folder)))
+    assert "sparsity" not in lines and lines["channels"] == f"{removed['remove/channels_kept']:.2%} kept"
+    assert "nonzero" not in lines["parameters"] and "% of" in lines["parameters"]
+
+
+def test_sparsity_counts_eligible_weights_whether_under_a_mask_or_not() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Flatten(), nn.Linear(4, 2, bias=False))
+    mask = torch.arange(12).view(4, 3, 1, 1) < 3
+    context = context_of(model, {"0.weight": mask}, image_size=1)
+    assert context.masks.density == 3 / 12 and context.sparsity == 1 - 11 / 20
+    assert context.mask_figures()["sparsity"] == 1 - 11 / 20
+    assert sparsity_counts(context.layers, context.masks.counts(), None)["sparsity/achieved"] == 1 - 11 / 20
+    context.removes_channels = True
+    assert context.sparsity is None and "sparsity" not in context.mask_figures()
+    context.widths = {"0": [3, 4]}  # the channels are gone, the masks are what is left of single weights
+    assert context.sparsity == 1 - 11 / 20
 
 
 def test_figures_of_masks_that_are_gone_are_not_in_the_summary(folder: Path, tmp_path: Path) -> None:
@@ -192,8 +219,9 @@ def test_the_dry_run_knows_the_costs(tmp_path: Path) -> None:
     assert dry_run(configure(tmp_path, "l1_filter", *options)) == 0
     planned = json.loads(next(tmp_path.glob("*/dry_run.json")).read_text())
     real = summary(finish(configure(tmp_path, "l1_filter", *options)))
-    for key in ("macs/inference", "params/total", "params/nonzero", "sparsity/achieved", "macs/train"):
+    for key in ("macs/inference", "params/total", "params/kept", "remove/channels_kept", "macs/train"):
         assert planned[key] == real[key] is not None
+    assert planned["params/nonzero"] is planned["sparsity/achieved"] is None
     # 24 images per epoch, 3 epochs of the whole network and 2 of the smaller one
     assert real["macs/train"] == 3 * 24 * (3 * real["macs/dense"] + 2 * real["macs/inference"])
 

@@ -253,5 +253,5 @@ def test_a_run_tells_how_scales_fall_and_ends_in_a_smaller_network(tmp_path: Pat
     assert all("scales/mean" not in row for row in rows if row["phase"] != "train")
     written = summary(folder)
     assert 0.5 < written["macs/inference_ratio"] <= 0.6
-    assert written["params/total"] == written["params/nonzero"] < written["params/dense"]
+    assert written["params/total"] == written["params/kept"] < written["params/dense"]
     assert written["prune/macs_kept"] == pytest.approx(written["macs/inference_ratio"], abs=1e-12)

@@ -17,12 +17,13 @@ from prune_lab.tracking.lines import quantity, to_ascii
 _COST_AXES = {
     "macs": "inference MACs per image",
     "train": "training MACs of the whole run",
-    "params": "nonzero parameters",
+    "params": "parameters left",
     "latency": "latency, ms",
 }
 _ACCURACY_AXES = {"accuracy": "top-1 accuracy on test images, %"}
 _COURSE_KEYS = {
     "sparsity": ("Sparsity", "fraction of eligible weights that are zero"),
+    "channels/kept": ("Channels kept", "fraction of the channels that the gates or thresholds leave open"),
     "mask/exploration": ("Exploration", "fraction of positions active at least once since the phase began (R_s)"),
     "mask/overlap": ("Overlap with the first mask", "fraction of active weights that were active as the phase began"),
     "mask/dead_filters": ("Dead filters", "output channels and neurons without any weight"),

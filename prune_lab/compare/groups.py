@@ -18,7 +18,7 @@ METRICS = {
     "accuracy": "accuracy/test",
     "delta": "delta/top1",
     "control": "control/method_minus_control",
-    "params": "params/nonzero",
+    "params": "params/kept",
     "params_ratio": "params/ratio",
     "macs": "macs/inference_ratio",
     "train": "macs/train",
@@ -31,7 +31,7 @@ HIGHER_IS_BETTER = ("top1", "test", "accuracy", "delta", "control")
 
 SORT_KEYS = ("name", "sparsity", *METRICS)
 
-COSTS = {"macs": "macs/inference", "train": "macs/train", "params": "params/nonzero", "latency": "latency/ms"}
+COSTS = {"macs": "macs/inference", "train": "macs/train", "params": "params/kept", "latency": "latency/ms"}
 """what accuracy is set against: short name -> key, absolute so that networks of different size can be compared"""
 
 

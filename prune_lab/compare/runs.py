@@ -29,7 +29,8 @@ class RunResult:
     """equal for runs that differ in nothing but the seed"""
     seed: int | None
     summary: dict[str, Any]
-    """empty unless the run is finished; with params/ratio, accuracy/test and latency/*, which are worked out here"""
+    """empty unless the run is finished; with params/kept, params/ratio, accuracy/test and latency/*, worked out
+    here"""
     config: dict[str, Any]
     """resolved options; empty if run.json is missing"""
 
@@ -155,8 +156,10 @@ def _read_optional(run: Path, name: str) -> dict[str, Any]:
 
 
 def _ratio(summary: dict[str, Any]) -> dict[str, float]:
-    nonzero, dense = summary.get("params/nonzero"), summary.get("params/dense")
-    return {"params/ratio": nonzero / dense} if nonzero is not None and dense else {}
+    """Return the parameters that are left, which runs of older versions have under params/nonzero only."""
+    left, dense = summary.get("params/kept", summary.get("params/nonzero")), summary.get("params/dense")
+    found = {} if left is None else {"params/kept": left}
+    return found | {"params/ratio": left / dense} if found and dense else found
 
 
 def _accuracy(summary: dict[str, Any], config: dict[str, Any]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from prune_lab.compare.published import Beside
 from prune_lab.compare.runs import RunResult
 from prune_lab.tracking.lines import dense_epochs, duration, epochs_text, quantity, to_ascii
 
-COST_NAMES = {"macs": "inference MACs", "train": "training MACs", "params": "nonzero parameters", "latency": "latency"}
+COST_NAMES = {"macs": "inference MACs", "train": "training MACs", "params": "parameters left", "latency": "latency"}
 DENSE_ROW = "train MACs / dense row"
 SAME = "equal model, data, evaluation and schedule"
 
@@ -60,7 +60,7 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
         **(_before_pruning(rows) if known.before_pruning else {}),
         "method - control": [_spread(row, "control", "{:+.2f}") for row in rows],
         f"against {known.baseline}": [_difference(known.differences.get(row.group)) for row in rows],
-        "params nonzero": [_params(row) for row in rows],
+        "params left": [_params(row) for row in rows],
         "MACs": [_absolute(row, "macs/inference") for row in rows] if _several(rows, "macs/dense") else [],
         "MACs ratio": [_mean(row.stats.get("macs"), "{:.4f}") for row in rows],
         **_training(rows, known.over_dense),

@@ -40,7 +40,8 @@ class Course:
 
 def is_kept(key: str) -> bool:
     """Return whether a key of a record is shown in a figure; figures per layer are left out."""
-    return key in ("eval/top1", "sparsity", "weights/overlap") or (key.startswith("mask/") and key.count("/") == 1)
+    whole = ("eval/top1", "sparsity", "channels/kept", "weights/overlap")
+    return key in whole or (key.startswith("mask/") and key.count("/") == 1)
 
 
 def read_course(row: Row, note: Callable[[str], None]) -> Course:

@@ -146,7 +146,7 @@ def _network_line(run: FinishedRun) -> str:
     name, size = run.network["model"]["name"], run.network["image_size"]
     parts = [f"{name} of {run.name}, {run.network['num_classes']} classes, {size} px"]
     for what, count, dense in (
-        ("parameters", "params/nonzero", "params/dense"), ("MACs per image", "macs/inference", "macs/dense"),
+        ("parameters", "params/kept", "params/dense"), ("MACs per image", "macs/inference", "macs/dense"),
     ):  # fmt: skip
         if run.summary.get(count) and run.summary.get(dense):
             parts.append(f"{quantity(run.summary[count])} of {quantity(run.summary[dense])} {what}")

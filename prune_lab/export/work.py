@@ -206,7 +206,8 @@ class _Export:
     def record(self) -> dict[str, Any]:
         """Return what export.json holds."""
         run, summary = self._run, self._run.summary
-        counts = ("params/dense", "params/total", "params/nonzero", "macs/dense", "macs/inference", "final/top1")
+        counts = ("params/dense", "params/total", "params/nonzero", "params/kept", "macs/dense", "macs/inference",
+                  "final/top1")
         return {
             "run": run.name,
             "run/id": summary.get("run/id"),

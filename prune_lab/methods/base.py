@@ -141,6 +141,10 @@ class Method:
         """Return the phases of a run in order."""
         return (TRAIN_DENSE,)
 
+    def removes_channels(self) -> bool:
+        """Return whether the chain takes channels out, whose count then says what is left, not a sparsity."""
+        return any(phase.hook == REMOVE.hook for phase in self.chain())
+
     def without_control(self) -> Method | None:
         """Return the method itself if its option `control` asks for a sanity check of it, else None.
 

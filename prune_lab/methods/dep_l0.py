@@ -335,8 +335,8 @@ class DepL0(Method):
 
         l0/open_gates: open ones without chance, among all gates; l0/undecided: gates that are neither 0 nor 1;
         l0/expected_UNIT: expected cost, as a fraction; l0/UNIT: cost of the network with the gates without chance;
-        l0/multiplier: with a target. UNIT is macs, or what the target counts. When the gates are fixed, the figures are
-        those of the channels that stay.
+        l0/multiplier: with a target; channels/kept: open ones of all channels. UNIT is macs, or what the target counts.
+        When the gates are fixed, the figures are those of the channels that stay.
         """
         if distributed.world_size() > 1:
             distributed.assert_same(str(self.gates.values.tolist()), "gates")
@@ -345,7 +345,7 @@ class DepL0(Method):
         opened = self.fixed_gates() > 0
         self.figures = self._figures(opened)
         macs = self.gated.cost("macs", opened)
-        return self.figures | {"macs/inference": macs, "sparsity": self._sparsity(context, opened)}
+        return self.figures | {"macs/inference": macs, "channels/kept": float(self.gated.alive(opened).double().mean())}
 
     def _figures(self, opened: Tensor) -> dict[str, float]:
         gates, gated = self.fixed_gates(), self.gated
@@ -356,11 +356,6 @@ class DepL0(Method):
             f"l0/expected_{self.unit}": float(expected),
             f"l0/{self.unit}": gated.cost(self.unit, opened) / gated.dense(self.unit),
         } | ({"l0/multiplier": float(self.multiplier)} if self.config.unit else {})
-
-    def _sparsity(self, context: Context, opened: Tensor) -> float:
-        costs, layers = self.gated.costs, context.eligible()
-        left = costs.layer_weights(costs.kept(self.gated.alive(opened)))
-        return 1 - sum(left.get(layer.parameter, layer.size) for layer in layers) / sum(layer.size for layer in layers)
 
     def explain(self) -> dict[str, float]:
         return self.figures

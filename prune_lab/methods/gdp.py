@@ -314,7 +314,8 @@ class GDP(Method):
 
         gdp/open_gates: gates that are not 0, among all; gdp/undecided: gates between 0.1 and 0.9; gdp/expected_UNIT:
         the cost by the sums of the gates; gdp/UNIT: by the number of open ones; gdp/feasible: 1 if that is at most
-        0.01 above the target; gdp/multiplier; gdp/eps.
+        0.01 above the target; gdp/multiplier; gdp/eps; channels/kept: channels whose gates
+        are not 0, of all.
         """
         if distributed.world_size() > 1:
             distributed.assert_same(str(self.t.tolist()), "gates")
@@ -331,7 +332,7 @@ class GDP(Method):
             "gdp/multiplier": float(self.multiplier),
             "gdp/eps": self.eps(step),
         }
-        return self.figures
+        return self.figures | {"channels/kept": float((self.t != 0).double().mean())}
 
     def explain(self) -> dict[str, float]:
         return self.figures

@@ -250,7 +250,8 @@ class StructuredDirectional(Method):
         """Return where the channels stand.
 
         threshold: that of a group with s_G = 1; groups/zero: fraction of the removable channels that are zero;
-        groups/norm: median of |a_G| / s_G; macs/inference and sparsity: without the channels that are zero.
+        groups/norm: median of |a_G| / s_G; channels/kept: those that are not zero, of all
+        channels; macs/inference: without the channels that are zero.
         """
         if self.channels is None:  # fine-tuning
             return {}
@@ -261,9 +262,8 @@ class StructuredDirectional(Method):
             "groups/zero": float(self.zero.sum() / channels.free.sum()),
             "groups/norm": float(self.norms[channels.free].median()),
         }
-        weights = channels.weights(alive) / channels.weights(torch.ones_like(alive))
-        costs = channels.costs
-        return self.figures | {"sparsity": 1 - weights, "macs/inference": costs.at("macs", costs.kept(alive))}
+        costs, left = channels.costs, {"channels/kept": float(alive.double().mean())}
+        return self.figures | left | {"macs/inference": costs.at("macs", costs.kept(alive))}
 
     # Pruning
 

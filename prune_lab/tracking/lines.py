@@ -31,6 +31,9 @@ _EPOCH_PARTS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("eval/loss", "eval loss", "{:.4f}".format),
     ("eval/top1", "eval top1", "{:.2f}".format),
     ("sparsity", "sparsity", "{:.4f}".format),
+    ("channels/kept", "channels kept", "{:.4f}".format),
+    ("prune/channels_kept", "channels kept", "{:.4f}".format),
+    ("remove/channels_kept", "channels kept", "{:.4f}".format),
     ("lr", "lr", "{:.2e}".format),
     ("time/epoch_s", "s", "{:.1f}".format),
     ("time/images_per_s", "img/s", "{:.0f}".format),
@@ -62,7 +65,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("top-1", _join(_percent(get("final/top1")), evaluated, _before_pruning(summary))),
         ("top-5", _join(_percent(get("final/top5")), evaluated)),
         ("sparsity", _requested(get("sparsity/achieved"), get("sparsity/requested"))),
-        ("parameters", _of(get("params/nonzero"), get("params/dense"), "nonzero")),
+        ("channels", _channels(get("remove/channels_kept"))),
+        ("parameters", _parameters(summary)),
         ("MACs per image", _of(get("macs/inference"), get("macs/dense"), "")),
         ("merging", _merging(get("haste/channels_left"), get("haste/macs_ratio_without_overhead"))),
         ("merging, draws", _draws(summary)),
@@ -128,6 +132,16 @@ def _requested(achieved: float | None, requested: float | None) -> str | None:
     if achieved is None:
         return None
     return f"{achieved:.6g}" + ("" if requested is None else f" (requested {requested:.6g})")
+
+
+def _channels(kept: float | None) -> str | None:
+    return None if kept is None else f"{kept:.2%} kept"
+
+
+def _parameters(summary: dict[str, Any]) -> str | None:
+    """Return the parameters that are left: all of them where channels are gone, else those that are not zero."""
+    nonzero, dense = summary.get("params/nonzero"), summary.get("params/dense")
+    return _of(summary.get("params/total"), dense, "") if nonzero is None else _of(nonzero, dense, "nonzero")
 
 
 def _masks(explored: float | None, overlap: float | None, dead: int | None) -> str | None:

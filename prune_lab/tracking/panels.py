@@ -19,10 +19,10 @@ _TITLES = {TOP1: "top-1 on the evaluation images (%)", TEST: "top-1 on the test 
 COSTS = {
     "macs/inference": "MACs per image",
     "macs/train": "training MACs",
-    "params/nonzero": "parameters that are not zero",
+    "params/kept": "parameters left",
 }
 """key of the summary -> title"""
-COLUMNS = (TOP1, "sparsity/achieved", "macs/inference_ratio", "macs/train_ratio", "params/nonzero")
+COLUMNS = (TOP1, "sparsity/achieved", "macs/inference_ratio", "macs/train_ratio", "params/kept")
 """of the table of runs, where a group shows its mean"""
 
 _AXES = {"global_step": "optimizer step", "epoch": "epoch of the phase", "macs/train": "training MACs"}
@@ -82,6 +82,7 @@ def _curves() -> list[Panel]:
 def _sparsity() -> list[Panel]:
     return [
         _lines(["sparsity"], "sparsity"),
+        _lines(["channels/kept"], "channels kept, where channels are removed"),
         _lines(["macs/inference"], "MACs per image"),
         _scatter("sparsity/achieved", "sparsity"),
     ]

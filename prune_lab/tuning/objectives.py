@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from prune_lab.schema import ConfigError, suggestion
 
 SHORT = {"top1": "final/top1", "test": "test/top1", "delta": "delta/top1", "macs": "macs/inference_ratio",
-         "train": "macs/train_ratio", "params": "params/nonzero"}  # fmt: skip
+         "train": "macs/train_ratio", "params": "params/kept"}  # fmt: skip
 """names that `prune-lab compare` uses -> key"""
 _LARGER = ("final/top1", "final/top5", "test/top1", "test/top5", "delta/top1")
 _SMALLER = ("final/loss", "test/loss", "macs/inference_ratio", "macs/inference", "macs/train_ratio", "macs/train",
-            "params/nonzero", "params/total")  # fmt: skip
+            "params/kept", "params/nonzero", "params/total")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class TrialWatch(BaseSink):
         self._judge = judge
         self._phase: str | None = None
         self._epochs: float | None = None
-        self._sparsities: set[float | None] = set()
+        self._sizes: set[tuple[float | None, ...]] = set()
         self.stop = StopFlag()
         self.found: dict[str, Any] = {}
         """the run's summary"""
@@ -38,7 +38,7 @@ class TrialWatch(BaseSink):
     def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
         if record["phase"] != self._phase or record.get("eval/top1") is None:
             return
-        self._sparsities.add(record.get("sparsity"))
+        self._sizes.add(tuple(record.get(key) for key in ("sparsity", "channels/kept")))
         reason = self._judge(record["epoch"], record["eval/top1"])
         if reason and not replayed and self._is_judged(record["epoch"]):
             self.stop.ask(reason)
@@ -51,8 +51,8 @@ class TrialWatch(BaseSink):
 
     @property
     def sparsity_changed(self) -> bool:
-        """Whether it did in the last training phase: accuracy then foretells nothing, weights are still to go."""
-        return len(self._sparsities) > 1
+        """Whether it or the count of channels did in the last training phase: what is still to go decides the end."""
+        return len(self._sizes) > 1
 
     def summary(self, summary: dict[str, Any]) -> None:
         self.found = summary

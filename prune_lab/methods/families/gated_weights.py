@@ -252,7 +252,7 @@ class GatedWeights(Method):
 
         l0/expected_density: sum of P(open) times the weights of the gate; l0/density: of the gates without chance;
         l0/open_gates: open ones among all gates; l0/undecided: gates that are neither 0 nor 1. sparsity: of all
-        eligible weights, which with filters include those that read closed channels.
+        eligible weights; with filters instead channels/kept: gated channels that the masks leave.
         """
         if distributed.world_size() > 1:
             distributed.assert_same(context.masks.digest(), "masks")
@@ -272,10 +272,14 @@ class GatedWeights(Method):
             self._tell(context, dict(zip([group.name for group in self.layout_of.groups], opened, strict=True)))
         if self.config.bn_images:
             self._measure_statistics(context)
-        counts, eligible = context.masks.counts(), context.eligible()  # layers without gates have no masks
-        kept = sum(counts.get(layer.parameter, layer.size) for layer in eligible)
-        sparsity = 1 - kept / sum(layer.size for layer in eligible)
-        return self.figures | {"sparsity": sparsity, "macs/inference": context.forward_macs}
+        return self.figures | self._left(context) | {"macs/inference": context.forward_macs}
+
+    def _left(self, context: Context) -> dict[str, float]:
+        """Return what the gates leave of the network, now that they may have been settled."""
+        if self.config.granularity == "weight":
+            return {"sparsity": context.sparsity}
+        left = [context.masks.masks[group.parameter].flatten(1).any(1) for group in self.layout_of.groups]
+        return {"channels/kept": float(torch.cat(left).double().mean())}
 
     def settle(self, context: Context) -> None:
         """Do what is left to do to the network after the last step: a layer without channels keeps its best one."""
