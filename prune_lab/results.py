@@ -319,20 +319,22 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
 
 
 def images_seen(run: Run) -> dict[str, int | None]:
-    """Return how many images there are and how many of them the run evaluated and trained on.
+    """Return of how many images the accuracies are, and of how many an epoch was.
 
     `train/images_per_epoch` is null unless `trainer.limit_train_batches` leaves out whole batches.
     """
     info, trainer, batch = run.dataset.info, run.config.trainer, run.config.schedule.batch_size
-    limit, world = trainer.limit_eval_batches, distributed.world_size()
-    shares = [len(eval_range(info.num_eval, rank=rank, world_size=world)) for rank in range(world)]
-    evaluated = sum(share if limit is None else min(share, limit * trainer.eval_batch_size) for share in shares)
-    steps = trainer.limit_train_batches
+    limit, steps, world = trainer.limit_eval_batches, trainer.limit_train_batches, distributed.world_size()
+
+    def evaluated(num_images: int) -> int:
+        shares = [len(eval_range(num_images, rank=rank, world_size=world)) for rank in range(world)]
+        return sum(share if limit is None else min(share, limit * trainer.eval_batch_size) for share in shares)
+
     limited = steps is not None and steps < run.dataset.num_batches(batch)
     return {
-        "final/images": evaluated,
         "data/num_eval": info.num_eval,
-        "data/num_train": info.num_train,
+        "final/images": evaluated(info.num_eval),
+        **({"test/images": evaluated(info.num_test)} if info.num_val else {}),
         "train/images_per_epoch": steps * batch if limited else None,
     }
 

@@ -29,6 +29,10 @@ datasets = lazy_import("prune_lab.datasets")
 numerics = lazy_import("prune_lab.numerics")
 store = lazy_import("prune_lab.store")
 
+_IMAGES = ("trainer.limit_eval_batches", "trainer.limit_train_batches", "trainer.eval_batch_size",
+           "dataset.validation")  # fmt: skip
+"""options that decide which images a run sees; the size of an evaluation batch does where their number is limited"""
+
 
 def main(argv: list[str]) -> int:
     """Search the options in `argv` and return the exit code: 1 if no trial has finished.
@@ -119,6 +123,9 @@ def _checked_space(conf_dir: Path, typed: list[str]) -> tuple[Space, list[RunCon
     for key in space.searched:
         if is_place(key) or key == "dry_run":
             raise ConfigError(f"{key} does not change results, so it cannot be searched")
+        if key in _IMAGES:
+            raise ConfigError(f"{key} cannot be searched: it decides which images a trial is trained or measured on, "
+                              "and figures of different images cannot be compared")  # fmt: skip
         if key.endswith("seed"):
             raise ConfigError(f"{key} cannot be searched: the best of several seeds is luck; search with one and "
                               "run the best with several (-m seed=0,1,2), prune-lab compare averages them")  # fmt: skip

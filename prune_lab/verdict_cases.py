@@ -20,8 +20,11 @@ REWOUND = "IMP-rewind"
 PARAMS_TOLERANCE = 0.1
 """a small dense network stands for a sparse one whose number of parameters differs by less; levels lie 20 % apart"""
 
-_NOT_RECIPE = {"device", "compile", "checkpoint_interval_s", "threads", "eval_batch_size", "eval_interval"}
-"""trainer options that change no result, or only where it is computed"""
+_NOT_RECIPE = {"device", "compile", "checkpoint_interval_s", "threads", "eval_batch_size", "eval_interval",
+               "limit_eval_batches"}  # fmt: skip
+"""trainer options that change no result, or only where it is computed; what limits an evaluation counts in images"""
+EVALUATED = "images evaluated at most"
+"""name of this limit among an entry's settings"""
 _MASK_OPTIONS = ("fraction", "distribution", "include", "exclude")
 """options of method=lottery that decide the mask"""
 
@@ -135,6 +138,8 @@ def _entry(run: RunResult) -> Entry:
     train = asdict(schedule.phase("train"))
     lr = train.pop("lr")
     trainer = {key: value for key, value in run.config["trainer"].items() if key not in _NOT_RECIPE}
+    limit = run.config["trainer"].get("limit_eval_batches")
+    images = None if limit is None else limit * run.config["trainer"]["eval_batch_size"]
     rest = {"batch_size": schedule.batch_size, "label_smoothing": schedule.label_smoothing}
     dataset = datasets.identity(datasets.parse_config(run.config["dataset"]))
     count = run.summary.get("params/nonzero")
@@ -142,7 +147,7 @@ def _entry(run: RunResult) -> Entry:
         arm=method["arm"] if lottery else method["name"],
         network=_typed(model=run.config["model"], dataset=dataset),
         recipe=_typed(**{"schedule.train": train, "schedule": rest, "optimizer": run.config["optimizer"],
-                         "trainer": trainer}),
+                         "trainer": trainer}) | {EVALUATED: images},
         mask=_typed(method={key: method[key] for key in _MASK_OPTIONS}) if lottery else {},
         rewind=_rewind(method) if lottery else "",
         sparsity=sparsity_of(method) if lottery or method["name"] == SMALL else None,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prune_lab.compare.formats import markdown
 from prune_lab.compare.groups import Stat
 from prune_lab.tracking.lines import quantity, to_ascii
 from prune_lab.verdict import PRIZES, TITLES, Condition, Rules, Verdict, stat
-from prune_lab.verdict_cases import REWOUND, Case
+from prune_lab.verdict_cases import EVALUATED, REWOUND, Case
 
 Judged = tuple[Case, Rules, Verdict]
 
@@ -30,9 +30,21 @@ def text(judged: Sequence[Judged], notes: Sequence[str]) -> str:
                      "arXiv 2107.00166")  # fmt: skip
         lines.append("condition 1 also asks for enough epochs, which these numbers cannot tell: beside an undertrained "
                      "dense network any ticket looks good")  # fmt: skip
+    lines += _partial(case.settings for case, _, _ in judged)
     if any(case.network.get("dataset.validation") for case, _, _ in judged):
         lines.append("with dataset.validation the accuracies are those of held-out training images")
     return to_ascii("\n".join([*lines, *notes])) + "\n"
+
+
+def _partial(settings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what of the images was left out, if any was: accuracies of a part are not those of the whole."""
+    limits: dict[str, set[int]] = defaultdict(set)
+    for known in settings:
+        for key in (EVALUATED, "trainer.limit_train_batches"):
+            if known.get(key) is not None:
+                limits[key].add(known[key])
+    return [f"on a part of the images: {key} {', '.join(f'{limit:,}' for limit in sorted(found))}"
+            for key, found in limits.items()]  # fmt: skip
 
 
 def as_json(judged: Sequence[Judged], notes: Sequence[str]) -> dict[str, Any]:

@@ -84,14 +84,18 @@ def test_the_dense_row_of_another_width_schedule_or_batch_is_no_denominator(tmp_
         ("long", {"schedule": {"multiplier": 2.0}, "phases": {"train": 20}}),
     ):  # fmt: skip
         write_run(tmp_path, name, macs__train=50, **changed)
+    write_run(tmp_path, "part", method="set", macs__train=60, trainer={"limit_eval_batches": 4})  # trained like others
     write_run(tmp_path, "tuned", method="magnitude", macs__train=140, phases={"train": 10, "finetune": 4})
     write_run(tmp_path, "dense", method="dense", macs__train=100)
-    assert over_dense(list(rows_of(tmp_path).values())) == {"same": 0.5, "tuned": 1.4, "dense": 1.0}
+    assert over_dense(list(rows_of(tmp_path).values())) == {
+        "same": 0.5, "part": 0.6, "tuned": 1.4, "dense": 1.0,
+    }  # fmt: skip
     assert main([str(tmp_path)]) == 0
+    rest = "schedule.batch_size=128 schedule.multiplier=1.0 trainer.limit_eval_batches=null"
     columns = "train MACs", "train MACs / dense row"
     told = {(row["method"], row["options"]): tuple(row[name] for name in columns) for row in cells_of(capsys)}
-    assert told["rigl", "model.width=0.25 schedule.batch_size=128 schedule.multiplier=1.0"] == ("50", "-")
-    assert told["rigl", "model.width=1.0 schedule.batch_size=128 schedule.multiplier=1.0"] == ("50", "0.500")
+    assert told["rigl", f"model.width=0.25 {rest}"] == ("50", "-")
+    assert told["rigl", f"model.width=1.0 {rest}"] == ("50", "0.500")
 
 
 def test_dense_rows_of_unequal_cost_are_no_denominator(tmp_path):
@@ -209,6 +213,8 @@ def test_partly_evaluated_and_partly_trained_rows_are_marked_and_apart(tmp_path,
         "brief": "2,560 of 50,000", "told": "256 of 50,000",
     }  # fmt: skip
     assert fronts(list(rows.values()), "accuracy", "macs") == {"dense", "whole"}
+    names = styles.kind_names(list(rows.values()))
+    assert (names["part"], names["whole"]) == ("(2,000 of 10,000 images)", "")
     assert main([str(tmp_path), "--baseline", "method=dense"]) == 0
     cells = {row["top-1 %"]: row for row in cells_of(capsys)}
     assert cells["82.75 (2,000 of 10,000 images)"]["against method=dense"] == "-"

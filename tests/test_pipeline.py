@@ -41,7 +41,7 @@ KEYS = {
     "config/method", "config/schedule", "final/top1", "final/top5", "final/loss", "dense/top1", "delta/top1",
     "sparsity/requested", "sparsity/achieved", "params/dense", "params/total", "params/nonzero", "macs/dense",
     "macs/inference", "macs/inference_ratio", "macs/train", "macs/train_dense", "macs/train_ratio", "phases",
-    "time/wall_s", "time/images_per_s",
+    "time/wall_s", "time/images_per_s", "dense/epochs", "data/num_eval", "final/images", "train/images_per_epoch",
 }  # fmt: skip
 
 
@@ -328,3 +328,17 @@ def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(tmp_p
     (directory / "run.json").unlink()
     with pytest.raises(ConfigError, match="was written by another configuration"):
         execute(tmp_path, *TINY, "method=static", "method.sparsity=0.8")
+
+
+def test_what_was_left_out_of_the_images_is_counted(tmp_path):
+    limits = ("trainer.limit_eval_batches=2", "trainer.eval_batch_size=5", "trainer.limit_train_batches=2")
+    options = ("dataset.num_train=64", "dataset.num_test=32", "dataset.validation=0.25", "schedule.batch_size=8")
+    assert execute(tmp_path / "part", *TINY, *METHODS["dense"], *options, *limits) == 0
+    found = summary(tmp_path / "part")
+    keys = ("final/images", "data/num_eval", "test/images", "data/num_test", "train/images_per_epoch", "data/num_train")
+    assert [found[key] for key in keys] == [10, 16, 10, 32, 16, 48]
+    unlimited = ("trainer.limit_eval_batches=null", "trainer.limit_train_batches=6")  # 48 images are 6 batches
+    assert execute(tmp_path / "whole", *TINY, *METHODS["dense"], *options, *unlimited) == 0
+    found = summary(tmp_path / "whole")
+    assert [found[key] for key in keys] == [16, 16, 32, 32, None, 48]
+    assert "of 10 of 16 images" in run_dir(tmp_path / "part").joinpath("log.txt").read_text()

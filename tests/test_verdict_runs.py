@@ -212,6 +212,24 @@ def test_options_that_change_no_result_do_not_matter(write, tmp_path):
     assert outcomes(judged(tmp_path)) == [("jackpot", [])]
 
 
+@pytest.mark.parametrize("arm", ["dense", "small_dense"])
+def test_arms_of_different_images_are_not_compared(write, tmp_path, capsys, arm):
+    part = {"trainer__limit_eval_batches": 4, "trainer__eval_batch_size": 500}
+    write_all(write, {name: values for name, values in WINNING.items() if name != arm}, **part)
+    write_all(write, {arm: WINNING[arm]}, trainer__limit_eval_batches=4, trainer__eval_batch_size=250)
+    ((outcome, reasons),) = outcomes(judged(tmp_path))
+    assert outcome == "refused" and any("images evaluated at most differs: " in line for line in reasons)
+    assert "on a part of the images: images evaluated at most 2,000\n" in capsys.readouterr().out
+
+
+def test_a_verdict_on_a_part_of_the_images_says_so(write, tmp_path, capsys):
+    write_all(write, trainer__limit_eval_batches=4, trainer__limit_train_batches=20)
+    assert outcomes(judged(tmp_path))[0][0] == "jackpot"
+    printed = capsys.readouterr().out
+    assert "on a part of the images: images evaluated at most 2,000\n" in printed
+    assert "on a part of the images: trainer.limit_train_batches 20\n" in printed
+
+
 def test_the_small_network_is_the_one_with_as_many_parameters(write, tmp_path):
     write_all(write, {name: values for name, values in WINNING.items() if name != "small_dense"})
     write_all(write, {"small_dense": (95.0, 95.0)}, params=round(KEPT * 1.2), method={"sparsity": 0.79})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from prune_lab.compare.conditions import Condition
 from prune_lab.compare.groups import METRICS, Row, stat
-from prune_lab.compare.kinds import peers
+from prune_lab.compare.kinds import peers, training_peers
 from prune_lab.schema import ConfigError
 
 CONFIDENCE = 0.95
@@ -109,7 +109,7 @@ def over_dense(rows: Sequence[Row]) -> dict[str, float]:
     dense = [row for row in rows if row.labels[0] == "dense" and row.stats.get("train")]
     found = {}
     for row in rows:
-        costs = {round(other.stats["train"].mean) for other in peers(row, dense)}
+        costs = {round(other.stats["train"].mean) for other in training_peers(row, dense)}
         if "train" in row.stats and len(costs) == 1 and (cost := costs.pop()):
             found[row.group] = row.stats["train"].mean / cost
     return found

@@ -165,7 +165,7 @@ def _fronts(rows: Sequence[Row], metric: str, cost: str, kinds: dict[str, str]) 
         told = [kinds[row.group].split() for row in circle]
         common = [word for word in told[0] if all(word in words for words in told)]
         x, y = (tuple(_cost(row, cost).mean for row in best), tuple(row.stats[metric].mean for row in best))
-        name = " ".join(["Pareto front", *(common if len(lines) > 1 else ())])
+        name = " ".join(["Pareto front", *common])
         none = (None,) * len(best)
         found.append(Series(name, None, x, y, none, none, n=(), notes=(), kind="front"))
     return found

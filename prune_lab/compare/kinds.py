@@ -22,7 +22,9 @@ class Kind:
     """What two rows must share so that the better one is better at the same task."""
 
     options: tuple[tuple[str, Any], ...] = ()
-    """names and values: network, data, images evaluated, batch size, batches per epoch"""
+    """names and values: network, data, batch size, images per epoch"""
+    evaluated: str = "all"
+    """images evaluated"""
     train: float | None = None
     """epochs that the schedule's block `train` asks for; None: not known"""
     finetune: float | None = None
@@ -35,17 +37,23 @@ class Kind:
         tunes_alike = self.finetune == other.finetune or None in (self.finetune, other.finetune)
         return self.train == other.train and tunes_alike
 
+    def is_as_long_as(self, other: Kind) -> bool:
+        """Return whether both asked for the same schedule, or trained as many epochs in all."""
+        return self.has_schedule_of(other) or (self.total is not None and self.total == other.total)
+
     def fits(self, other: Kind) -> bool:
-        """Return whether the two are comparable: asked for the same schedule, or trained as many epochs in all."""
-        return self.options == other.options and (
-            self.has_schedule_of(other) or (self.total is not None and self.total == other.total)
-        )
+        """Return whether the accuracies of the two are comparable."""
+        return self.evaluated == other.evaluated and self.trains_like(other)
+
+    def trains_like(self, other: Kind) -> bool:
+        """Return whether the training costs of the two are comparable."""
+        return self.options == other.options and self.is_as_long_as(other)
 
     def unlike(self, other: Kind) -> list[str]:
         """Return where the two differ, one text for each option, this one's value first."""
-        here, there = dict(self.options), dict(other.options)
+        here, there = ({**dict(kind.options), "images evaluated": kind.evaluated} for kind in (self, other))
         texts = [f"{key} {here.get(key)} / {there.get(key)}" for key in here | there if here.get(key) != there.get(key)]
-        if not self.has_schedule_of(other) and (self.total is None or self.total != other.total):
+        if not self.is_as_long_as(other):
             texts.append(f"epochs {self._length()} / {other._length()}")
         return texts
 
@@ -91,12 +99,13 @@ def _kind(run: RunResult, told: Iterable[Mapping[str, Any]]) -> Kind:
     options: dict[str, Any] = {group: run.summary.get(f"config/{group}") for group in ("model", "dataset", "schedule")}
     for entries in told:
         options |= entries
-    options |= {"images evaluated": evaluated(run), "training images per epoch": trained(run)}
+    options["training images per epoch"] = trained(run) or "all"
     schedule = run.options("schedule")
     options["schedule.batch_size"] = schedule.get("batch_size")
     single = len(run.phases) == 1
     return Kind(
         options=tuple((key, value if value is None else str(value)) for key, value in options.items()),
+        evaluated=evaluated(run) or "all",
         train=_epochs(schedule, "train"),
         finetune=None if single else _epochs(schedule, "finetune"),
         total=sum(phase["epochs"] for phase in run.phases) if "phases" in run.summary else None,
@@ -119,7 +128,7 @@ def circles(rows: Iterable[Row]) -> list[list[Row]]:
     """Return the largest sets of rows in which each is comparable with each other; a row may be in several."""
     alike: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
-        alike[row.kind.options].append(row)
+        alike[row.kind.options, row.kind.evaluated].append(row)
     return [circle for members in alike.values() for circle in _circles_of(members)]
 
 
@@ -147,5 +156,13 @@ def peers(row: Row, others: Sequence[Row]) -> list[Row]:
 
     The row itself is one of them if it is among `others`.
     """
-    fitting = [other for other in others if other.kind.fits(row.kind)]
+    return _nearest(row, [other for other in others if other.kind.fits(row.kind)])
+
+
+def training_peers(row: Row, others: Sequence[Row]) -> list[Row]:
+    """Return the same for training costs, which do not depend on the images evaluated."""
+    return _nearest(row, [other for other in others if other.kind.trains_like(row.kind)])
+
+
+def _nearest(row: Row, fitting: list[Row]) -> list[Row]:
     return [other for other in fitting if other.kind.has_schedule_of(row.kind)] or fitting

@@ -91,4 +91,9 @@ def _joined(*parts: str) -> str:
 
 
 def _text(options: Mapping[str, Any], keys: Iterable[str]) -> str:
-    return " ".join(f"{key}={options[key]}" for key in keys)
+    return " ".join(f"{key}={_typed(options[key])}" for key in keys)
+
+
+def _typed(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -21,7 +21,7 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 _KIND = ("model.", "dataset.", "schedule.batch_size", "schedule.multiplier", "schedule.train.epochs",
-         "schedule.finetune.epochs", "trainer.limit_", "trainer.eval_batch_size")  # fmt: skip
+         "schedule.finetune.epochs")  # fmt: skip
 """options, or beginnings of them, in which rows that are compared must agree"""
 
 

@@ -108,7 +108,8 @@ def legend(rows: Sequence[Row], findings: Findings) -> list[str]:
     lines = ["mean +- sample standard deviation over n finished runs; MACs ratio and % of params are to the row's own "
              "network, dense"]  # fmt: skip
     if findings.over_dense:
-        lines.append(f"{DENSE_ROW}: training MACs of the whole run over those of the row dense of {SAME}")
+        lines.append(f"{DENSE_ROW}: training MACs of the whole run over those of the row dense of equal model, data "
+                     "and schedule")  # fmt: skip
     if any("test" in row.stats for row in rows):
         lines.append("top-1 is of held-out training images where test top-1 is given; front and differences go by test "
                      "images")  # fmt: skip
