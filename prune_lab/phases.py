@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune_lab import distributed, models, surgery
+from prune_lab import distributed, models, surgery, tied
 from prune_lab.accounting import LayerCost, profile
 from prune_lab.chain import PlannedPhase
 from prune_lab.checkpoint import CheckpointPair
@@ -222,13 +222,15 @@ def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tupl
     """Return the dense cost per layer of a network as its options build it.
 
     Raises:
-        ConfigError: the network does not work with images of this size, in evaluation or in training.
+        ConfigError: the network does not work with images of this size, in evaluation or in training, or cannot be
+            saved.
     """
     sizes = {"num_classes": num_classes, "image_size": image_size}
     model = models.build_on_meta(model_config, **sizes)
     with models.one_line(model_config, image_size):
         costs = tuple(profile(model, image_size))
     models.check_training_pass(model, model_config, **sizes)
+    tied.require_tensors(model, model_config.name)
     return costs
 
 

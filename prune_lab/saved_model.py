@@ -9,15 +9,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
-from prune_lab import models, replaced_modules, surgery
+from prune_lab import models, replaced_modules, surgery, tied
 from prune_lab.files import read_json, write_bytes, write_json
 from prune_lab.schema import ConfigError
 
 
 def save_model(model: nn.Module, description: dict[str, Any], run_dir: Path) -> None:
-    """Write model.safetensors and model.json; each file appears whole or not at all."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_bytes(run_dir / "model.safetensors", save(tensors))
+    """Write model.safetensors and model.json; each file appears whole or not at all, each tensor once."""
+    tensors, other_names = tied.written(model.state_dict())
+    write_bytes(run_dir / "model.safetensors", save(tensors, other_names))
     modules = replaced_modules.describe(model)
     write_json(run_dir / "model.json", description | ({"modules": modules} if modules else {}))
 
@@ -36,7 +36,7 @@ def load_model(run_dir: str | Path) -> nn.Module:
     surgery.narrow(model, description.get("channels", {}))
     replaced_modules.replace(model, description.get("modules", {}))
     try:
-        model.load_state_dict(load_file(directory / "model.safetensors"))
+        model.load_state_dict(tied.completed(load_file(directory / "model.safetensors"), model))
     except (RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{directory}/model.safetensors does not fit model.json: {reason}") from error

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from prune_lab import models, surgery
+from prune_lab import models, surgery, tied
 from prune_lab.eligibility import layer_kind
 from prune_lab.export.formats import NotExportable
 from prune_lab.export.sparse import zeros
@@ -47,12 +47,14 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def write_packed(model: nn.Module, description: dict[str, Any], folder: Path) -> None:
     """Write the network; a dense one has nothing to pack and is written whole."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    tensors, other_names = tied.written(model.state_dict())
     for path in layers_2_4(model):
         name = f"{path}.weight"
+        if name not in tensors:  # tied to a layer that is packed already
+            continue
         values, places = pack(tensors.pop(name))
         tensors |= {name + _VALUES: values.contiguous(), name + _PLACES: places.contiguous()}
-    save_file(tensors, folder / _FILE, metadata={"description": json.dumps(description)})
+    save_file(tensors, folder / _FILE, metadata={"description": json.dumps(description), **(other_names or {})})
 
 
 def load_packed(folder: Path) -> nn.Module:
@@ -64,5 +66,5 @@ def load_packed(folder: Path) -> nn.Module:
         tensors[name] = unpack(tensors.pop(name + _VALUES), tensors.pop(name + _PLACES))
     model = models.from_description(description)
     surgery.narrow(model, description.get("channels", {}))
-    model.load_state_dict(tensors)
+    model.load_state_dict(tied.completed(tensors, model))
     return model.eval()

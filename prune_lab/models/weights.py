@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 torch = lazy_import("torch")
+tied = lazy_import("prune_lab.tied")
 
 OFFICIAL_VERSION = "IMAGENET1K_V1"
 """torchvision's original recipe: the dense networks that pruning papers start from (ResNet-50: 76.13 %)."""
@@ -245,16 +246,11 @@ def _compare(model: nn.Module, found: Found) -> _Problems:
         except RuntimeError as error:  # renamed ones of another shape
             absent, unexpected = [], []
             shown += re.findall(r"size mismatch for ([\w.]+)", str(error))
-    there = {_memory(wanted[key]) for key in wanted if key in state}
-    missing = [key for key in absent if not key.endswith("num_batches_tracked") and key not in reshaped
-               and _memory(wanted[key]) not in there]  # fmt: skip
+    # Files may hold a tensor that the model has under several names once.
+    there = tied.completed(state, model)
+    missing = [key for key in absent if not key.endswith("num_batches_tracked") and key not in {*reshaped, *there}]
     only_head = bool(reshaped) and not missing and not unexpected and _are_head(model, reshaped)
     return _Problems(missing, list(unexpected), shown, only_head)
-
-
-def _memory(tensor: Tensor) -> tuple:
-    """Return what two names of one tensor share: files may hold tied weights once."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
 
 
 def _are_head(model: nn.Module, keys: list[str]) -> bool:

@@ -1,0 +1,127 @@
+"""Networks with shared modules and tied weights: saved once, tied again, through a whole run and its files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from run_helpers import TINY, execute, run_dir, summary
+from safetensors import safe_open
+from safetensors.torch import load_model as load_with_safetensors
+from torch import nn
+
+import prune_lab
+from prune_lab import models, tied
+from prune_lab.export.packed import load_packed, write_packed
+from prune_lab.models import external
+from prune_lab.saved_model import load_model, save_model
+from prune_lab.schema import ConfigError
+
+SIZES = {"num_classes": 4, "image_size": 16}
+OPTIONS = {"name": "tied", "weights": None, "width": 1.0, "source": "auto"}
+DESCRIPTION = {"model": OPTIONS, **SIZES}
+NAMES = {"conv2.weight": "conv1.weight", "norm2.weight": "norm1.weight", "norm2.bias": "norm1.bias",
+         "norm2.running_mean": "norm1.running_mean", "norm2.running_var": "norm1.running_var",
+         "norm2.num_batches_tracked": "norm1.num_batches_tracked"}  # fmt: skip
+
+
+class Tied(nn.Module):
+    """A module under two names, and one weight in two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, stride=4)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.conv2.weight = self.conv1.weight
+        self.norm2 = self.norm1
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images):
+        maps = self.norm1(self.conv1(self.stem(images))).relu()
+        return self.head(self.norm2(self.conv2(maps)).relu().mean((2, 3)))
+
+
+@pytest.fixture(autouse=True)
+def known(monkeypatch):
+    """The library has the network by its name."""
+    monkeypatch.setattr(external, "build", lambda config, **sizes: Tied())
+
+
+def assert_tied(model: nn.Module) -> None:
+    assert model.norm2 is model.norm1 and model.conv2.weight is model.conv1.weight
+    assert len(list(model.parameters())) == 7
+
+
+def test_a_tensor_is_written_once_and_tied_again(tmp_path):
+    model = Tied()
+    model(torch.randn(8, 3, 16, 16))
+    save_model(model, DESCRIPTION, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == NAMES
+        assert sorted(file.keys()) == sorted(set(model.state_dict()) - set(NAMES))
+    loaded, other = load_model(tmp_path), Tied()
+    # Not strict: that function takes norm2.num_batches_tracked, which batch norm fills in itself, for unexpected.
+    load_with_safetensors(other, tmp_path / "model.safetensors", strict=False)
+    for network in (loaded, other):
+        assert_tied(network)
+        assert all(torch.equal(value, model.state_dict()[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["magnitude", "rigl"])
+def test_a_whole_run(tmp_path, method):
+    """From the first phase over stored results and masks to the network on disk, which starts another run."""
+    options = [option for option in TINY if not option.startswith("model")]
+    options += ["model=torchvision", "model.name=tied", f"method={method}", "method.sparsity=0.5"]
+    options += ["trainer.ema_decay=0.5", "trainer.checkpoint_interval_s=0.01"]
+    options += ["method.interval=2"] if method == "rigl" else []
+    assert execute(tmp_path / "run", *options) == 0
+    model = prune_lab.load(run_dir(tmp_path / "run"))
+    assert_tied(model)
+    weights = [model.stem.weight, model.conv1.weight, model.head.weight]
+    assert sum(int((weight == 0).sum()) for weight in weights) == sum(weight.numel() for weight in weights) // 2
+    assert summary(tmp_path / "run")["params/total"] == sum(parameter.numel() for parameter in model.parameters())
+    start = run_dir(tmp_path / "run") / "model.safetensors"
+    assert execute(tmp_path / "next", *options, f"model.weights={start}") == 0
+
+
+def test_a_2_4_network(tmp_path):
+    model = Tied()
+    with torch.no_grad():
+        model.conv1.weight[:, ::2] = 0
+    write_packed(model, DESCRIPTION, tmp_path)
+    loaded = load_packed(tmp_path)
+    assert_tied(loaded)
+    assert torch.equal(loaded.conv2.weight, model.conv1.weight)
+
+
+def test_tensors_that_overlap_are_written_whole():
+    values = torch.arange(6.0)
+    tensors, names = tied.written({"all": values, "part": values[2:4], "again": values.view(6)})
+    assert names == {"again": "all"}
+    assert tensors["part"].tolist() == [2, 3] and tensors["all"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert tensors["part"].untyped_storage()._cdata != values.untyped_storage()._cdata
+
+
+class Noted(Tied):
+    def get_extra_state(self):
+        return {"seen": 3}
+
+
+def test_what_cannot_be_saved_is_refused_while_planning(tmp_path, monkeypatch):
+    monkeypatch.setattr(external, "build", lambda config, **sizes: Noted())
+    options = [option for option in TINY if not option.startswith("model")]
+    with pytest.raises(ConfigError, match="model.name=noted cannot be saved as tensors: its state _extra_state is a d"):
+        execute(tmp_path, *options, "model=torchvision", "model.name=noted", "method=dense")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shared_modules_of_timm(monkeypatch, tmp_path):
+    pytest.importorskip("timm")
+    monkeypatch.undo()
+    description = {"model": OPTIONS | {"name": "coat_lite_tiny", "source": "timm"}, "num_classes": 4, "image_size": 32}
+    model = models.from_description(description)
+    save_model(model, description, tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.serial_blocks1[1].cpe is loaded.cpe1
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
