@@ -12,7 +12,7 @@ from prune_lab.chain import PlannedPhase, in_force
 from prune_lab.config import RunConfig
 from prune_lab.methods.base import Phase
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the meaning of stored results changes; older phases are then left alone and done anew."""
 
 # Resolved (`numerics`) or without effect on results; what limits an evaluation is counted in images.

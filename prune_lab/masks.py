@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from prune_lab.numerics import bits_of
 from prune_lab.sparsity_schedules import floor_product
 
 
@@ -30,7 +31,7 @@ def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) 
     if not 0 <= num_keep <= len(pool):
         raise ValueError(f"cannot keep {num_keep} of {len(pool)} candidates")
     if score.is_floating_point() and len(pool):
-        infinity = int(_bits(torch.tensor(torch.inf, dtype=score.dtype)))
+        infinity = int(bits_of(torch.tensor(torch.inf, dtype=score.dtype)))
         if max(abs(int(bound)) for bound in pool.aminmax()) > infinity:
             raise ValueError("score is NaN at a candidate position")
     if num_keep == 0:
@@ -53,15 +54,11 @@ def ranks(score: Tensor) -> Tensor:
     """
     if not score.is_floating_point():
         return score
-    bits = _bits(score)
+    bits = bits_of(score)
     negative = bits < 0
     if not negative.any():  # scores are mostly absolute values
         return bits
     return torch.where(negative, torch.iinfo(bits.dtype).min - bits, bits)  # sign and magnitude to two's complement
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()])
 
 
 def _select(values: Tensor, where: Tensor) -> Tensor:
@@ -180,11 +177,6 @@ class MaskSet:
     def apply(self) -> None:
         """Zero every pruned weight in place."""
         torch._foreach_mul_([self._parameters[name] for name in self.masks], list(self.masks.values()))
-
-    @torch.no_grad()
-    def apply_to(self, parameters: Mapping[str, Tensor]) -> None:
-        """Zero the pruned positions of a copy of the network, such as a moving average."""
-        torch._foreach_mul_([parameters[name] for name in self.masks], list(self.masks.values()))
 
     def masked_grads(self) -> dict[str, Tensor]:
         """Return copies of the gradients with zeros at pruned positions."""

@@ -21,7 +21,7 @@ from prune_lab.eligibility import usable_layers
 from prune_lab.loop import Differentiate, Interrupted, Progress, Training, differentiate, fit, measure
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.models.weights import load_weights
-from prune_lab.numerics import Numerics
+from prune_lab.numerics import Numerics, make_zeros_positive
 from prune_lab.schema import ConfigError
 from prune_lab.seeding import seed_everything, stable_hash
 
@@ -103,6 +103,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         scores = measure(model, job.dataset, job.dataset.eval_split, numerics=exact, trainer=trainer, poll=job.poll)
     if phase.hook != "train":
         job.record(_row(context, scores) | noted)
+    make_zeros_positive(model)
     figures = scores | {
         "epochs": epochs_done(context, progress.step),
         "steps": progress.step - context.first_step,

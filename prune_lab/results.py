@@ -28,7 +28,7 @@ from prune_lab.files import read_json, write_text
 from prune_lab.identity import group_key, plan, run_key
 from prune_lab.loop import measure
 from prune_lab.methods.base import Measured
-from prune_lab.numerics import Numerics
+from prune_lab.numerics import Numerics, make_zeros_positive
 from prune_lab.phases import fresh, layer_costs, restore_model
 from prune_lab.saved_model import save_model
 from prune_lab.schema import ConfigError
@@ -141,6 +141,7 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     if run.planned[-1].phase.active:
         method.load_state_dict(result["method"])
     finished = method.finish(model)
+    make_zeros_positive(finished)
     unchanged = finished is model
     model = finished
     layers, kept = whole_layers(run, method, model, masked)

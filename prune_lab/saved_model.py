@@ -11,6 +11,7 @@ from torch import nn
 
 from prune_lab import models, replaced_modules, surgery, tied
 from prune_lab.files import read_json, write_bytes, write_json
+from prune_lab.numerics import make_zeros_positive
 from prune_lab.schema import ConfigError
 
 
@@ -40,4 +41,5 @@ def load_model(run_dir: str | Path) -> nn.Module:
     except (RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{directory}/model.safetensors does not fit model.json: {reason}") from error
+    make_zeros_positive(model)  # files of earlier versions hold -0.0
     return model.eval()

@@ -31,6 +31,7 @@ from method_runs import (
     watch,
     yaml_node,
 )
+from safetensors.torch import load_file
 
 from prune_lab import cli, models, pipeline
 from prune_lab.distributions import num_keep_total
@@ -375,6 +376,24 @@ def assert_equal(one: Any, other: Any, where: str = "result") -> None:
         assert torch.equal(one, other), where
     else:
         assert one == other, where
+
+
+# The finished network
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_finished_networks_hold_no_negative_zero(name: str, finished) -> None:
+    for tensors in (load_file(finished(name) / "model.safetensors"), last_result(finished(name))["model"]):
+        floats = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+        assert [key for key, tensor in floats.items() if bool((tensor.signbit() & (tensor == 0)).any())] == []
+
+
+@pytest.mark.parametrize("name", ["gmp", "rigl", "str", "autosparse_topk", "directional", "constrained_l0", "fpgm"])
+def test_the_averaged_network_has_the_weights_that_are_reported(name: str, finished) -> None:
+    tensors = load_file(finished(name) / "model.safetensors")
+    for layer in json.loads((finished(name) / "layers.json").read_text()):
+        weight = tensors[layer["name"] + ".weight"]
+        assert int(torch.count_nonzero(weight)) == layer["kept"], layer["name"]
 
 
 # Model families

@@ -159,12 +159,16 @@ def test_no_masks_hold_zeros_in_place_while_training(tmp_path: Path, monkeypatch
     assert back > 0
 
 
-def test_moving_average_has_the_same_zeros_among_its_weights(tmp_path: Path) -> None:
+def test_moving_average_has_the_same_zeros(tmp_path: Path) -> None:
     folder = finish(configure(tmp_path, "directional", "trainer.ema_decay=0.7"))
     model, written = load_model(folder), summary(folder)
     weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     assert written["sparsity/achieved"] == pytest.approx(zeros / sum(weight.numel() for weight in weights), abs=1e-12)
+    everything = list(model.parameters())
+    zeros = sum(int((parameter == 0).sum()) for parameter in everything)
+    total = sum(parameter.numel() for parameter in everything)
+    assert written["sparsity/all_parameters"] == pytest.approx(zeros / total, abs=1e-12)
     assert rows(folder)[-1]["eval/loss"] == pytest.approx(written["final/loss"])
 
 

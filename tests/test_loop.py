@@ -138,6 +138,34 @@ def test_moving_average_by_hand_with_pruned_zeros(tmp_path):
     assert not averaged["0.weight"][~mask].any()
 
 
+def test_moving_average_follows_zeros_that_no_mask_makes(tmp_path):
+    class Shrink(Method):
+        """Zeroes a row in every step, another one and a bias at the end of the epoch; opens the first one then."""
+
+        @torch.no_grad()
+        def after_step(self, context, step):
+            context.parameters()["0.weight"][0] = 0
+
+        @torch.no_grad()
+        def end_epoch(self, context, epoch):
+            context.parameters()["0.weight"][0] = 0.5
+            context.parameters()["0.weight"][1] = -0.0
+            context.parameters()["3.bias"].zero_()
+            return {}
+
+    options = ("trainer.ema_decay=0.75", "trainer.eval_interval=2")
+    work = training(tmp_path, small_network(), *options, method=Shrink(MethodConfig("shrink")))
+    for seed in range(3):
+        train_step(work, *batch(seed))
+        weight = work.evaluated.get_parameter("0.weight")
+        assert not weight[0].any() and bool(weight[1:].all())
+    before = weight.detach().clone()
+    work.sums[2] = 1
+    loop._end_epoch(work, seconds=1.0, images_per_s=1.0)
+    assert bool((weight[0] == 0.5).all()) and not weight[1].any() and torch.equal(weight[2:], before[2:])
+    assert not work.evaluated.get_parameter("3.bias").any()
+
+
 def test_moving_average_of_a_network_that_never_trains_is_masked(tmp_path):
     options = ("method=static", "trainer.ema_decay=0.9", "schedule.train.epochs=0")
     assert execute(tmp_path, *TINY, *options) == 0

@@ -8,11 +8,13 @@ import os
 
 import pytest
 import torch
-from run_helpers import compose
+from run_helpers import METHODS, TINY, compose, execute, run_dir
+from safetensors.torch import load_file, save_file
 
 import prune_lab
 from prune_lab import files, models
 from prune_lab.files import SaveError
+from prune_lab.numerics import bits_of
 from prune_lab.saved_model import save_model
 from prune_lab.schema import ConfigError
 
@@ -39,6 +41,31 @@ def test_load_rebuilds_tensors_and_outputs_exactly(saved):
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), model.eval()(images), rtol=1e-5, atol=1e-6)
     assert sorted(path.name for path in folder.iterdir()) == ["model.json", "model.safetensors"]
+
+
+def negative_zeros(tensors):
+    return sum(int((t.signbit() & (t == 0)).sum()) for t in tensors.values() if t.is_floating_point())
+
+
+@pytest.mark.parametrize("method", ["static", "magnitude", "rigl", "l0"])
+def test_pruned_weights_are_saved_as_positive_zeros(method, tmp_path):
+    assert execute(tmp_path, *TINY, *METHODS[method]) == 0
+    tensors = load_file(run_dir(tmp_path) / "model.safetensors")
+    assert sum(int((tensor == 0).sum()) for tensor in tensors.values()) > 10_000
+    assert negative_zeros(tensors) == 0
+
+
+def test_files_of_earlier_versions_are_loaded_with_positive_zeros(saved):
+    path = saved[1] / "model.safetensors"
+    tensors = load_file(path)
+    bits = tensors["linear.weight"].view(torch.int32)
+    bits[0] = -(2**31)  # -0.0
+    bits[1] = 1 - 2**31  # the number below it, which is no zero
+    save_file(tensors, path)
+    loaded = prune_lab.load(saved[1]).state_dict()
+    bits[0] = 0
+    for name in (name for name, tensor in tensors.items() if tensor.is_floating_point()):
+        assert torch.equal(bits_of(loaded[name]), bits_of(tensors[name])), name
 
 
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])

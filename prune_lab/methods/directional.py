@@ -62,7 +62,7 @@ class Directional(Method):
         differences="threshold summed up with the learning rates in force, as in the official PyTorch and TensorFlow "
         "code (Keras and PlaidML: from the present rate). The official code's CIFAR schedule (constant to half, linear "
         "to a hundredth at 0.9, then constant) is not offered; step and linear come near it. trainer.ema_decay keeps "
-        "the zeros of the weights at the end; normalisation and biases are averaged to nonzero, but counted as trained",
+        "all zeros",
     )
 
     def __init__(self, config: Any) -> None:
