@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_lab import distributed
+from prune_lab import averaging, distributed
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import PhaseSchedule, TrainerConfig
 from prune_lab.context import Context
@@ -221,34 +221,8 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
         context.masks.apply()
     if training.ema is not None:
         training.ema.update_parameters(context.model)
-        _clear_average(training)
+        averaging.clear(training.ema, context.model)
     context.cost.add(len(images) * distributed.world_size(), forward_macs, gradient_macs)
-
-
-@torch.no_grad()
-def _clear_average(training: Training) -> None:
-    """Let the moving average of every weight that is exactly zero be zero.
-
-    By itself it never gets there: in float32 it stands still at 6.99e-43. So it follows the masks, and the zeros that
-    a method makes without one.
-    """
-    if training.ema is None:
-        return
-    factors = torch._foreach_sign(list(training.context.model.parameters()))
-    torch._foreach_abs_(factors)
-    torch._foreach_mul_(list(training.ema.module.parameters()), factors)
-
-
-@torch.no_grad()
-def _follow_in_average(training: Training) -> None:
-    """Let the moving average follow what the method did to the network after the last step.
-
-    Weights that it opened only now have no average but zero: they begin as they are.
-    """
-    _clear_average(training)
-    if training.ema is not None:
-        for mine, theirs in zip(training.ema.module.parameters(), training.context.model.parameters(), strict=True):
-            mine.copy_(torch.where(mine == 0, theirs, mine))
 
 
 def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> None:
@@ -350,7 +324,8 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
     if context.masks is not None:
         row |= context.mask_figures()
     row |= training.method.end_epoch(context, progress.epoch)
-    _follow_in_average(training)
+    if training.ema is not None:
+        averaging.follow(training.ema, context.model)
     last = progress.step == context.last_step
     if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:
         # The last epoch is what is reported: measured in fp32, once.

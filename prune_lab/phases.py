@@ -13,6 +13,7 @@ from torch import nn
 
 from prune_lab import distributed, models, surgery, tied
 from prune_lab.accounting import LayerCost, profile
+from prune_lab.averaging import moving_average
 from prune_lab.chain import PlannedPhase
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.config import RunConfig
@@ -300,13 +301,3 @@ def open_training(job: Job, context: Context) -> Training:
         differentiate=job.differentiate,
         scaler=torch.amp.GradScaler(numerics.torch_device.type, enabled=numerics.precision == "fp16"),
     )
-
-
-def moving_average(model: nn.Module, decay: float | None) -> torch.optim.swa_utils.AveragedModel | None:
-    """Return the average of the weights, which starts as the network is now: masked already where it begins sparse."""
-    if decay is None:
-        return None
-    average = torch.optim.swa_utils.get_ema_multi_avg_fn(decay)
-    averaged = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    averaged.n_averaged = averaged.n_averaged.cpu()  # asked for in every step: on a GPU the host would wait for it
-    return averaged

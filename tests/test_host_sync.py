@@ -13,8 +13,9 @@ from run_helpers import METHODS, TINY, compose
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prune_lab import chain, datasets, identity, numerics
+from prune_lab.averaging import moving_average
 from prune_lab.loop import Training, train_step
-from prune_lab.phases import moving_average, open_context, open_training
+from prune_lab.phases import open_context, open_training
 from prune_lab.rehearsal import RandomImages, job_without_files
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")

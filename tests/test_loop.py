@@ -12,6 +12,7 @@ from torch import nn
 
 from prune_lab import checkpoint, loop
 from prune_lab.accounting import profile
+from prune_lab.averaging import moving_average
 from prune_lab.checkpoint import CheckpointPair
 from prune_lab.context import Context
 from prune_lab.eligibility import select_layers
@@ -19,7 +20,6 @@ from prune_lab.loop import Training, measure, train_step
 from prune_lab.methods.base import Method, MethodConfig
 from prune_lab.numerics import Numerics
 from prune_lab.optim import build_optimizer
-from prune_lab.phases import moving_average
 
 FP32 = Numerics("cpu", "fp32", False, False)
 
