@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from prune_lab import __version__
+from prune_lab.arguments import with_home
 from prune_lab.completion import COMMANDS, completions, without_run
 from prune_lab.failure import fail
 from prune_lab.schema import ConfigError, suggestion
@@ -145,7 +146,7 @@ def hydra_main(conf_dir: Path, arguments: list[str]) -> int:
     import hydra
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0], *arguments]
+    sys.argv = [argv[0], *with_home(arguments)]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir), config_name="config")(lambda node: None)()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,12 +16,14 @@ from prune_lab.methods.base import Method
 from prune_lab.schema import (
     ConfigError,
     Count,
+    FilePath,
     Index,
     Momentum,
     Name,
     NonNegative,
     OpenFraction,
     Positive,
+    as_typed,
     parse,
     suggestion,
 )
@@ -115,7 +118,8 @@ class TrainerConfig:
     sync_bn: bool
     eval_batch_size: Count
     eval_interval: Count
-    checkpoint_interval_s: float | str
+    checkpoint_interval_s: Any
+    """auto, or seconds above 0"""
     threads: Count | None
     limit_train_batches: Count | None
     limit_eval_batches: Count | None
@@ -126,9 +130,10 @@ class TrainerConfig:
             allowed = "auto, cpu, cuda, cuda:N, mps"
             raise ConfigError(f"{path}.device={self.device} is not allowed{near}; allowed: {allowed}", f"{path}.device")
         interval, name = self.checkpoint_interval_s, f"{path}.checkpoint_interval_s"
-        if interval != "auto" and (isinstance(interval, str) or interval <= 0):
-            given = interval if isinstance(interval, str) else f"{interval:g}"
-            raise ConfigError(f"{name}={given} is not allowed; allowed: auto, a number of seconds above 0", name)
+        is_number = isinstance(interval, (int, float)) and not isinstance(interval, bool)
+        if interval != "auto" and not (is_number and 0 < interval < math.inf):
+            allowed = "auto, a number of seconds above 0"
+            raise ConfigError(f"{name}={as_typed(interval)} is not allowed; allowed: {allowed}", name)
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ class RunConfig:
     trainer: TrainerConfig
     logger: LoggerConfig
     seed: int
-    output_dir: str
+    output_dir: FilePath
     dry_run: bool
     resolved: dict
     overrides: tuple[str, ...] = ()
@@ -208,7 +213,7 @@ class _Root:
     logger: LoggerConfig
     paper: PaperConfig | None
     seed: Index
-    output_dir: str
+    output_dir: FilePath
     dry_run: bool
 
 

@@ -17,6 +17,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from prune_lab.arguments import with_home
 from prune_lab.config import RunConfig, check, method_class
 from prune_lab.schema import ConfigError, suggestion
 
@@ -68,7 +69,8 @@ def plain(node: Any) -> dict[str, Any]:
 def parse_overrides(overrides: list[str]) -> list[Override]:
     """Return the overrides as Hydra reads them; needs an initialised Hydra for `glob(...)`."""
     try:
-        return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(overrides)
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        return parser.parse_overrides(with_home(overrides))
     except OverrideParseException as error:
         name, equals, value = error.override.partition("=")
         if not equals or not name or not value:

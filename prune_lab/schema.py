@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import sys
 import types
@@ -64,6 +65,12 @@ class Example:
     text: str
 
 
+@dataclass(frozen=True)
+class Home:
+    """A path, of which a leading ~ stands for the user's own folder, as in a shell."""
+
+
+FilePath = Annotated[str, Home()]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 OpenFraction = Annotated[float, Range(0, 1, open_low=True, open_high=True)]
@@ -113,7 +120,7 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
         ConfigError: unknown or missing key, wrong type, NaN, value out of range.
     """
     if not isinstance(node, Mapping):
-        raise ConfigError(f"{path or 'the configuration'} must be a group of options, got {_show(node)}", path)
+        raise ConfigError(f"{path or 'the configuration'} must be a group of options, got {as_typed(node)}", path)
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
     for key in node:
@@ -143,13 +150,15 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
         base, *rules = typing.get_args(hint)
         for rule in rules:
             if isinstance(rule, Example) and not isinstance(value, str):
-                raise ConfigError(f"{path} must be a text such as {rule.text}, got {_show(value)}", path)
+                raise ConfigError(f"{path} must be a text such as {rule.text}, got {as_typed(value)}", path)
         result = coerce(base, value, path)
         for rule in rules:
             if isinstance(rule, Range) and not rule.contains(result):
                 raise ConfigError(f"{path} must lie in {rule}, got {value}", path)
+            if isinstance(rule, Home):
+                result = os.path.expanduser(result)
             if isinstance(rule, Word) and not rule.contains(result):
-                raise ConfigError(f"{path} must consist of {rule}, got {_show(value)}", path)
+                raise ConfigError(f"{path} must consist of {rule}, got {as_typed(value)}", path)
         return result
     if origin in (Union, types.UnionType):
         return _coerce_union(typing.get_args(hint), value, path)
@@ -160,13 +169,13 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
                 return choice
         names = [str(choice) for choice in allowed]
         near = suggestion(value, names) if isinstance(value, str) else _misread(value, allowed)
-        raise ConfigError(f"{path}={_show(value)} is not allowed{near}; allowed: {', '.join(names)}", path)
+        raise ConfigError(f"{path}={as_typed(value)} is not allowed{near}; allowed: {', '.join(names)}", path)
     if origin in (list, tuple):
         return _coerce_list(typing.get_args(hint)[0], value, path)
     if origin is dict:
         item = typing.get_args(hint)[1]
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a group of options, got {_show(value)}", path)
+            raise ConfigError(f"{path} must be a group of options, got {as_typed(value)}", path)
         return {key: coerce(item, entry, _join(path, key)) for key, entry in value.items()}
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         return parse(hint, value, path)
@@ -203,7 +212,7 @@ def _coerce_union(options: tuple, value: Any, path: str) -> Any:
 
 def _coerce_list(item: Any, value: Any, path: str) -> list:
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{path} must be a list such as [a,b], got {_show(value)}", path)
+        raise ConfigError(f"{path} must be a list such as [a,b], got {as_typed(value)}", path)
     return [coerce(item, entry, f"{path}[{index}]") for index, entry in enumerate(value)]
 
 
@@ -221,10 +230,10 @@ def _coerce_scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is str and isinstance(value, str):
         return value
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    raise ConfigError(f"{path} must be {words.get(hint, hint)}, got {_show(value)}", path)
+    raise ConfigError(f"{path} must be {words.get(hint, hint)}, got {as_typed(value)}", path)
 
 
-def _show(value: Any) -> str:
+def as_typed(value: Any) -> str:
     """Return `value` on one line as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()

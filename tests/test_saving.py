@@ -200,7 +200,7 @@ def test_another_process_than_the_main_one_neither_asks_nor_writes(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "often"])
+@pytest.mark.parametrize("given", ["0", "-1", "often", "null", "true"])
 def test_a_wrong_interval_is_refused(given):
     allowed = "allowed: auto, a number of seconds above 0"
     with pytest.raises(ConfigError, match=f"trainer.checkpoint_interval_s={given} is not allowed; {allowed}"):

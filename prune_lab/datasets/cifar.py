@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from prune_lab.datasets.base import BatchFormat, DatasetInfo, InMemoryConfig
-from prune_lab.schema import ConfigError, Count
+from prune_lab.schema import ConfigError, Count, FilePath
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Config(InMemoryConfig):
 
     archive: Literal["cifar10", "cifar100"]
     """Whose URL and checksums count."""
-    root: str
-    cache_dir: str
+    root: FilePath
+    cache_dir: FilePath
     download: bool
     num_classes: Count
     num_train: Count
@@ -56,7 +56,7 @@ def read(config: Config):
         _check_counts(config, decoded, source)
         return decoded
 
-    arrays = cache.cached(source, Path(config.cache_dir).expanduser(), name=config.archive, decode=decode)
+    arrays = cache.cached(source, Path(config.cache_dir), name=config.archive, decode=decode)
     return replace(arrays, fixed=cifar_files.is_published(source, config.archive))
 
 

@@ -79,7 +79,7 @@ def find_source(root: str, archive: str, *, download: bool) -> Path:
         ConfigError: nothing found (and no download asked for), or the download failed.
     """
     published = PUBLISHED[archive]
-    path = Path(root).expanduser()
+    path = Path(root)
     if path.is_file():
         return path
     for candidate in (path / published.folder, path / published.archive_name):

@@ -50,7 +50,7 @@ def list_splits(config: Config) -> tuple[Listing, Listing]:
         ConfigError: no such folder, images without class folders, an empty class, a class that training does
             not know, or other counts than `config` states.
     """
-    root = Path(config.root).expanduser()
+    root = Path(config.root)
     if not (root / "train").is_dir():
         what = "is a file (unpack it first)" if root.is_file() else "holds no folder train"
         raise ConfigError(

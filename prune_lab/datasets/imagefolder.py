@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from prune_lab.datasets.base import BatchFormat, CommonConfig, DatasetInfo
-from prune_lab.schema import ConfigError, Count, Index, Range
+from prune_lab.schema import ConfigError, Count, FilePath, Index, Range
 
 if TYPE_CHECKING:
     from prune_lab.datasets.folder_listing import Listing
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Config(CommonConfig):
     """Options of conf/dataset/imagefolder.yaml, imagenet.yaml and tiny_imagenet.yaml."""
 
-    root: str
+    root: FilePath
     test_folder: str | None
     """null: test where there is one, otherwise val."""
     num_classes: Count | None
@@ -34,7 +34,7 @@ class Config(CommonConfig):
     """Processes that decode, at most one per core; 0: in the training process."""
     cached_side: Count | None
     """Shorter side of the resized copies that batches are cut from; null: from the files themselves."""
-    cache_dir: str
+    cache_dir: FilePath
     """Where these copies are kept."""
 
     def check(self, path: str) -> None:
@@ -57,7 +57,7 @@ def describe(config: Config) -> DatasetInfo:
 
     stated = (config.num_classes, config.expect_train, config.expect_test)
     is_stated = None not in stated
-    if is_stated and (config.check_counts or not (Path(config.root).expanduser() / "train").is_dir()):
+    if is_stated and (config.check_counts or not (Path(config.root) / "train").is_dir()):
         return _info(config, *stated)
     try:
         train, test = folder_listing.list_splits(config)

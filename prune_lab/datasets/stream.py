@@ -127,7 +127,7 @@ class _Reader:
                 self._resized[split] = open_resized(
                     listing,
                     side=config.cached_side,
-                    cache_dir=Path(config.cache_dir).expanduser(),
+                    cache_dir=Path(config.cache_dir),
                     name=f"{config.name}-{split}",
                     workers=config.workers,
                 )

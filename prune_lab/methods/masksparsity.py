@@ -11,7 +11,7 @@ from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import TRAIN_DENSE, Card, Phase
 from prune_lab.methods.families.channel_pruning import ChannelPruningConfig, Problem
 from prune_lab.methods.families.scale_pruning import ScalePruning
-from prune_lab.schema import ConfigError, NonNegative, OpenFraction, Positive
+from prune_lab.schema import ConfigError, FilePath, NonNegative, OpenFraction, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class MaskSparsityConfig(ChannelPruningConfig):
     """instead of a ratio: channels with scales up to this go"""
     energy: OpenFraction | None
     """instead of a ratio: each batch norm's smallest scales go that hold this fraction of the sum of their squares"""
-    mask_file: str | None
+    mask_file: FilePath | None
     """instead of a ratio: JSON of the channels that stay (see scale_masks.load)"""
     criterion: Literal["sparsified", "l1_norm"]
     """what ranks the channels: their scales after a training under the penalty on all scales, or the filters' L1 norms

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from prune_lab.schema import ConfigError, Positive, Range
+from prune_lab.schema import ConfigError, FilePath, Positive, Range
 
 RESNET_CIFAR_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 RESNET_NAMES = ("resnet18", "resnet34", "resnet50")
@@ -20,7 +20,7 @@ class ModelConfig:
 
     name: str
     """Architecture."""
-    weights: str | None
+    weights: FilePath | None
     """null = fresh weights, "torchvision" = official ImageNet weights, otherwise a file."""
     width: Positive
     """Factor on every channel count; 1.0 is the published model."""

@@ -176,7 +176,7 @@ def _download(url: str, path: Path) -> None:
 
 
 def _existing_file(weights: str) -> Path:
-    path = Path(weights).expanduser()
+    path = Path(weights)
     if not path.is_file():
         raise ConfigError(f"model.weights={weights}: no such file (allowed: null, torchvision, or a weights file)")
     return path

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Method, MethodConfig
-from prune_lab.schema import ConfigError, Example, NonNegative, OpenFraction
+from prune_lab.schema import ConfigError, Example, FilePath, NonNegative, OpenFraction
 from prune_lab.selection import SEMI_STRUCTURED, check_semi_structured, selection
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class WeightPruningConfig(MethodConfig):
     (RigL 3(1), 4.1.2), sparse otherwise"""
     power: NonNegative
     """er and erk: exponent of the density rule; 0 is uniform, 1 the published one"""
-    densities: str | None
+    densities: FilePath | None
     """file: YAML or JSON with a density per layer"""
     include: list[str]
     """layer patterns to prune although they are dense by default (depthwise convolutions)"""
