@@ -91,7 +91,7 @@ def test_the_dense_row_of_another_width_schedule_or_batch_is_no_denominator(tmp_
         "same": 0.5, "part": 0.6, "tuned": 1.4, "dense": 1.0,
     }  # fmt: skip
     assert main([str(tmp_path)]) == 0
-    rest = "schedule.batch_size=128 schedule.multiplier=1.0 trainer.limit_eval_batches=null"
+    rest = "schedule.batch_size=128 schedule.multiplier=1.0"
     columns = "train MACs", "train MACs / dense row"
     told = {(row["method"], row["options"]): tuple(row[name] for name in columns) for row in cells_of(capsys)}
     assert told["rigl", f"model.width=0.25 {rest}"] == ("50", "-")
@@ -213,6 +213,9 @@ def test_partly_evaluated_and_partly_trained_rows_are_marked_and_apart(tmp_path,
         "brief": "2,560 of 50,000", "told": "256 of 50,000",
     }  # fmt: skip
     assert fronts(list(rows.values()), "accuracy", "macs") == {"dense", "whole"}
+    assert "trainer.limit_eval_batches=4" in rows["part"].options.split()
+    labels = styles.labels(list(rows.values()))
+    assert labels["part"].endswith("(2,000 of 10,000 images)") and labels["brief"].endswith("(2,560 of 50,000 images)")
     names = styles.kind_names(list(rows.values()))
     assert (names["part"], names["whole"]) == ("(2,000 of 10,000 images)", "")
     assert main([str(tmp_path), "--baseline", "method=dense"]) == 0

@@ -18,8 +18,8 @@ _CHOICES = ("model", "dataset", "schedule", "method")
 _SHARED = ("method.distribution", "method.macs_ratio", "method.params_ratio", "method.channels_ratio")
 """what methods have in common"""
 _OTHER_COLUMNS = ("method.sparsity", "method.control", "method.match", "model.name", "dataset.name", "schedule.name",
-                  "method.name", "method._target_")  # fmt: skip
-"""options, or beginnings of them, that a column of their own shows"""
+                  "method.name", "method._target_", "trainer.limit_", "trainer.eval_batch_size")  # fmt: skip
+"""options, or beginnings of them, that another column shows; parts of the images stand beside schedule and top-1"""
 
 
 def texts(firsts: Mapping[str, RunResult], looks: Mapping[str, Any]) -> dict[str, str]:

@@ -42,7 +42,8 @@ def labels(rows: Sequence[Row]) -> dict[str, str]:
     Options lose their prefix (schedule.train.lr=0.1 becomes lr=0.1) unless two rows would then look the same.
     """
     several = [position for position in (1, 3) if len({row.labels[position] for row in rows}) > 1]
-    full = {row.group: " ".join([row.name, *(row.labels[position] for position in several)]) for row in rows}
+    full = {row.group: " ".join([row.name, *(row.labels[position] for position in several), *_parts(row)])
+            for row in rows}  # fmt: skip
     short = {group: _short(text) for group, text in full.items()}
     keys = {row.group: (row.labels[2], short[row.group]) for row in rows}
     taken = list(keys.values())
@@ -69,8 +70,12 @@ def kind_names(rows: Sequence[Row]) -> dict[str, str]:
     several = [position for position in (1, 3) if len({row.labels[position] for row in rows}) > 1]
     words = {row.group: [word for word in row.options.split() if word.startswith(_KIND)] for row in rows}
     parts = {row.group: [row.labels[position] for position in several] + words[row.group] for row in rows}
-    partial = {row.group: [f"({part} images)" for part in (row.evaluated, row.trained) if part] for row in rows}
-    return {group: to_ascii(_short(" ".join(parts[group] + partial[group]))) for group in parts}
+    return {row.group: to_ascii(_short(" ".join([*parts[row.group], *_parts(row)]))) for row in rows}
+
+
+def _parts(row: Row) -> list[str]:
+    """Return which parts of the images the row is of."""
+    return [f"({part} images)" for part in (row.evaluated, row.trained) if part]
 
 
 def _short(text: str) -> str:
