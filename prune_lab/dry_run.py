@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from prune_lab import chain, datasets, identity, matching, numerics, results
+from prune_lab import chain, datasets, identity, matching, numerics, results, targets
 from prune_lab.accounting import count_parameters, layer_table
 from prune_lab.config import RunConfig
 from prune_lab.eligibility import usable_layers
@@ -66,6 +66,8 @@ def dry_run(config: RunConfig) -> int:
         print("? depends on the images: measured on the evaluation images of the run")
     if config.matched:
         print(config.matched.line())
+    if line := targets.plan_line(config.method.asked()):
+        print(line)
     if config.method.without_control():
         print(f"control {config.method.config.control}: the real command first does the method's own run")
     print("MAC: multiply-accumulate of conv and linear layers, one image; nothing was trained")

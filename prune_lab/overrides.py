@@ -136,7 +136,9 @@ def _compose_one(conf_dir: Path, overrides: list[str]) -> RunConfig:
     try:
         composed = compose("config", overrides, return_hydra_config=True)
         node = plain(composed)
-        _check_names(conf_dir, node, composed.hydra.runtime.choices)
+        chosen = composed.hydra.runtime.choices
+        _check_names(conf_dir, node, chosen)
+        _drop_default_goals(conf_dir, node, overrides, chosen["method"])
         return replace(check(node), overrides=tuple(overrides))
     except ConfigError as error:
         raise _located(conf_dir, overrides, error) from error
@@ -158,6 +160,16 @@ def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str 
             near = f"{group}={name}" if name in choices(conf_dir, group) else f"{group}=NAME"
             raise ConfigError(f"{group}.name={name}: the name of {group}={chosen[group]} is no option; choose another "
                               f"{group} with {near}", f"{group}.name")  # fmt: skip
+
+
+def _drop_default_goals(conf_dir: Path, node: dict[str, Any], overrides: list[str], method: str) -> None:
+    """Take the goals of a method's file out of `node` where the command or a recipe chooses other ones."""
+    own, options = _read(conf_dir / "method" / f"{method}.yaml"), node["method"]
+    goals = [goal for goal in method_class(options).Config.GOALS if goal in options]
+    typed = {override.key_or_group for override in parse_overrides(overrides)}
+    named = [goal for goal in goals if f"method.{goal}" in typed or options[goal] != own.get(goal)]
+    if any(options[goal] not in (None, []) for goal in named):
+        options.update({goal: [] if isinstance(own[goal], list) else None for goal in goals if goal not in named})
 
 
 def _located(conf_dir: Path, overrides: list[str], error: ConfigError) -> ConfigError:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prune_lab import chain, control_runs, datasets, distributed, identity, matching, numerics, results
+from prune_lab import chain, control_runs, datasets, distributed, identity, matching, numerics, results, targets
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
 from prune_lab.files import SaveError
@@ -194,6 +194,8 @@ def _carry_out(run: Run) -> int:
         run.tracker.message(line)
     if run.config.matched:
         run.tracker.message(run.config.matched.line())
+    if line := targets.plan_line(run.config.method.asked()):
+        run.tracker.message(line)
     if run.own:
         run.tracker.message(f"control {run.config.method.config.control} of {run.own.directory.name}")
     if run.config.model.weights is not None:

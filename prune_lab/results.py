@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from prune_lab import __version__, control_runs, distributed, models
+from prune_lab import __version__, control_runs, distributed, models, targets
 from prune_lab.accounting import LayerCost, count_parameters, dense_macs, layer_table, profile, sparse_macs
 from prune_lab.chain import PlannedPhase
 from prune_lab.config import RunConfig
@@ -311,6 +311,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "time/wall_s": wall_s,
         "time/images_per_s": run.images_done / run.train_s if run.train_s else None,
     }
+    summary |= targets.figures(config.method.asked(), summary)
     if config.matched:
         summary |= config.matched.figures(summary)
     if own := own_summary(run):

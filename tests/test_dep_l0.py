@@ -525,7 +525,8 @@ def test_excluded_layers_keep_all_of_their_channels(tmp_path: Path) -> None:
     ("options", "message"),
     [
         (["method.macs_ratio=1.5"], "method.macs_ratio must lie in (0, 1)"),
-        (["method.params_ratio=0.5"], "at most one of method.macs_ratio, method.params_ratio, method.channels_ratio"),
+        (["method.macs_ratio=0.5", "method.params_ratio=0.5"],
+         "at most one of method.macs_ratio, method.params_ratio, method.channels_ratio"),
         (["method.macs_ratio=null"], "method.penalty=0 without one of method.macs_ratio, method.params_ratio"),
         (["method.macs_ratio=0.01"], "method.macs_ratio=0.01 is out of reach: the smallest network"),
         (["method.start=dense", "method.macs_ratio=0.01"], "method.macs_ratio=0.01 is out of reach"),

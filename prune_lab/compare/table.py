@@ -9,6 +9,7 @@ from prune_lab.compare.differences import CONFIDENCE, Difference
 from prune_lab.compare.groups import Row, Stat, stat_of
 from prune_lab.compare.published import Beside
 from prune_lab.compare.runs import RunResult
+from prune_lab.targets import TOLERANCE
 from prune_lab.tracking.lines import dense_epochs, duration, epochs_text, quantity, to_ascii
 
 COST_NAMES = {"macs": "inference MACs", "train": "training MACs", "params": "parameters left", "latency": "latency"}
@@ -50,6 +51,7 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
         "schedule": [_part(row.labels[3], row.trained) for row in rows],
         "epochs": [row.epochs for row in rows] if len({row.epochs for row in rows}) > 1 else [],
         "sparsity": ["" if row.sparsity is None else f"{row.sparsity:g}" for row in rows],
+        "target missed": [_missed(row) for row in rows],
         "matched": [row.matched for row in rows],
         "options": [row.options for row in rows],
         "control": [row.control for row in rows],
@@ -71,6 +73,14 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
     kept = {name: cells for name, cells in columns.items() if any(cells)}
     lines = [[to_ascii(cell) or "-" for cell in line] for line in zip(*kept.values(), strict=True)]
     return [to_ascii(name) for name in kept], lines
+
+
+def _missed(row: Row) -> str:
+    """Return the target that a run of the row has missed, and what the row has reached on average."""
+    missed = next((run.summary for run in row.runs if run.summary.get("target/met") is False), None)
+    if missed is None:
+        return ""
+    return f"{missed['target/unit']} {missed['target/asked']:g}: {stat_of(row, 'target/reached').mean:.4g}"
 
 
 def _several(rows: Sequence[Row], key: str) -> bool:
@@ -113,6 +123,8 @@ def legend(rows: Sequence[Row], findings: Findings) -> list[str]:
     if any("test" in row.stats for row in rows):
         lines.append("top-1 is of held-out training images where test top-1 is given; front and differences go by test "
                      "images")  # fmt: skip
+    if any(_missed(row) for row in rows):
+        lines.append(f"target missed: what was asked and what was reached, where a run ended over {TOLERANCE:g} off")
     if any(row.evaluated or row.trained for row in rows):
         lines.append("(N of M images): only a part was evaluated (top-1) or trained on in each epoch (schedule); such "
                      "rows are compared with their like alone")  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.lazy import lazy_import
 from prune_lab.schema import Name
@@ -85,6 +85,9 @@ class MethodConfig:
     name: Name
     """the method's name as in method=NAME"""
 
+    GOALS: ClassVar[tuple[str, ...]] = ()
+    """options that say, each by itself, how much is kept: one that is chosen replaces those set by default"""
+
     @classmethod
     def absent(cls, option: str) -> str | None:
         """Return what to tell a user who asks for `option`, which the method does not have; None: nothing special."""
@@ -155,6 +158,11 @@ class Method:
     def requested_sparsity(self) -> float | None:
         """Return the target over eligible weights, or None for a method without one."""
         return None
+
+    def asked(self) -> dict[str, float]:
+        """Return the targets of the finished network, by their units (see targets.UNITS); the summary compares."""
+        requested = self.requested_sparsity()
+        return {} if requested is None else {"sparsity": requested}
 
     def budget_is_exact(self) -> bool:
         """Return whether the target is met to the weight; False for rules that only come near it."""

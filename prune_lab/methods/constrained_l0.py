@@ -44,6 +44,8 @@ class ConstrainedL0Config(GatesConfig):
     """at the end, gates: what is open without chance; exact: the budget, by the rank of the gates: weight: `sparsity`,
     filter: `macs_ratio`"""
 
+    GOALS = ("sparsity", "macs_ratio")
+
     @classmethod
     def absent(cls, option: str) -> str | None:
         if option != "penalty":
@@ -119,6 +121,12 @@ class ConstrainedL0(GatedWeights):
         config = self.config
         comparable = config.granularity == "weight" and not config.layer_sparsities
         return config.sparsity if comparable else None
+
+    def asked(self) -> dict[str, float]:
+        config = self.config
+        unit = "sparsity" if config.granularity == "weight" else "gated_sparsity"
+        sparsity = None if config.layer_sparsities else config.sparsity
+        return {name: value for name, value in ((unit, sparsity), ("macs", config.macs_ratio)) if value is not None}
 
     def budget_is_exact(self) -> bool:
         return self.config.rounding == "exact"

@@ -70,6 +70,8 @@ class DepL0Config(MethodConfig):
     exclude: list[str]
     """patterns of layers whose output channels have no gates"""
 
+    GOALS = _RATIOS
+
     @property
     def unit(self) -> Literal["macs", "params", "channels"] | None:
         """What the target counts."""
@@ -167,6 +169,9 @@ class DepL0(Method):
                 "or give model.weights",
                 "schedule.train.epochs",
             )
+
+    def asked(self) -> dict[str, float]:
+        return {self.config.unit: self.config.ratio} if self.config.unit else {}
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Return all layers, depthwise ones too: their filters go with the channel."""

@@ -81,6 +81,8 @@ class GDPConfig(MethodConfig):
                 f"{path}.eps_end={self.eps_end:g} must not exceed {path}.eps_start={self.eps_start:g}: gates sharpen"
             )
 
+    GOALS = _RATIOS
+
     @property
     def unit(self) -> str:
         """What the target counts: macs, params or channels."""
@@ -158,6 +160,9 @@ class GDP(Method):
                 "or give model.weights",
                 "schedule.train.epochs",
             )
+
+    def asked(self) -> dict[str, float]:
+        return {self.config.unit: self.config.ratio}
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Return all layers, depthwise ones too: their filters go with the channel."""

@@ -33,7 +33,6 @@ scoring_images = lazy_import("prune_lab.scoring_images")
 short_training = lazy_import("prune_lab.short_training")
 
 _GLOBAL = ("global-code", "global")
-_GOALS = ("macs_ratio", "params_ratio", "channels_ratio", "top1_tol")
 _MAY_REPEAT = ("local-uniform", "global-code")
 _PATIENCE = 10
 """additions per channel of the layer that may pass without a new channel; step searches can circle among a few"""
@@ -82,8 +81,10 @@ class GreedyConfig(MethodConfig):
     between_weight_decay: NonNegative
     between_batch: Count
 
+    GOALS = ("macs_ratio", "params_ratio", "channels_ratio", "top1_tol")
+
     def check(self, path: str) -> None:
-        require_one(path, {name: getattr(self, name) for name in _GOALS})
+        require_one(path, {name: getattr(self, name) for name in self.GOALS})
         if self.repeat and self.variant not in _MAY_REPEAT:
             raise ConfigError(
                 f"{path}.repeat=true is for {path}.variant={' or '.join(_MAY_REPEAT)}; {self.variant} has a rule of "
@@ -131,6 +132,11 @@ class Greedy(Method):
 
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN_DENSE, PRUNE, REMOVE, FINETUNE)
+
+    def asked(self) -> dict[str, float]:
+        """Return the target for the whole network; channels and accuracy are asked of each layer."""
+        targets = {"macs": self.config.macs_ratio, "params": self.config.params_ratio}
+        return {unit: value for unit, value in targets.items() if value is not None}
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Return all layers, depthwise ones too: their filters go with the channel."""

@@ -55,6 +55,8 @@ class MaskSparsityConfig(ChannelPruningConfig):
     start: Literal["dense", "sparsified"]
     """network with which the training under the mask starts"""
 
+    GOALS = (*ChannelPruningConfig.GOALS, *_MARKS)
+
     def targets(self) -> dict[str, Any]:
         return super().targets() | {name: getattr(self, name) for name in _MARKS}
 

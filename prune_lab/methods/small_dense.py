@@ -36,6 +36,9 @@ class SmallDense(Method):
         "notebooks use fixed factors and count one bit per position for the mask; a reproduction takes sqrt(density))",
     )
 
+    def asked(self) -> dict[str, float]:
+        return {self.config.match: 1 - self.config.sparsity}
+
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN,)
 

@@ -150,6 +150,9 @@ class StructuredDirectional(Method):
                 "schedule.train.epochs",
             )
 
+    def asked(self) -> dict[str, float]:
+        return {} if self.config.macs_ratio is None else {"macs": self.config.macs_ratio}
+
     def layers(self, model: nn.Module) -> list[Layer]:
         return eligibility.select_layers(model, include=["*"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from prune_lab import targets
 from prune_lab.tracking.base import RunInfo
 
 
@@ -65,6 +66,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("top-1", _join(_percent(get("final/top1")), evaluated, _before_pruning(summary))),
         ("top-5", _join(_percent(get("final/top5")), evaluated)),
         ("sparsity", _requested(get("sparsity/achieved"), get("sparsity/requested"))),
+        ("target", targets.line(summary)),
         ("channels", _channels(get("remove/channels_kept"))),
         ("parameters", _parameters(summary)),
         ("MACs per image", _of(get("macs/inference"), get("macs/dense"), "")),

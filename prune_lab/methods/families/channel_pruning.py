@@ -62,6 +62,8 @@ class ChannelPruningConfig(MethodConfig):
     """random: channels drawn by chance under the same budget; scratch: the pruned architecture trained from new
     weights over the schedule's train block"""
 
+    GOALS = (*_RATIOS, "layer_channels")
+
     def targets(self) -> dict[str, Any]:
         """Return the options of which exactly one says how much is kept; None: not set."""
         return {name: getattr(self, name) for name in _RATIOS} | {"layer_channels": self.layer_channels or None}
@@ -115,6 +117,13 @@ class ChannelPruning(Method):
     def after(self) -> tuple[Phase, ...]:
         """Return the phases that train the smaller network."""
         return (FINETUNE,)
+
+    def asked(self) -> dict[str, float]:
+        """Return the target for the whole network; what is asked of each layer is counted there, and rounded."""
+        target = self.config.target()
+        if target not in _RATIOS or (target == "channels_ratio" and self.config.scope == "layer"):
+            return {}
+        return {target.removesuffix("_ratio"): getattr(self.config, target)}
 
     def without_control(self) -> ChannelPruning | None:
         return None if self.config.control == "none" else type(self)(replace(self.config, control="none"))
