@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune_lab import distributed, models, surgery, tied
+from prune_lab import distributed, models, start_weights, surgery, tied
 from prune_lab.accounting import LayerCost, profile
 from prune_lab.averaging import moving_average
 from prune_lab.chain import PlannedPhase
@@ -79,6 +79,8 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         ConfigError: options that only prove wrong on the real model or data.
     """
     context = open_context(job)
+    begins = job.previous is None and job.model_config.weights is not None
+    brought = start_weights.examine(job, context) if begins else {}
     method, phase = job.method, job.planned.phase
     started, model = time.monotonic(), context.model
     progress, scores, train_s, noted, resumed_at = Progress(), None, 0.0, {}, context.first_step
@@ -114,7 +116,7 @@ def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
         "train_s_here": train_s,
         "steps_here": progress.step - resumed_at,
         "paper_train_ratio": method.paper_train_ratio(context),
-        "explained": noted | method.explain() | _totals(context),
+        "explained": brought | noted | method.explain() | _totals(context),
     }
     result = {
         "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
