@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import textwrap
 from importlib import import_module
@@ -13,6 +14,7 @@ from prune_lab.arguments import with_home
 from prune_lab.completion import COMMANDS, completions, without_run
 from prune_lab.failure import fail
 from prune_lab.schema import ConfigError, suggestion
+from prune_lab.signals import STOPPED, leave_in_peace
 
 SWEEP_FLAGS = ("-m", "--multirun")
 _PRINT_FLAGS = ("-c", "--cfg", "-p", "--package", "--resolve")
@@ -65,12 +67,18 @@ def conf_dir() -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    code = _main(list(sys.argv[1:] if argv is None else argv))
+    if argv is None and code > STOPPED:
+        leave_in_peace()
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
     except KeyboardInterrupt:  # once a run is under way it catches the signal itself and writes a checkpoint
         print("prune-lab: interrupted", file=sys.stderr)
-        return 130
+        return STOPPED + signal.SIGINT
     except BrokenPipeError:  # the reader, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

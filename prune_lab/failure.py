@@ -8,13 +8,23 @@ import traceback
 from prune_lab.schema import ConfigError
 
 
+def lost_decoder(error: BaseException) -> str | None:
+    """Return one line if a process that decodes images is gone, None for any other error.
+
+    torch raises this wherever the main process is when it hears of it, with no type of its own.
+    """
+    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
+        return None
+    return "a process that decodes images was killed (short of memory?); the same command goes on"
+
+
 def fail(error: Exception) -> int:
     """Say in one line what went wrong and return the exit code; a defect's traceback goes before it or into a log."""
     if isinstance(error, ConfigError):
         line = str(error)
     elif isinstance(error, OSError):
         line = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
-    else:
+    elif not (line := lost_decoder(error) or ""):
         line = f"{type(error).__name__}: {error}"
         if not getattr(error, "__notes__", None):
             traceback.print_exception(error)

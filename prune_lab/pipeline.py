@@ -17,6 +17,7 @@ import torch
 from prune_lab import chain, control_runs, datasets, distributed, identity, matching, numerics, results, targets
 from prune_lab.config import RunConfig
 from prune_lab.datasets import BatchFormat
+from prune_lab.failure import lost_decoder
 from prune_lab.files import SaveError
 from prune_lab.host import Host
 from prune_lab.loop import Interrupted, NonFiniteLoss
@@ -157,6 +158,8 @@ def _guarded(run: Run) -> int:
     except BaseException as error:
         if run.stop() and not distributed.is_main():  # the main process was stopped too, and left first
             return run.stop.exit_code
+        if line := lost_decoder(error):
+            return _end(run, "failed", line, code=1)
         if _lost_process(error):
             line = "another process of this run is gone; the same command goes on from the last checkpoint"
             return _end(run, "failed", line, code=1)

@@ -38,7 +38,18 @@ class StopFlag:
 
     def _set(self, number: int, _frame: object) -> None:
         self.number = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C stops at once
+        signal.signal(signal.SIGINT, _stop_at_once)
+
+
+def _stop_at_once(_number: int, _frame: object) -> None:
+    """End by an exception after a second Ctrl-C; further ones would only break into what is done about this one."""
+    leave_in_peace()
+    raise KeyboardInterrupt
+
+
+def leave_in_peace() -> None:
+    """Ignore Ctrl-C from now on: this process is about to end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ CASES = {
     "empty name": (["=3"], "the name before = is missing"),
     "quoted number": (["method=rigl", "method.sparsity='0.9'"], "method.sparsity must be a number, got 0.9"),
     "open quote": (["method=rigl", "method.sparsity='0.9"], "cannot read"),
-    "special characters": (["dataset.root=/a~/datab"], """needs quotes of its own: 'dataset.root="/a~/datab"'"""),
+    "special characters": (["dataset.root=a&b"], """needs quotes of its own: 'dataset.root="a&b"'"""),
     "two equal signs": (["output_dir=a=b"], """needs quotes of its own: 'output_dir="a=b"'"""),
     "no recipe": (["experiment=null"], "leave experiment=... out to have none"),
     "misspelt recipe": (["experiment=demo_rgl"], "experiment=demo_rgl is not a choice (did you mean 'demo_rigl'?)"),

@@ -6,27 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from folder_runs import FOLDER, OPTIONS, write_images
 from run_helpers import TINY, compose, execute, run_dir, summary
 
 from prune_lab import cli, datasets, dry_run
-
-OPTIONS = (*TINY[5:], "dataset.image_size=16", "schedule.train.epochs=1", "trainer.device=cpu")
-FOLDER = ("dataset=imagefolder", "dataset.workers=0", *OPTIONS)
-
-
-def write_images(root: Path, *, seed: int, num_train: int = 8, test: str = "test") -> Path:
-    """Write images of 16 pixels: `num_train` of each of two classes to train on, 2 to test."""
-    source = np.random.default_rng(seed)
-    for split, count in (("train", num_train), (test, 2)):
-        for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = source.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
 
 
 def dry_directory(folder: Path, *overrides: str) -> str:
@@ -107,8 +91,7 @@ def test_where_options_fix_the_data_they_alone_name_the_directory(tmp_path, name
     if name == "fake":
         assert execute(tmp_path / "out", *TINY, "dataset.validation=0.25") == 0
         flat = summary(tmp_path / "out")
-        assert {key: flat[key] for key in flat if key.startswith("data/")} == {
-            "data/num_train": 36, "data/num_val": 12, "data/num_test": 20, "data/num_classes": 4
-        }
+        counts = {"data/num_train": 36, "data/num_val": 12, "data/num_test": 20, "data/num_classes": 4}
+        assert {key: flat[key] for key in counts} == counts
         dry = dry_directory(tmp_path / "dry", *TINY, "dataset.validation=0.25")
         assert dry == run_dir(tmp_path / "out").name

@@ -534,6 +534,8 @@ def test_nothing_zero_is_an_error_that_says_what_to_do(tmp_path: Path, capsys: p
         (["method.variant=SDP"], "method.variant=SDP needs method.macs_ratio"),
         (["method.variant=SDP", "method.macs_ratio=0.5", "method.c=0.1"], "method.c=0.1 goes with"),
         (["method.start=dense", "method.finetune=true"], "method.finetune=true needs method.start=scratch"),
+        (["schedule.train.epochs=0", "method.macs_ratio=null"], "epochs=0 does not go with method.start=scratch: the"),
+        (["method.start=dense", "schedule.finetune.epochs=0"], "schedule.finetune.epochs=0 does not go with method.st"),
         (["method.start=dense", "schedule.train.epochs=0"], "does not go with method.start=dense"),
         (["method.variant=SDP", "method.macs_ratio=0.5", "schedule.train.epochs=0"], "method.variant=SDP, which needs"),
     ],

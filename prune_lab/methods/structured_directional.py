@@ -139,9 +139,16 @@ class StructuredDirectional(Method):
         return (*trained, PRUNE, REMOVE, *((FINETUNE,) if self.config.finetune else ()))
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse an optimizer that is anything else than plain SGD, and to start from a network without training."""
+        """Refuse an optimizer that is anything else than plain SGD, and what lacks training: steps or a network."""
         if self.config.variant == "AltSDP":
             check_plain_sgd(config)
+            block = "train" if self.config.start == "scratch" else "finetune"
+            if config.schedule.phase(block).epochs == 0:
+                raise ConfigError(
+                    f"schedule.{block}.epochs=0 does not go with method.start={self.config.start}: the threshold grows "
+                    "there",
+                    f"schedule.{block}.epochs",
+                )
         if self.chain()[0] is TRAIN_DENSE and config.schedule.train.epochs == 0 and config.model.weights is None:
             wanted = "variant=SDP" if self.config.variant == "SDP" else "start=dense"
             raise ConfigError(
