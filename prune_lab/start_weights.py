@@ -27,7 +27,10 @@ def examine(job: Job, context: Context) -> dict[str, float]:
     exact, split = job.numerics.exact(), job.dataset.eval_split
     scores = measure(context.model, job.dataset, split, numerics=exact, trainer=job.config.trainer, poll=job.poll)
     zeros = share_of_zeros(context.model)
-    job.report(f"start weights: top-1 {scores['top1']:.2f} % on the {split} split before training{_hint(job.config)}")
+    limit = job.config.trainer.limit_eval_batches
+    part = "" if limit is None else f" (trainer.limit_eval_batches={limit})"
+    where = f"on the {split} split{part} before training"
+    job.report(f"start weights: top-1 {scores['top1']:.2f} % {where}{_hint(job.config)}")
     if zeros >= MANY_ZEROS:
         job.report(f"start weights: {zeros:.2%} of the weights of convolutions and linear layers are zero; training "
                    f"moves those that the method does not mask{keeping(context)}")  # fmt: skip

@@ -68,6 +68,14 @@ def test_accuracy_before_training_is_that_of_the_file(tmp_path, capsys):
     assert said.count("before training") == 2  # the line and the end of the run
 
 
+def test_a_part_of_the_images_is_marked(tmp_path, sparse_file, capsys):
+    part = ("trainer.limit_eval_batches=1", "trainer.eval_batch_size=8")
+    assert execute(tmp_path / "run", *TINY, *part, "method=dense", f"model.weights={sparse_file[0]}") == 0
+    said = capsys.readouterr().out
+    assert "% on the test split (trainer.limit_eval_batches=1) before training" in said
+    assert re.search(r"start weights   top-1 [\d.]+ % of 8 of 20 images before training", said)
+
+
 def test_no_hint_where_the_normalisation_was_chosen():
     config = compose("dataset=fake", "model=resnet20")
     assert start_weights._hint(config).startswith("; if they were trained with other values than mean 0.5,")

@@ -65,7 +65,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("top-1", _join(_percent(get("final/top1")), evaluated, _before_pruning(summary))),
         ("top-5", _join(_percent(get("final/top5")), evaluated)),
-        ("start weights", _start(get("start/top1"), get("start/zeros"))),
+        ("start weights", _start(get("start/top1"), get("start/zeros"), evaluated)),
         ("sparsity", _requested(get("sparsity/achieved"), get("sparsity/requested"))),
         ("target", targets.line(summary)),
         ("channels", _channels(get("remove/channels_kept"))),
@@ -109,10 +109,11 @@ def _percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f} %"
 
 
-def _start(top1: float | None, zeros: float | None) -> str | None:
+def _start(top1: float | None, zeros: float | None, evaluated: str | None) -> str | None:
     if top1 is None:
         return None
-    return f"top-1 {top1:.2f} % before training" + (f", {zeros:.2%} zeros" if zeros >= 0.01 else "")
+    told = _join(f"top-1 {top1:.2f} %", evaluated, "before training")
+    return f"{told}, {zeros:.2%} zeros" if zeros >= 0.01 else told
 
 
 def _in_each_epoch(images: int | None, total: int | None) -> str | None:
