@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prune_lab.lazy import lazy_import
@@ -35,10 +36,11 @@ def one_line(config: ModelConfig, image_size: int) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of an error; where it has no text, its type and the line of code that raised it."""
+    """Return the first line of an error; where it has no text, its type and the line of code outside torch."""
     if text := str(error).strip():
         return text.splitlines()[0]
-    frames = traceback.extract_tb(error.__traceback__)
+    library = str(Path(torch.__file__).parent)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(library)]
     return f"{type(error).__name__} at: {frames[-1].line}" if frames else type(error).__name__
 
 
