@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from prune_lab.eligibility import layer_kind
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
 from prune_lab.schema import ConfigError
+from prune_lab.weight_use import computed_weights
 
 NORMS = (nn.modules.batchnorm._BatchNorm,)
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def trace(model: nn.Module, image_size: int) -> TracedNetwork:
     check_plain(model)
     try:
         ghost = copy.deepcopy(model).to("meta").eval()
-        traced = fx.GraphModule(ghost, _Tracer().trace(ghost))
+        traced = fx.GraphModule(ghost, _Tracer(_plain_layers(model, image_size)).trace(ghost))
         recorder = _ShapeRecorder(traced)
         with torch.no_grad():
             precision = next(model.parameters()).dtype
@@ -71,11 +74,31 @@ def _place(error: Exception) -> str:
     return f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
 
+def _plain_layers(model: nn.Module, image_size: int) -> set[str]:
+    """Return the paths of other libraries' convolutions and linear layers that use their own weight as it is.
+
+    They may prepare their input (padding) but hold nothing beside weight and bias, so that cutting these is all.
+    """
+    found = {
+        path for path, module in model.named_modules()
+        if layer_kind(module) and type(module) not in (nn.Conv2d, nn.Linear)
+        and {name for name, _ in (*module.named_parameters(), *module.named_buffers())} <= {"weight", "bias"}
+    }
+    return found - computed_weights(model, image_size).keys() if found else found
+
+
 class _Tracer(fx.Tracer):
-    """Takes as one step: batch norms of every library, which work channel by channel, and padded shortcuts."""
+    """Takes as one step what works channel by channel in every library, padded shortcuts, and the layers given."""
+
+    def __init__(self, layers: set[str]) -> None:
+        super().__init__()
+        self._layers = layers
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*NORMS, ZeroPadShortcut)) or super().is_leaf_module(m, module_qualified_name)
+        return (
+            isinstance(m, (*NORMS, *_POOLS, ZeroPadShortcut)) or module_qualified_name in self._layers
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
 
 class _ShapeRecorder(fx.Interpreter):
