@@ -65,6 +65,16 @@ def dense_macs(costs: Sequence[LayerCost]) -> int:
     return sum(cost.macs for cost in costs)
 
 
+def computed_note(costs: Sequence[LayerCost]) -> str | None:
+    """Return one line on the layers in which no mask acts on the weight that is used; None: there are none."""
+    computed = [cost for cost in costs if cost.computed]
+    if not computed:
+        return None
+    names, reasons = {cost.name for cost in computed}, dict.fromkeys(cost.computed for cost in computed)
+    share = dense_macs(computed) / dense_macs(costs)
+    return f"note: {len(names)} layers with {share:.1%} of the MACs stay dense: {'; '.join(reasons)}"
+
+
 def sparse_macs(costs: Sequence[LayerCost], kept: Mapping[str, int]) -> int:
     """Return MACs per image when the parameters in `kept` keep so many weights and all others are dense."""
     return sum(kept.get(cost.parameter, cost.weights) * cost.positions for cost in costs)

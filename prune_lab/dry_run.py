@@ -13,7 +13,7 @@ from prune_lab.config import RunConfig
 from prune_lab.eligibility import usable_layers
 from prune_lab.files import write_json
 from prune_lab.numerics import Numerics
-from prune_lab.phases import build_model, layer_costs
+from prune_lab.phases import build_model, dense_note, layer_costs
 from prune_lab.planning import PhaseOutlook
 from prune_lab.rehearsal import RandomImages, job_without_files, one_step
 from prune_lab.schema import ConfigError
@@ -62,6 +62,8 @@ def dry_run(config: RunConfig) -> int:
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
     _show(folder.directory, planned, rows, summary)
     print("data: " + "; ".join(info.lines()))
+    if note := dense_note(config, model_config, info):
+        print(note)
     if config.method.costs_depend_on_images:
         print("? depends on the images: measured on the evaluation images of the run")
     if config.matched:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from prune_lab import distributed, models, start_weights, surgery, tied
-from prune_lab.accounting import LayerCost, profile
+from prune_lab.accounting import LayerCost, computed_note, profile
 from prune_lab.averaging import moving_average
 from prune_lab.chain import PlannedPhase
 from prune_lab.checkpoint import CheckpointPair
@@ -236,6 +236,13 @@ def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tupl
     models.check_training_pass(model, model_config, **sizes)
     tied.require_tensors(model, model_config.name)
     return costs
+
+
+def dense_note(config: RunConfig, model_config: Any, info: Any) -> str | None:
+    """Return one line on the layers that no method can prune; None: there are none, or the run prunes nothing."""
+    if not any(phase.active for phase in config.method.chain()):
+        return None
+    return computed_note(layer_costs(model_config, num_classes=info.num_classes, image_size=info.image_size))
 
 
 def build_model(model_config: Any, *, num_classes: int, image_size: int, seed: int) -> nn.Module:

@@ -22,7 +22,7 @@ from prune_lab.files import SaveError
 from prune_lab.host import Host
 from prune_lab.loop import Interrupted, NonFiniteLoss
 from prune_lab.numerics import Numerics
-from prune_lab.phases import Job, perform
+from prune_lab.phases import Job, dense_note, perform
 from prune_lab.rehearsal import rehearse
 from prune_lab.schema import ConfigError
 from prune_lab.signals import StopFlag
@@ -201,6 +201,8 @@ def _carry_out(run: Run) -> int:
         run.tracker.message(line)
     if run.own:
         run.tracker.message(f"control {run.config.method.config.control} of {run.own.directory.name}")
+    if note := dense_note(run.config, run.model_config, run.dataset.info):
+        run.tracker.message(note)
     if run.config.model.weights is not None:
         run.tracker.message("note: macs/train does not count the training of model.weights")
     done = chain.Results(entry.phase for entry in run.planned)

@@ -26,10 +26,10 @@ WEIGHTS = sorted(METHODS.keys() - CHANNELS - {"dense", "haste"})
 
 def network(num_classes: int, *, all_standardised: bool = False) -> nn.Module:
     """Return a network of which the second convolution standardises its weight."""
-    conv = StandardisedConv2d if all_standardised else nn.Conv2d
+    conv, last = (StandardisedConv2d, num_classes) if all_standardised else (nn.Conv2d, 8)
     model = nn.Sequential(
         conv(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), StandardisedConv2d(8, 8, 3, padding=1),
-        nn.BatchNorm2d(8), nn.ReLU(), conv(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.BatchNorm2d(8), nn.ReLU(), conv(8, last, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
     )  # fmt: skip
     if not all_standardised:
         model.append(nn.Linear(8, num_classes))
@@ -64,9 +64,12 @@ def test_no_method_prunes_a_weight_that_is_not_the_one_used(name: str, tmp_path:
 
 @pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("name", ["static", "gmp", "snip", "magnitude", "rigl"])
-def test_sparsity_and_costs_count_the_layers_whose_zeros_act(name: str, tmp_path: Path) -> None:
+def test_sparsity_and_costs_count_the_layers_whose_zeros_act(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     chosen = [*METHODS[name], "method.sparsity=0.75", "method.distribution=uniform", "method.first_layer=sparse"]
     assert execute(tmp_path, *options("partly_standardised", *chosen)) == 0
+    assert f"note: 1 layers with 51.6% of the MACs stay dense: {COMPUTED}" in capsys.readouterr().out.splitlines()
     model, found = load_model(run_dir(tmp_path)), summary(tmp_path)
     zeros = {path: int((module.weight == 0).sum()) for path, module in model.named_modules() if path in {*"0369"}}
     assert zeros == {"0": 162, "3": 0, "6": 432, "9": 24}
@@ -85,8 +88,9 @@ def test_a_network_without_any_usable_layer_is_refused_in_one_line(name: str, tm
 
 
 @pytest.mark.usefixtures("known")
-def test_dense_training_of_such_a_network_goes_on(tmp_path: Path) -> None:
+def test_dense_training_of_such_a_network_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert execute(tmp_path, *options("all_standardised", "method=dense")) == 0
+    assert "note:" not in capsys.readouterr().out
     assert summary(tmp_path)["macs/inference_ratio"] == 1
 
 

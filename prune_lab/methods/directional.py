@@ -133,8 +133,10 @@ class Directional(Method):
         named = context.parameters()
         counts = torch.stack([torch.count_nonzero(parameter.detach()) for parameter in named.values()]).tolist()
         nonzero = dict(zip(named, counts, strict=True))
-        kept = {layer.parameter: nonzero[layer.parameter] for layer in context.layers}
-        counted = kept | {cost.parameter: nonzero[cost.parameter] for cost in context.costs}  # packed attention, too
+        layers = context.eligible()
+        kept = {layer.parameter: nonzero[layer.parameter] for layer in layers}
+        # packed attention, too
+        counted = kept | {cost.parameter: nonzero[cost.parameter] for cost in context.costs if not cost.computed}
         self.figures = {
             "threshold": context.optimizer.threshold,
             "sparsity/all_parameters": 1 - sum(counts) / sum(parameter.numel() for parameter in named.values()),
@@ -144,9 +146,9 @@ class Directional(Method):
             self._take_masks(context, counted)
             masked = context.history.figures(context.masks.masks)  # a call that goes on from here has masks already
         return self.figures | masked | {
-            "sparsity": 1 - sum(kept.values()) / sum(layer.size for layer in context.layers),
+            "sparsity": 1 - sum(kept.values()) / sum(layer.size for layer in layers),
             "macs/inference": accounting.sparse_macs(context.costs, counted),
-            **{f"mask/density/{layer.name}": kept[layer.parameter] / layer.size for layer in context.layers},
+            **{f"mask/density/{layer.name}": kept[layer.parameter] / layer.size for layer in layers},
         }
 
     def _take_masks(self, context: Context, kept: dict[str, int]) -> None:
