@@ -27,7 +27,8 @@ class GatedChannels:
         self.channels = channel_map(context.model, context.dataset.info.image_size)
         self.costs = ChannelCosts(context.model, self.channels, context.costs)
         # The MACs of a network whose layers have one position each are its weights.
-        flat = [replace(cost, positions=1) for cost in context.costs]
+        named = context.parameters()  # kernels that are computed are none
+        flat = [replace(cost, positions=1) for cost in context.costs if cost.parameter in named]
         self.weights = ChannelCosts(context.model, self.channels, flat)
         self.places = torch.cat([self.channels.rows[group.producer] for group in self.groups])
         """class of each gate's channel, int64 [num_gates]"""

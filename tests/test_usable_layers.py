@@ -63,6 +63,17 @@ def test_no_method_prunes_a_weight_that_is_not_the_one_used(name: str, tmp_path:
 
 
 @pytest.mark.usefixtures("known")
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_saved_network_has_no_zeros_there_and_its_costs_add_up(name: str, tmp_path: Path) -> None:
+    assert execute(tmp_path, *options("partly_standardised", *METHODS[name])) == 0
+    rows = json.loads((run_dir(tmp_path) / "layers.json").read_text())
+    kept = {row["name"]: row["kept"] for row in rows}
+    left = dict(load_model(run_dir(tmp_path)).named_parameters())
+    assert kept["3"] == 576 and all(kept[path] == int(left[f"{path}.weight"].count_nonzero()) for path in "069")
+    assert sum(row["macs_kept"] for row in rows) == summary(tmp_path)["macs/inference"]
+
+
+@pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("name", ["static", "gmp", "snip", "magnitude", "rigl"])
 def test_sparsity_and_costs_count_the_layers_whose_zeros_act(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture
