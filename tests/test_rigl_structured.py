@@ -21,7 +21,8 @@ def test_counts_become_whole_kernels_and_the_sum_stays_near():
     assert whole_units({"a": 18, "b": 27}, {"a": 9, "b": 9}) == {"a": 18, "b": 27}
 
 
-def test_an_update_moves_the_weakest_kernel_to_the_strongest_gradient():
+@pytest.mark.parametrize("score", ["abs_of_mean", "mean_of_abs"])
+def test_an_update_moves_the_weakest_kernel_to_the_strongest_gradient(score):
     model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(32, 3))
     weight = model[0].weight
     mask = torch.zeros_like(weight, dtype=torch.bool)
@@ -34,10 +35,38 @@ def test_an_update_moves_the_weakest_kernel_to_the_strongest_gradient():
     weight.grad = torch.full_like(weight, 0.1)
     weight.grad[1, 1, 0, 0] = 5.0
     weight.grad[1, 0] = -0.6  # mean 0.6, just below that of kernel (1, 1), 5.8 / 9
-    make("rigl_structured", alpha=0.5, decay="constant").update(context, 0)
+    make("rigl_structured", alpha=0.5, decay="constant", kernel_score=score).update(context, 0)
     kept = context.masks.masks["0.weight"].flatten(2).all(2)
     assert kept.tolist() == [[False, True], [False, True]]
     assert context.masks.num_kept == 18
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [({}, [[False, True], [False, True]]), ({"kernel_score": "mean_of_abs"}, [[True, False], [True, False]])],
+)
+def test_signs_cancel_within_a_kernel_as_in_the_reports_repository(changes, expected):
+    """|mean| of the first kernels is 1/9 of their absolute values, below the even ones beside them."""
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, bias=False), nn.Flatten(), nn.Linear(32, 3))
+    weight, signs = model[0].weight, torch.tensor([1.0, -1, 1, -1, 1, -1, 1, -1, 1]).view(3, 3)
+    mask = torch.zeros_like(weight, dtype=torch.bool)
+    mask[0] = True
+    with torch.no_grad():
+        weight[0, 0], weight[0, 1], weight[1] = signs, 0.2, 0.0
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[1, 0], weight.grad[1, 1] = 0.9 * signs, -0.3
+    context = context_of(model, {"0.weight": mask}, channels=2)
+    make("rigl_structured", alpha=0.5, decay="constant", **changes).update(context, 0)
+    assert context.masks.masks["0.weight"].flatten(2).all(2).tolist() == expected
+
+
+def test_the_plan_names_the_sparsity_that_pays_for_dense_linear_layers():
+    model = nn.Sequential(nn.Conv2d(3, 10, 4), nn.Flatten(), nn.Linear(10, 2))  # 480 and 20 weights
+    method, told = make("rigl_structured", sparsity=0.9, alpha=0.5, interval=10), []
+    context = context_of(model, {})
+    context.layers, context.report = method.layers(model), told.append
+    method.setup(context)
+    assert "linear layers stay dense: 20 weights beside a budget of 48; method.sparsity=0.9375 pays for them" in told
 
 
 def test_kernels_are_never_cut_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
