@@ -37,6 +37,7 @@ from prune_lab import cli, models, pipeline
 from prune_lab.distributions import num_keep_total
 from prune_lab.dry_run import dry_run
 from prune_lab.loop import Training
+from prune_lab.methods.families import sparse_training
 from prune_lab.schema import ConfigError, Range, parse
 
 FAMILIES = {
@@ -115,6 +116,14 @@ def test_card_is_complete(name: str) -> None:
     for field in fields(card):
         text = getattr(card, field.name)
         assert text and text == " ".join(text.split()) and text.isascii(), field.name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_card_tells_where_an_option_departs_from_the_official_code(name: str) -> None:
+    told = method_class(name).card.differences
+    assert ("by_sign" in choices(name, "drop")) == (sparse_training.BY_SIGN in told)
+    moves = {"gradient", "momentum"} <= set(choices(name, "redistribution"))
+    assert moves == (sparse_training.REDISTRIBUTION in told)
 
 
 def test_modules_of_all_methods_import_no_torch() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
 from prune_lab.methods.families.gradient_growth import GradientGrowth, GradientGrowthConfig
+from prune_lab.methods.families.sparse_training import BY_SIGN, REDISTRIBUTION
 from prune_lab.schema import NonNegative, Positive
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class DSTEE(GradientGrowth):
         cost="RigL's, and one int32 per weight",
         differences="no official code is known and only the paper's abstract was checked: the bonus is "
         "written from memory of the paper, default values of c and eps are this program's, N starts as the first "
-        "mask and counts updates, t is the optimizer step (method.time=round: the update's number)",
+        "mask and counts updates, t is the optimizer step (method.time=round: the update's number). "
+        f"{REDISTRIBUTION}. {BY_SIGN}",
     )
 
     def __init__(self, config: Any) -> None:

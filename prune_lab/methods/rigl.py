@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prune_lab.methods.base import Card
 from prune_lab.methods.families.gradient_growth import GradientGrowth
+from prune_lab.methods.families.sparse_training import BY_SIGN, REDISTRIBUTION
 
 
 class RigL(GradientGrowth):
@@ -15,5 +16,6 @@ class RigL(GradientGrowth):
         eligible="weights of convolutions and linear layers; depthwise ones only if included (RigL 4.1.2)",
         cost="one bool per weight; a dense weight gradient on update steps; two selections per layer and update",
         differences="ranks by exact index instead of adding 1e-5 noise; t counts update steps too (alg. 1), where the "
-        "official code draws an extra batch; Adam's shared step counter is not restarted for grown weights",
+        "official code draws an extra batch; Adam's shared step counter is not restarted for grown weights. "
+        f"{REDISTRIBUTION}. {BY_SIGN}",
     )

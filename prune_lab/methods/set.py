@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prune_lab.methods.base import Card
 from prune_lab.methods.families.random_growth import RandomGrowth
+from prune_lab.methods.families.sparse_training import BY_SIGN
 
 
 class SET(RandomGrowth):
@@ -16,5 +17,6 @@ class SET(RandomGrowth):
         cost="one bool per weight; one draw and one selection per layer and update",
         differences="default is the variant of RigL's tables; the SET paper's own rule is method.drop=by_sign with one "
         "update per epoch until the end (interval=null begin=null end=1 decay=constant), and its momentum restarts "
-        "every time. Draws are keyed by seed, layer and step, so all processes agree",
+        "every time. Draws are keyed by seed, layer and step, so all processes agree. "
+        f"{BY_SIGN}",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from prune_lab.methods.base import Card
 from prune_lab.methods.families.random_growth import RandomGrowth
+from prune_lab.methods.families.sparse_training import BY_SIGN
 
 
 class SETITOP(RandomGrowth):
@@ -14,7 +15,8 @@ class SETITOP(RandomGrowth):
         acts="during training, after the optimizer step, every method.interval steps until the end",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="that of SET",
-        differences="floor instead of ceil for the moved count, exact counts per layer; the official code also "
-        "multiplies the momentum by the mask after every step, here new weights start with zero momentum, which is the "
-        "same for them",
+        differences="floor instead of ceil for the moved count; exact counts, where the official code drops by a "
+        "threshold and ties go together. An update follows the optimizer step of its batch in both; the official code "
+        "also multiplies the momentum by the mask after every step, here new weights start with zero momentum, the "
+        f"same for them. {BY_SIGN}",
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
-from prune_lab.methods.families.sparse_training import DropAndGrow, DropAndGrowConfig, check_dense
+from prune_lab.methods.families.sparse_training import BY_SIGN, DropAndGrow, DropAndGrowConfig, check_dense
 from prune_lab.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class SNFS(DropAndGrow):
         cost="a dense weight gradient in every step, as pruned weights keep their momentum; one bool per weight",
         differences="the total is exact at every moment with method.apportion=exact, which may also fill a layer "
         "(official: 99 %); the official rule lets the total vary around its target. No layer drops its last weight; "
-        "the first mask has exact counts, not independent bits",
+        f"the first mask has exact counts, not independent bits. {BY_SIGN}",
     )
 
     def __init__(self, config: Any) -> None:

@@ -52,6 +52,19 @@ class SparseTraining(WeightPruning):
         """Return a random mask with `count` True."""
         return self.selection.random_mask(shape, count, source)
 
+BY_SIGN = (
+    "method.drop=by_sign drops floor(alpha n) of each sign's n weights (SET's code: ceil(alpha n) negatives, "
+    "floor(alpha n) + 1 positives, and ties with the last)"
+)
+"""for the cards of methods with that rule"""
+
+REDISTRIBUTION = (
+    "method.redistribution shares what was freed in exact proportion and fills layers (official sparse momentum, and "
+    "rigl-reproducibility after it: a layer grows at most 99 % of its room, what exceeds that is divided equally among "
+    "the layers, and the total varies)"
+)
+"""for the cards of methods with that option"""
+
 
 @dataclass(frozen=True)
 class DropAndGrowConfig(SparseTrainingConfig):
