@@ -39,6 +39,14 @@ class Numerics:
     def memory_format(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
+    def placed(self, model: nn.Module) -> nn.Module:
+        """Return `model` on the device, its tensors of rank 4 in the memory format of the images."""
+        model.to(self.torch_device)
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.dim() == 4:  # Module.to(memory_format=...) fails on kernels of rank 5
+                tensor.data = tensor.data.to(memory_format=self.memory_format)
+        return model
+
     def compiled(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return `forward` compiled if the options say so; shapes never change while training."""
         if not self.compile:

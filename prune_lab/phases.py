@@ -165,7 +165,7 @@ def open_context(job: Job) -> Context:
     costs = layer_costs(job.model_config, **sizes) if widths is None else profile(model, info.image_size)
     if config.trainer.sync_bn and job.planned.phase.hook == "train":
         model = distributed.join_batch_norm(model, job.numerics.torch_device)
-    model.to(job.numerics.torch_device, memory_format=job.numerics.memory_format)
+    job.numerics.placed(model)
     phase, schedule = job.planned.phase, job.planned.schedule
     steps = 0 if schedule is None else steps_per_epoch(job)
     first_step, last_step = span(job.planned, steps)

@@ -148,7 +148,7 @@ def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
     is_cut = result.get("widths") is not None
     check_sparsity(config, layers, kept)
     exact = run.numerics.exact()
-    model.to(exact.torch_device, memory_format=exact.memory_format)
+    exact.placed(model)
     splits = {"final": run.dataset.eval_split} | ({"test": "test"} if run.dataset.eval_split == "val" else {})
     score = partial(_score, run, numerics=exact)
     batches = partial(run.dataset.eval_batches, splits["final"], config.trainer.eval_batch_size,

@@ -141,8 +141,10 @@ def counted(source: str, name: str, size: int) -> Finding:
 
 def torch_macs(model: nn.Module, size: int) -> tuple[int, int]:
     """Return torch's own count for one image, halved: products of one kernel or matrix, batched products."""
+    # The counter fails on parameters that are handed from module to module, unless they need no gradient.
+    ghost = meta_copy(model).requires_grad_(False)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        meta_copy(model)(torch.zeros(1, 3, size, size, device="meta"))
+        ghost(torch.zeros(1, 3, size, size, device="meta"))
     flops = counter.get_flop_counts()["Global"]
     single, batched = (sum(flops.get(operator, 0) for operator in part) for part in (_PRODUCTS, _BATCHED))
     return single // 2, batched // 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from run_helpers import compose
+from torch import nn
 
 from prune_lab import numerics
 from prune_lab.numerics import Numerics, resolve
@@ -48,3 +49,14 @@ def test_autocast_computes_in_the_format():
         assert (image @ weight).dtype == torch.bfloat16
     with Numerics("cpu", "fp32", False, False).autocast():
         assert (image @ weight).dtype == torch.float32
+
+
+def test_kernels_of_rank_5_and_shared_weights_are_placed_beside_those_of_images():
+    model = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv3d(1, 4, 3), nn.Conv2d(3, 8, 3), nn.Linear(4, 4)])
+    model[2].weight = model[0].weight
+    values = [parameter.clone() for parameter in model.parameters()]
+    assert Numerics("cpu", "fp32", True, False).placed(model) is model
+    assert model[0].weight is model[2].weight
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert model[1].weight.is_contiguous()
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), values, strict=True))

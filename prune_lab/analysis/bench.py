@@ -35,7 +35,7 @@ class Bench:
 
     def network(self, run: FinishedRun) -> nn.Module:
         """Return the run's network in eval mode on the device."""
-        return load_model(run.directory).to(self.numerics.torch_device, memory_format=self.numerics.memory_format)
+        return self.numerics.placed(load_model(run.directory))
 
     def drawn(self, what: str, count: int | None) -> Tensor:
         """Return the positions of `count` (None: all) training images, drawn from the seed and `what`."""
