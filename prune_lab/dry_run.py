@@ -17,6 +17,7 @@ from prune_lab.phases import build_model, dense_note, layer_costs
 from prune_lab.planning import PhaseOutlook
 from prune_lab.rehearsal import RandomImages, job_without_files, one_step
 from prune_lab.schema import ConfigError
+from prune_lab.settling import settled
 from prune_lab.tracking.lines import quantity, summary_lines
 
 
@@ -30,6 +31,7 @@ def dry_run(config: RunConfig) -> int:
         raise ConfigError("dry_run=true needs one process only: start it without torchrun")
     arithmetic = numerics.resolve(config.trainer)
     info = datasets.describe(config.dataset)
+    config = settled(config, info)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model_config = config.method.adapt_model(config.model, **sizes)
     config = matching.matched(config, model_config, info, arithmetic)

@@ -25,6 +25,7 @@ from prune_lab.numerics import Numerics
 from prune_lab.phases import Job, dense_note, perform
 from prune_lab.rehearsal import rehearse
 from prune_lab.schema import ConfigError
+from prune_lab.settling import settled
 from prune_lab.signals import StopFlag
 from prune_lab.store import PhaseStore, lock
 from prune_lab.tracking import BaseSink, Sink, Tracker
@@ -101,6 +102,7 @@ def _run(
     config: RunConfig, arithmetic: Numerics, tally: Counter[str], observe: Observe | None, host: Host
 ) -> int:
     info = datasets.describe(config.dataset)
+    config = settled(config, info)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model_config = config.method.adapt_model(config.model, **sizes)
     # fp32 images on every device: autocast rounds them where it pays, exact evaluation needs them unrounded.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 _POWERS = {"linear": 1, "cubic": 3}
 
@@ -39,6 +40,15 @@ def cubic_sparsity(step: int, *, begin: int, end: int, initial: float, final: fl
     if step < begin:
         return initial
     return final + (initial - final) * (1 - (step - begin) / (end - begin)) ** 3
+
+
+def fitting_interval(published: int, count: Callable[[int], int], *, wanted: int, least: int = 1) -> int | None:
+    """Return the longest interval up to `published` that leaves `wanted` updates; None: none down to `least` does.
+
+    Args:
+        count: updates that an interval leaves.
+    """
+    return next((interval for interval in range(published, least - 1, -1) if count(interval) >= wanted), None)
 
 
 def update_steps(begin: int, end: int, interval: int) -> range:

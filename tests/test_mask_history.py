@@ -96,7 +96,7 @@ def test_the_summary_holds_the_figures_of_the_finished_masks(tmp_path: Path):
         assert written[key] == last[key]
     assert written["prune/gradient_norm_before"] == records[0]["prune/gradient_norm_before"] > 0
     shown = (folder / "log.txt").read_text()
-    assert "of positions tried" in shown and "pruned, at initialisation" in shown
+    assert "of positions tried" not in shown and " dead filters" in shown and "pruned, at initialisation" in shown
 
 
 def test_random_scores_cost_no_scoring_pass(tmp_path: Path):
@@ -140,8 +140,9 @@ def test_unfired_positions_grow_first(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["method=rigl_itop"], "method.interval=4000 with method.begin=null leaves no mask update after step 0: it "
-         "would come at step 3999, updates end at step 175 of 176"),
+        (["method=rigl_itop", "method.interval=4000"],
+         "method.interval=4000 with method.begin=null leaves no mask update after step 0: it would come at "
+         "step 3999, updates end at step 175 of 176"),
         (["method=rigl", "method.begin=150"], "method.begin=150 leaves no mask update after step 0: it would come at "
          "step 150, updates end at step 132 of 176"),
         (["method=rigl", "method.interval=140"], "it would come at step 140, updates end at step 132 of 176"),

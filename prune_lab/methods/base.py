@@ -140,6 +140,13 @@ class Method:
             ConfigError: naming the option as typed.
         """
 
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+        """Return the method with numbers in place of options that follow the length of the schedule.
+
+        The run is named after these numbers, so that a typed one and the same one found here share their phases.
+        """
+        return self
+
     def chain(self) -> tuple[Phase, ...]:
         """Return the phases of a run in order."""
         return (TRAIN_DENSE,)

@@ -8,6 +8,7 @@ from prune_lab.methods.families.sparse_training import BY_SIGN, REDISTRIBUTION
 
 
 class RigLITOP(GradientGrowth):
+    published_interval = 4000
     card = Card(
         summary="RigL with long intervals and updates until the end, so that more positions are tried (R_s)",
         paper="Liu, Yin, Mocanu, Pechenizkiy 2021, Do We Actually Need Dense Over-Parameterization? In-Time "

@@ -37,6 +37,7 @@ class SNFSConfig(DropAndGrowConfig):
 
 class SNFS(DropAndGrow):
     Config = SNFSConfig
+    published_interval = None
     card = Card(
         summary="sparse from the start; every epoch the smallest weights move to the largest momentum, layers included",
         paper="Dettmers, Zettlemoyer 2019, Sparse Networks from Scratch: Faster Training without Losing Performance, "

@@ -74,7 +74,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("merging", _merging(get("haste/channels_left"), get("haste/macs_ratio_without_overhead"))),
         ("merging, draws", _draws(summary)),
         ("time per image", _times(get("time/inference_s_per_image"), get("time/inference_dense_s_per_image"))),
-        ("masks", _masks(get("mask/exploration"), get("mask/overlap"), get("mask/dead_filters"))),
+        ("masks", _masks(summary)),
         ("gradient norm", _change(get("prune/gradient_norm_before"), get("prune/gradient_norm_after"))),
         ("training images", _in_each_epoch(get("train/images_per_epoch"), get("data/num_train"))),
         ("training MACs", _training(get("macs/train"), get("macs/train_dense"))),
@@ -154,9 +154,14 @@ def _parameters(summary: dict[str, Any]) -> str | None:
     return _of(summary.get("params/total"), dense, "") if nonzero is None else _of(nonzero, dense, "nonzero")
 
 
-def _masks(explored: float | None, overlap: float | None, dead: int | None) -> str | None:
+def _masks(summary: dict[str, Any]) -> str | None:
+    """Return where the masks have been; masks that only shrink have tried nothing."""
+    explored, dead = summary.get("mask/exploration"), summary.get("mask/dead_filters")
     if explored is None:
         return None
+    if not summary.get("mask/updates"):
+        return f"{dead} dead filters"
+    overlap = summary["mask/overlap"]
     return f"{explored:.1%} of positions tried, {overlap:.1%} of the kept ones kept from the start, {dead} dead filters"
 
 

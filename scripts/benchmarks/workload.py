@@ -21,6 +21,7 @@ from prune_lab.methods.base import Phase
 from prune_lab.overrides import choices, compose_checked
 from prune_lab.phases import Job, open_context, open_training
 from prune_lab.rehearsal import RandomImages, job_without_files, set_up
+from prune_lab.settling import settled
 
 CALM_LR = 1e-4
 """learning rate of timed steps: weights that run away, or learn their batch by heart, would change what is measured"""
@@ -161,6 +162,7 @@ class _Jobs:
     def __init__(self, config: RunConfig) -> None:
         self.arithmetic = numerics.resolve(config.trainer)
         info = datasets.describe(config.dataset)
+        config = settled(config, info)
         sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
         self.config, self.model = config, config.method.adapt_model(config.model, **sizes)
         self.dataset = RandomImages(info, self.arithmetic.torch_device)

@@ -29,7 +29,7 @@ class GradientGrowthConfig(DropAndGrowConfig):
 
     def check(self, path: str) -> None:
         super().check(path)
-        if self.interval is not None:
+        if isinstance(self.interval, int):
             self.check_window(path, self.interval)
 
     def check_window(self, path: str, interval: int) -> None:
@@ -60,6 +60,10 @@ class GradientGrowth(DropAndGrow):
             context.report(f"the first mask update, at step {first}, has the gradients of {first + 1} steps only")
         if self.config.redistribution == "momentum":
             self.require_momentum(context, "method.redistribution=momentum")
+
+    @property
+    def least_interval(self) -> int:
+        return self.config.grow_batches
 
     def needs_dense_gradient(self, step: int) -> bool:
         return super().needs_dense_gradient(step) or self._in_window(step)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import TRAIN, Phase
+from prune_lab.methods.base import TRAIN, Method, Phase
 from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruningConfig
 from prune_lab.schema import ConfigError, Count, Fraction, Index, Momentum
 from prune_lab.selection import SEMI_STRUCTURED
@@ -72,8 +73,9 @@ class DropAndGrowConfig(SparseTrainingConfig):
     """fraction of a layer's kept weights that the first update may move"""
     floor: Momentum
     """that fraction at `end`"""
-    interval: Count | None
-    """optimizer steps between updates; None: one epoch"""
+    interval: Count | Literal["auto"] | None
+    """optimizer steps between updates; None: one epoch; auto: the published number, less where the schedule is so short
+    that it would leave fewer than ten updates"""
     begin: Index | None
     """step of the first update; None: after the first interval"""
     end: Fraction
@@ -99,6 +101,10 @@ class DropAndGrowConfig(SparseTrainingConfig):
             raise ConfigError(f"{path}.floor must not exceed {path}.alpha={self.alpha:g}, got {self.floor:g}")
 
 
+_FEW = 10
+"""updates below which masks hardly move: of a layer's weights none has been tried more than ten times"""
+
+
 class DropAndGrow(SparseTraining):
     """Moves `alpha(t)` of each layer's weights every `interval` steps; subclasses say where weights grow.
 
@@ -107,6 +113,8 @@ class DropAndGrow(SparseTraining):
     """
 
     Config = DropAndGrowConfig
+    published_interval: int | None = 100
+    """what `auto` stands for on the schedules of the papers; None: one epoch"""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -141,7 +149,8 @@ class DropAndGrow(SparseTraining):
         self._check_moves(context)
         if self.redistributes():
             self._report_redistribution(context)
-        context.report(f"mask updates: {len(self.updates)}, at steps {_preview(self.updates)} of {context.total_steps}")
+        steps = f"mask updates: {len(self.updates)}, at steps {_preview(self.updates)} of {context.total_steps}"
+        context.report(steps + self._warning(context))
 
     def needs_dense_gradient(self, step: int) -> bool:
         """Return True while pruned weights gather optimizer state that a later update hands to them."""
@@ -201,8 +210,43 @@ class DropAndGrow(SparseTraining):
             names = ", ".join(name.removesuffix(".weight") for name in fixed)
             context.report(f"layers whose mask never moves, because they keep too few weights: {names}")
 
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+        total = steps_per_epoch * config.schedule.phase("train").epochs
+        if self.config.interval != "auto" or not total:
+            return self
+        return type(self)(replace(self.config, interval=self._automatic(total, steps_per_epoch)))
+
     def interval(self, context: Context) -> int:
+        """Return the optimizer steps between updates."""
+        if self.config.interval == "auto":
+            return self._automatic(context.total_steps, context.steps_per_epoch)
         return context.steps_per_epoch if self.config.interval is None else self.config.interval
+
+    def _automatic(self, total: int, steps_per_epoch: int) -> int:
+        """Return the published interval, or the longest one that leaves ten updates in `total` steps."""
+        published = self.published_interval or steps_per_epoch
+        return self._fitting(published, total) or min(published, self.least_interval)
+
+    def _fitting(self, longest: int, total: int) -> int | None:
+        count = partial(self._num_updates, total)
+        return schedules.fitting_interval(longest, count, wanted=_FEW, least=self.least_interval)
+
+    @property
+    def least_interval(self) -> int:
+        """The shortest interval that other options allow."""
+        return 1
+
+    def _num_updates(self, total: int, interval: int) -> int:
+        begin = interval - 1 if self.config.begin is None else self.config.begin
+        return len(schedules.update_steps(begin, self._end_of(total), interval))
+
+    def _warning(self, context: Context) -> str:
+        """Return what to add where so few updates hardly differ from a fixed mask; empty if there are enough."""
+        if len(self.updates) >= _FEW:
+            return ""
+        fitting = self._fitting(self.interval(context), context.total_steps)
+        advice = "lengthen the schedule" if fitting is None else f"method.interval={fitting} leaves {_FEW} or more"
+        return f"; warning: fewer than {_FEW}, little else than a fixed mask: {advice}"
 
     def update_steps(self, context: Context) -> range:
         """Return the steps at which masks move: begin, begin + interval, ... below end (RigL alg. 1).
@@ -226,7 +270,10 @@ class DropAndGrow(SparseTraining):
 
     def end_step(self, context: Context) -> int:
         """Return the step from which on masks stay; what grew after the last step would never be trained."""
-        return min(schedules.floor_product(self.config.end * context.total_steps), context.total_steps - 1)
+        return self._end_of(context.total_steps)
+
+    def _end_of(self, total: int) -> int:
+        return min(schedules.floor_product(self.config.end * total), total - 1)
 
     def moved_fraction(self, context: Context, step: int) -> float:
         config = self.config
