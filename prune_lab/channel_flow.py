@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,15 +46,19 @@ _JOINS: set[Any] = {torch.cat, torch.concat, torch.concatenate}
 _READERS = ("size", "dim")
 
 _FROZEN = 0
-"""identity of every channel that has to stay"""
+"""root given for every channel that has to stay"""
+OUTPUTS = "the outputs"
+"""what holds the channels that the network puts out"""
+_ENDS = {"placeholder": "the images", "output": OUTPUTS}
 
 
 class _Identities:
-    """Union-find over integers; what is united with _FROZEN stays."""
+    """Union-find over integers from 1 on; what is held stays, with all that is united with it."""
 
     def __init__(self) -> None:
         self._parents = [_FROZEN]
         self._summed: list[int] = []
+        self._held: dict[int, str] = {}
 
     def fresh(self, count: int) -> np.ndarray:
         """Return `count` identities of their own."""
@@ -68,23 +75,41 @@ class _Identities:
         return root
 
     def unite(self, first: np.ndarray, second: np.ndarray) -> None:
-        """Tie `first` and `second` position by position; the smaller root wins, so _FROZEN always does."""
+        """Tie `first` and `second` position by position."""
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
             low, high = sorted((self.find(a), self.find(b)))
             self._parents[high] = low
 
-    def freeze(self, identities: np.ndarray) -> None:
-        self.unite(identities, np.full_like(identities, _FROZEN))
+    def hold(self, identities: np.ndarray, holder: str) -> None:
+        """Let `identities` stay because of `holder`; the first holder counts."""
+        for identity in identities.tolist():
+            self._held.setdefault(identity, holder)
+
+    @cached_property
+    def holders(self) -> dict[int, str]:
+        """Return what holds each root that stays; to be asked for when all are united."""
+        found: dict[int, str] = {}
+        for identity, holder in self._held.items():
+            found.setdefault(self.find(identity), holder)
+        return found
 
     def note_sum(self, identities: np.ndarray) -> None:
         self._summed.extend(identities.tolist())
 
     def roots(self, identities: np.ndarray) -> np.ndarray:
-        return np.fromiter((self.find(i) for i in identities.tolist()), dtype=np.int64, count=len(identities))
+        """Return one number for all that are one, _FROZEN for what stays."""
+        found = (self.find(identity) for identity in identities.tolist())
+        free = (_FROZEN if root in self.holders else root for root in found)
+        return np.fromiter(free, dtype=np.int64, count=len(identities))
 
     def summed(self) -> set[int]:
         """Return the roots of channels that were added to others."""
         return {self.find(identity) for identity in self._summed}
+
+    def count_held(self, identities: np.ndarray) -> Counter[str]:
+        """Return how many of these are held by what."""
+        found = (self.holders.get(self.find(identity)) for identity in identities.tolist())
+        return Counter(holder for holder in found if holder is not None)
 
 
 @dataclass(frozen=True)
@@ -107,6 +132,20 @@ class ChannelFlow:
     """layer that mixes channels -> identities of its inputs"""
     pads: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     """padded shortcut -> identities of its zero channels in front and behind"""
+    opaque: dict[str, str] = field(default_factory=dict)
+    """layer whose channels are not followed -> what holds them"""
+
+    def held(self, sizes: Mapping[str, int]) -> Counter[str]:
+        """Return how many channels that layers make are held by what, the most first; without the outputs.
+
+        Args:
+            sizes: module path of each layer -> channels that it makes.
+        """
+        counts = sum((self.identities.count_held(self.rows[path]) for path in self.columns), Counter())
+        for path, holder in self.opaque.items():
+            counts[holder] += sizes.get(path, 0)
+        kept = ((holder, count) for holder, count in counts.most_common() if count and holder != OUTPUTS)
+        return Counter(dict(kept))
 
 
 def follow(network: TracedNetwork) -> ChannelFlow:
@@ -124,14 +163,33 @@ class _Walk:
     def __init__(self, network: TracedNetwork) -> None:
         self.flow, self._network = ChannelFlow(), network
         self._carried: dict[fx.Node, _Carried] = {}
+        self._places: dict[str, str] = {}
         for node in network.graph.nodes:
             shape = network.shapes.get(node)
             carried = self._step(node)
             if shape is not None and len(shape) > 1 and node.op != "get_attr":
-                self._carried[node] = carried or self._held(shape[1])
+                self._carried[node] = carried or self._held(shape[1], node)
 
-    def _held(self, count: int) -> _Carried:
-        return _Carried(np.full(count, _FROZEN))
+    def _held(self, count: int, node: fx.Node) -> _Carried:
+        fresh = self.flow.identities.fresh(count)
+        self.flow.identities.hold(fresh, self._holder(node))
+        return _Carried(fresh)
+
+    def _holder(self, node: fx.Node) -> str:
+        """Return words for an operation that channels stay for, with the first place where it was met."""
+        if node.op in _ENDS:
+            return _ENDS[node.op]
+        if node.op == "call_module":
+            words, place = type(self._network.modules[node.target]).__name__, node.target
+            groups = getattr(self._network.modules[node.target], "groups", 1)
+            words += f" of {groups} groups" if groups > 1 else ""
+            words += " used more than once" if node.target in self._network.uncut else ""
+        else:
+            words = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+            place, owner = next(reversed(node.meta.get("nn_module_stack", {"": ("", None)}).values()))
+            words += f" in {owner.__name__}" if owner is not None else ""
+        place = self._places.setdefault(words, place)
+        return f"{words} ({place})" if place else words
 
     def _step(self, node: fx.Node) -> _Carried | None:
         """Note what `node` does; return the channels of its output, None: they stay."""
@@ -147,10 +205,18 @@ class _Walk:
                 return None
             known = self._call(node)
         if known is None:
-            for source in node.all_input_nodes:
-                if source in self._carried:
-                    self.flow.identities.freeze(self._carried[source].identities)
+            self._hold_inputs(node)
         return known
+
+    def _hold_inputs(self, node: fx.Node) -> None:
+        holder = self._holder(node)
+        for source in node.all_input_nodes:
+            if source in self._carried:
+                self.flow.identities.hold(self._carried[source].identities, holder)
+            elif source.op == "get_attr":
+                self.flow.opaque.setdefault(source.target.rpartition(".")[0], holder)
+        if node.op == "call_module":
+            self.flow.opaque.setdefault(node.target, holder)
 
     def _module(self, node: fx.Node, module: nn.Module) -> _Carried | None:
         source = self._carried.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
@@ -182,9 +248,9 @@ class _Walk:
     def _linear(self, node: fx.Node, source: _Carried) -> _Carried | None:
         many = len(self._shape(node)) > 2
         if many and not source.last:  # the last dimension is not the channels'
-            self.flow.identities.freeze(source.identities)
+            self.flow.identities.hold(source.identities, self._holder(node))
             module = self._network.modules[node.target]
-            return self._mixed(node, self._held(module.in_features), last=True)
+            return self._mixed(node, self._held(module.in_features, node), last=True)
         return self._mixed(node, source, last=many)
 
     def _mixed(self, node: fx.Node, source: _Carried, *, last: bool) -> _Carried:
@@ -202,7 +268,7 @@ class _Walk:
             return first
         if node.target in _SUMS or node.target in _PRODUCTS:
             same = len({len(self._network.shapes[source]) for source in tensors}) == 1
-            return self._united(sources, summed=node.target in _SUMS) if same else None
+            return self._united(node, sources, summed=node.target in _SUMS) if same else None
         if any(source.last for source in sources):
             return None
         if node.target in _JOINS:
@@ -222,7 +288,7 @@ class _Walk:
             return source if _keeps_channels(node.args[1]) else None
         return None
 
-    def _united(self, sources: list[_Carried], *, summed: bool) -> _Carried | None:
+    def _united(self, node: fx.Node, sources: list[_Carried], *, summed: bool) -> _Carried | None:
         first = max(sources, key=lambda source: len(source.identities))
         for source in sources:
             if source.last != first.last:
@@ -230,7 +296,7 @@ class _Walk:
             if len(source.identities) == len(first.identities):
                 self.flow.identities.unite(first.identities, source.identities)
             elif len(source.identities) == 1:  # one value for all channels
-                self.flow.identities.freeze(source.identities)
+                self.flow.identities.hold(source.identities, self._holder(node))
             else:
                 return None
         if summed and len(sources) > 1:

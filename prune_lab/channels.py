@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prune_lab.channel_flow import follow
 from prune_lab.channel_trace import NORMS, trace
+from prune_lab.eligibility import layer_kind
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,22 @@ class ChannelMap:
     lanes: tuple[Lane, ...]
     """in the order in which the forward pass reaches their first producers"""
     num_classes: int
+    held: Mapping[str, int] = field(default_factory=dict)
+    """what channels stay for, but for the outputs -> how many that convolutions and linear layers make, most first"""
+
+    def share(self) -> str:
+        """Return a line that says how many channels can be removed and what holds the others."""
+        made = sum(int((self.rows[path] >= 0).sum()) for path in self.columns)
+        if not self.held:
+            return f"removable: all {made} channels that layers make, but for the outputs"
+        total = made + sum(self.held.values())
+        return f"removable: {made} of {total} channels that layers make ({made / total:.1%}); {self.holders()}"
+
+    def holders(self) -> str:
+        """Return a phrase that names the operations which most channels stay for."""
+        named = [f"{holder}: {count}" for holder, count in list(self.held.items())[:3]]
+        more = f" and {len(self.held) - 3} more" if len(self.held) > 3 else ""
+        return f"others are held by {', '.join(named)}{more}"
 
     def producers(self) -> list[str]:
         """Return the module paths of all layers that make channels, in the order of the forward pass."""
@@ -162,7 +179,8 @@ def channel_map(model: nn.Module, image_size: int) -> ChannelMap:
     pads = {path: (numbered(front), numbered(back)) for path, (front, back) in flow.pads.items()}
     summed = torch.zeros(len(classes), dtype=torch.bool)
     summed[[classes[root] for root in flow.identities.summed() if root in classes]] = True
-    return ChannelMap(rows, columns, norms, pads, _lanes(rows, columns, summed), len(classes))
+    sizes = {path: module.weight.shape[0] for path, module in model.named_modules() if layer_kind(module)}
+    return ChannelMap(rows, columns, norms, pads, _lanes(rows, columns, summed), len(classes), flow.held(sizes))
 
 
 def _lanes(rows: dict[str, Tensor], columns: dict[str, Tensor], summed: Tensor) -> tuple[Lane, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from prune_lab import chain, datasets, identity, matching, numerics, results, targets
 from prune_lab.accounting import count_parameters, layer_table
+from prune_lab.channels import channel_map
 from prune_lab.config import RunConfig
 from prune_lab.eligibility import usable_layers
 from prune_lab.files import write_json
@@ -66,6 +67,8 @@ def dry_run(config: RunConfig) -> int:
     print("data: " + "; ".join(info.lines()))
     if note := dense_note(config, model_config, info):
         print(note)
+    if removes:
+        print(channel_map(model, info.image_size).share())
     if config.method.costs_depend_on_images:
         print("? depends on the images: measured on the evaluation images of the run")
     if config.matched:

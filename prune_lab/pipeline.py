@@ -53,6 +53,8 @@ class Run:
     """a control: where the method's own run is"""
     observer: Sink = field(default_factory=BaseSink)
     """one of the tracker's sinks, which also hears of a run that is done already"""
+    notes: list[str] = field(default_factory=list)
+    """what the rehearsal found out; a run that goes on has none"""
     outcomes: list[dict] = field(default_factory=list)
     images_done: int = 0
     train_s: float = 0.0
@@ -118,13 +120,14 @@ def _run(
     own = control_runs.own_run(config)
     own_folder = None if own is None else settle(own)[1]
     config, folder = settle(config)
-    planned = identity.plan(config, fingerprint=dataset.fingerprint, **inputs)
+    planned, notes = identity.plan(config, fingerprint=dataset.fingerprint, **inputs), []
     if distributed.share(not (folder.directory / "run.json").exists() if distributed.is_main() else None):
         with matching.naming_reference(config):
-            rehearse(config, model_config, planned, dataset, arithmetic)
+            notes = rehearse(config, model_config, planned, dataset, arithmetic)
     with host.stop_flag() as stop:
         tracker = folder.tracker(config)
         run = Run(config, model_config, dataset, arithmetic, planned, folder, tracker, stop, tally, host, own_folder)
+        run.notes = notes
         if observe and distributed.is_main():
             run.observer = observe(stop)
             tracker.add_local(run.observer)
@@ -195,7 +198,7 @@ def _reason(error: OSError, directory: Path) -> str:
 def _carry_out(run: Run) -> int:
     started = time.monotonic()
     run.folder.start(run.tracker, run.config, run.planned)
-    for line in run.dataset.info.lines():
+    for line in (*run.dataset.info.lines(), *run.notes):
         run.tracker.message(line)
     if run.config.matched:
         run.tracker.message(run.config.matched.line())

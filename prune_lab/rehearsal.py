@@ -50,8 +50,11 @@ class RandomImages:
 
 def rehearse(
     config: RunConfig, model_config: Any, planned: Sequence[PlannedPhase], dataset: Any, arithmetic: Numerics
-) -> None:
+) -> list[str]:
     """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
+
+    Returns:
+        Lines for the user: for methods that remove channels, which may go.
 
     Raises:
         ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short, channels
@@ -59,9 +62,11 @@ def rehearse(
     """
     first, fresh = planned[0], replace(config, method=type(config.method)(config.method.config))
     job = job_without_files(fresh, model_config, first, dataset, arithmetic, Results(()))
-    context = open_context(job)
+    context, notes = open_context(job), []
     if any(entry.phase.hook == "remove" for entry in planned):
-        removal.try_cut(context, fresh.method.trial_cut(context))
+        cut = fresh.method.trial_cut(context)
+        removal.try_cut(context, cut)
+        notes.append(cut[0].share())
     if first.phase.hook == "train":
         context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
     job.method.setup(context)
@@ -69,6 +74,7 @@ def rehearse(
     steps = steps_per_epoch(job)
     for entry in planned:
         span(entry, steps)
+    return notes
 
 
 def job_without_files(

@@ -48,7 +48,8 @@ class RemovableChannels:
         """per lane, whether it may lose channels"""
         if not any(self.free_lanes):
             raise ConfigError("no channels of this network may be removed under method.exclude and method.residual"
-                              if self.map.lanes else "no channels of this network can be removed")
+                              if self.map.lanes else
+                              f"no channels of this network can be removed: {self.map.holders()}")
         self.free = torch.zeros(self.map.num_classes, dtype=torch.bool)
         """bool [num_classes]"""
         for lane, free in zip(self.map.lanes, self.free_lanes, strict=True):
