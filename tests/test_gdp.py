@@ -502,7 +502,8 @@ def test_dense_start_trains_gates_over_the_finetune_block(tmp_path: Path, capsys
 # Refusals
 
 REFUSED = {
-    "two targets": (("method.params_ratio=0.5",), "method.macs_ratio=0.5 and method.params_ratio=0.5"),
+    "two targets": (("method.macs_ratio=0.5", "method.params_ratio=0.5"),
+                    "method.macs_ratio=0.5 and method.params_ratio=0.5"),
     "no target": (("method.macs_ratio=null",), "exactly one of method.macs_ratio, method.params_ratio"),
     "eps of 0": (("method.eps_end=0",), "method.eps_end"),
     "eps below 0": (("method.eps_start=-0.1",), "method.eps_start"),
