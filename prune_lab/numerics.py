@@ -140,9 +140,14 @@ def make_zeros_positive(model: nn.Module) -> None:
     files pack worse.
     """
     for tensor in model.state_dict().values():
-        if tensor.is_floating_point():
-            bits = bits_of(tensor)
-            bits.masked_fill_(bits == torch.iinfo(bits.dtype).min, 0)  # comparing numbers would clear denormal ones
+        clear_sign_of_zeros(tensor)
+
+
+def clear_sign_of_zeros(values: Tensor) -> None:
+    """Replace every -0.0 by +0.0 in place; integers stay as they are."""
+    if values.is_floating_point():
+        bits = bits_of(values)
+        bits.masked_fill_(bits == torch.iinfo(bits.dtype).min, 0)  # comparing numbers would clear denormal ones
 
 
 def bits_of(values: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ def network() -> nn.Module:
             (norm.weight, 0.5, 1.5), (norm.bias, -0.3, 0.3),
         ):  # fmt: skip
             nn.init.uniform_(tensor, low, high)
+        with torch.no_grad():
+            norm.weight[1::2] *= -1
+    for kernel in (parameter for parameter in model.parameters() if parameter.dim() == 4):
+        kernel.data[:, ::2] = 0
     return model
 
 
@@ -58,6 +62,15 @@ def test_no_inner_shape_speaks_of_the_batch(onnx_file: Path) -> None:
     assert len(graph.value_info) == 0
     assert {node.op_type for node in graph.node} >= {"Conv", "AveragePool"}
     onnx.checker.check_model(onnx_file, full_check=True)
+
+
+def test_pruned_weights_are_positive_zeros_in_onnx(onnx_file: Path) -> None:
+    """Kernels are written times the scale of the batch norm behind them, which may be negative."""
+    import onnx
+
+    constants = [onnx.numpy_helper.to_array(constant) for constant in onnx.load(onnx_file).graph.initializer]
+    zeros = [constant.view("int32")[constant == 0] for constant in constants if constant.dtype == "float32"]
+    assert sum(map(len, zeros)) > 100 and not any(bits.any() for bits in zeros)
 
 
 @pytest.mark.parametrize("is_fixed", [False, True])

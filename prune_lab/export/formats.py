@@ -16,6 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from prune_lab.export.sparse import replaced
+from prune_lab.numerics import clear_sign_of_zeros
 from prune_lab.saved_model import save_model
 from prune_lab.schema import ConfigError
 
@@ -90,9 +91,20 @@ def _write_onnx(program: ExportedProgram, folder: Path, image_size: int) -> None
     network = written.model_proto
     # Inner shapes may be left out. They say "batch", so that a runtime which is told a number there refuses them.
     del network.graph.value_info[:]
+    _make_zeros_positive(network.graph)
     path = folder / "model.onnx"
     onnx.save(network, path)
     onnx.checker.check_model(path, full_check=True)
+
+
+def _make_zeros_positive(graph: Any) -> None:
+    """Replace every -0.0 among the constants of an ONNX graph: zero weights times a negative scale of a batch norm."""
+    from onnx import numpy_helper
+
+    for constant in graph.initializer:
+        values = torch.from_numpy(numpy_helper.to_array(constant).copy())
+        clear_sign_of_zeros(values)
+        constant.CopyFrom(numpy_helper.from_array(values.numpy(), constant.name))
 
 
 def _write_openvino(program: ExportedProgram, folder: Path, image_size: int) -> None:
