@@ -39,10 +39,12 @@ def dry_run(config: RunConfig) -> int:
     planned = identity.plan(config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=1)
     inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": 1}
     folder = results.RunFolder.of(config, fingerprint=None, content=datasets.content(config.dataset), **inputs)
-    dataset, spent, kept, noted = RandomImages(info, arithmetic.torch_device), 0, {}, {}
+    dataset, spent, kept, noted, told = RandomImages(info, arithmetic.torch_device), 0, {}, {}, []
     done = chain.Results(entry.phase for entry in planned)
     for entry in planned:
-        job = job_without_files(config, model_config, entry, dataset, arithmetic, done)
+        # Later phases would speak of weights that only a training gives.
+        report = told.append if entry is planned[0] else lambda text: None
+        job = job_without_files(config, model_config, entry, dataset, arithmetic, done, report=report)
         with matching.naming_reference(config):
             result, context = one_step(job)
         done.add(entry.phase, result)
@@ -64,7 +66,7 @@ def dry_run(config: RunConfig) -> int:
     folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
     _show(folder.directory, planned, rows, summary)
-    print("data: " + "; ".join(info.lines()))
+    print(*told, "data: " + "; ".join(info.lines()), sep="\n")
     if note := dense_note(config, model_config, info):
         print(note)
     if removes:

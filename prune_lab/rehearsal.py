@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,9 +78,14 @@ def rehearse(
 
 
 def job_without_files(
-    config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, arithmetic: Numerics, done: Results
+    config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, arithmetic: Numerics, done: Results,
+    *, report: Callable[[str], None] = lambda text: None,
 ) -> Job:
-    """Return a phase that reads and writes no file, on what the phases before it left in `done`."""
+    """Return a phase that reads and writes no file, on what the phases before it left in `done`.
+
+    Args:
+        report: takes what the method says when it is set up.
+    """
     nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
     return Job(
         config=config,
@@ -94,7 +99,7 @@ def job_without_files(
         resumed=None,
         record=lambda row: None,
         show=lambda done, total, text: None,
-        report=lambda text: None,
+        report=report,
         stop=lambda: False,
         rehearsal=True,
     )
@@ -105,7 +110,7 @@ def set_up(job: Job) -> tuple[dict[str, Any], Context]:
     context = open_context(job)
     if job.planned.phase.hook == "train":
         context.optimizer = job.method.build_optimizer(context.model, job.config.optimizer)
-    job.method.setup(context)
+    _prepare(job, context)
     noted = {} if job.planned.phase.hook == "train" else getattr(job.method, job.planned.phase.hook)(context)
     return _result(job, context) | {"noted": noted or {}}, context
 
@@ -116,7 +121,7 @@ def one_step(job: Job) -> tuple[dict[str, Any], Context]:
         return set_up(job)
     context = open_context(job)
     training = open_training(job, context)
-    job.method.setup(context)
+    _prepare(job, context)
     context.model.train()
     if context.total_steps:
         forward, size = training.forward, job.dataset.info.image_size
@@ -128,6 +133,12 @@ def one_step(job: Job) -> tuple[dict[str, Any], Context]:
         training.forward = named
         train_step(training, *job.dataset.batch(_IMAGES * job.config.trainer.accumulate))
     return _result(job, context), context
+
+
+def _prepare(job: Job, context: Context) -> None:
+    """Set the method up; what it says later is of random images, and goes nowhere."""
+    job.method.setup(context)
+    context.report = lambda text: None
 
 
 def _result(job: Job, context: Context) -> dict[str, Any]:

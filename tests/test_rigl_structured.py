@@ -90,3 +90,11 @@ def test_what_would_cut_kernels_is_refused(option, capsys):
     assert cli.main(["method=rigl_structured", option]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert f"{option} is not allowed" in line
+
+
+def test_the_dry_run_says_so_too(tmp_path: Path, capsys: pytest.CaptureFixture):
+    options = ["method=rigl_structured", "model.width=0.25", "dry_run=true", f"output_dir={tmp_path}"]
+    assert cli.main(options) == 0
+    out = capsys.readouterr().out
+    assert "linear layers stay dense: 160 weights beside a budget of " in out
+    assert "mask updates: " in out

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.lazy import lazy_import
 from prune_lab.methods.base import Card
-from prune_lab.methods.families.sparse_training import BY_SIGN, DropAndGrow, DropAndGrowConfig, check_dense
+from prune_lab.methods.families.sparse_training import (
+    BY_SIGN,
+    PROPORTIONAL,
+    DropAndGrow,
+    DropAndGrowConfig,
+    check_dense,
+)
 from prune_lab.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -45,9 +51,9 @@ class SNFS(DropAndGrow):
         acts="during training, after the optimizer step, at the end of every epoch but the last (method.interval)",
         eligible="weights of convolutions and linear layers; depthwise ones only if included",
         cost="a dense weight gradient in every step, as pruned weights keep their momentum; one bool per weight",
-        differences="the total is exact at every moment with method.apportion=exact, which may also fill a layer "
-        "(official: 99 %); the official rule lets the total vary around its target. No layer drops its last weight; "
-        f"the first mask has exact counts, not independent bits. {BY_SIGN}",
+        differences=f"method.apportion=exact keeps the total at every moment and {PROPORTIONAL}; "
+        "method.apportion=official is that rule. No layer drops its last weight; the first mask has exact counts, not "
+        f"independent bits. {BY_SIGN}",
     )
 
     def __init__(self, config: Any) -> None:

@@ -59,11 +59,12 @@ BY_SIGN = (
 )
 """for the cards of methods with that rule"""
 
-REDISTRIBUTION = (
-    "method.redistribution shares what was freed in exact proportion and fills layers (official sparse momentum, and "
-    "rigl-reproducibility after it: a layer grows at most 99 % of its room, what exceeds that is divided equally among "
-    "the layers, and the total varies)"
+PROPORTIONAL = (
+    "shares what was freed in exact proportion and fills layers (official sparse momentum, and rigl-reproducibility "
+    "after it: a layer grows at most 99 % of its room, what exceeds that is divided equally among the layers, and the "
+    "total varies)"
 )
+REDISTRIBUTION = f"method.redistribution {PROPORTIONAL}"
 """for the cards of methods with that option"""
 
 
