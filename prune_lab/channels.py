@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -84,19 +85,36 @@ class ChannelMap:
     held: Mapping[str, int] = field(default_factory=dict)
     """what channels stay for, but for the outputs -> how many that convolutions and linear layers make, most first"""
 
-    def share(self) -> str:
-        """Return a line that says how many channels can be removed and what holds the others."""
-        made = sum(int((self.rows[path] >= 0).sum()) for path in self.columns)
-        if not self.held:
-            return f"removable: all {made} channels that layers make, but for the outputs"
-        total = made + sum(self.held.values())
-        return f"removable: {made} of {total} channels that layers make ({made / total:.1%}); {self.holders()}"
+    def share(self, free: Sequence[bool]) -> str:
+        """Return a line that says how many channels can be removed and what holds the others.
+
+        Args:
+            free: per lane, whether the method may remove its channels.
+        """
+        made = torch.cat([self.rows[path] for path in self.columns])
+        made, allowed = made[made >= 0], self.members(free)
+        left, once = int(allowed[made].sum()), int(allowed.sum())
+        held = Counter(self.held) + Counter({"the method and its options": len(made) - left})
+        total = left + held.total()
+        share = f"{left} of {total} channels that layers make ({left / total:.1%})"
+        parts = [share if held else f"all {left} channels that layers make, but for the outputs"]
+        parts += [f"{once} counting tied ones once"] if once < left else []
+        return f"removable: {'; '.join(parts + [_holders(held)] if held else parts)}"
 
     def holders(self) -> str:
         """Return a phrase that names the operations which most channels stay for."""
-        named = [f"{holder}: {count}" for holder, count in list(self.held.items())[:3]]
-        more = f" and {len(self.held) - 3} more" if len(self.held) > 3 else ""
-        return f"others are held by {', '.join(named)}{more}"
+        return _holders(Counter(self.held))
+
+    def members(self, lanes: Sequence[bool]) -> Tensor:
+        """Return the classes of some lanes, bool [num_classes].
+
+        Args:
+            lanes: per lane, whether it is one of them.
+        """
+        found = torch.zeros(self.num_classes, dtype=torch.bool)
+        for lane, chosen in zip(self.lanes, lanes, strict=True):
+            found[lane.classes] = chosen
+        return found
 
     def producers(self) -> list[str]:
         """Return the module paths of all layers that make channels, in the order of the forward pass."""
@@ -156,6 +174,12 @@ class ChannelMap:
         return written[:-1], read[:-1]
 
 
+def _holders(held: Counter[str]) -> str:
+    named = [f"{holder}: {count}" for holder, count in held.most_common(3)]
+    more = f" and {len(held) - 3} more" if len(held) > 3 else ""
+    return f"others are held by {', '.join(named)}{more}"
+
+
 def channel_map(model: nn.Module, image_size: int) -> ChannelMap:
     """Return the channel classes of `model`.
 
@@ -213,7 +237,11 @@ def channel_groups(model: nn.Module, image_size: int) -> list[ChannelGroup]:
     Raises:
         ConfigError: the network's data flow cannot be traced.
     """
-    found = channel_map(model, image_size)
+    return groups_of(channel_map(model, image_size))
+
+
+def groups_of(found: ChannelMap) -> list[ChannelGroup]:
+    """Return the channels of a map that are not added to others, by the layer that makes them."""
     return [group for lane in found.lanes if (group := _as_group(found, lane)) is not None]
 
 

@@ -33,20 +33,24 @@ def check_equal(model: nn.Module, channels: ChannelMap, alive: Tensor, image_siz
         image_size: height and width of the RGB images, px.
 
     Raises:
-        ConfigError: they differ by more than TOLERANCE (the message names the first layer that does), or the network
-            cannot compute in float64.
+        ConfigError: they differ by more than TOLERANCE (the message names the first layer that does), the smaller
+            network does not compute, or the network cannot compute in float64.
     """
-    masked = copy.deepcopy(model).double().cpu().eval()
+    masked = copy.deepcopy(model).cpu().double().eval()  # not every device knows float64
     source = torch.Generator().manual_seed(0)
     images = torch.randn(1, 3, image_size, image_size, generator=source, dtype=torch.float64)
     _draw_parameters(masked, source)
-    with _measured_norms(masked, source):
-        _run(masked, images)
+    kind = type(model).__name__
+    with _one_line(f"removing channels needs a check in float64, which {kind} does not compute"):
+        with _measured_norms(masked, source):
+            masked(images)
     small = remove_channels(masked, channels, alive)
     for name, mask in channels.weight_masks(alive, masked).items():
         masked.get_parameter(name).mul_(mask)
     places = channels.rows | channels.norms
-    expected, got = (_values(network, places, images) for network in (masked, small))
+    expected = _values(masked, places, images)
+    with _one_line(f"{kind} does not compute without its dead channels; those of this architecture cannot be removed"):
+        got = _values(small, places, images)
     kept = {path: channels.kept(classes, alive) for path, classes in places.items()}
     differences = {
         path: _difference(values, expected[path][kept[path]] if path in kept else expected[path])
@@ -61,14 +65,13 @@ def check_equal(model: nn.Module, channels: ChannelMap, alive: Tensor, image_siz
     return max(differences.values())
 
 
-def _run(network: nn.Module, images: Tensor) -> Tensor:
+@contextmanager
+def _one_line(refusal: str) -> Iterator[None]:
     try:
-        return network(images)
+        yield
     except Exception as error:  # a foreign forward may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"removing channels needs a check in float64, which {type(network).__name__} does not compute: {reason}"
-        ) from error
+        raise ConfigError(f"{refusal}: {reason}") from error
 
 
 def _values(network: nn.Module, paths: Iterable[str], images: Tensor) -> dict[str, Tensor]:
@@ -81,7 +84,7 @@ def _values(network: nn.Module, paths: Iterable[str], images: Tensor) -> dict[st
 
     names = {network.get_submodule(path): path for path in paths}
     hooks = [module.register_forward_hook(note) for module in names]
-    outputs = _run(network, images)
+    outputs = network(images)
     for hook in hooks:
         hook.remove()
     return found | {"its end": outputs}

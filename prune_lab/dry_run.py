@@ -9,12 +9,11 @@ from typing import Any
 
 from prune_lab import chain, datasets, identity, matching, numerics, results, targets
 from prune_lab.accounting import count_parameters, layer_table
-from prune_lab.channels import channel_map
 from prune_lab.config import RunConfig
 from prune_lab.eligibility import usable_layers
 from prune_lab.files import write_json
 from prune_lab.numerics import Numerics
-from prune_lab.phases import build_model, dense_note, layer_costs
+from prune_lab.phases import build_model, dense_note, layer_costs, open_context
 from prune_lab.planning import PhaseOutlook
 from prune_lab.rehearsal import RandomImages, job_without_files, one_step
 from prune_lab.schema import ConfigError
@@ -41,11 +40,14 @@ def dry_run(config: RunConfig) -> int:
     folder = results.RunFolder.of(config, fingerprint=None, content=datasets.content(config.dataset), **inputs)
     dataset, spent, kept, noted, told = RandomImages(info, arithmetic.torch_device), 0, {}, {}, []
     done = chain.Results(entry.phase for entry in planned)
+    removes, removable = any(entry.phase.hook == "remove" for entry in planned), None
     for entry in planned:
         # Later phases would speak of weights that only a training gives.
         report = told.append if entry is planned[0] else lambda text: None
         job = job_without_files(config, model_config, entry, dataset, arithmetic, done, report=report)
         with matching.naming_reference(config):
+            if removes and removable is None:
+                removable = config.method.trial_cut(open_context(job)).line()
             result, context = one_step(job)
         done.add(entry.phase, result)
         noted |= result.get("noted", {})
@@ -56,12 +58,12 @@ def dry_run(config: RunConfig) -> int:
     model = build_model(model_config, **sizes, seed=config.seed)
     costs = layer_costs(model_config, **sizes)
     layers = usable_layers(config.method, model, costs)
-    rows, removes = layer_table(layers, costs, kept), any(entry.phase.hook == "remove" for entry in planned)
+    rows = layer_table(layers, costs, kept)
     if config.method.costs_depend_on_images:
         rows = [row | ({"macs_kept": None} if row["eligible"] else {}) for row in rows]
     known = {"spent": spent, "info": info, "arithmetic": arithmetic}
     summary = _summary(config, folder, planned, model, costs, layers, kept, **known)
-    if removes:
+    if removable:
         summary |= _removed(None if kept is None else count_parameters(context.model), noted)
     folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
@@ -69,8 +71,8 @@ def dry_run(config: RunConfig) -> int:
     print(*told, "data: " + "; ".join(info.lines()), sep="\n")
     if note := dense_note(config, model_config, info):
         print(note)
-    if removes:
-        print(channel_map(model, info.image_size).share())
+    if removable:
+        print(removable)
     if config.method.costs_depend_on_images:
         print("? depends on the images: measured on the evaluation images of the run")
     if config.matched:

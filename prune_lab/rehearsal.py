@@ -66,7 +66,7 @@ def rehearse(
     if any(entry.phase.hook == "remove" for entry in planned):
         cut = fresh.method.trial_cut(context)
         removal.try_cut(context, cut)
-        notes.append(cut[0].share())
+        notes.append(cut.line())
     if first.phase.hook == "train":
         context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
     job.method.setup(context)

@@ -50,10 +50,8 @@ class RemovableChannels:
             raise ConfigError("no channels of this network may be removed under method.exclude and method.residual"
                               if self.map.lanes else
                               f"no channels of this network can be removed: {self.map.holders()}")
-        self.free = torch.zeros(self.map.num_classes, dtype=torch.bool)
+        self.free = self.map.members(self.free_lanes)
         """bool [num_classes]"""
-        for lane, free in zip(self.map.lanes, self.free_lanes, strict=True):
-            self.free[lane.classes] = free
 
     def rows(self, model: nn.Module, *, norm_scales: bool) -> dict[nn.Parameter, Tensor]:
         """Return the class of each row of all that makes or passes a removable channel; -1: of none.

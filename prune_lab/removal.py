@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from prune_lab import cut_check, distributed, eligibility, surgery
 from prune_lab.accounting import profile
-from prune_lab.channels import ChannelMap, channel_map
+from prune_lab.channels import ChannelMap, channel_map, groups_of
 from prune_lab.context import Context
 from prune_lab.schema import ConfigError
 
@@ -57,31 +58,45 @@ def remove_dead(context: Context) -> dict[str, float]:
     return {"remove/channels_kept": kept / channels.num_classes, "remove/difference": difference}
 
 
-def try_cut(context: Context, cut: tuple[ChannelMap, Tensor]) -> None:
+@dataclass(frozen=True)
+class TrialCut:
+    """A cut that is tried before the training."""
+
+    channels: ChannelMap
+    free: Sequence[bool]
+    """per lane, whether the method may remove its channels"""
+    alive: Tensor
+    """bool [num_classes]: a plausible choice of those to keep"""
+
+    def line(self) -> str:
+        """Return a line that says which share of the channels may be removed and what holds the others."""
+        return self.channels.share(self.free)
+
+
+def try_cut(context: Context, cut: TrialCut) -> None:
     """Check a cut that has not been made.
 
     Raises:
         ConfigError: the smaller network differs from the masked one.
     """
-    channels, alive = cut
-    if not bool(alive.all()):
-        cut_check.check_equal(context.model, channels, alive, context.dataset.info.image_size)
+    if not bool(cut.alive.all()):
+        cut_check.check_equal(context.model, cut.channels, cut.alive, context.dataset.info.image_size)
 
 
-def half_of_hidden(context: Context) -> tuple[ChannelMap, Tensor]:
-    """Return the channel map, and half of the channels of each eligible layer that are not added to others."""
+def half_of_groups(context: Context, producers: Collection[str]) -> TrialCut:
+    """Return a cut of half of the channels of each group that one of these layers makes."""
     channels = channel_map(context.model, context.dataset.info.image_size)
-    allowed = {layer.name for layer in context.eligible()}
-    return channels, half(channels, [not lane.summed and allowed.issuperset(lane.producers) for lane in channels.lanes])
+    names = {group.producer for group in groups_of(channels)}.intersection(producers)
+    return half(channels, [lane.name in names for lane in channels.lanes])
 
 
-def half(channels: ChannelMap, free: Sequence[bool]) -> Tensor:
-    """Return every second class of the lanes that are free and all of the others, bool [num_classes]."""
+def half(channels: ChannelMap, free: Sequence[bool]) -> TrialCut:
+    """Return a cut of every second class of the lanes that are free."""
     alive = torch.ones(channels.num_classes, dtype=torch.bool)
     for lane, may_go in zip(channels.lanes, free, strict=True):
         if may_go:
             alive[lane.classes[1::2]] = False
-    return alive
+    return TrialCut(channels, free, alive)
 
 
 def _replace(context: Context, channels: ChannelMap, alive: Tensor, masks: dict[str, Tensor]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from channel_networks import NARROW, disturb, thinned
 from run_helpers import METHODS, TINY, compose
@@ -211,6 +212,22 @@ def test_a_network_that_uses_its_width_as_a_number_is_refused() -> None:
     channels = channel_map(model, 8)
     with pytest.raises(ConfigError, match="first at b; the channels of this architecture cannot be removed"):
         check_equal(model, channels, thinned(channels), 8)
+
+
+class NeedsItsWidth(CountsChannels):
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.fc(self.b(F.avg_pool2d(x, x.shape[1] - 4)).mean([2, 3]))
+
+
+def test_a_network_that_fails_without_its_channels_is_refused_for_that() -> None:
+    model = NeedsItsWidth()
+    channels = channel_map(model, 24)
+    alive = torch.ones(channels.num_classes, dtype=torch.bool)
+    alive[:4] = False
+    with pytest.raises(ConfigError, match="^NeedsItsWidth does not compute without its dead channels; .*zero") as found:
+        check_equal(model, channels, alive, 24)
+    assert "\n" not in str(found.value)
 
 
 class SinglePrecision(CountsChannels):

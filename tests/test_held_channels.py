@@ -36,7 +36,7 @@ def test_channels_are_counted_by_what_holds_them() -> None:
     assert channels.num_classes == 18
     assert channels.held == {"Conv2d of 2 groups (4)": 10, "GroupNorm (3)": 8}
     assert list(channels.held.values()) == [10, 8]
-    assert channels.share() == (
+    assert channels.share([True] * len(channels.lanes)) == (
         "removable: 18 of 36 channels that layers make (50.0%); others are held by Conv2d of 2 groups (4): 10, "
         "GroupNorm (3): 8"
     )
@@ -66,8 +66,11 @@ def test_what_a_held_channel_is_added_to_is_held_by_the_same() -> None:
 @pytest.mark.parametrize("family", ["resnet20-A", "vgg16", "mobilenet_v3_small"])
 def test_networks_of_which_all_may_go_have_a_short_line(family: str) -> None:
     channels = channel_map(NARROW[family](), 32)
-    made = sum(len(channels.rows[path]) for path in channels.columns)
-    assert channels.share() == f"removable: all {made - 10} channels that layers make, but for the outputs"
+    made = sum(len(channels.rows[path]) for path in channels.columns) - 10
+    tied = f"; {channels.num_classes} counting tied ones once" if channels.num_classes < made else ""
+    line = f"removable: all {made} channels that layers make, but for the outputs{tied}"
+    assert channels.share([True] * len(channels.lanes)) == line
+    assert bool(tied) == (family != "vgg16")
 
 
 def test_nothing_to_remove_names_what_holds_the_channels() -> None:
@@ -85,7 +88,28 @@ def test_the_plan_says_it(command: str, tmp_path: Path, capsys: pytest.CaptureFi
     else:
         assert dry_run(compose(*options, f"output_dir={tmp_path}")) == 0
         printed = capsys.readouterr().out
-    assert printed.count("removable: all 172 channels that layers make, but for the outputs") == 1
+    assert printed.count("removable: all 172 channels that layers make, but for the outputs; 100 counting tied") == 1
+
+
+# Blocks make 4, 8, 16 channels of their own three times each: 84. Those of layer1's trunk run on through all layers.
+@pytest.mark.parametrize(("options", "left"), [
+    (("method=l1_filter", "method.residual=false"), 84),
+    (("method=l1_filter", "method.exclude=[layer1.*]"), 120),
+    (("method=gdp", "method.residual=false"), 84),
+    (("method=slimming", "method.residual=false"), 84),
+    (("method=masksparsity", "method.residual=false"), 84),
+    (("method=structured_directional", "method.residual=false"), 84),
+    (("method=greedy", "method.exclude=[layer3.*]"), 36),
+    (("method=dep_l0",), 84),
+    (("method=l0", "method.granularity=filter", "method.exclude=[layer2.0.conv1]"), 76),
+])  # fmt: skip
+def test_channels_that_the_method_leaves_alone_are_not_called_removable(
+    options: tuple[str, ...], left: int, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert dry_run(compose(*TINY, *options, f"output_dir={tmp_path}")) == 0
+    printed = capsys.readouterr().out
+    assert f"removable: {left} of 172 channels that layers make ({left / 172:.1%}); " in printed
+    assert f"others are held by the method and its options: {172 - left}\n" in printed
 
 
 def test_blurred_pools_of_timm_are_named() -> None:

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
-    from prune_lab.channels import ChannelMap
     from prune_lab.config import AdamConfig, RunConfig, SGDConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
     from prune_lab.positions import Position
+    from prune_lab.removal import TrialCut
 
 eligibility = lazy_import("prune_lab.eligibility")
 optim = lazy_import("prune_lab.optim")
@@ -251,12 +251,12 @@ class Method:
             removal.try_cut(context, self.trial_cut(context))
         return figures
 
-    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
-        """Return the channels of the whole network and a plausible choice of those to keep, bool [num_classes].
+    def trial_cut(self, context: Context) -> TrialCut:
+        """Return a cut of the whole network that is tried before the training, and which channels may go.
 
-        The cut is tried on it before the training. Here: half of all channels that are not added to others.
+        Here: half of the channels of eligible layers that can go without a change to any other channel.
         """
-        return removal.half_of_hidden(context)
+        return removal.half_of_groups(context, {layer.name for layer in context.eligible()})
 
     def finish(self, model: nn.Module) -> nn.Module:
         """Return the plain module to keep: zeros are baked in, channels were removed in a phase of its own."""

@@ -13,11 +13,11 @@ from prune_lab.schema import ConfigError, OpenFraction, Positive, Range
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from prune_lab.channels import ChannelMap
     from prune_lab.config import RunConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
     from prune_lab.gate_budget import GateBudget
+    from prune_lab.removal import TrialCut
 
 torch = lazy_import("torch")
 distributed = lazy_import("prune_lab.distributed")
@@ -207,10 +207,10 @@ class GDP(Method):
             f"{self.dual_lr:.3g}"
         )
 
-    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
+    def trial_cut(self, context: Context) -> TrialCut:
         """Return half of the channels that have gates."""
         problem = self._problem(context)
-        return problem.map, removal.half(problem.map, problem.lane_is_free)
+        return removal.half(problem.map, problem.lane_is_free)
 
     def _problem(self, context: Context) -> GateBudget:
         config = self.config

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from prune_lab.config import RunConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
+    from prune_lab.removal import TrialCut
     from prune_lab.scoring_images import DrawnImages
 
 torch = lazy_import("torch")
@@ -28,6 +29,7 @@ distributed = lazy_import("prune_lab.distributed")
 eligibility = lazy_import("prune_lab.eligibility")
 imitation = lazy_import("prune_lab.imitation")
 patterns = lazy_import("prune_lab.patterns")
+removal = lazy_import("prune_lab.removal")
 scoring = lazy_import("prune_lab.scoring")
 scoring_images = lazy_import("prune_lab.scoring_images")
 short_training = lazy_import("prune_lab.short_training")
@@ -169,6 +171,10 @@ class Greedy(Method):
                 raise ConfigError("method.exclude leaves no layer to prune")
             raise ConfigError("method=greedy: no hidden channels of this network can be removed on their own")
         return groups
+
+    def trial_cut(self, context: Context) -> TrialCut:
+        """Return a cut of half of the channels of each group."""
+        return removal.half_of_groups(context, {group.producer for group in self.groups(context)})
 
     def budget(self, context: Context, groups: list[ChannelGroup]) -> dict[str, int] | None:
         """Return the channels each producer keeps; None: the accuracy decides.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from prune_lab.channels import ChannelMap
     from prune_lab.config import RunConfig
     from prune_lab.context import Context
+    from prune_lab.removal import TrialCut
     from prune_lab.scale_penalty import ScalePenalty
 
 torch = lazy_import("torch")
@@ -184,11 +185,11 @@ class MaskSparsity(ScalePruning):
         limit = self.config.threshold if energy is None else scale_thresholds.energy_threshold(values, energy)
         return scale_thresholds.with_least(values > limit, values, self.config.least_channels)
 
-    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
+    def trial_cut(self, context: Context) -> TrialCut:
         if self.config.target() not in _MARKS:
             return super().trial_cut(context)
         problem = self._problem(context)
-        return problem.channels, removal.half(problem.channels, problem.free)
+        return removal.half(problem.channels, problem.free)
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         if self.config.target() not in _MARKS:

@@ -13,11 +13,11 @@ from prune_lab.schema import ConfigError, Count, Index, OpenFraction, Positive, 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from prune_lab.channels import ChannelMap
     from prune_lab.config import RunConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
     from prune_lab.removable_channels import RemovableChannels
+    from prune_lab.removal import TrialCut
 
 torch = lazy_import("torch")
 eligibility = lazy_import("prune_lab.eligibility")
@@ -175,10 +175,10 @@ class StructuredDirectional(Method):
                 channels.best(torch.zeros(channels.map.num_classes, dtype=torch.float64), self.config.macs_ratio)
         return None
 
-    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
+    def trial_cut(self, context: Context) -> TrialCut:
         """Return half of the channels that may be removed."""
         channels = self._channels(context)
-        return channels.map, removal.half(channels.map, channels.free_lanes)
+        return removal.half(channels.map, channels.free_lanes)
 
     def _channels(self, context: Context) -> RemovableChannels:
         config = self.config

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from prune_lab.config import RunConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
+    from prune_lab.removal import TrialCut
 
 torch = lazy_import("torch")
 channel_selection = lazy_import("prune_lab.channel_selection")
@@ -28,6 +29,7 @@ distributed = lazy_import("prune_lab.distributed")
 eligibility = lazy_import("prune_lab.eligibility")
 patterns = lazy_import("prune_lab.patterns")
 removable_channels = lazy_import("prune_lab.removable_channels")
+removal = lazy_import("prune_lab.removal")
 schedules = lazy_import("prune_lab.sparsity_schedules")
 surgery = lazy_import("prune_lab.surgery")
 
@@ -215,12 +217,13 @@ class ChannelPruning(Method):
         common.init_weights(fresh)  # draws go on from those of the whole network, which the seed decides
         context.model.load_state_dict(fresh.state_dict())
 
-    def trial_cut(self, context: Context) -> tuple[ChannelMap, Tensor]:
+    def trial_cut(self, context: Context) -> TrialCut:
         """Return a cut of the size asked for, its channels drawn by chance."""
         problem = Problem(self, context)
         drawn = context.generator("trial cut")
         scores = torch.rand(problem.channels.num_classes, generator=drawn, dtype=torch.float64)
-        return problem.channels, channel_selection.top(scores, problem.channels, problem.counts(scores))
+        alive = channel_selection.top(scores, problem.channels, problem.counts(scores))
+        return removal.TrialCut(problem.channels, problem.free, alive)
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         """Return the kept weights of the budget; with scope=global they depend on trained weights."""
