@@ -321,6 +321,8 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
         "time/epoch_s": seconds,
         "time/images_per_s": images_per_s,
     }
+    if context.steps_per_epoch < training.dataset.num_batches(training.batch_size):
+        row["train/images"] = context.steps_per_epoch * training.batch_size
     if context.masks is not None:
         row |= context.mask_figures()
     row |= training.method.end_epoch(context, progress.epoch)
@@ -359,6 +361,8 @@ def measure(
 ) -> dict[str, float]:
     """Return loss, top1 and top5 (percent) over every image of `split`, each counted once over all processes.
 
+    Where `trainer.limit_eval_batches` left some of them out, `images` tells how many were used.
+
     Args:
         model: maps [N, 3, H, W] to [N, classes]; put into eval mode and back.
         split: "val" or "test".
@@ -384,4 +388,8 @@ def measure(
         poll()
     model.train(was_training)
     loss, top1, top5, images = distributed.total(sums).tolist()
-    return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+    scores = {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+    if trainer.limit_eval_batches is None:
+        return scores
+    every = dataset.info.num_val if split == "val" else dataset.info.num_test
+    return scores | {"images": int(images)} if images < every else scores

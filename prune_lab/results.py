@@ -291,6 +291,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         "run/versions": versions(),
         **choices(config),
         **run.dataset.info.figures(),
+        "data/content": run.dataset.content,
         **flat,
         "dense/top1": dense[0]["top1"] if dense else None,
         "delta/top1": scores["final"]["top1"] - dense[0]["top1"] if dense else None,

@@ -125,6 +125,33 @@ def test_every_option_in_which_rows_differ_is_printed(tmp_path):
     }
 
 
+def test_folders_are_known_by_their_content_not_by_how_their_path_was_typed(tmp_path):
+    for name, root, content in (
+        ("a", "birds", "aaaaaaaaa"), ("b", "./birds", "aaaaaaaaa"), ("c", "other birds", "ccccccccc"),
+        ("d", "birds", "ddddddddd"), ("old", "birds", None),
+    ):  # fmt: skip
+        write_run(tmp_path, name, data={"name": "own", "kind": "imagefolder", "root": root}, data__content=content,
+                  options={"interval": ord(name[0])}, macs__inference=1)  # fmt: skip
+    write_run(tmp_path, "e", data={"name": "own", "kind": "imagefolder", "root": "birds", "validation": 0.1},
+              data__content="eeeeeeeee")  # fmt: skip
+    rows = rows_of(tmp_path)
+    texts = {name: re.search(r"dataset\.root=(.*?)(?: [a-z]+\.|$)", row.options)[1] for name, row in rows.items()}
+    assert texts == {"a": "birds", "b": "birds", "c": "other birds", "d": "birds (dddddddd)", "e": "birds",
+                     "old": "birds"}  # fmt: skip
+    fitting = {frozenset(other for other in rows if rows[other].kind.fits(row.kind)) for row in rows.values()}
+    assert fitting == {frozenset({"a", "b", "old"}), frozenset("c"), frozenset("d"), frozenset("e")}
+    assert rows["d"].kind.unlike(rows["a"].kind) == ["dataset.root birds (dddddddd) / birds"]
+    assert "root=other birds" in styles.kind_names(list(rows.values()))["c"]
+
+
+def test_images_of_ones_own_under_a_published_name_are_other_images(tmp_path):
+    write_run(tmp_path, "a")
+    write_run(tmp_path, "b", data={"root": "mine"}, data__content="bbbbbbbbb")
+    rows = rows_of(tmp_path)
+    assert (rows["a"].options, rows["b"].options) == ("dataset.root=published", "dataset.root=mine")
+    assert not rows["a"].kind.fits(rows["b"].kind)
+
+
 def test_options_of_models_and_data_sets_are_compared_among_their_own(tmp_path):
     write_run(tmp_path, "a", model={"name": "vgg16", "width": 2.0})
     write_run(tmp_path, "b", data={"name": "digits", "num_test": 359})

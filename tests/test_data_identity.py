@@ -33,6 +33,7 @@ def test_a_sweep_over_two_folders_finishes_two_runs(tmp_path, capsys):
     found = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*/summary.json")]
     assert sorted(flat["data/num_train"] for flat in found) == [16, 17]
     assert {(flat["data/num_test"], flat["data/num_classes"]) for flat in found} == {(4, 2)}
+    assert len({flat["data/content"] for flat in found}) == 2
     names = {dry_directory(tmp_path / "dry", *FOLDER, f"dataset.root={root}") for root in roots}
     assert names == {path.parent.name for path in (tmp_path / "out").glob("*/summary.json")}
 
@@ -92,6 +93,6 @@ def test_where_options_fix_the_data_they_alone_name_the_directory(tmp_path, name
         assert execute(tmp_path / "out", *TINY, "dataset.validation=0.25") == 0
         flat = summary(tmp_path / "out")
         counts = {"data/num_train": 36, "data/num_val": 12, "data/num_test": 20, "data/num_classes": 4}
-        assert {key: flat[key] for key in counts} == counts
+        assert {key: flat[key] for key in counts} == counts and flat["data/content"] is None
         dry = dry_directory(tmp_path / "dry", *TINY, "dataset.validation=0.25")
         assert dry == run_dir(tmp_path / "out").name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -341,4 +342,7 @@ def test_what_was_left_out_of_the_images_is_counted(tmp_path):
     assert execute(tmp_path / "whole", *TINY, *METHODS["dense"], *options, *unlimited) == 0
     found = summary(tmp_path / "whole")
     assert [found[key] for key in keys] == [16, 16, 32, 32, None, 48]
-    assert "of 10 of 16 images" in run_dir(tmp_path / "part").joinpath("log.txt").read_text()
+    part, whole = (run_dir(tmp_path / name).joinpath("log.txt").read_text() for name in ("part", "whole"))
+    assert "of 10 of 16 images" in part
+    assert re.search(r"train 1/\d+ .*  top1 \d+\.\d+ \(16 images\).*  eval top1 \d+\.\d+ \(10 images\)", part)
+    assert "images)" not in whole

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from prune_lab.compare.partial import evaluated, trained
 from prune_lab.compare.runs import RunResult, flat_options
+from prune_lab.compare.sources import ANYWHERE, sources
 
 if TYPE_CHECKING:
     from prune_lab.compare.groups import Row
 
-_ANYWHERE = ("dataset.download", "dataset.cache_dir", "dataset.workers")
-"""where the same images come from"""
+
+_NOT_KIND = (*ANYWHERE, "model.name", "dataset.name")
+"""options of models and data sets that belong to neither the network nor the images, or that labels tell"""
 
 
 @dataclass(frozen=True)
@@ -70,8 +72,11 @@ def kinds(firsts: Mapping[str, RunResult]) -> dict[str, Kind]:
         firsts: group -> one of its runs. Options that not all runs of a model or data set have, because versions of
             this program differ, tell nothing.
     """
-    told = {group: _variants(firsts, group) for group in ("model", "dataset")}
-    return {name: _kind(run, [told[group][name] for group in told]) for name, run in firsts.items()}
+    told, images = {group: _variants(firsts, group) for group in ("model", "dataset")}, sources(firsts)
+    return {
+        name: _kind(run, [{"dataset.root": images[name]}, *(told[group][name] for group in told)])
+        for name, run in firsts.items()
+    }
 
 
 def _variants(firsts: Mapping[str, RunResult], group: str) -> dict[str, dict[str, Any]]:
@@ -88,7 +93,7 @@ def _variants(firsts: Mapping[str, RunResult], group: str) -> dict[str, dict[str
         known = [name for name in names if flat[name]]
         shared = set.intersection(*(set(flat[name]) for name in known)) if known else set()
         for name in known:
-            found[name] = {key: flat[name][key] for key in sorted(shared) if _tells(key, flat[name])}
+            found[name] = {key: flat[name][key] for key in sorted(shared) if key not in _NOT_KIND}
         variants = {repr(found[name]): found[name] for name in known}
         lost = next(iter(variants.values())) if len(variants) == 1 else {f"{group} options": "lost"} if known else {}
         found |= {name: lost for name in names if not flat[name]}
@@ -110,13 +115,6 @@ def _kind(run: RunResult, told: Iterable[Mapping[str, Any]]) -> Kind:
         finetune=None if single else _epochs(schedule, "finetune"),
         total=sum(phase["epochs"] for phase in run.phases) if "phases" in run.summary else None,
     )
-
-
-def _tells(key: str, flat: Mapping[str, Any]) -> bool:
-    """Return whether an option belongs to what the network or the images are; a known data set's place does not."""
-    if key == "dataset.root":
-        return flat.get("dataset.kind") == "imagefolder"
-    return key not in (*_ANYWHERE, "model.name", "dataset.name")
 
 
 def _epochs(schedule: Mapping[str, Any], block: str) -> float | None:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from prune_lab.compare.runs import RunResult, flat_options
+from prune_lab.compare.sources import ANYWHERE, sources
 
-_NOT_OPTIONS = ("seed", "output_dir", "dry_run", "logger.", "paper.", "dataset.root", "dataset.download",
-                "dataset.cache_dir", "dataset.workers", "trainer.checkpoint_interval_s", "trainer.threads",
-                "trainer.eval_interval")  # fmt: skip
+_NOT_OPTIONS = ("seed", "output_dir", "dry_run", "logger.", "paper.", *ANYWHERE, "trainer.checkpoint_interval_s",
+                "trainer.threads", "trainer.eval_interval")  # fmt: skip
 """options, or beginnings of them, that do not tell groups apart"""
 _CHOICES = ("model", "dataset", "schedule", "method")
 """groups whose options mean something beside their own kind only: those of two methods are not compared"""
@@ -32,7 +32,8 @@ def texts(firsts: Mapping[str, RunResult], looks: Mapping[str, Any]) -> dict[str
         looks: group -> what the table's other columns show of it; groups that would still look the same get all
             options in which they differ, and their name if there are none.
     """
-    flat = {name: _telling(run) for name, run in firsts.items()}
+    images = sources(firsts)
+    flat = {name: _telling(run) | {"dataset.root": images[name]} for name, run in firsts.items()}
     shown = _differing(firsts, flat)
     found = {name: _text(flat[name], [key for key in flat[name] if key in shown[name]]) for name in firsts}
     alike: dict[Any, list[str]] = defaultdict(list)

@@ -68,7 +68,8 @@ def kind_names(rows: Sequence[Row]) -> dict[str, str]:
     if len(circles(rows)) == 1:
         return dict.fromkeys((row.group for row in rows), "")
     several = [position for position in (1, 3) if len({row.labels[position] for row in rows}) > 1]
-    words = {row.group: [word for word in row.options.split() if word.startswith(_KIND)] for row in rows}
+    options = {row.group: re.split(r" (?=[\w.]+=)", row.options) for row in rows}  # values may have spaces
+    words = {group: [text for text in texts if text.startswith(_KIND)] for group, texts in options.items()}
     parts = {row.group: [row.labels[position] for position in several] + words[row.group] for row in rows}
     return {row.group: to_ascii(_short(" ".join([*parts[row.group], *_parts(row)]))) for row in rows}
 

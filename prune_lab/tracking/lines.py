@@ -53,8 +53,15 @@ def epoch_line(record: dict[str, Any], epochs: dict[str, int]) -> str | None:
     for key, label, show in _EPOCH_PARTS:
         value = record.get(key)
         if value is not None:
-            parts.append(f"{label} {show(value)}")
+            parts.append(f"{label} {show(value)}{_of_part(key, record)}")
     return "  ".join(parts) if len(parts) > 1 else None
+
+
+def _of_part(key: str, record: dict[str, Any]) -> str:
+    """Return how many images an accuracy is of, where those were not all."""
+    split, _, what = key.partition("/")
+    images = record.get(f"{split}/images") if what == "top1" else None
+    return "" if images is None else f" ({images:,} images)"
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
