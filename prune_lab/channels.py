@@ -91,19 +91,20 @@ class ChannelMap:
         Args:
             free: per lane, whether the method may remove its channels.
         """
-        made = torch.cat([self.rows[path] for path in self.columns])
+        made = torch.cat([torch.empty(0, dtype=torch.int64), *(self.rows[path] for path in self.columns)])
         made, allowed = made[made >= 0], self.members(free)
         left, once = int(allowed[made].sum()), int(allowed.sum())
         held = Counter(self.held) + Counter({"the method and its options": len(made) - left})
-        total = left + held.total()
-        share = f"{left} of {total} channels that layers make ({left / total:.1%})"
-        parts = [share if held else f"all {left} channels that layers make, but for the outputs"]
+        total, what = left + held.total(), "channels that layers make"
+        all_but = f"all {left} {what}, but for the outputs"
+        parts = [f"{left} of {total} {what} ({left / total:.1%})" if held else all_but]
         parts += [f"{once} counting tied ones once"] if once < left else []
-        return f"removable: {'; '.join(parts + [_holders(held)] if held else parts)}"
+        parts += [f"others are held by {_most(held)}"] if held else []
+        return f"removable: {'; '.join(parts)}"
 
     def holders(self) -> str:
         """Return a phrase that names the operations which most channels stay for."""
-        return _holders(Counter(self.held))
+        return f"they are held by {_most(Counter(self.held))}" if self.held else "its layers make the outputs only"
 
     def members(self, lanes: Sequence[bool]) -> Tensor:
         """Return the classes of some lanes, bool [num_classes].
@@ -174,10 +175,10 @@ class ChannelMap:
         return written[:-1], read[:-1]
 
 
-def _holders(held: Counter[str]) -> str:
+def _most(held: Counter[str]) -> str:
     named = [f"{holder}: {count}" for holder, count in held.most_common(3)]
     more = f" and {len(held) - 3} more" if len(held) > 3 else ""
-    return f"others are held by {', '.join(named)}{more}"
+    return f"{', '.join(named)}{more}"
 
 
 def channel_map(model: nn.Module, image_size: int) -> ChannelMap:
@@ -190,7 +191,8 @@ def channel_map(model: nn.Module, image_size: int) -> ChannelMap:
         ConfigError: the network's data flow cannot be traced.
     """
     flow = follow(trace(model, image_size))
-    made = np.concatenate([flow.identities.roots(flow.rows[path]) for path in flow.columns])
+    none = np.empty(0, dtype=np.int64)
+    made = np.concatenate([none, *(flow.identities.roots(flow.rows[path]) for path in flow.columns)])
     classes = {root: index for index, root in enumerate(dict.fromkeys(made[made > 0].tolist()))}
 
     def numbered(ids: np.ndarray) -> Tensor:

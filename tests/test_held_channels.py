@@ -73,10 +73,15 @@ def test_networks_of_which_all_may_go_have_a_short_line(family: str) -> None:
     assert bool(tied) == (family != "vgg16")
 
 
-def test_nothing_to_remove_names_what_holds_the_channels() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(96, 2))
-    with pytest.raises(ConfigError, match=r"no channels of this network can be removed: others .* GroupNorm \(1\): 6$"):
-        RemovableChannels(phase(model, 4), residual=True, exclude=[])
+@pytest.mark.parametrize(("layers", "reason"), [
+    ([nn.Conv2d(3, 6, 1), nn.GroupNorm(2, 6), nn.Flatten(), nn.Linear(96, 2)], "they are held by GroupNorm (1): 6"),
+    ([nn.Conv2d(3, 6, 1, groups=3), nn.MaxPool2d(4), nn.Flatten()], "they are held by Conv2d of 3 groups (0): 6"),
+    ([nn.Flatten(), nn.Linear(48, 2)], "its layers make the outputs only"),
+])  # fmt: skip
+def test_nothing_to_remove_names_what_holds_the_channels(layers: list[nn.Module], reason: str) -> None:
+    with pytest.raises(ConfigError) as found:
+        RemovableChannels(phase(nn.Sequential(*layers), 4), residual=True, exclude=[])
+    assert str(found.value) == f"no channels of this network can be removed: {reason}"
 
 
 @pytest.mark.parametrize("command", ["run", "dry run"])
