@@ -2,9 +2,9 @@
 
 Convention: a MAC is one multiply-accumulate of a convolution, or of a matrix product with a weight, for one image at
 the data set's size. A weight is a parameter or computed from parameters; kernels that are mixed for each image count as
-well. Biases, normalisation, activations, pooling, additions and products of two activations (attention scores) are not
-counted; FLOPs would be 2 x MACs. A backward pass costs twice a forward pass: once for the gradient of the inputs, once
-for that of the weights.
+well. Biases, normalisation, activations, pooling, additions and products of two activations (`macs_without_weight`) are
+not counted; FLOPs would be 2 x MACs. A backward pass costs twice a forward pass: once for the gradient of the inputs,
+once for that of the weights.
 """
 
 from __future__ import annotations
@@ -63,6 +63,14 @@ def profile(model: nn.Module, image_size: int, *, channels: int = 3) -> list[Lay
 
 def dense_macs(costs: Sequence[LayerCost]) -> int:
     return sum(cost.macs for cost in costs)
+
+
+def macs_without_weight(model: nn.Module, image_size: int) -> int:
+    """Return the MACs per image of matrix products that no weight enters, which no other figure here counts.
+
+    Those are attention, and layers whose matrix another layer mixes for each image (timm's CondLinear).
+    """
+    return sum(observe(model, image_size).without_weight.values())
 
 
 def computed_note(costs: Sequence[LayerCost]) -> str | None:

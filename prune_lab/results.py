@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from prune_lab import __version__, control_runs, distributed, models, targets
+from prune_lab import __version__, accounting, control_runs, distributed, models, targets
 from prune_lab.accounting import LayerCost, count_parameters, dense_macs, layer_table, profile, sparse_macs
 from prune_lab.chain import PlannedPhase
 from prune_lab.config import RunConfig
@@ -270,6 +270,7 @@ def cost_counts(
         "macs/dense": dense_forward,
         "macs/inference": forward,
         "macs/inference_ratio": forward / dense_forward,
+        "macs/not_counted": accounting.macs_without_weight(model, sizes["image_size"]),
     }
 
 

@@ -44,6 +44,8 @@ class WeightUses:
     """shape of the same parameter or kernel"""
     computed: dict[str, str] = field(default_factory=dict)
     """module path -> why a mask on its weight would not act; modules that use their weight as it is are missing"""
+    without_weight: dict[str, int] = field(default_factory=dict)
+    """module path -> multiply-accumulates of its matrix products that read the image and no weight"""
 
 
 def computed_weights(model: nn.Module, image_size: int, *, channels: int = 3) -> dict[str, str]:
@@ -61,8 +63,8 @@ def observe(model: nn.Module, image_size: int, *, channels: int = 3) -> WeightUs
     """Return how one image of `image_size` px uses the weights of `model`.
 
     The image passes through a copy of the model without memory or arithmetic ("meta" device). Counted are all
-    convolutions, and matrix products with an operand that is a parameter or is computed from parameters alone; products
-    of two activations, as in attention, are not.
+    convolutions, and matrix products with an operand that is a parameter or is computed from parameters alone. Products
+    of two activations stand apart: those of attention, and those with a matrix that a layer made of the image.
     """
     ghost = meta_copy(model)
     precision = next((parameter.dtype for parameter in ghost.parameters()), torch.float32)
@@ -186,6 +188,9 @@ class _Watch(TorchDispatchMode):
             else:
                 continue
             return True
+        if of_image:
+            name, macs = self._running[-1][0], _operator_macs(func, args, output)
+            self.uses.without_weight[name] = self.uses.without_weight.get(name, 0) + macs
         return False
 
     def _add_own(self, path: str, weight: Tensor, macs: int) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.prune import l1_unstructured
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_lab.accounting import dense_macs, profile
+from prune_lab.accounting import dense_macs, macs_without_weight, profile
 from prune_lab.weight_use import COMPUTED, PARTS, computed_weights
 
 
@@ -122,6 +122,28 @@ def test_kernels_that_are_computed_from_the_image_count():
         ("routing.weight", 12), ("weight", 4 * 162), ("weight (computed kernel)", 162 * 64)
     ]  # fmt: skip
     assert profile(nn.Sequential(Mixture(), nn.Conv2d(6, 2, 1)), 8)[-1].macs == 12 * 64
+
+
+class MixedLinear(nn.Module):
+    """The matrix of a linear layer mixed for each image by a product, as in timm's CondLinear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.routing = nn.Parameter(torch.randn(4, 5 * 3)), nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean((2, 3))
+        matrices = (self.routing(x).sigmoid() @ self.weight).view(len(x), 5, 3)
+        return torch.bmm(matrices, x[:, :, None])[:, :, 0]
+
+
+def test_products_without_a_weight_are_told_apart_and_counted():
+    assert dense_macs(profile(MixedLinear(), 8)) == 12 + 4 * 15
+    assert macs_without_weight(MixedLinear(), 8) == 15
+    assert macs_without_weight(Attention(rows=64), 8) == 2 * 64 * 64 * 3
+    assert macs_without_weight(nn.Sequential(Mixture(), StandardisedConv2d(6, 2, 1)), 8) == 0
+    with torch.device("meta"):
+        assert macs_without_weight(torchvision.models.vit_b_16(), 224) == 12 * 2 * 197 * 197 * 768
 
 
 def flops(model: nn.Module, image_size: int) -> int:

@@ -78,6 +78,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("channels", _channels(get("remove/channels_kept"))),
         ("parameters", _parameters(summary)),
         ("MACs per image", _of(get("macs/inference"), get("macs/dense"), "")),
+        ("not counted", _without_weight(get("macs/not_counted"))),
         ("merging", _merging(get("haste/channels_left"), get("haste/macs_ratio_without_overhead"))),
         ("merging, draws", _draws(summary)),
         ("time per image", _times(get("time/inference_s_per_image"), get("time/inference_dense_s_per_image"))),
@@ -170,6 +171,10 @@ def _masks(summary: dict[str, Any]) -> str | None:
         return f"{dead} dead filters"
     overlap = summary["mask/overlap"]
     return f"{explored:.1%} of positions tried, {overlap:.1%} of the kept ones kept from the start, {dead} dead filters"
+
+
+def _without_weight(macs: int | None) -> str | None:
+    return f"{quantity(macs)} MACs per image of products without a weight, such as attention" if macs else None
 
 
 def _merging(left: float | None, ratio: float | None) -> str | None:

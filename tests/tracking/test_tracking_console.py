@@ -70,7 +70,9 @@ def test_summary_rows_leave_out_what_is_missing():
     )
     assert rows["top-1"] == "90.00 % (-1.50 against 91.50 % before pruning, ? epochs)"
     assert rows["sparsity"] == "0.9 (requested 0.9)"
-    assert rows["MACs per image"] == "4.09 G (50.00% of 8.18 G dense)"
+    assert rows["MACs per image"] == "4.09 G (50.00% of 8.18 G dense)" and "not counted" not in rows
+    rest = dict(summary_rows({"macs/not_counted": 178_831_872}))["not counted"]
+    assert rest == "179 M MACs per image of products without a weight, such as attention"
 
 
 def test_the_accuracy_before_pruning_is_told_with_its_epochs():
