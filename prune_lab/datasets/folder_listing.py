@@ -94,8 +94,8 @@ def _list_split(folder: Path, classes: list[str]) -> Listing:
 def _by_class_folder(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str, str, os.stat_result]]:
     for entry in os.scandir(folder):
         if entry.is_dir() and not is_hidden(entry.name):
-            for path, stat in _images_below(entry.path, left_out):
-                yield entry.name, os.path.relpath(path, folder), stat
+            for path, stat in _images_below(entry, left_out, entry.name):
+                yield entry.name, path, stat
         elif reason := why_left_out(entry.name):
             left_out[reason] += 1
         else:
@@ -105,14 +105,19 @@ def _by_class_folder(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str
             )
 
 
-def _images_below(folder: str, left_out: Counter[str]) -> Iterator[tuple[str, os.stat_result]]:
+def _images_below(
+    folder: str | os.PathLike, left_out: Counter[str], place: str = ""
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the images in `folder` and all folders below; `place` stands before the name of each."""
     for entry in os.scandir(folder):
+        # os.path.relpath of every image would take half of the time of listing ImageNet.
+        path = f"{place}/{entry.name}" if place else entry.name
         if entry.is_dir() and not is_hidden(entry.name):
-            yield from _images_below(entry.path, left_out)
+            yield from _images_below(entry, left_out, path)
         elif reason := why_left_out(entry.name):
             left_out[reason] += 1
         else:
-            yield entry.path, entry.stat()
+            yield path, entry.stat()
 
 
 def _annotated(
@@ -121,11 +126,11 @@ def _annotated(
     """Tiny ImageNet's own layout: images/NAME and a table with NAME and class in its first two columns."""
     class_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.count("\t") >= 1)
     left_out[why_left_out(annotations.name)] -= 1  # known, and not counted as left out below
-    for path, stat in _images_below(str(folder), left_out):
+    for path, stat in _images_below(folder, left_out):
         name = os.path.basename(path)
         if name not in class_of:
-            raise ConfigError(f"{annotations} does not name the class of {path}")
-        yield class_of[name], os.path.relpath(path, folder), stat
+            raise ConfigError(f"{annotations} does not name the class of {folder / path}")
+        yield class_of[name], path, stat
 
 
 def _check(config: Config, train: Listing, test: Listing) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from typing import IO
 
 import numpy as np
@@ -11,11 +13,29 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from prune_lab.datasets.image_reading import UnreadableImage, reason
+
 ASPECT_RATIOS = (3 / 4, 4 / 3)
 NUM_TRIES = 10
 
 Decoded = Image.Image | np.ndarray
 """An image as Pillow decoded it, or its pixels as uint8 [H, W, 3]."""
+
+
+@contextlib.contextmanager
+def opened(file: str | os.PathLike | IO[bytes]) -> Iterator[Image.Image]:
+    """Open an image of which Pillow has read the header only.
+
+    Raises:
+        UnreadableImage: in place of whatever Pillow raises, here or where the caller decodes the pixels. Its readers
+            stumble over broken files in many ways: OSError and SyntaxError, but also RuntimeError (AVIF), TypeError,
+            zlib.error, IndexError.
+    """
+    try:
+        with Image.open(file) as image:
+            yield image
+    except Exception as error:
+        raise UnreadableImage(reason(error)) from error
 
 
 def read_rgb(file: str | os.PathLike | IO[bytes]) -> Image.Image:
@@ -25,18 +45,25 @@ def read_rgb(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     upper 8 bits count, as Pillow takes them of 16-bit colours.
 
     Raises:
-        one of image_reading.READ_ERRORS: the file is missing or no readable image.
-        ValueError: integers of more than 16 bits and floating-point numbers, whose range no file states.
+        UnreadableImage: missing or broken, or with integers of more than 16 bits or floating-point numbers, whose range
+            no file states.
     """
-    with Image.open(file) as image:
-        shift = _surplus_bits(image)
+    with opened(file) as image:
+        shift = surplus_bits(image)
         if shift is None:
             return image.convert("RGB")
-        return Image.fromarray((np.asarray(image) >> shift).astype(np.uint8)).convert("RGB")
+        pixels = (np.asarray(image) >> shift).astype(np.uint8)
+        # Tag 262, 0: white is zero. Pillow obeys it in images of 8 bits and less only.
+        is_negative = image.format == "TIFF" and image.tag_v2.get(262) == 0
+        return Image.fromarray(~pixels if is_negative else pixels).convert("RGB")
 
 
-def _surplus_bits(image: Image.Image) -> int | None:
-    """Return how many low bits of a grey image are too many for 8; None: Pillow converts its mode by itself."""
+def surplus_bits(image: Image.Image) -> int | None:
+    """Return how many low bits of a grey image are too many for 8; None: Pillow converts its mode by itself.
+
+    Raises:
+        ValueError: its mode has values of unknown range.
+    """
     if image.mode.startswith("I;16") and image.format not in ("FITS", "MCIDAS"):
         return image.tag_v2.get(258, (16,))[0] - 8 if image.format == "TIFF" else 8  # tag 258: bits per sample
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, which Pillow hands out in 32

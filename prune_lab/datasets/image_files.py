@@ -15,7 +15,7 @@ import numpy as np
 from prune_lab.datasets.image_crops import read_rgb
 from prune_lab.datasets.image_reading import (
     HIDDEN,
-    READ_ERRORS,
+    UnreadableImage,
     is_hidden,
     left_out_line,
     some,
@@ -60,7 +60,7 @@ def decode_folder_or_tar(source: Path, *, image_size: int) -> dict:
 def _decode(content: bytes, name: str, image_size: int) -> np.ndarray:
     try:
         pixels = np.asarray(read_rgb(io.BytesIO(content)))
-    except READ_ERRORS as error:
+    except UnreadableImage as error:
         raise ConfigError(unreadable(name, error)) from error
     if pixels.shape[:2] != (image_size, image_size):
         height, width = pixels.shape[:2]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import struct
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 
 from PIL import Image
 
@@ -21,10 +20,12 @@ def _suffixes() -> frozenset[str]:
 
 IMAGE_SUFFIXES = _suffixes()
 """endings of image files, lower case: all that Pillow reads here"""
-READ_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises for missing, truncated and broken files, image_crops.read_rgb for pixels of unknown range."""
 HIDDEN = "hidden"
 _NUM_SHOWN = 5
+
+
+class UnreadableImage(Exception):
+    """A file is missing, broken, or has pixels that are no colours; the text says which in one line."""
 
 
 def is_hidden(name: str) -> bool:
@@ -36,7 +37,7 @@ def why_left_out(name: str) -> str | None:
     """Return None for the name of an image file, otherwise the kind of file it is in a word."""
     if is_hidden(name):
         return HIDDEN
-    suffix = PurePosixPath(name).suffix.lower()
+    suffix = os.path.splitext(name)[1].lower()  # pathlib would take half a minute for ImageNet's names
     return None if suffix in IMAGE_SUFFIXES else suffix or "without an ending"
 
 
@@ -56,6 +57,13 @@ def some(names: Sequence[str]) -> str:
     return shown if len(names) <= _NUM_SHOWN else f"{shown} and {len(names) - _NUM_SHOWN} more"
 
 
-def unreadable(name: object, error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return on one line what a reader of images raised, with its type where the text alone says little (KeyError)."""
+    text = " ".join(str(error).split())
+    is_sentence = isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError))
+    return text if text and is_sentence else f"{type(error).__name__} {text}".strip()
+
+
+def unreadable(name: object, error: UnreadableImage) -> str:
     """Return one line that says which file is broken, and how."""
-    return f"{name} is not a readable image: {' '.join(str(error).split())}"
+    return f"{name} is not a readable image: {error}"

@@ -18,8 +18,8 @@ import numpy as np
 
 from prune_lab.datasets import cache
 from prune_lab.datasets.folder_listing import Listing
-from prune_lab.datasets.image_crops import read_rgb, resize, shape_with_shorter_side
-from prune_lab.datasets.image_reading import READ_ERRORS, unreadable
+from prune_lab.datasets.image_crops import opened, read_rgb, resize, shape_with_shorter_side
+from prune_lab.datasets.image_reading import UnreadableImage, unreadable
 from prune_lab.datasets.worker_pool import WorkerPool
 from prune_lab.schema import ConfigError
 
@@ -165,14 +165,12 @@ def _collect(answer: partial, requests: list[np.ndarray], workers: int) -> np.nd
 
 def _shapes(listing: Listing, side: int, indices: np.ndarray) -> np.ndarray | str:
     """Return height and width of images after resizing, from the files' headers, or which file is broken."""
-    from PIL import Image
-
     shapes = np.empty((len(indices), 2), dtype=np.int64)
     for row, index in zip(shapes, indices.tolist(), strict=True):
         try:
-            with Image.open(listing.path(index)) as image:
+            with opened(listing.path(index)) as image:
                 width, height = image.size
-        except READ_ERRORS as error:
+        except UnreadableImage as error:
             return unreadable(listing.path(index), error)
         if min(width, height) > side:
             width, height = shape_with_shorter_side(width, height, side)
@@ -189,7 +187,7 @@ def _store(listing: Listing, index: np.ndarray, path: Path, indices: np.ndarray)
                 offset, height, width, _ = index[i].tolist()
                 try:
                     pixels = np.ascontiguousarray(resize(read_rgb(listing.path(i)), width, height))
-                except READ_ERRORS as error:
+                except UnreadableImage as error:
                     return unreadable(listing.path(i), error)
                 checksums[row] = zlib.crc32(pixels)
                 file.seek(offset)

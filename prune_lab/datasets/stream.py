@@ -17,7 +17,7 @@ from torch import Tensor
 from prune_lab.datasets import image_crops, splits
 from prune_lab.datasets.base import BatchFormat, DatasetInfo, Split
 from prune_lab.datasets.folder_listing import Listing
-from prune_lab.datasets.image_reading import READ_ERRORS, unreadable
+from prune_lab.datasets.image_reading import UnreadableImage, unreadable
 from prune_lab.datasets.normalise import Normaliser
 from prune_lab.datasets.prefetch import on_device
 from prune_lab.datasets.resized_images import ResizedImages, open_resized
@@ -131,6 +131,9 @@ class _Reader:
                     name=f"{config.name}-{split}",
                     workers=config.workers,
                 )
+        else:
+            for listing in listings.values():
+                _require_readable(listing)
 
     def __call__(self, request: Request) -> tuple[Tensor, Tensor, str]:
         size, listing = self._config.image_size, self._listings[request.split]
@@ -139,7 +142,7 @@ class _Reader:
         for row, index in zip(pixels, request.indices.tolist(), strict=True):
             try:
                 row[:] = self._cut(self._decoded(request.split, index), index, request.draw)
-            except READ_ERRORS as error:
+            except UnreadableImage as error:
                 # A worker's exception would reach the user as a traceback of several lines.
                 return torch.empty(0), labels, unreadable(listing.path(index), error)
         return torch.from_numpy(pixels), labels, ""
@@ -158,6 +161,19 @@ class _Reader:
         return image_crops.cut_random(
             image, config.image_size, min_scale=config.min_scale, flip=config.flip, source=source
         )
+
+
+def _require_readable(listing: Listing) -> None:
+    """Raise ConfigError if the header of each class's first image tells already that it cannot be read.
+
+    Folders are mostly of one kind: this names floating-point images before the training, not in its first batch.
+    """
+    for index in np.unique(listing.labels, return_index=True)[1].tolist():
+        try:
+            with image_crops.opened(listing.path(index)) as image:
+                image_crops.surplus_bits(image)
+        except UnreadableImage as error:
+            raise ConfigError(unreadable(listing.path(index), error)) from error
 
 
 def _checked(answer: tuple[Tensor, Tensor, str]) -> tuple[Tensor, Tensor]:

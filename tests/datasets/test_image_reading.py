@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 
 from prune_lab.datasets import cifar, describe, parse_config
 from prune_lab.datasets.image_crops import read_rgb
-from prune_lab.datasets.image_reading import IMAGE_SUFFIXES
+from prune_lab.datasets.image_reading import IMAGE_SUFFIXES, reason
 from prune_lab.schema import ConfigError
 
 GREY = np.arange(0, 256, dtype=np.uint16).reshape(16, 16)
@@ -40,16 +41,51 @@ def test_grey_of_16_bits_becomes_the_8_bits_it_was_made_from(kind, type_, factor
     assert np.array_equal(red(content), GREY)
 
 
-def test_tiff_of_12_bits_is_scaled_by_its_own_range():
-    # Pillow writes no 12-bit files; one row of two pixels, 0xFFF and 0x800, packed into three bytes.
-    tags = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
+def small_tiff(bits: int, photometric: int, pixels: bytes) -> bytes:
+    """Return a grey TIFF of one row of two pixels, of kinds that Pillow does not write."""
+    tags = [(256, 2), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1),
+            (279, len(pixels))]  # fmt: skip
     entries = b"".join(
         tag.to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little") + value.to_bytes(4, "little")
         for tag, value in tags
     )
-    header = b"II*\0" + (12).to_bytes(4, "little") + bytes([0xFF, 0xF8, 0x00, 0])
-    content = header + len(tags).to_bytes(2, "little") + entries + bytes(4)
-    assert red(content).tolist() == [[255, 128]]
+    header = b"II*\0" + (12).to_bytes(4, "little") + pixels.ljust(4, b"\0")
+    return header + len(tags).to_bytes(2, "little") + entries + bytes(4)
+
+
+def test_tiff_of_12_bits_is_scaled_by_its_own_range():
+    assert red(small_tiff(12, 1, bytes([0xFF, 0xF8, 0x00]))).tolist() == [[255, 128]]
+
+
+def test_tiff_whose_zero_is_white_looks_alike_in_8_and_16_bits():
+    assert red(small_tiff(8, 0, bytes([0, 10]))).tolist() == [[255, 245]]
+    assert red(small_tiff(16, 0, np.array([0, 10 * 257], "<u2").tobytes())).tolist() == [[255, 245]]
+    assert red(small_tiff(16, 1, np.array([0, 10 * 257], "<u2").tobytes())).tolist() == [[0, 10]]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no codec"), TypeError("'x'"), zlib.error("-3"), KeyError("a"), EOFError()]
+)
+def test_whatever_a_reader_raises_becomes_one_line_with_the_file(tmp_path, monkeypatch, error):
+    root = write_tree(tmp_path / "images", {"train": {"a": 2, "b": 1}, "test": {"a": 1, "b": 1}}, size=16)
+    dataset = make("imagefolder", root=str(root), image_size=16, workers=0)
+
+    def convert(image, mode):
+        raise error
+
+    monkeypatch.setattr(Image.Image, "convert", convert)
+    message = rf"images.*test/./000.png is not a readable image: {reason(error)}$"
+    with pytest.raises(ConfigError, match=message):
+        evaluate(dataset)
+    with pytest.raises(ConfigError, match="train/a/000.png is not a readable image: "):
+        cifar.read(parse_config(node("cifar10", **small_cifar(tmp_path, root, image_size=16))))
+    with pytest.raises(ConfigError, match="train/a/000.png is not a readable image: "):
+        make("imagefolder", root=str(root), image_size=8, workers=0, cached_side=12, cache_dir=str(tmp_path / "cache"))
+
+
+def test_reasons_without_a_sentence_name_the_type():
+    assert reason(KeyError("a")) == "KeyError 'a'" and reason(EOFError()) == "EOFError"
+    assert reason(ValueError("two\nlines")) == "two lines" and reason(OSError()) == "OSError"
 
 
 @pytest.mark.parametrize(("type_", "kind", "mode"), [("<i4", "TIFF", "I"), ("<f4", "TIFF", "F"), ("<f4", "PPM", "F")])
@@ -58,7 +94,7 @@ def test_numbers_without_a_range_are_refused_by_name(tmp_path, type_, kind, mode
     (root / "test" / "b" / "000.png").write_bytes(saved(Image.fromarray(GREY.astype(type_)), kind))
     message = rf"test/b/000.png is not a readable image: its pixels \(mode {mode}\) have no stated range; save it"
     with pytest.raises(ConfigError, match=message):
-        evaluate(make("imagefolder", root=str(root), image_size=16, workers=0))
+        make("imagefolder", root=str(root), image_size=16, workers=0)  # before anything is trained
     with pytest.raises(ConfigError, match=message):
         cifar.read(parse_config(node("cifar10", **small_cifar(tmp_path, root, image_size=16))))
     with pytest.raises(ConfigError, match=message):
