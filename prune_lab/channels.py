@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from prune_lab.channel_flow import follow
 from prune_lab.channel_trace import NORMS, trace
 from prune_lab.eligibility import layer_kind
+
+if TYPE_CHECKING:
+    from prune_lab.masks import MaskSet
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,10 @@ class ChannelMap:
         """Return the classes without any weight in their rows or without any in their columns, bool [num_classes]."""
         written, read = self.used(masks)
         return ~(written & read)
+
+    def fraction_kept(self, masks: MaskSet | None) -> float:
+        """Return the fraction of the channels that can be removed at all which masks leave; None: no masks."""
+        return float((~self.dead({} if masks is None else masks.masks)).double().mean())
 
     def used(self, masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the classes that some weight writes and those that some weight reads, bool [num_classes] each.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.accounting import LayerCost, dense_macs
-from prune_lab.channels import ChannelGroup, channel_groups, columns
+from prune_lab.channels import ChannelGroup, channel_groups, channel_map, columns
 from prune_lab.context import Context
 from prune_lab.gated_channels import GatedChannels
 from prune_lab.hard_concrete import Term
@@ -126,7 +126,8 @@ class FilterGates(WeightGates):
 
     def __init__(self, context: Context) -> None:
         allowed = {layer.name for layer in context.eligible()}
-        found = channel_groups(context.model, context.dataset.info.image_size)
+        image_size = context.dataset.info.image_size
+        self.map, found = channel_map(context.model, image_size), channel_groups(context.model, image_size)
         self.channels = [group for group in found if group.producer in allowed]
         if not self.channels:
             raise ConfigError(

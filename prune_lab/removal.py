@@ -51,8 +51,8 @@ def remove_dead(context: Context) -> dict[str, float]:
     kept, (written, read) = int(alive.sum()), channels.used(masks)
     constants = int((read & ~written).sum())
     context.report(
-        f"removed {channels.num_classes - kept} of {channels.num_classes} channels; outputs equal the masked "
-        f"network's to {difference:.1e}"
+        f"removed {channels.num_classes - kept} of {channels.num_classes} channels, tied ones counted once; outputs "
+        f"equal the masked network's to {difference:.1e}"
         + (f", but for the constants of {constants} channels that were still read" if constants else "")
     )
     return {"remove/channels_kept": kept / channels.num_classes, "remove/difference": difference}

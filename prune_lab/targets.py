@@ -63,5 +63,5 @@ def _reached(unit: str, summary: Mapping[str, Any]) -> float | None:
         kept = summary.get("params/kept")
         return None if kept is None else kept / summary["params/dense"]
     keys = {"sparsity": ("sparsity/achieved",), "macs": ("macs/inference_ratio",),
-            "channels": ("prune/channels_kept", "remove/channels_kept")}  # fmt: skip
+            "channels": ("remove/channels_kept", "prune/channels_kept")}  # fmt: skip
     return next((summary[key] for key in keys[unit] if summary.get(key) is not None), None)

@@ -392,7 +392,8 @@ def gated_network(name: str) -> tuple[GatedChannels, Context]:
     (config,) = compose_checked(CONF, [f"model={name}", "model.width=0.25"], sweep=False)
     model = models.build(config.model, num_classes=10, image_size=32)
     dataset = SimpleNamespace(info=SimpleNamespace(image_size=32))
-    context = SimpleNamespace(model=model, costs=profile(model, 32), dataset=dataset)
+    named = dict(model.named_parameters())
+    context = SimpleNamespace(model=model, costs=profile(model, 32), dataset=dataset, parameters=lambda: named)
     return GatedChannels(context, [group for group, _ in find_norms(model, 32)]), context
 
 
@@ -467,6 +468,8 @@ def test_targets_are_met_exactly(unit: str, tmp_path: Path, monkeypatch: pytest.
     got = {"macs": written["macs/inference_ratio"], "params": written["params/total"] / written["params/dense"],
            "channels": written["remove/channels_kept"]}[unit]
     assert 0.57 < got <= 0.6 and written[f"l0/{unit}"] == pytest.approx(got)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row for row in records if row["phase"] == "train"][-1]["channels/kept"] == written["remove/channels_kept"]
     assert len(gates) == 9 and not torch.equal(gates[3], gates[4])
     assert all(torch.equal(later, gates[4]) for later in gates[5:])  # fixed after 0.6 x 9 = 5 steps
     model = models.build(configure(Path("unused"), "dense").model, num_classes=10, image_size=16)

@@ -346,7 +346,7 @@ class DepL0(Method):
         if distributed.world_size() > 1:
             distributed.assert_same(str(self.gates.values.tolist()), "gates")
         if self.settled:
-            return self.figures
+            return self.figures | {"channels/kept": self.gated.channels.fraction_kept(context.masks)}
         opened = self.fixed_gates() > 0
         self.figures = self._figures(opened)
         macs = self.gated.cost("macs", opened)

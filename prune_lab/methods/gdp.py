@@ -319,8 +319,7 @@ class GDP(Method):
 
         gdp/open_gates: gates that are not 0, among all; gdp/undecided: gates between 0.1 and 0.9; gdp/expected_UNIT:
         the cost by the sums of the gates; gdp/UNIT: by the number of open ones; gdp/feasible: 1 if that is at most
-        0.01 above the target; gdp/multiplier; gdp/eps; channels/kept: channels whose gates
-        are not 0, of all.
+        0.01 above the target; gdp/multiplier; gdp/eps; channels/kept: channels whose gates are not 0, of all.
         """
         if distributed.world_size() > 1:
             distributed.assert_same(str(self.t.tolist()), "gates")

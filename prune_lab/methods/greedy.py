@@ -213,8 +213,8 @@ class Greedy(Method):
         whole = {layer.parameter: torch.ones(layer.shape, dtype=torch.bool) for layer in context.eligible()}
         whole = {name: mask.to(context.device) for name, mask in whole.items()}
         context.install_masks(whole | channels.weight_masks(context.model, groups, masks))
-        total = sum(group.size for group in groups)
-        return {"prune/channels_kept": sum(int(mask.sum()) for mask in masks.values()) / total}
+        found = channels.channel_map(context.model, context.dataset.info.image_size)
+        return {"prune/channels_kept": found.fraction_kept(context.masks)}
 
     def phase_cost(self, context: Context) -> int | None:
         """Return the MACs of selection and of the training between layers.

@@ -153,7 +153,7 @@ def _requested(achieved: float | None, requested: float | None) -> str | None:
 
 
 def _channels(kept: float | None) -> str | None:
-    return None if kept is None else f"{kept:.2%} kept"
+    return None if kept is None else f"{kept:.2%} kept of those that can be removed"
 
 
 def _parameters(summary: dict[str, Any]) -> str | None:

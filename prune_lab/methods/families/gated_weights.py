@@ -252,7 +252,7 @@ class GatedWeights(Method):
 
         l0/expected_density: sum of P(open) times the weights of the gate; l0/density: of the gates without chance;
         l0/open_gates: open ones among all gates; l0/undecided: gates that are neither 0 nor 1. sparsity: of all
-        eligible weights; with filters instead channels/kept: gated channels that the masks leave.
+        eligible weights; with filters instead channels/kept: what the masks leave of all channels.
         """
         if distributed.world_size() > 1:
             distributed.assert_same(context.masks.digest(), "masks")
@@ -278,8 +278,7 @@ class GatedWeights(Method):
         """Return what the gates leave of the network, now that they may have been settled."""
         if self.config.granularity == "weight":
             return {"sparsity": context.sparsity}
-        left = [context.masks.masks[group.parameter].flatten(1).any(1) for group in self.layout_of.groups]
-        return {"channels/kept": float(torch.cat(left).double().mean())}
+        return {"channels/kept": self.layout_of.map.fraction_kept(context.masks)}
 
     def settle(self, context: Context) -> None:
         """Do what is left to do to the network after the last step: a layer without channels keeps its best one."""
