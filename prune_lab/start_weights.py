@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from prune_lab import models
 from prune_lab.distributions import num_keep_total
 from prune_lab.eligibility import select_layers
 from prune_lab.loop import measure
 from prune_lab.schema import ConfigError
+from prune_lab.tracking.lines import MANY_ZEROS
 
 if TYPE_CHECKING:
     from prune_lab.config import RunConfig
@@ -18,12 +20,12 @@ if TYPE_CHECKING:
     from prune_lab.eligibility import Layer
     from prune_lab.phases import Job
 
-MANY_ZEROS = 0.01
-"""share of zeros from which on they are told; trained dense networks have next to none"""
 
+def examine(job: Job, context: Context) -> dict[str, Any]:
+    """Return `start/top1` (percent) and `start/zeros` (fraction) of a network before its first step; report both.
 
-def examine(job: Job, context: Context) -> dict[str, float]:
-    """Return `start/top1` (percent) and `start/zeros` (fraction) of a network before its first step; report both."""
+    `start/content` is the digest of what the weights came from.
+    """
     exact, split = job.numerics.exact(), job.dataset.eval_split
     scores = measure(context.model, job.dataset, split, numerics=exact, trainer=job.config.trainer, poll=job.poll)
     zeros = share_of_zeros(context.model)
@@ -34,7 +36,8 @@ def examine(job: Job, context: Context) -> dict[str, float]:
     if zeros >= MANY_ZEROS:
         job.report(f"start weights: {zeros:.2%} of the weights of convolutions and linear layers are zero; training "
                    f"moves those that the method does not mask{keeping(context)}")  # fmt: skip
-    return {"start/top1": scores["top1"], "start/zeros": zeros}
+    content = models.weights_digest(job.config.model)
+    return {"start/top1": scores["top1"], "start/zeros": zeros, "start/content": content}
 
 
 def share_of_zeros(model: nn.Module) -> float:

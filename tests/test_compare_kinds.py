@@ -144,6 +144,23 @@ def test_folders_are_known_by_their_content_not_by_how_their_path_was_typed(tmp_
     assert "root=other birds" in styles.kind_names(list(rows.values()))["c"]
 
 
+def test_start_weights_are_known_by_their_content_and_marked_in_every_row(tmp_path, capsys):
+    for name, path, content, zeros in (
+        ("a", "w.pt", "aaaaaaaaa", 0.88), ("b", "./w.pt", "aaaaaaaaa", 0.88), ("c", "w.pt", "ccccccccc", 0.0),
+    ):  # fmt: skip
+        write_run(tmp_path, name, method="dense" if name == "a" else "rigl", model={"weights": path}, start__top1=79.5,
+                  start__zeros=zeros, start__content=content)  # fmt: skip
+    write_run(tmp_path, "fresh", method="dense", model={"weights": None})
+    rows = rows_of(tmp_path)
+    assert rows["a"].kind.fits(rows["b"].kind)
+    assert not any(rows[name].kind.fits(rows["a"].kind) for name in ("c", "fresh"))
+    assert main([str(tmp_path)]) == 0
+    assert {(row["options"], row["start weights"]) for row in cells_of(capsys)} == {
+        ("model.weights=w.pt", "79.50 %, 88% zeros"), ("model.weights=w.pt (cccccccc)", "79.50 %"),
+        ("model.weights=null", "-"),
+    }  # fmt: skip
+
+
 def test_images_of_ones_own_under_a_published_name_are_other_images(tmp_path):
     write_run(tmp_path, "a")
     write_run(tmp_path, "b", data={"root": "mine"}, data__content="bbbbbbbbb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from dataclasses import replace
@@ -61,6 +62,8 @@ def test_accuracy_before_training_is_that_of_the_file(tmp_path, capsys):
     assert execute(tmp_path / "two", *TINY, "method=magnitude", start) == 0
     said, found = capsys.readouterr().out, summary(tmp_path / "two")
     assert found["start/top1"] == summary(tmp_path / "one")["final/top1"] and found["start/zeros"] < 0.01
+    digest = hashlib.sha256((run_dir(tmp_path / "one") / "model.safetensors").read_bytes()).hexdigest()
+    assert found["start/content"] == digest
     line = f"start weights: top-1 {found['start/top1']:.2f} % on the test split before training"
     usual = "mean 0.5,0.5,0.5 and std 0.289,0.289,0.289"
     assert f"{line}; if they were trained with other values than {usual}, set dataset.mean, dataset.std\n" in said

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prune_lab.compare.groups import Row
 
 
-_NOT_KIND = (*ANYWHERE, "model.name", "dataset.name")
+_NOT_KIND = (*(key for key in ANYWHERE if key != "dataset.root"), "model.name", "dataset.name")
 """options of models and data sets that belong to neither the network nor the images, or that labels tell"""
 
 
@@ -72,11 +72,8 @@ def kinds(firsts: Mapping[str, RunResult]) -> dict[str, Kind]:
         firsts: group -> one of its runs. Options that not all runs of a model or data set have, because versions of
             this program differ, tell nothing.
     """
-    told, images = {group: _variants(firsts, group) for group in ("model", "dataset")}, sources(firsts)
-    return {
-        name: _kind(run, [{"dataset.root": images[name]}, *(told[group][name] for group in told)])
-        for name, run in firsts.items()
-    }
+    told = {group: _variants(firsts, group) for group in ("model", "dataset")}
+    return {name: _kind(run, [told[group][name] for group in told]) for name, run in firsts.items()}
 
 
 def _variants(firsts: Mapping[str, RunResult], group: str) -> dict[str, dict[str, Any]]:
@@ -84,7 +81,11 @@ def _variants(firsts: Mapping[str, RunResult], group: str) -> dict[str, dict[str
 
     A run that has lost its options counts as the others if these are alike, else as one of another kind.
     """
-    flat = {name: dict(flat_options({group: run.options(group)})) for name, run in firsts.items()}
+    files = sources(firsts)
+    flat = {
+        name: {key: files[name].get(key, value) for key, value in flat_options({group: run.options(group)})}
+        for name, run in firsts.items()
+    }
     by_label: dict[Any, list[str]] = defaultdict(list)
     for name, run in firsts.items():
         by_label[run.summary.get(f"config/{group}")].append(name)

@@ -32,8 +32,8 @@ def texts(firsts: Mapping[str, RunResult], looks: Mapping[str, Any]) -> dict[str
         looks: group -> what the table's other columns show of it; groups that would still look the same get all
             options in which they differ, and their name if there are none.
     """
-    images = sources(firsts)
-    flat = {name: _telling(run) | {"dataset.root": images[name]} for name, run in firsts.items()}
+    files = sources(firsts)
+    flat = {name: _telling(run) | files[name] for name, run in firsts.items()}
     shown = _differing(firsts, flat)
     found = {name: _text(flat[name], [key for key in flat[name] if key in shown[name]]) for name in firsts}
     alike: dict[Any, list[str]] = defaultdict(list)

@@ -1,8 +1,9 @@
-"""Which images a run is of where its options do not tell: folders of one's own, known by their content."""
+"""What the files that a run read are known by: their content, whatever path was typed for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from prune_lab.compare.runs import RunResult, flat_options
 
@@ -11,22 +12,54 @@ ANYWHERE = ("dataset.root", "dataset.download", "dataset.cache_dir", "dataset.wo
 AS_PUBLISHED = "published"
 
 
-def sources(firsts: Mapping[str, RunResult]) -> dict[str, str]:
-    """Return group -> the folder that its images are from, or AS_PUBLISHED where the options fix them.
+@dataclass(frozen=True)
+class _Source:
+    """What one run read."""
 
-    The same images under another path have the folder that was met first. Other images that one folder held at another
-    time have the beginning of their content hash beside it.
+    path: str
+    """as it was typed"""
+    content: str | None
+    """hash; None: not told, or fixed by the options"""
+    rest: str = ""
+    """what else the hash is of"""
+
+
+def sources(firsts: Mapping[str, RunResult]) -> dict[str, dict[str, str]]:
+    """Return group -> {dataset.root: images, model.weights: start weights}, as far as the run has these options.
+
+    Images that the options fix are "published". The same content under another path has the path that was met first.
+    Other content that was at one path at another time has the beginning of its hash beside it.
     """
-    found, roots, contents = {}, {}, {}
-    for name, run in firsts.items():
-        content, root = run.summary.get("data/content"), str(run.options("dataset").get("root"))
-        if content is None:  # runs of older versions do not tell the content of folders
-            is_folder = run.options("dataset").get("kind") == "imagefolder"
-            found[name] = root if is_folder else AS_PUBLISHED
+    read = {"dataset.root": _images, "model.weights": _start_weights}
+    texts = {option: _texts({name: source for name, run in firsts.items() if (source := of(run))})
+             for option, of in read.items()}  # fmt: skip
+    return {name: {option: found[name] for option, found in texts.items() if name in found} for name in firsts}
+
+
+def _images(run: RunResult) -> _Source | None:
+    data, content = run.options("dataset"), run.summary.get("data/content")
+    if "root" not in data:
+        return None
+    if content is None and data.get("kind") != "imagefolder":
+        return _Source(AS_PUBLISHED, None)
+    others = [entry for entry in flat_options({"dataset": data}) if entry[0] not in ANYWHERE]
+    return _Source(str(data["root"]), content, repr(others))
+
+
+def _start_weights(run: RunResult) -> _Source | None:
+    weights = run.options("model").get("weights")
+    return None if weights is None else _Source(str(weights), run.summary.get("start/content"))
+
+
+def _texts(sources_of: Mapping[str, _Source]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
+    contents: dict[tuple[str, str], str] = {}
+    for name, source in sources_of.items():
+        if source.content is None:
+            found[name] = source.path
             continue
-        root = roots.setdefault(content, root)
-        flat = flat_options({"dataset": run.options("dataset")})
-        others = repr([entry for entry in flat if entry[0] not in ANYWHERE])  # they are part of the content
-        first = contents.setdefault((root, others), content)
-        found[name] = root if content == first else f"{root} ({content[:8]})"
+        path = paths.setdefault(source.content, source.path)
+        is_first = contents.setdefault((path, source.rest), source.content) == source.content
+        found[name] = path if is_first else f"{path} ({source.content[:8]})"
     return found

@@ -10,7 +10,7 @@ from prune_lab.compare.groups import Row, Stat, stat_of
 from prune_lab.compare.published import Beside
 from prune_lab.compare.runs import RunResult
 from prune_lab.targets import TOLERANCE
-from prune_lab.tracking.lines import dense_epochs, duration, epochs_text, quantity, to_ascii
+from prune_lab.tracking.lines import MANY_ZEROS, dense_epochs, duration, epochs_text, quantity, to_ascii
 
 COST_NAMES = {"macs": "inference MACs", "train": "training MACs", "params": "parameters left", "latency": "latency"}
 DENSE_ROW = "train MACs / dense row"
@@ -54,6 +54,7 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
         "target missed": [_missed(row) for row in rows],
         "matched": [row.matched for row in rows],
         "options": [row.options for row in rows],
+        "start weights": [_start(row) for row in rows],
         "control": [row.control for row in rows],
         "n": [_count(row) for row in rows],
         "top-1 %": [_part(_spread(row, "top1", "{:.2f}"), row.evaluated) for row in rows],
@@ -81,6 +82,15 @@ def _missed(row: Row) -> str:
     if missed is None:
         return ""
     return f"{missed['target/unit']} {missed['target/asked']:g}: {stat_of(row, 'target/reached').mean:.4g}"
+
+
+def _start(row: Row) -> str:
+    """Return what the weights that the row began from brought along; empty for fresh ones."""
+    top1, zeros = (stat_of(row, key) for key in ("start/top1", "start/zeros"))
+    if top1 is None or zeros is None:
+        return ""
+    told = _part(f"{top1.mean:.2f} %", row.evaluated)
+    return f"{told}, {zeros.mean:.0%} zeros" if zeros.mean >= MANY_ZEROS else told
 
 
 def _several(rows: Sequence[Row], key: str) -> bool:
@@ -120,6 +130,9 @@ def legend(rows: Sequence[Row], findings: Findings) -> list[str]:
     if findings.over_dense:
         lines.append(f"{DENSE_ROW}: training MACs of the whole run over those of the row dense of equal model, data "
                      "and schedule")  # fmt: skip
+    if any(_start(row) for row in rows):
+        lines.append("start weights: top-1 before training, and zeros, of the weights from a file that a row began "
+                     "with (a row dense too); - fresh weights")  # fmt: skip
     if any("test" in row.stats for row in rows):
         lines.append("top-1 is of held-out training images where test top-1 is given; front and differences go by test "
                      "images")  # fmt: skip

@@ -8,6 +8,9 @@ from typing import Any
 from prune_lab import targets
 from prune_lab.tracking.base import RunInfo
 
+MANY_ZEROS = 0.01
+"""share of zeros among start weights from which on they are told; trained dense networks have next to none"""
+
 
 def to_ascii(text: str) -> str:
     """Return `text` with other characters escaped, so that no terminal or locale can fail on it."""
@@ -121,7 +124,7 @@ def _start(top1: float | None, zeros: float | None, evaluated: str | None) -> st
     if top1 is None:
         return None
     told = _join(f"top-1 {top1:.2f} %", evaluated, "before training")
-    return f"{told}, {zeros:.2%} zeros" if zeros >= 0.01 else told
+    return f"{told}, {zeros:.2%} zeros" if zeros >= MANY_ZEROS else told
 
 
 def _in_each_epoch(images: int | None, total: int | None) -> str | None:
