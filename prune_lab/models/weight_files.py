@@ -34,6 +34,9 @@ _RENAMED = (
     (re.compile(r"(.*encoder_layer_\d+\.mlp\.)linear_2(\.\w+)"), r"\g<1>3\2"),
 )
 """names in torchvision's older files, as its densenet.py and vision_transformer.py rename them"""
+_COMPUTED = re.compile(r"(?:_g|_v|_u|_orig|parametrizations\.\w+\.(?:original|0\.).*)$")
+"""ends of the names of what weight norm, spectral norm and other parametrizations compute a weight from"""
+_PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 _AVERAGES = re.compile(r"ema|averag|avg|swa|shadow", re.IGNORECASE)
 _SHOWN = 8
 
@@ -84,7 +87,9 @@ def _safe_types() -> list[Any]:
     makers = {name: getattr(arrays, name) for name in ("scalar", "_reconstruct")}
     named = [(made, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name, made in makers.items()]
     kinds = {type(numpy.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    return [*named, numpy.ndarray, numpy.dtype, *kinds, argparse.Namespace, pathlib.PosixPath]
+    # Python 3.13 calls the module of the paths otherwise, and no Windows path can be made elsewhere.
+    paths = [(pathlib.PurePath, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in _PATHS]
+    return [*named, numpy.ndarray, numpy.dtype, *kinds, argparse.Namespace, *paths]
 
 
 def _unsafe(path: Path) -> str:
@@ -103,7 +108,7 @@ def state_dicts(content: Any, wanted: Mapping[str, Any]) -> Iterator[Found]:
         wanted: names of the network's tensors; a prefix in the file counts if most of them stand behind it.
     """
     for place, mapping in _mappings(content):
-        tensors = {key: value.detach() for key, value in mapping.items() if torch.is_tensor(value)}
+        tensors = {key: _strided(value.detach()) for key, value in mapping.items() if torch.is_tensor(value)}
         if not tensors or not all(isinstance(key, str) for key in tensors):
             continue
         tensors, versions = _plain(tensors), getattr(mapping, "_metadata", None)
@@ -126,6 +131,16 @@ def _mappings(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[s
     for key, value in content.items():
         if isinstance(key, str):
             yield from _mappings(value, f"{place}.{key}" if place else key, depth + 1)
+
+
+def _strided(tensor: Tensor) -> Tensor:
+    """Return a tensor that is stored as its nonzero values as the same with its zeros."""
+    return tensor if tensor.layout == torch.strided else tensor.to_dense()
+
+
+def is_computed(name: str) -> bool:
+    """Return whether a file's tensor of this name is one that another program computes a weight from."""
+    return bool(_COMPUTED.search(name))
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

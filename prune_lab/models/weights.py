@@ -18,7 +18,7 @@ from prune_lab.files import read_json
 from prune_lab.lazy import lazy_import
 from prune_lab.models.configs import VGG_NAMES, ExternalConfig, ModelConfig, ResNetCifarConfig, WideResNetConfig
 from prune_lab.models.foreign import reason
-from prune_lab.models.weight_files import Found, describe, read, state_dicts
+from prune_lab.models.weight_files import Found, describe, is_computed, read, state_dicts
 from prune_lab.schema import ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, config: ModelConfig) -> list[str]:
     path = official_file(config) if config.weights == "torchvision" else _existing_file(config.weights)
     try:
         found, notes = choose(model, read(path), auxiliary=isinstance(config, ExternalConfig))
-        _check_finite(found)
+        _check_values(found, model)
     except _Unfit as error:
         what = f"model.weights={config.weights} "
         if error.fits_not:
@@ -192,12 +192,19 @@ def _equal(one: Found, other: Found) -> bool:
     )
 
 
-def _check_finite(found: Found) -> None:
+def _check_values(found: Found, model: nn.Module) -> None:
+    """Raise _Unfit for values that are not finite, or no weights but codes of them (quantised networks)."""
+    wanted = model.state_dict()
     for name, tensor in found.tensors.items():
-        wrong = int((~torch.isfinite(tensor)).sum()) if tensor.is_floating_point() else 0
+        what = f"{found.prefix}{name}"
+        if name in wanted and wanted[name].is_floating_point() and not tensor.is_floating_point():
+            raise _Unfit(f"cannot be a start: {what} holds {str(tensor.dtype).removeprefix('torch.')}, not "
+                         "floating-point numbers")  # fmt: skip
+        # In float32, because 8-bit floats cannot be asked.
+        values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+        wrong = int((~torch.isfinite(values)).sum()) if tensor.is_floating_point() else 0
         if wrong:
-            raise _Unfit(f"cannot be a start: {wrong} of {tensor.numel()} values of {found.prefix}{name} are "
-                         "NaN or infinite")  # fmt: skip
+            raise _Unfit(f"cannot be a start: {wrong} of {tensor.numel()} values of {what} are NaN or infinite")
 
 
 def _with_versions(found: Found, model: nn.Module) -> OrderedDict:
@@ -229,7 +236,11 @@ class _Problems:
     def __str__(self) -> str:
         named = [("missing", self.missing), ("unexpected", self.unexpected), ("of another shape", self.reshaped)]
         parts = [f"{len(items)} {what} ({_shorten(items)})" for what, items in named if items]
-        return "; ".join(parts + ["the file was trained for another number of classes"] * self.only_head)
+        hints = ["the file was trained for another number of classes"] * self.only_head
+        if any(map(is_computed, self.unexpected)):
+            hints.append("it holds what a weight is computed from (weight norm, spectral norm, parametrizations); "
+                         "remove them from the network before saving it")  # fmt: skip
+        return "; ".join(parts + hints)
 
 
 def _compare(model: nn.Module, found: Found) -> _Problems:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+import types
 import urllib.error
 from pathlib import Path
 
@@ -163,6 +165,78 @@ def test_masks_beside_weights_are_applied(tmp_path, kind):
     models.load_weights(target, config_of(tmp_path / "masked.pt"))
     loaded = target.layer1[0].conv1.weight
     assert torch.equal(loaded, torch.where(mask, weight, 0)) and not torch.signbit(loaded[~mask]).any()
+    assert torch.equal(target.conv1.weight, source.conv1.weight)
+
+
+def test_weights_stored_as_their_nonzero_values_are_loaded(tmp_path):
+    source, target = resnet20(seed=0), resnet20(seed=1)
+    source.linear.weight.detach()[:, ::2] = 0
+    state = source.state_dict()
+    state["conv1.weight"] = state["conv1.weight"].to_sparse()
+    state["linear.weight"] = state["linear.weight"].to_sparse_csr()
+    torch.save({"net": state}, tmp_path / "sparse.pt")
+    models.load_weights(target, config_of(tmp_path / "sparse.pt"))
+    assert torch.equal(target.conv1.weight, source.conv1.weight)
+    assert torch.equal(target.linear.weight, source.linear.weight)
+
+
+@pytest.mark.parametrize(
+    "change, held",
+    [
+        (lambda weight: torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8), "qint8"),
+        (lambda weight: weight.to(torch.int8), "int8"),
+        (lambda weight: weight.to(torch.complex64), "complex64"),
+    ],
+)
+def test_values_that_are_no_weights_are_refused_by_name(tmp_path, change, held):
+    state = resnet20(seed=0).state_dict()
+    state["conv1.weight"] = change(state["conv1.weight"])
+    torch.save(state, tmp_path / "codes.pt")
+    assert refusal(resnet20(seed=1), tmp_path / "codes.pt").endswith(
+        f"codes.pt cannot be a start: conv1.weight holds {held}, not floating-point numbers"
+    )
+
+
+def test_floats_of_8_bits_are_loaded(tmp_path):
+    source, target = resnet20(seed=0), resnet20(seed=1)
+    state = source.state_dict()
+    small = state["conv1.weight"] = state["conv1.weight"].to(torch.float8_e4m3fn)
+    torch.save(state, tmp_path / "small.pt")
+    models.load_weights(target, config_of(tmp_path / "small.pt"))
+    assert torch.equal(target.conv1.weight, small.float())
+    state["conv1.weight"] = torch.full((16, 3, 3, 3), float("nan")).to(torch.float8_e4m3fn)
+    torch.save(state, tmp_path / "nan.pt")
+    assert "432 of 432 values of conv1.weight are NaN" in refusal(resnet20(seed=1), tmp_path / "nan.pt")
+
+
+@pytest.mark.parametrize(
+    "apply", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm,
+              nn.utils.spectral_norm]
+)  # fmt: skip
+def test_weights_that_are_computed_from_others_are_called_so(tmp_path, apply):
+    source = resnet20(seed=0)
+    apply(source.layer1[0].conv1)
+    torch.save(source.state_dict(), tmp_path / "norm.pt")
+    message = refusal(resnet20(seed=1), tmp_path / "norm.pt")
+    assert "1 missing (layer1.0.conv1.weight)" in message
+    assert "weight is computed from (weight norm, spectral norm, parametrizations); remove them" in message
+
+
+@pytest.mark.parametrize("name", ["pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath"])
+def test_paths_of_other_systems_beside_the_weights(tmp_path, name):
+    class Elsewhere:
+        """Pickled as a path of another system or Python is."""
+
+        def __reduce__(self):
+            return (Elsewhere, ("runs", "a"))
+
+    module, _, Elsewhere.__qualname__ = name.rpartition(".")
+    Elsewhere.__module__, Elsewhere.__name__ = module, Elsewhere.__qualname__
+    source, target = resnet20(seed=0), resnet20(seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module, types.SimpleNamespace(**{Elsewhere.__name__: Elsewhere}))
+        torch.save({"model": source.state_dict(), "out": Elsewhere()}, tmp_path / "paths.pt")
+    models.load_weights(target, config_of(tmp_path / "paths.pt"))
     assert torch.equal(target.conv1.weight, source.conv1.weight)
 
 
