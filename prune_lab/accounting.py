@@ -80,7 +80,7 @@ def computed_note(costs: Sequence[LayerCost]) -> str | None:
         return None
     names, reasons = {cost.name for cost in computed}, dict.fromkeys(cost.computed for cost in computed)
     share = dense_macs(computed) / dense_macs(costs)
-    return f"note: {len(names)} layers with {share:.1%} of the MACs stay dense: {'; '.join(reasons)}"
+    return f"note: {len(names)} layers with {share:.2%} of the MACs stay dense: {'; '.join(reasons)}"
 
 
 def sparse_macs(costs: Sequence[LayerCost], kept: Mapping[str, int]) -> int:
@@ -106,7 +106,10 @@ def layer_table(
     cost_of = {cost.parameter: cost for cost in costs}
     listed = {layer.parameter for layer in layers}
     others = [cost for cost in costs if cost.parameter not in listed]
-    rest = [Layer(cost.name, cost.parameter, cost.kind, cost.shape, False, "no layer of its own") for cost in others]
+    rest = [
+        Layer(cost.name, cost.parameter, cost.kind, cost.shape, False, cost.computed or "no layer of its own")
+        for cost in others
+    ]
     rows = []
     for layer in [*layers, *rest]:
         cost = cost_of.get(layer.parameter)

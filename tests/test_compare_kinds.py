@@ -169,6 +169,16 @@ def test_images_of_ones_own_under_a_published_name_are_other_images(tmp_path):
     assert not rows["a"].kind.fits(rows["b"].kind)
 
 
+def test_a_method_whose_code_was_replaced_is_not_told_by_its_name_alone(tmp_path):
+    write_run(tmp_path, "a", options={"_target_": "prune_lab.methods.rigl.RigL", "interval": 1})
+    write_run(tmp_path, "b", options={"_target_": "own.Rule", "interval": 2})
+    write_run(tmp_path, "c", method="set", options={"_target_": "prune_lab.methods.set.SET"})
+    assert {name: row.options for name, row in rows_of(tmp_path).items()} == {
+        "a": "method._target_=prune_lab.methods.rigl.RigL method.interval=1",
+        "b": "method._target_=own.Rule method.interval=2", "c": "",
+    }  # fmt: skip
+
+
 def test_options_of_models_and_data_sets_are_compared_among_their_own(tmp_path):
     write_run(tmp_path, "a", model={"name": "vgg16", "width": 2.0})
     write_run(tmp_path, "b", data={"name": "digits", "num_test": 359})

@@ -80,7 +80,7 @@ def test_sparsity_and_costs_count_the_layers_whose_zeros_act(
 ) -> None:
     chosen = [*METHODS[name], "method.sparsity=0.75", "method.distribution=uniform", "method.first_layer=sparse"]
     assert execute(tmp_path, *options("partly_standardised", *chosen)) == 0
-    assert f"note: 1 layers with 51.6% of the MACs stay dense: {COMPUTED}" in capsys.readouterr().out.splitlines()
+    assert f"note: 1 layers with 51.59% of the MACs stay dense: {COMPUTED}" in capsys.readouterr().out.splitlines()
     model, found = load_model(run_dir(tmp_path)), summary(tmp_path)
     zeros = {path: int((module.weight == 0).sum()) for path, module in model.named_modules() if path in {*"0369"}}
     assert zeros == {"0": 162, "3": 0, "6": 432, "9": 24}

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.prune import l1_unstructured
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_lab.accounting import dense_macs, macs_without_weight, profile
+from prune_lab.accounting import dense_macs, layer_table, macs_without_weight, profile
+from prune_lab.eligibility import select_layers
 from prune_lab.weight_use import COMPUTED, PARTS, computed_weights
 
 
@@ -121,7 +122,11 @@ def test_kernels_that_are_computed_from_the_image_count():
     assert [(cost.parameter, cost.macs) for cost in costs] == [
         ("routing.weight", 12), ("weight", 4 * 162), ("weight (computed kernel)", 162 * 64)
     ]  # fmt: skip
-    assert profile(nn.Sequential(Mixture(), nn.Conv2d(6, 2, 1)), 8)[-1].macs == 12 * 64
+    model = nn.Sequential(Mixture(), nn.Conv2d(6, 2, 1))
+    costs = profile(model, 8)
+    assert costs[-1].macs == 12 * 64
+    reasons = {(row["name"], row["reason"]) for row in layer_table(select_layers(model), costs, {})}
+    assert ("0", COMPUTED) in reasons  # not that it has no layer of its own
 
 
 class MixedLinear(nn.Module):

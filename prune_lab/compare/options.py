@@ -18,7 +18,7 @@ _CHOICES = ("model", "dataset", "schedule", "method")
 _SHARED = ("method.distribution", "method.macs_ratio", "method.params_ratio", "method.channels_ratio")
 """what methods have in common"""
 _OTHER_COLUMNS = ("method.sparsity", "method.control", "method.match", "model.name", "dataset.name", "schedule.name",
-                  "method.name", "method._target_", "trainer.limit_", "trainer.eval_batch_size")  # fmt: skip
+                  "method.name", "trainer.limit_", "trainer.eval_batch_size")  # fmt: skip
 """options, or beginnings of them, that another column shows; parts of the images stand beside schedule and top-1"""
 
 
