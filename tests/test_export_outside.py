@@ -73,6 +73,18 @@ def test_pruned_weights_are_positive_zeros_in_onnx(onnx_file: Path) -> None:
     assert sum(map(len, zeros)) > 100 and not any(bits.any() for bits in zeros)
 
 
+def test_pruned_weights_are_positive_zeros_in_openvino(network: nn.Module, program, images: Tensor, tmp_path: Path):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    formats.write("openvino", tmp_path, model=network, description={"image_size": SIZE}, program=program)
+    core = formats.import_openvino().Core()
+    read = core.read_model(tmp_path / "model.xml")
+    constants = [operation.data for operation in read.get_ops() if operation.get_type_name() == "Constant"]
+    zeros = [constant.view("int32")[constant == 0] for constant in constants if constant.dtype == "float32"]
+    assert sum(map(len, zeros)) > 100 and not any(bits.any() for bits in zeros)
+    compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    assert is_near(compiled([images.numpy()])[0], network(images))
+
+
 @pytest.mark.parametrize("is_fixed", [False, True])
 def test_onnxruntime_takes_any_batch(onnx_file: Path, network: nn.Module, images: Tensor, is_fixed: bool) -> None:
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

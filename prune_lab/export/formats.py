@@ -83,6 +83,7 @@ def _write_program(program: ExportedProgram, folder: Path, image_size: int) -> N
 
 def _write_onnx(program: ExportedProgram, folder: Path, image_size: int) -> None:
     import onnx
+    import onnx.numpy_helper
 
     written = torch.onnx.export(
         program, (torch.randn(2, 3, image_size, image_size),), dynamo=True, verbose=False,
@@ -91,25 +92,29 @@ def _write_onnx(program: ExportedProgram, folder: Path, image_size: int) -> None
     network = written.model_proto
     # Inner shapes may be left out. They say "batch", so that a runtime which is told a number there refuses them.
     del network.graph.value_info[:]
-    _make_zeros_positive(network.graph)
+    for constant in network.graph.initializer:
+        values = onnx.numpy_helper.to_array(constant)
+        if values.dtype.kind == "f":
+            constant.CopyFrom(onnx.numpy_helper.from_array(_with_positive_zeros(values), constant.name))
     path = folder / "model.onnx"
     onnx.save(network, path)
     onnx.checker.check_model(path, full_check=True)
 
 
-def _make_zeros_positive(graph: Any) -> None:
-    """Replace every -0.0 among the constants of an ONNX graph: zero weights times a negative scale of a batch norm."""
-    from onnx import numpy_helper
-
-    for constant in graph.initializer:
-        values = torch.from_numpy(numpy_helper.to_array(constant).copy())
-        clear_sign_of_zeros(values)
-        constant.CopyFrom(numpy_helper.from_array(values.numpy(), constant.name))
+def _with_positive_zeros(constant: Any) -> Any:
+    """Return a copy of a NumPy array without -0.0: exporters multiply zeros by negative scales of batch norms."""
+    values = torch.from_numpy(constant.copy())
+    clear_sign_of_zeros(values)
+    return values.numpy()
 
 
 def _write_openvino(program: ExportedProgram, folder: Path, image_size: int) -> None:
     openvino = import_openvino()
     network = openvino.convert_model(program)
+    for operation in network.get_ops():
+        if operation.get_type_name() == "Constant" and operation.data.dtype.kind == "f":
+            values = _with_positive_zeros(operation.data)
+            operation.output(0).replace(openvino.opset13.constant(values).output(0))
     network.reshape({network.input(0): [-1, 3, image_size, image_size]})
     network.input(0).get_tensor().set_names({INPUT})
     network.output(0).get_tensor().set_names({OUTPUT})
