@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from prune_lab.config import RunConfig
-from prune_lab.tracking.lines import quantity
+from prune_lab.tracking.lines import part_evaluated, quantity
 
 
 def in_order(config: RunConfig) -> tuple[RunConfig, ...]:
@@ -54,9 +54,10 @@ def figures(kind: str, top1: float, *, own: dict[str, Any], own_name: str) -> di
 def beside(summary: dict[str, Any], own: dict[str, Any], kind: str) -> list[str]:
     """Return the method's own results, its control's and their difference, as lines of text."""
     top1, own_top1 = summary["final/top1"], own["final/top1"]
+    told = "; ".join(filter(None, [_sign(own_top1 - top1), part_evaluated(summary)]))
     rows = [
         ("", "method", f"control {kind}", "method - control"),
-        ("top-1", f"{own_top1:.2f} %", f"{top1:.2f} %", f"{own_top1 - top1:+.2f} ({_sign(own_top1 - top1)})"),
+        ("top-1", f"{own_top1:.2f} %", f"{top1:.2f} %", f"{own_top1 - top1:+.2f} ({told})"),
         _row("sparsity", own, summary, "sparsity/achieved", "{:.6g}".format),
         _row("channels kept", own, summary, "remove/channels_kept", "{:.6g}".format),
         _row("MACs per image", own, summary, "macs/inference", quantity),

@@ -67,6 +67,12 @@ def test_the_difference_is_the_method_minus_its_control(own: float, control: flo
     assert found["control/method_minus_control"] == own - control
 
 
+def test_accuracies_of_a_part_of_the_images_are_marked() -> None:
+    summary = {"final/top1": 9.0, "final/images": 2000, "data/num_eval": 10000}
+    told = control_runs.beside(summary, summary, "shuffle")[1]
+    assert told.endswith("+0.00 (no difference; of 2,000 of 10,000 images)")
+
+
 def test_the_own_run_is_the_one_without_the_option(capsys: pytest.CaptureFixture) -> None:
     assert cli.main([*SNIP]) == 0
     (alone,) = summaries()

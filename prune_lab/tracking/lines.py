@@ -67,11 +67,16 @@ def _of_part(key: str, record: dict[str, Any]) -> str:
     return "" if images is None else f" ({images:,} images)"
 
 
+def part_evaluated(summary: dict[str, Any]) -> str | None:
+    """Return which part of the evaluation images the accuracies are of; None: of all, or of how many is not known."""
+    images, num_eval = summary.get("final/images"), summary.get("data/num_eval")
+    return f"of {images:,} of {num_eval:,} images" if images and num_eval and images < num_eval else None
+
+
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (what, how much) for the end of a run, from the flat keys of summary.json; missing ones are left out."""
     get = summary.get
-    images, num_eval = get("final/images"), get("data/num_eval")
-    evaluated = f"of {images:,} of {num_eval:,} images" if images and num_eval and images < num_eval else None
+    evaluated = part_evaluated(summary)
     rows = [
         ("top-1", _join(_percent(get("final/top1")), evaluated, _before_pruning(summary))),
         ("top-5", _join(_percent(get("final/top5")), evaluated)),
