@@ -197,17 +197,28 @@ def _coerce_union(options: tuple, value: Any, path: str) -> Any:
     kept = [option for option in options if option is not type(None)]
     if bool in kept and isinstance(value, bool):
         return value
-    last = kept[-1]
+    last, refused = kept[-1], []
     for option in kept[:-1]:
         try:
             return coerce(option, value, path)
-        except ConfigError:
-            continue
+        except ConfigError as error:
+            refused.append(error)
+    if refused and bool not in kept and typing.get_origin(last) is Literal:  # a number, or a word
+        return _number_or_word(last, value, path, refused[0])
     if bool in kept and typing.get_origin(last) is Literal:  # one list of everything allowed
         last = Literal["true", "false", *typing.get_args(last)]  # type: ignore[valid-type]
         if value in ("true", "false"):
             raise ConfigError(f"{path} must be written without quotes, got the text {value!r}", path)
     return coerce(last, value, path)
+
+
+def _number_or_word(words: Any, value: Any, path: str, refused: ConfigError) -> str:
+    """Return `value` if it is among `words`; else raise ConfigError that names them after what `refused` says."""
+    choices = typing.get_args(words)
+    if value in choices:
+        return value
+    near = suggestion(value, choices) if isinstance(value, str) else ""
+    raise ConfigError(f"{refused}{near}; or {', '.join(choices)}", path)
 
 
 def _coerce_list(item: Any, value: Any, path: str) -> list:

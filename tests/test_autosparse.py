@@ -255,7 +255,7 @@ def test_set_up_says_when_alpha_ends():
     for cutoff in (0.9, 1.0):
         context = layer_of(W)
         context.report = said.append
-        make("autosparse", cutoff=cutoff).setup(context)
+        make("autosparse", cutoff=cutoff, threshold_init=-5.0).setup(context)
     assert "T = -5" in said[0] and "alpha is 0 from step 90 of 100 on" in said[1]
     assert "above 0 in all 100 steps" in said[3] and "method.cutoff" in said[3]
 

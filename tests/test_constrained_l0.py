@@ -302,7 +302,23 @@ def test_targets_below_the_clamp_are_reached_without_it() -> None:
     method = make(NAME, sparsity=0.99, clamp_gates=False)
     assert method.requested_sparsity() == 0.99
     assert make(NAME, sparsity=0.9, granularity="filter").requested_sparsity() is None
-    assert not method.budget_is_exact() and make(NAME, rounding="exact").budget_is_exact()
+
+
+@pytest.mark.parametrize(
+    ("exact", "options"),
+    [
+        (True, {}),
+        (True, {"granularity": "filter", "sparsity": None, "macs_ratio": 0.5}),
+        (False, {"rounding": "gates"}),
+        (False, {"constrain": "layer"}),
+        (False, {"macs_ratio": 0.5}),
+        (False, {"sparsity": None, "macs_ratio": 0.5}),
+        (False, {"granularity": "filter"}),
+    ],
+    ids=str,
+)
+def test_the_end_is_rounded_to_the_budget_where_that_is_the_only_target(exact: bool, options: dict[str, Any]) -> None:
+    assert make(NAME, **options).budget_is_exact() == exact
 
 
 def flat(parts: list[Tensor]) -> Tensor:

@@ -219,7 +219,7 @@ def said(*, mu: float = 0.501, c: float = 0.001, steps: int) -> list[str]:
 def test_a_short_schedule_is_told_how_many_steps_it_lacks() -> None:
     (line,) = said(steps=100)
     assert "a weight of 0.02 without gradient stays above it" in line and "it is zero after 39344)" in line
-    advised = float(line.partition("method.c=")[2].split()[0])
+    advised = float(line.rpartition("method.c=")[2].split()[0])
     (line,) = said(steps=100, c=advised * 1.05)  # the advice has two digits
     assert "is zero after" in line and "stays above" not in line
 

@@ -67,7 +67,7 @@ def set_up(
     context.schedule = PhaseSchedule(10, 0.1, "constant", [], 0.1, 0.0, 0.0)
     context.dataset = SimpleNamespace(info=SimpleNamespace(image_size=8, num_train=1000))
     context.last_step = context.total_steps
-    method = make(name, **options)
+    method = make(name, **({"penalty": 1.0} if name == "l0" else {}) | options)
     method.setup(context)
     return method, context
 

@@ -54,6 +54,20 @@ def refusal(hint: Any, value: Any) -> str:
 
 
 @pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (0, "group.key must lie in [1, inf), got 0; or auto"),
+        (1.5, "group.key must be a whole number, got 1.5; or auto"),
+        ("aut", "group.key must be a whole number, got aut (did you mean 'auto'?); or auto"),
+    ],
+)
+def test_a_number_or_a_word_names_both(value: Any, said: str) -> None:
+    assert refusal(Count | Literal["auto"] | None, value) == said
+    for kept in (3, "auto", None):
+        assert coerce(Count | Literal["auto"] | None, kept, "group.key") == kept
+
+
+@pytest.mark.parametrize(
     ("hint", "value"),
     [
         (Positive, 1e-12), (Positive, 3), (NonNegative, 0), (OpenFraction, 0.999), (Momentum, 0), (Momentum, 0.9),

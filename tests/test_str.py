@@ -160,7 +160,7 @@ def test_sleeping_through_the_training_is_refused_with_a_way_out():
     context.optimizer = torch.optim.SGD(context.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     context.total_steps, context.steps_per_epoch = 3000, 300
     with pytest.raises(ConfigError, match=r"^method\.threshold_init=-3200 with .*never brings T to -10") as caught:
-        make("str").setup(context)
+        make("str", threshold_init=-3200.0, threshold_decay=None).setup(context)
     advice = re.search(r"; method\.threshold_init=(\S+) with method\.threshold_decay=(\S+) brings", str(caught.value))
     said: list[str] = []
     again = layer_of(W)
@@ -174,7 +174,8 @@ BAD = {
     ("method.threshold_init=-9", "method.threshold_decay=0.1"): "method.threshold_decay=0.1 pushes T towards 0",
     ("method.threshold_init=1",): "method.threshold_init must lie in (-inf, 0]",
     ("method.threshold_decay=-1",): "method.threshold_decay must lie in [0, inf)",
-    (): "method.threshold_init=-3200 with method.threshold_decay=0.0005 never brings T to -10",
+    ("method.threshold_init=-3200", "method.threshold_decay=null"): "method.threshold_init=-3200 with "
+    "method.threshold_decay=0.0005 never brings T to -10",
     ("method.threshold_init=-20", "method.threshold_decay=100"): "method.threshold_decay=100 takes T past 0, where "
     "weights up to 0.5 act as zero, at step 1 of ",
     ("method.threshold_init=-10", "method.threshold_decay=100"): "; lower method.threshold_decay",

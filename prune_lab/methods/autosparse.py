@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
+from prune_lab.methods.base import Card, Method
+from prune_lab.methods.families import schedule_length
 from prune_lab.methods.families.annealed_gradient import AnnealingConfig, GradientAnnealing
 from prune_lab.methods.families.soft_threshold import SoftThreshold, SoftThresholdConfig, check_decay
 from prune_lab.schema import NonNegative, Range
@@ -14,11 +16,19 @@ from prune_lab.schema import NonNegative, Range
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prune_lab.config import RunConfig
     from prune_lab.context import Context
 
 torch = lazy_import("torch")
 accounting = lazy_import("prune_lab.accounting")
 masks = lazy_import("prune_lab.masks")
+
+
+_PUBLISHED = -5.0
+"""start of the thresholds in the PQuant library"""
+
+_REACH = 1.5
+"""multiple of the median weight at which thresholds start on short trainings, in which they hardly move"""
 
 
 @dataclass(frozen=True)
@@ -30,7 +40,8 @@ class AutoSparseConfig(SoftThresholdConfig, AnnealingConfig):
     pruned ones the nearer to their threshold the earlier; 1: all, at or below the density: kept ones only"""
 
     def check(self, path: str) -> None:
-        check_decay(path, init=self.threshold_init, decay=self.threshold_decay)
+        init = _PUBLISHED if self.threshold_init == "auto" else self.threshold_init
+        check_decay(path, init=init, decay=self.threshold_decay)
 
 
 class AutoSparse(GradientAnnealing, SoftThreshold):
@@ -46,9 +57,22 @@ class AutoSparse(GradientAnnealing, SoftThreshold):
         differences="no official code is known, and only the paper's abstract was read: alpha 0.75, sigmoid_cosine, "
         "threshold_init -5 and cutoff 0.9 are not checked against the paper; the last two are those of the PQuant "
         "library, which has alpha 0.5, one threshold per channel, and multiplies alpha by its schedule again and again "
-        "(method.compound=true). The sparsity is an outcome, and no search over alpha for a target is offered: "
+        f"(method.compound=true). threshold_init=auto is {_PUBLISHED:g} from {schedule_length.LONG:,} steps on, and on "
+        f"shorter trainings (this program's) {_REACH:g} times the median weight of the start. "
+        "The sparsity is an outcome, and no search over alpha for a target is offered: "
         "autosparse_topk has an exact budget. Thresholds are not clipped",
     )
+
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+        if self.config.threshold_init != "auto" or not schedule_length.is_long(config, steps_per_epoch):
+            return self
+        return type(self)(replace(self.config, threshold_init=_PUBLISHED))
+
+    def start(self, context: Context) -> float:
+        if self.config.threshold_init != "auto":
+            return super().start(context)
+        limit = min(_REACH * schedule_length.median_weight(context), 0.5)
+        return max(math.log(limit / (1 - limit)), _PUBLISHED) if limit else _PUBLISHED
 
     def _num_trained(self, context: Context, name: str) -> int:
         """Return how many weights of a layer get a gradient while alpha is above 0."""

@@ -40,11 +40,20 @@ class ConstrainedL0Config(GatesConfig):
     """learning rate of the multipliers; None: see `multipliers.dual_rate`"""
     dual_restart: bool
     """whether a multiplier is set to 0 when its target is met (strictly)"""
-    rounding: Literal["gates", "exact"]
+    rounding: Literal["auto", "gates", "exact"]
     """at the end, gates: what is open without chance; exact: the budget, by the rank of the gates: weight: `sparsity`,
-    filter: `macs_ratio`"""
+    filter: `macs_ratio`; auto: exact where that is the only target, else gates"""
 
     GOALS = ("sparsity", "macs_ratio")
+
+    @property
+    def exact(self) -> bool:
+        """Whether the end is rounded to the budget."""
+        if self.rounding != "auto":
+            return self.rounding == "exact"
+        if self.granularity == "filter":
+            return self.sparsity is None
+        return self.macs_ratio is None and self.constrain == "model" and self.sparsity is not None
 
     @classmethod
     def absent(cls, option: str) -> str | None:
@@ -103,8 +112,8 @@ class ConstrainedL0(GatedWeights):
         "over them per step; training is computed dense",
         differences="the official code clamps gates on one device only, here method.clamp_gates decides; it gates the "
         "filters of a bottleneck's third convolution, too, which stay here, and never the stem, which is gated here "
-        "where no addition ties it (exclude it by its name); the target of MACs, rounding=exact, measuring batch norm "
-        "(bn_images) and Adam for the gates are this program's; biases have no gates",
+        "where no addition ties it (exclude it by its name); the target of MACs, rounding=exact (the default where it "
+        "can be), measuring batch norm (bn_images) and Adam for the gates are this program's; biases have no gates",
     )
 
     def __init__(self, config: Any) -> None:
@@ -129,7 +138,7 @@ class ConstrainedL0(GatedWeights):
         return {name: value for name, value in ((unit, sparsity), ("macs", config.macs_ratio)) if value is not None}
 
     def budget_is_exact(self) -> bool:
-        return self.config.rounding == "exact"
+        return self.config.exact
 
     def setup(self, context: Context) -> None:
         """Set up gates, targets and multipliers.
@@ -159,7 +168,7 @@ class ConstrainedL0(GatedWeights):
         self.multipliers = torch.zeros_like(self.targets)
         self.rates = torch.tensor(self._rates(context.total_steps), device=context.device)
         self._check_reach()
-        if config.rounding == "exact" and config.granularity == "filter":
+        if config.exact and config.granularity == "filter":
             self._best_channels(context)
         self._tell_start(context)
 
@@ -251,7 +260,7 @@ class ConstrainedL0(GatedWeights):
 
     def settle(self, context: Context) -> None:
         """Keep exactly the budget, what has the highest gates, if the options say so."""
-        if self.config.rounding != "exact":
+        if not self.config.exact:
             super().settle(context)
         elif self.config.granularity == "filter":
             self.leave(context, self._best_channels(context))

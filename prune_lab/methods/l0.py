@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
+from prune_lab.methods.base import Card, Method
 from prune_lab.methods.families.gated_weights import GatedWeights, GatesConfig
 from prune_lab.schema import NonNegative
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from prune_lab.config import RunConfig
     from prune_lab.context import Context
 
 torch = lazy_import("torch")
 
+_PENALTY, _HIGHEST_PRICE = 1.0, 2e-4
+"""lambda, and the price of one weight (lambda / images) that it does not exceed on few images: on 1,438 of them 1
+leaves 2 % of the weights and a network that has learned little."""
+
 
 @dataclass(frozen=True)
 class L0Config(GatesConfig):
-    penalty: NonNegative
-    """lambda: price of one expected weight, divided by the number of training images"""
+    penalty: NonNegative | Literal["auto"]
+    """lambda: price of one expected weight, divided by the number of training images; auto: 1, less on few images"""
 
     @classmethod
     def absent(cls, option: str) -> str | None:
@@ -48,8 +53,15 @@ class L0(GatedWeights):
         differences="a gated layer's bias is left as it is (official code: a sign error rewards its open gates; "
         "dropped in training, added in tests); filter gates work as the L0BatchNorm of Gallego-Posada et al. 2022; "
         "gates have an optimizer of their own, as under the weights' SGD rate they hardly move (AMLab-Amsterdam/"
-        "L0_regularization issue 6)",
+        f"L0_regularization issue 6); penalty=auto, {_PENALTY:g} and at most {_HIGHEST_PRICE:g} per image of an epoch, "
+        "is this program's",
     )
+
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+        if self.config.penalty != "auto":
+            return self
+        images = steps_per_epoch * config.schedule.batch_size
+        return type(self)(replace(self.config, penalty=min(_PENALTY, float(f"{_HIGHEST_PRICE * images:.2g}"))))
 
     def price(self, context: Context, probability: Tensor) -> Tensor:
         """Return lambda / N times the weights that each gate controls."""

@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.soft_threshold import SoftThreshold, SoftThresholdConfig, check_decay
+from prune_lab.lazy import lazy_import
+from prune_lab.methods.base import Card, Method
+from prune_lab.methods.families.soft_threshold import (
+    AWAKE,
+    HIGHER_STARTS,
+    SoftThreshold,
+    SoftThresholdConfig,
+    check_decay,
+    decayed,
+    waking_start,
+)
 from prune_lab.schema import NonNegative
 
 if TYPE_CHECKING:
+    from prune_lab.config import RunConfig
     from prune_lab.context import Context
+
+torch = lazy_import("torch")
+optim = lazy_import("prune_lab.optim")
+
+_PUBLISHED = -3200.0
+"""start of the thresholds of the published ResNet-50 (90.23 %)"""
 
 
 @dataclass(frozen=True)
 class STRConfig(SoftThresholdConfig):
-    threshold_decay: NonNegative | None
-    """weight decay of the thresholds; None: the optimizer's"""
+    threshold_decay: NonNegative | Literal["auto"] | None
+    """weight decay of the thresholds; None: the optimizer's (published); auto: that one where it wakes the thresholds
+    within half of the training, else one that wakes them after a third"""
 
     def check(self, path: str) -> None:
-        check_decay(path, init=self.threshold_init, decay=self.threshold_decay or 0.0)
+        if self.threshold_init != "auto" and self.threshold_decay != "auto":
+            check_decay(path, init=self.threshold_init, decay=self.threshold_decay or 0.0)
 
 
 class STR(SoftThreshold):
@@ -33,9 +52,39 @@ class STR(SoftThreshold):
         "them)",
         cost="a second copy of the weights; a few elementwise passes over them per step",
         differences="the sparsity is an outcome of start and decay of the thresholds; settings that would never prune "
-        "are refused. Thresholds start at -3200 (ResNet-50, ImageNet, 90%; MobileNetV1: -12800) and are not clipped",
+        "are refused. Thresholds start at -3200 (ResNet-50, ImageNet, 90%; MobileNetV1: -12800) and are not clipped. "
+        "With threshold_decay=auto trainings that are too short for these (less than twice the steps in which the "
+        "optimizer's decay wakes the thresholds) get a decay that wakes them after a third, and where none does "
+        "thresholds that start higher (this program's)",
     )
 
     def decay(self, context: Context) -> float:
         own = self.config.threshold_decay
         return context.optimizer.defaults["weight_decay"] if own is None else own
+
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+        schedule = config.schedule.phase("train")
+        steps = range(steps_per_epoch * schedule.epochs)
+        rates = [optim.learning_rate(schedule, step, steps_per_epoch) for step in steps]
+        group = optim.build_optimizer(torch.nn.Linear(1, 1, device="meta"), config.optimizer).param_groups[-1]
+        return type(self)(self._fitting(rates, group, config.optimizer.weight_decay))
+
+    def _fitting(self, rates: Sequence[float], group: Mapping[str, Any], inherited: float) -> STRConfig:
+        """Return the options with numbers for `auto`.
+
+        Args:
+            rates: learning rate of each step.
+            group: the optimizer's options, as for `decayed`.
+            inherited: its weight decay.
+        """
+        options = self.config
+        free = options.threshold_init == "auto"
+        init = _PUBLISHED if free else options.threshold_init
+        if options.threshold_decay != "auto":
+            return replace(options, threshold_init=init)
+        values = list(decayed(init, inherited, rates, group))
+        if not values or (values[len(values) // 2] >= AWAKE and max(values) <= 0):
+            return replace(options, threshold_init=init, threshold_decay=None)
+        starts = (init, *HIGHER_STARTS) if free else (init,)
+        start, decay = waking_start(starts, rates, group) or (init, None)  # the latter is refused in `setup`
+        return replace(options, threshold_init=start, threshold_decay=decay)

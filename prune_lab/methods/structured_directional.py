@@ -39,6 +39,10 @@ any would be zero. Digits, ResNet-20 of half the width, 20 epochs: 2.1 leaves 78
 target the threshold stops there; it has to arrive, because channels that are cut at the end although they are not zero
 cost accuracy: macs_ratio=0.5 ends at 59 % top-1 with 4, at 97 % with 6."""
 
+_GROWN = 440
+"""Steps of those 20 epochs. In fewer steps filters grow less: after the demo's 176 with the whole width 1.7 leaves 75 %
+of the MACs and 97 % top-1, 2.1 leaves 49 % and 71 %, 3 leaves 15 % and 38 %."""
+
 _CHECK_EVERY = 50
 """steps at most between two looks at where the threshold meets the target; each waits for the device"""
 
@@ -222,7 +226,9 @@ class StructuredDirectional(Method):
         Args:
             values: the threshold after each step with c = 1.
         """
-        reach = _REACH if self.config.macs_ratio is None else _REACH_FOR_TARGET
+        reach = _REACH * min(len(values) / _GROWN, 1) ** 0.6
+        if self.config.macs_ratio is not None:
+            reach = _REACH_FOR_TARGET
         return reach * float(self.norms[self.channels.free].median()) / values[-1] if values else 0.0
 
     def _outlook(self, c: float, values: list[float]) -> str:

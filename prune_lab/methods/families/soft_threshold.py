@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from prune_lab.schema import ConfigError, Range
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from prune_lab.config import RunConfig
     from prune_lab.context import Context
     from prune_lab.eligibility import Layer
 
@@ -25,14 +26,18 @@ optim = lazy_import("prune_lab.optim")
 AWAKE = -10.0
 """below it a raw threshold prunes next to nothing, and its gradient is next to nothing: sigmoid(-10) is 4.5e-5"""
 
+HIGHER_STARTS = (-1000.0, -300.0, -100.0, -30.0, -15.0)
+"""of thresholds, that are looked at where no decay fits the published ones"""
+
 _HIGHEST_DECAY = 1e3
 """of those that are looked at for a proposal"""
 
 
 @dataclass(frozen=True)
 class SoftThresholdConfig(MethodConfig):
-    threshold_init: Annotated[float, Range(high=0)]
-    """start of the raw thresholds T; sigmoid(T) is what weights are compared with"""
+    threshold_init: Annotated[float, Range(high=0)] | Literal["auto"]
+    """start of the raw thresholds T; sigmoid(T) is what weights are compared with; auto: the published start on long
+    trainings, one that fits on short ones"""
     granularity: Literal["layer", "channel"]
     """one threshold per layer or one per output channel"""
     include: list[str]
@@ -136,12 +141,19 @@ def waking_decay(init: float, rates: Sequence[float], group: Mapping[str, Any]) 
     return found if max(decayed(init, found, rates, group)) < 0 else None
 
 
+def waking_start(
+    starts: Iterable[float], rates: Sequence[float], group: Mapping[str, Any]
+) -> tuple[float, float] | None:
+    """Return the first of `starts` for which `waking_decay` finds a decay, and that decay; None: for none of them."""
+    decays = ((start, waking_decay(start, rates, group)) for start in starts)
+    return next(((start, decay) for start, decay in decays if decay is not None), None)
+
+
 def _advice(init: float, rates: Sequence[float], group: Mapping[str, Any]) -> str:
-    for start in (init, -1000.0, -300.0, -100.0, -30.0, -15.0):
-        decay = waking_decay(start, rates, group)
-        if decay is not None:
-            setting = f"method.threshold_init={start:g} with method.threshold_decay={decay:g}"
-            return f"{setting} brings it to {AWAKE:g} by a third of the way"
+    found = waking_start((init, *HIGHER_STARTS), rates, group)
+    if found is not None:
+        setting = f"method.threshold_init={found[0]:g} with method.threshold_decay={found[1]:g}"
+        return f"{setting} brings it to {AWAKE:g} by a third of the way"
     return (
         f"no decay brings it to {AWAKE:g} by a third of the way without passing 0: choose a method.threshold_init of "
         f"{AWAKE:g} or more"
@@ -158,6 +170,18 @@ class SoftThreshold(RawWeights):
         super().__init__(config)
         self.thresholds: dict[str, Tensor] = {}
 
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse a training without steps."""
+        if config.schedule.train.epochs == 0:
+            raise ConfigError(
+                f"schedule.train.epochs=0 does not go with method={self.config.name}: the thresholds are trained there",
+                "schedule.train.epochs",
+            )
+
+    def start(self, context: Context) -> float:
+        """Return the T that every threshold starts with."""
+        return self.config.threshold_init
+
     def decay(self, context: Context) -> float:
         """Return the weight decay of the thresholds."""
         return self.config.threshold_decay
@@ -171,32 +195,32 @@ class SoftThreshold(RawWeights):
         Raises:
             ConfigError: decay and start of the thresholds do not fit each other or the schedule.
         """
-        config, named = self.config, context.parameters()
+        config, named, init = self.config, context.parameters(), self.start(context)
         for layer in context.eligible():
             shape = [1] * len(layer.shape)
             if config.granularity == "channel":
                 shape[0] = layer.shape[0]
-            start = torch.full(shape, config.threshold_init, dtype=torch.float32, device=named[layer.parameter].device)
+            start = torch.full(shape, init, dtype=torch.float32, device=named[layer.parameter].device)
             self.thresholds[layer.parameter] = torch.nn.Parameter(start)
         decay = self.decay(context)
-        check_decay("method", init=config.threshold_init, decay=decay)
+        check_decay("method", init=init, decay=decay)
         context.optimizer.add_param_group({"params": list(self.thresholds.values()), "weight_decay": decay})
-        waking = self._waking(context, decay)
+        waking = self._waking(context, init, decay)
         super().setup(context)
         self.check_alive(context, "at the start")
         context.report(
             f"thresholds: {sum(t.numel() for t in self.thresholds.values())}, one per {config.granularity}, T = "
-            f"{config.threshold_init:g} with weight decay {decay:g}{waking}; density at the start "
+            f"{init:.4g} with weight decay {decay:g}{waking}; density at the start "
             f"{context.masks.density:.4g}"
         )
 
-    def _waking(self, context: Context, decay: float) -> str:
+    def _waking(self, context: Context, init: float, decay: float) -> str:
         """Return words about the step at which the decay alone has brought T to where pruning begins.
 
         Raises:
             ConfigError: never, or it takes T past 0.
         """
-        init, total = self.config.threshold_init, context.total_steps
+        total = context.total_steps
         if init >= AWAKE and not decay:
             return ""
         group = context.optimizer.param_groups[-1]
