@@ -86,6 +86,7 @@ class _Search:
         self, scores: Tensor, channels: ChannelMap, costs: ChannelCosts, budget: Budget, free: Sequence[bool]
     ) -> None:
         self._costs, self._budget = costs, budget
+        self._share = f" ({channels.share(free)})" if channels.held else ""
         self._whole = costs.at(budget.unit, costs.sizes)
         self._limit = Fraction(str(budget.ratio)) * self._whole
         least = np.minimum(costs.sizes, max(budget.least, 1))
@@ -129,7 +130,7 @@ class _Search:
             floor = self._costs.at(self._budget.unit, least) / self._whole
             raise ConfigError(
                 f"{self._budget.option} is out of reach: the smallest network that the options allow has {floor:.4g} "
-                f"of the {_WORDS[self._budget.unit]}; allowed: that or more, below 1"
+                f"of the {_WORDS[self._budget.unit]}; allowed: that or more, below 1{self._share}"
             )
         while high - low > 1:
             middle = (low + high) // 2

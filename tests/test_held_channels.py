@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prune_lab.channels import channel_map
 from prune_lab.dry_run import dry_run
+from prune_lab.methods.families.channel_pruning import Problem
 from prune_lab.removable_channels import RemovableChannels
 from prune_lab.schema import ConfigError
 
@@ -82,6 +83,13 @@ def test_nothing_to_remove_names_what_holds_the_channels(layers: list[nn.Module]
     with pytest.raises(ConfigError) as found:
         RemovableChannels(phase(nn.Sequential(*layers), 4), residual=True, exclude=[])
     assert str(found.value) == f"no channels of this network can be removed: {reason}"
+
+
+def test_a_budget_out_of_reach_names_what_holds_the_channels() -> None:
+    context = phase(network(), 4)
+    method = compose(*TINY, "method=l1_filter", "method.macs_ratio=0.2").method
+    with pytest.raises(ConfigError, match=r"is out of reach: .* \(removable: 18 of 36 .* GroupNorm \(3\): 8\)$"):
+        Problem(method, context).counts(torch.zeros(18, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("command", ["run", "dry run"])
