@@ -10,8 +10,9 @@ from itertools import chain
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
+from prune_lab import tied
 from prune_lab.loop import Training
 from prune_lab.numerics import Numerics
 
@@ -72,7 +73,8 @@ class JointNetworks:
         self._buffer_parts = _parts(self._stacked_buffers.values(), len(models))
         self._numerics = trainings[0].numerics
         # Of `one` only: a reference to this object would keep all networks until a full garbage collection.
-        self._together = self._numerics.compiled(vmap(partial(_forward, one, self._numerics), randomness="error"))
+        forward = partial(_forward, one, tied.places(one), self._numerics)
+        self._together = self._numerics.compiled(vmap(forward, randomness="error"))
 
     def differentiate(self, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """Do for the batch of every network what `loop.differentiate` does; return what it returns, in order.
@@ -116,10 +118,15 @@ class JointNetworks:
 
 
 def _forward(
-    one: nn.Module, numerics: Numerics, parameters: dict[str, Tensor], buffers: dict[str, Tensor], images: Tensor
+    one: nn.Module,
+    places: dict[str, str],
+    numerics: Numerics,
+    parameters: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    images: Tensor,
 ) -> Tensor:
     with numerics.autocast():  # inside of `vmap`, as torch.func asks for
-        return functional_call(one, (parameters, buffers), (images,))
+        return tied.call(one, places, parameters | buffers, images)
 
 
 def _stack(named: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:

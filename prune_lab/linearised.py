@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
+
+from prune_lab import tied
 
 ACTIVATIONS = frozenset(
     ("relu6", "hardtanh", "hardswish", "silu", "gelu", "mish", "elu", "selu", "celu", "softplus", "tanh")
@@ -68,7 +69,7 @@ def flow(model: nn.Module, tensors: Mapping[str, Tensor], weights: Sequence[str]
     source = image.detach().clone().requires_grad_()
     leaves = {name: tensors[name].detach().requires_grad_() for name in weights}
     with _PositiveLinear() as functions:
-        total = functional_call(model, {**tensors, **leaves}, (source,)).sum()
+        total = tied.call(model, tied.places(model), {**tensors, **leaves}, source).sum()
     wanted = [source, *leaves.values()]
     into, *gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
     scores = torch._foreach_mul([leaf.detach() for leaf in leaves.values()], gradients)

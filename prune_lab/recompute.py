@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from prune_lab import tied
 from prune_lab.accounting import LayerCost
 from prune_lab.eligibility import layer_kind
 
@@ -76,6 +76,7 @@ class _Block:
 
     def __init__(self, module: nn.Module, weights: Sequence[Tensor]) -> None:
         self.plain = _Plain(module)
+        self.places = tied.places(self.plain)
         wanted = {id(weight) for weight in weights}
         self.weights = {name: value for name, value in self.plain.named_parameters() if id(value) in wanted}
 
@@ -86,7 +87,7 @@ class _Block:
 
     def run(self, x: Tensor, *weights: Tensor) -> Tensor:
         # A clone, because a block may begin with a function that works in place.
-        return functional_call(self.plain, dict(zip(self.weights, weights, strict=True)), (x.clone(),))
+        return tied.call(self.plain, self.places, dict(zip(self.weights, weights, strict=True)), x.clone())
 
 
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:

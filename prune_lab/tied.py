@@ -1,4 +1,4 @@
-"""Tensors that a network has under several names (shared modules): written once, read under each name."""
+"""Tensors that a network has under several names (shared modules): written once, read and exchanged under each name."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, is_tensor, nn
+from torch.func import functional_call
 
 from prune_lab.schema import ConfigError
 
@@ -41,6 +42,31 @@ def completed(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
     held = {first[name]: name for name in reversed(tensors) if name in first}
     absent = {name: tensors[held[other]] for name, other in first.items() if name not in tensors and other in held}
     return {**tensors, **absent}
+
+
+def places(model: nn.Module) -> dict[str, str]:
+    """Return every place of a parameter or buffer in a network, each module counted once, with the tensor's name.
+
+    The name is the one under which `named_parameters` or `named_buffers` yield the tensor.
+    """
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        f"{path}.{name}" if path else name: names[id(tensor)]
+        for path, module in model.named_modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    }
+
+
+def call(model: nn.Module, places: Mapping[str, str], tensors: Mapping[str, Tensor], images: Tensor) -> Any:
+    """Return model(images) computed with `tensors` (by name) in their `places`.
+
+    By itself torch's function exchanges the tensors of a module that is there twice twice, and what it puts back the
+    second time are not those of the network.
+    """
+    exchanged = {place: tensors[name] for place, name in places.items() if name in tensors}
+    return functional_call(model, exchanged, (images,), tie_weights=False)
 
 
 def require_tensors(model: nn.Module, name: str) -> None:

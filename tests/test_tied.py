@@ -68,13 +68,23 @@ def test_a_tensor_is_written_once_and_tied_again(tmp_path):
         assert all(torch.equal(value, model.state_dict()[key]) for key, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("method", ["magnitude", "rigl"])
+def test_tensors_are_exchanged_in_every_place_and_put_back():
+    model, other = Tied().eval(), Tied().eval()
+    own = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    tensors, images = dict(other.named_parameters()) | dict(other.named_buffers()), torch.randn(8, 3, 16, 16)
+    for _ in range(2):
+        assert torch.equal(tied.call(model, tied.places(model), tensors, images), other(images))
+    assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == own
+    assert_tied(model)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "rigl", "synflow"])
 def test_a_whole_run(tmp_path, method):
     """From the first phase over stored results and masks to the network on disk, which starts another run."""
     options = [option for option in TINY if not option.startswith("model")]
     options += ["model=torchvision", "model.name=tied", f"method={method}", "method.sparsity=0.5"]
     options += ["trainer.ema_decay=0.5", "trainer.checkpoint_interval_s=0.01"]
-    options += ["method.interval=2"] if method == "rigl" else []
+    options += {"rigl": ["method.interval=2"], "synflow": ["method.rounds=3"]}.get(method, [])
     assert execute(tmp_path / "run", *options) == 0
     model = prune_lab.load(run_dir(tmp_path / "run"))
     assert_tied(model)

@@ -41,7 +41,11 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def trainings(model_name: str, num: int, *, precision: str = "fp32") -> list[SimpleNamespace]:
     """Return what a batch's gradient needs of `num` runs with different weights; in float64, to compare closely."""
     config = compose(*TINY, f"model={model_name}", "model.width=0.25").model
-    models = [build_model(config, num_classes=4, image_size=16, seed=seed).double().train() for seed in range(num)]
+    models = [build_model(config, num_classes=4, image_size=16, seed=seed) for seed in range(num)]
+    return trainings_of([model.double().train() for model in models], precision)
+
+
+def trainings_of(models: Sequence[nn.Module], precision: str = "fp32") -> list[SimpleNamespace]:
     return [
         SimpleNamespace(
             context=SimpleNamespace(model=model), forward=model, label_smoothing=0.1 * seed,
@@ -60,7 +64,20 @@ def batches(runs: Sequence[SimpleNamespace]) -> list[joint_networks.Batch]:
 
 @pytest.mark.parametrize("model", ["resnet20", "vgg16", "wrn_16_8"])
 def test_joint_gradients_losses_and_statistics_are_those_of_each_network_alone(model: str) -> None:
-    together = trainings(model, 3)
+    check_joint(trainings(model, 3))
+
+
+def test_modules_under_two_names_and_tied_weights_are_computed_together() -> None:
+    models = [nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), *[nn.BatchNorm2d(4)] * 2, nn.Conv2d(4, 4, 1, bias=False),
+                            nn.Conv2d(4, 4, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+              for _ in range(3)]  # fmt: skip
+    for model in models:
+        model[4].weight = model[3].weight
+    check_joint(trainings_of([model.double().train() for model in models]))
+    assert all(model[1] is model[2] and model[4].weight is model[3].weight for model in models)
+
+
+def check_joint(together: list[SimpleNamespace]) -> None:
     alone = copy.deepcopy(together)
     for one in alone:
         one.forward = one.context.model
