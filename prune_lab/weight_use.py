@@ -23,10 +23,11 @@ from prune_lab.eligibility import layer_kind, weight_path
 aten = torch.ops.aten
 _OPERANDS = {
     aten.mm.default: (1, 0), aten.addmm.default: (2, 1), aten.bmm.default: (1, 0), aten.baddbmm.default: (2, 1),
-    aten.mv.default: (0, 1), aten.addmv.default: (1, 2), aten.convolution.default: (1,),
+    aten.addbmm.default: (2, 1), aten.mv.default: (0, 1), aten.addmv.default: (1, 2), aten.dot.default: (1, 0),
+    aten.convolution.default: (1,), aten._trilinear.default: (1,),
 }  # fmt: skip
 """operator -> its arguments that may be a weight, the likelier one first"""
-_WITH_VECTOR = {aten.mv.default, aten.addmv.default}
+_WITH_VECTOR = {aten.mv.default, aten.addmv.default, aten.dot.default}
 """of a weight with a fixed vector they only estimate its norm"""
 _COPIES = {aten.clone.default, aten._to_copy.default}
 """operators whose result has the zeros of the parameter they read, like a view of it"""
@@ -233,6 +234,10 @@ def _num_values(weight: Tensor) -> int:
 
 def _operator_macs(func: Any, args: tuple, output: Tensor) -> int:
     """Return the multiply-accumulates of a convolution or matrix product."""
+    if func is aten._trilinear.default:  # of nn.Bilinear: each weight once for every output of its kind
+        return output.numel() * args[1][0].numel()
+    if func is aten.addbmm.default:  # adds up over the batch
+        return output.numel() * args[1].shape[0] * args[1].shape[-1]
     if func is not aten.convolution.default:
         return output.numel() * args[min(_OPERANDS[func])].shape[-1]
     transposed = args[6]

@@ -151,6 +151,33 @@ def test_products_without_a_weight_are_told_apart_and_counted():
         assert macs_without_weight(torchvision.models.vit_b_16(), 224) == 12 * 2 * 197 * 197 * 768
 
 
+class Product(nn.Module):
+    """One function of the image [1, 3, 8, 8] and a parameter."""
+
+    def __init__(self, function, *shape: int) -> None:
+        super().__init__()
+        self.weight, self.function = nn.Parameter(torch.randn(shape)), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "macs"),
+    [
+        (lambda x, w: torch.einsum("bchw,oc->bohw", x, w), (5, 3), 64 * 15),
+        (lambda x, w: torch.tensordot(x, w, dims=([1], [1])), (5, 3), 64 * 15),
+        (lambda x, w: F.bilinear(x.mean((2, 3)), x.mean((2, 3)), w), (5, 3, 3), 45),
+        (lambda x, w: torch.dot(x.flatten(), w), (192,), 192),
+        (lambda x, w: torch.addbmm(x.new_zeros(64, 5), x.flatten(2).transpose(1, 2), w), (1, 3, 5), 64 * 15),
+        (lambda x, w: F.conv_transpose1d(x.flatten(2), w), (3, 5, 2), 64 * 30),
+    ],
+)  # fmt: skip
+def test_every_form_of_a_product_with_a_parameter_counts(function, shape, macs):
+    model = Product(function, *shape)
+    assert dense_macs(profile(model, 8)) == macs and computed_weights(model, 8) == {}
+
+
 def flops(model: nn.Module, image_size: int) -> int:
     """Return half of what torch counts for one image."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
