@@ -21,21 +21,24 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def replace(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the modules of `described` (see `describe`) into `model`, in the places of its own.
+    """Put the modules of `described` (see `describe`) into `model`, in the places of its own, once for a shared one.
 
     Raises:
         ConfigError: a class that does not exist here, a path that is not in the model, options that do not fit.
     """
+    made: dict[nn.Module, nn.Module] = {}
     for path, entry in described.items():
         options = dict(entry)
         kind = options.pop("type", None)
         if kind not in _HOMES:
             raise ConfigError(f"model.json: {path} has the type {kind}; known are {', '.join(_HOMES)}")
         try:
-            module = getattr(import_module(_HOMES[kind]), kind).of(model.get_submodule(path), **options)
+            own = model.get_submodule(path)
+            if own not in made:
+                made[own] = getattr(import_module(_HOMES[kind]), kind).of(own, **options)
         except (AttributeError, TypeError, ValueError) as error:
             raise ConfigError(f"model.json: {path} cannot become a {kind}: {str(error).splitlines()[0]}") from error
-        model.set_submodule(path, module)
+        model.set_submodule(path, made[own])
 
 
 def _is_known(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch import nn
 import prune_lab
 from prune_lab import models, tied
 from prune_lab.export.packed import load_packed, write_packed
+from prune_lab.hashed_convolution import HashedConv2d
 from prune_lab.models import external
 from prune_lab.saved_model import load_model, save_model
 from prune_lab.schema import ConfigError
@@ -93,6 +94,24 @@ def test_a_whole_run(tmp_path, method):
     assert summary(tmp_path / "run")["params/total"] == sum(parameter.numel() for parameter in model.parameters())
     start = run_dir(tmp_path / "run") / "model.safetensors"
     assert execute(tmp_path / "next", *options, f"model.weights={start}") == 0
+
+
+class Twice(Tied):
+    """A convolution under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv2 = self.conv1
+
+
+def test_a_module_that_took_the_place_of_a_shared_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(external, "build", lambda config, **sizes: Twice())
+    model = Twice()
+    model.conv1 = model.conv2 = HashedConv2d.of(model.conv1, num_hyperplanes=4, zero_fraction=0.5, tile=4, seed=1)
+    save_model(model, DESCRIPTION, tmp_path)
+    loaded = load_model(tmp_path)
+    assert isinstance(loaded.conv1, HashedConv2d) and loaded.conv2 is loaded.conv1
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
 
 
 def test_a_2_4_network(tmp_path):
