@@ -93,6 +93,11 @@ def test_str_wakes_its_thresholds_on_short_trainings(schedule: tuple[str, ...], 
     assert (found["threshold_init"], found["threshold_decay"]) == (start, decay)
 
 
+def test_a_handful_of_steps_starts_awake() -> None:
+    found = options_of("method=str", *DEMO, "debug=tiny")
+    assert (found["threshold_init"], found["threshold_decay"]) == (-10.0, None)
+
+
 def test_a_typed_value_shares_its_phases_with_the_same_one_found() -> None:
     config = compose(*DEMO, "method=str")
     found = settled(config, datasets.describe(config.dataset)).method

@@ -403,6 +403,11 @@ def test_cap_is_the_lowest_threshold_that_meets_the_budget() -> None:
     assert channels.at("macs", norms > cap) <= 0.6 < channels.at("macs", norms > below)
 
 
+def test_in_a_handful_of_steps_the_threshold_ends_at_the_median() -> None:
+    method, _ = phase(Trunk())
+    assert method._size([1.0] * 8) == pytest.approx(float(method.norms.median()))
+
+
 @pytest.mark.parametrize(("options", "times"), [({}, 1.23325), ({"macs_ratio": 0.6}, 6)], ids=str)
 def test_size_of_the_threshold_where_none_is_given(options: dict[str, float], times: float) -> None:
     method, context = phase(Trunk(), **options)

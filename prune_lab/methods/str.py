@@ -55,7 +55,7 @@ class STR(SoftThreshold):
         "are refused. Thresholds start at -3200 (ResNet-50, ImageNet, 90%; MobileNetV1: -12800) and are not clipped. "
         "With threshold_decay=auto trainings that are too short for these (less than twice the steps in which the "
         "optimizer's decay wakes the thresholds) get a decay that wakes them after a third, and where none does "
-        "thresholds that start higher (this program's)",
+        "thresholds that start higher, in a handful of steps at -10 (this program's)",
     )
 
     def decay(self, context: Context) -> float:
@@ -85,6 +85,8 @@ class STR(SoftThreshold):
         values = list(decayed(init, inherited, rates, group))
         if not values or (values[len(values) // 2] >= AWAKE and max(values) <= 0):
             return replace(options, threshold_init=init, threshold_decay=None)
-        starts = (init, *HIGHER_STARTS) if free else (init,)
-        start, decay = waking_start(starts, rates, group) or (init, None)  # the latter is refused in `setup`
+        if free:
+            start, decay = waking_start((init, *HIGHER_STARTS), rates, group) or (AWAKE, None)
+        else:
+            start, decay = waking_start((init,), rates, group) or (init, None)  # the latter is refused in `setup`
         return replace(options, threshold_init=start, threshold_decay=decay)
