@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import types
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -137,9 +138,9 @@ def test_modules_of_all_methods_import_no_torch() -> None:
 
 def bad_values(hint: Any) -> list[Any]:
     """Return values that the annotation of an option forbids."""
-    if type(None) in typing.get_args(hint):  # optional: what the other type forbids, but for None; a word beside it is
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):  # what the first type forbids; a word beside it is
         first, *_ = [part for part in typing.get_args(hint) if part is not type(None)]  # none of these
-        return [value for value in bad_values(first) if value is not None]
+        return [value for value in bad_values(first) if value is not None or type(None) not in typing.get_args(hint)]
     if typing.get_origin(hint) is Annotated:
         base, *rules = typing.get_args(hint)
         if base is str:  # a name that becomes a directory

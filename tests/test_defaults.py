@@ -69,6 +69,7 @@ PUBLISHED = {
     "autosparse": {"threshold_init": -5.0},
     "directional": {"c": 0.001},
     "l0": {"penalty": 1.0},
+    "gmp": {"num_cuts": 15},
 }
 
 
@@ -91,6 +92,12 @@ def test_long_trainings_keep_the_published_values(name: str, schedule: tuple[str
 def test_str_wakes_its_thresholds_on_short_trainings(schedule: tuple[str, ...], start: float, decay: float) -> None:
     found = options_of("method=str", *schedule)
     assert (found["threshold_init"], found["threshold_decay"]) == (start, decay)
+
+
+def test_a_short_ramp_has_a_cut_per_step() -> None:
+    assert options_of("method=gmp", *DEMO)["num_cuts"] == 15
+    assert options_of("method=gmp", *DEMO, "debug=tiny")["num_cuts"] == 4  # steps 2 to 6 of 8
+    assert options_of("method=gmp", *DEMO, "debug=tiny", "method.num_cuts=9")["num_cuts"] == 9
 
 
 def test_a_handful_of_steps_starts_awake() -> None:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import TRAIN, Card, Phase
+from prune_lab.methods.base import TRAIN, Card, Method, Phase
 from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruningConfig
 from prune_lab.schema import ConfigError, Count, Fraction, Range
 
 if TYPE_CHECKING:
+    from prune_lab.config import RunConfig
     from prune_lab.context import Context
 
 torch = lazy_import("torch")
 accounting = lazy_import("prune_lab.accounting")
 schedules = lazy_import("prune_lab.sparsity_schedules")
+
+
+_NUM_CUTS = 15
+"""one per 1,000 steps of the RigL paper's runs"""
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,9 @@ class GMPConfig(WeightPruningConfig):
     """fraction of the training at which the ramp starts"""
     end: Fraction
     """fraction of the training at which the target is reached"""
-    num_cuts: Count
-    """cuts after the first one, evenly spaced; the last one reaches the target exactly"""
+    num_cuts: Count | Literal["auto"]
+    """cuts after the first one, evenly spaced; the last one reaches the target exactly; auto: 15, or as many as a
+    shorter ramp has steps"""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -70,6 +76,18 @@ class GMP(WeightPruning):
         steps = list(self.cuts)
         context.report(f"cuts: {len(steps)}, from step {steps[0]} to {steps[-1]} of {context.total_steps}")
 
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+        first, last = self._ramp(steps_per_epoch * config.schedule.phase("train").epochs)
+        return type(self)(replace(self.config, num_cuts=self._num_cuts(last - first)))
+
+    def _ramp(self, total: int) -> tuple[int, int]:
+        """Return the steps of the first and the last cut."""
+        return round(self.config.begin * total), min(round(self.config.end * total), total - 1)
+
+    def _num_cuts(self, steps: int) -> int:
+        """Return how many cuts follow the first one in a ramp of so many steps."""
+        return max(1, min(_NUM_CUTS, steps)) if self.config.num_cuts == "auto" else self.config.num_cuts
+
     def planned_cuts(self, context: Context) -> dict[int, int | dict[str, int]]:
         """Return step -> weights to keep from then on: a total with distribution=global, else counts per layer.
 
@@ -77,19 +95,19 @@ class GMP(WeightPruning):
             ConfigError: the ramp has fewer steps than cuts.
         """
         config = self.config
-        first, last = round(config.begin * context.total_steps), round(config.end * context.total_steps)
-        last = min(last, context.total_steps - 1)
-        if last - first < config.num_cuts:
+        first, last = self._ramp(context.total_steps)
+        num_cuts = self._num_cuts(last - first)
+        if last - first < num_cuts:
             raise ConfigError(
-                f"method.num_cuts={config.num_cuts} does not fit the ramp of {max(last - first, 0)} steps "
+                f"method.num_cuts={num_cuts} does not fit the ramp of {max(last - first, 0)} steps "
                 f"(method.begin to method.end of {context.total_steps} steps); lower it or lengthen the schedule"
             )
-        steps = [first + round(index * (last - first) / config.num_cuts) for index in range(config.num_cuts + 1)]
+        steps = [first + round(index * (last - first) / num_cuts) for index in range(num_cuts + 1)]
         levels = [
             schedules.cubic_sparsity(
-                index, begin=0, end=config.num_cuts, initial=config.initial_sparsity, final=config.sparsity
+                index, begin=0, end=num_cuts, initial=config.initial_sparsity, final=config.sparsity
             )
-            for index in range(config.num_cuts + 1)
+            for index in range(num_cuts + 1)
         ]
         if config.distribution == "global":
             return {step: self.total(context, level) for step, level in zip(steps, levels, strict=True)}

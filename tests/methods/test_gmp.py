@@ -122,7 +122,7 @@ def test_impossible_ramps_are_refused(changes: dict, message: str) -> None:
 
 def test_more_cuts_than_steps_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"method\.num_cuts=15 does not fit the ramp of 5 steps"):
-        open_phase(OneLayer(WEIGHT), gmp(), steps=10)
+        open_phase(OneLayer(WEIGHT), gmp(num_cuts=15), steps=10)
 
 
 def test_global_target_is_met_over_all_layers(tmp_path) -> None:
