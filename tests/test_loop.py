@@ -39,7 +39,8 @@ def training(
         steps_per_epoch=4, optimizer=build_optimizer(model, config.optimizer),
     )  # fmt: skip
     return Training(
-        context=context, method=method or Method(MethodConfig("dense")), dataset=None,
+        context=context, method=method or Method(MethodConfig("dense")),
+        dataset=SimpleNamespace(num_batches=lambda batch_size: 4),
         schedule=config.schedule.phase("train"), batch_size=8, label_smoothing=config.schedule.label_smoothing,
         trainer=config.trainer, numerics=numerics, forward=model, data_seed=0,
         checkpoints=CheckpointPair(tmp_path, print), record=lambda row: None, show=lambda *_: None, stop=lambda: False,
