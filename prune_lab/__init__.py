@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
+from prune_lab.foundations.version import __version__
+
 __all__ = ["__version__", "load"]
 
 
@@ -15,6 +16,6 @@ def load(run_dir):
     Raises:
         ConfigError: no finished model there, or the files do not fit together.
     """
-    from prune_lab.saved_model import load_model
+    from prune_lab.pipeline.saved_model import load_model
 
     return load_model(run_dir)

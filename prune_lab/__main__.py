@@ -2,6 +2,6 @@
 
 import sys
 
-from prune_lab.cli import main
+from prune_lab.cli.command import main
 
 sys.exit(main())

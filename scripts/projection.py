@@ -12,13 +12,13 @@ import argparse
 from dataclasses import dataclass, fields
 from math import ceil
 
-from prune_lab import saving
-from prune_lab.accounting import count_parameters, dense_macs, profile
-from prune_lab.cli import conf_dir
+from prune_lab.accounting.costs import count_parameters, dense_macs, profile
+from prune_lab.compose.choices import conf_dir
+from prune_lab.compose.overrides import compose_checked
 from prune_lab.datasets import describe
 from prune_lab.datasets.stream import PIECE
-from prune_lab.overrides import compose_checked
-from prune_lab.phases import build_model
+from prune_lab.training import saving
+from prune_lab.training.phases import build_model
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ REASONS = {
     "norm_wait_us": "torch.nn.SyncBatchNorm's forward makes the process wait for the GPU, which then has to wait "
     "for new work; per layer, a few launches",
     "overlap": "share of the gradient exchange hidden behind the backward pass",
-    "decode_rate": "JPEGs/s that a core decodes and crops; scripts/benchmark_stream.py measures it",
+    "decode_rate": "JPEGs/s that a core decodes and crops; scripts/benchmarks/stream.py measures it",
     "cached_rate": "images/s that a core cuts from dataset.cached_side=256; measured by the same script",
     "file_kb": "mean size of an ImageNet file",
     "cores_per_node": "cores that may decode",

@@ -31,15 +31,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from prune_lab import datasets, models, numerics
-from prune_lab.accounting import dense_macs, profile
-from prune_lab.cli import conf_dir
-from prune_lab.config import RunConfig
-from prune_lab.context import Context
-from prune_lab.overrides import compose_checked
-from prune_lab.planning import outlook
-from prune_lab.schema import ConfigError
-from prune_lab.weight_use import meta_copy
+from prune_lab import datasets, models
+from prune_lab.accounting.costs import dense_macs, profile
+from prune_lab.accounting.weight_use import meta_copy
+from prune_lab.compose.choices import conf_dir
+from prune_lab.compose.overrides import compose_checked
+from prune_lab.config.run import RunConfig
+from prune_lab.core.context import Context
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.pipeline.outlook import outlook
+from prune_lab.training import numerics
 
 SIZE = 64
 """px, for networks that take any size"""

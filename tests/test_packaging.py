@@ -72,12 +72,13 @@ def test_the_wheel_holds_every_module_and_option_file(built: Path) -> None:
 def test_the_source_distribution_holds_what_the_tests_need(built: Path) -> None:
     (archive,) = built.glob("*.tar.gz")
     names = {name.partition("/")[2] for name in tarfile.open(archive).getnames()}
-    assert {"pyproject.toml", "README.md", "conf/config.yaml", "prune_lab/cli.py", "tests/conftest.py"} <= names
+    assert {"pyproject.toml", "README.md", "conf/config.yaml", "prune_lab/cli/command.py", "tests/conftest.py"} <= names
     assert not [name for name in names if name.startswith(("outputs/", ".venv/"))]
 
 
 def test_the_wheel_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
-    found = call(installed / "python", "-c", "import prune_lab.cli as c; print(c.__file__, c.conf_dir())", cwd=tmp_path)
+    code = "import prune_lab.cli.command as c; print(c.__file__, c.conf_dir())"
+    found = call(installed / "python", "-c", code, cwd=tmp_path)
     assert str(REPO) not in found.stdout and "site-packages" in found.stdout
     assert "rigl" in call(installed / "prune-lab", "list", "methods", cwd=tmp_path).stdout
     done = call(installed / "prune-lab", "method=static", *TINY, cwd=tmp_path)
@@ -102,7 +103,7 @@ def test_bash_completes_the_installed_command(installed: Path, tmp_path: Path) -
 def test_an_editable_install_uses_the_checkout(tmp_path: Path) -> None:
     bin_folder = environment(tmp_path / "environment")
     install(bin_folder, "--editable", REPO)
-    found = call(bin_folder / "python", "-c", "import prune_lab.cli as c; print(c.conf_dir())", cwd=tmp_path)
+    found = call(bin_folder / "python", "-c", "import prune_lab.cli.command as c; print(c.conf_dir())", cwd=tmp_path)
     assert found.stdout.strip() == str(REPO / "conf")
     assert "method" in call(bin_folder / "prune-lab", "--help", cwd=tmp_path).stdout
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
-from prune_lab.datasets.base import BatchFormat, CommonConfig, Dataset, DatasetInfo, Split
-from prune_lab.schema import ConfigError, parse, suggestion
+from prune_lab.datasets.base import BatchFormat, CommonConfig, Dataset, DatasetInfo, Split, identity
+from prune_lab.foundations.schema import ConfigError, parse, suggestion
 
 __all__ = [
     "BatchFormat",
@@ -31,12 +30,6 @@ _KINDS = {
     "imagefolder": "prune_lab.datasets.imagefolder",
     "fake": "prune_lab.datasets.fake",
 }
-
-# Options that say where data lies or how fast it is read. They cannot change a result.
-_NOT_IDENTITY = ("root", "cache_dir", "download", "workers", "check_counts")
-
-# Options that count once they are set: what was trained before they existed keeps its name.
-_IDENTITY_IF_SET = ("cached_side",)
 
 
 def parse_config(node: Mapping[str, Any]) -> CommonConfig:
@@ -77,12 +70,6 @@ def load(config: CommonConfig, fmt: BatchFormat) -> Dataset:
         ConfigError: data missing, incomplete or damaged; the line says which file and how to mend it.
     """
     return _module(config.kind).load(config, fmt)
-
-
-def identity(config: CommonConfig) -> dict[str, Any]:
-    """Return the options that can change a result: no paths, workers or checks."""
-    options = {key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY}
-    return {key: value for key, value in options.items() if value is not None or key not in _IDENTITY_IF_SET}
 
 
 def _module(kind: str) -> ModuleType:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Literal, Protocol
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from prune_lab.schema import ConfigError, Count, Index, Name, Positive, Range
+from prune_lab.foundations.schema import ConfigError, Count, Index, Name, Positive, Range
 
 if TYPE_CHECKING:
     import torch
@@ -149,3 +149,16 @@ class InMemoryConfig(CommonConfig):
     """Black pixels added on each side before a random crop of `image_size`; 0: no random crop."""
     flip: bool
     """Mirror half of the training images."""
+
+
+# Options that say where data lies or how fast it is read. They cannot change a result.
+_NOT_IDENTITY = ("root", "cache_dir", "download", "workers", "check_counts")
+
+# Options that count once they are set: what was trained before they existed keeps its name.
+_IDENTITY_IF_SET = ("cached_side",)
+
+
+def identity(config: CommonConfig) -> dict[str, Any]:
+    """Return the options that can change a result: no paths, workers or checks."""
+    options = {key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY}
+    return {key: value for key, value in options.items() if value is not None or key not in _IDENTITY_IF_SET}

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from prune_lab.datasets.in_memory import ImageArrays, hash_arrays
-from prune_lab.locks import lock
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.locks import lock
+from prune_lab.foundations.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from prune_lab.datasets.base import BatchFormat, DatasetInfo, InMemoryConfig
-from prune_lab.schema import ConfigError, Count, FilePath
+from prune_lab.foundations.schema import ConfigError, Count, FilePath
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

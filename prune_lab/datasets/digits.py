@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prune_lab.datasets.base import BatchFormat, DatasetInfo, InMemoryConfig
-from prune_lab.lazy import lazy_import
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError
 
 np = lazy_import("numpy")
 torch = lazy_import("torch")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prune_lab.datasets.base import BatchFormat, DatasetInfo, InMemoryConfig
-from prune_lab.lazy import lazy_import
-from prune_lab.schema import Count, Index
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import Count, Index
 
 torch = lazy_import("torch")
 
@@ -43,7 +43,7 @@ def load(config: Config, fmt: BatchFormat):
 def read(config: Config):
     """Return random ImageArrays; image i has label i mod num_classes, so that classes have equal size."""
     from prune_lab.datasets.in_memory import ImageArrays, hash_arrays
-    from prune_lab.seeding import generator
+    from prune_lab.foundations.seeding import generator
 
     parts = []
     for split, num_images in (("train", config.num_train), ("test", config.num_test)):

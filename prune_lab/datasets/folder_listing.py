@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prune_lab.datasets.image_reading import is_hidden, left_out_line, some, why_left_out
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
-    from prune_lab.datasets.imagefolder import Config
+    from prune_lab.datasets.options import Config
 
 ANNOTATIONS = "val_annotations.txt"
 

@@ -22,7 +22,7 @@ from prune_lab.datasets.image_reading import (
     unreadable,
     why_left_out,
 )
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
 
 LAYOUT = "train/CLASS/*.jpg|png and test/CLASS/*.jpg|png"
 

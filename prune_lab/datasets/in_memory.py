@@ -14,8 +14,8 @@ from torch import Tensor
 from prune_lab.datasets import splits
 from prune_lab.datasets.base import BatchFormat, InMemoryConfig, Split
 from prune_lab.datasets.normalise import Normaliser
-from prune_lab.schema import ConfigError
-from prune_lab.seeding import generator
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Windows:
 
 def fingerprint(config: InMemoryConfig, arrays: ImageArrays) -> str:
     """Return a hash of pixels, labels and options."""
-    from prune_lab.datasets import identity
+    from prune_lab.datasets.base import identity
 
     text = json.dumps([arrays.content_hash, identity(config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -21,7 +21,7 @@ from prune_lab.datasets.folder_listing import Listing
 from prune_lab.datasets.image_crops import opened, read_rgb, resize, shape_with_shorter_side
 from prune_lab.datasets.image_reading import UnreadableImage, unreadable
 from prune_lab.datasets.worker_pool import WorkerPool
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
 
 log = logging.getLogger(__name__)
 

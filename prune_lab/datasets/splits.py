@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prune_lab.schema import ConfigError
-from prune_lab.seeding import generator
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.seeding import generator
 
 
 def held_out_counts(counts: list[int], fraction: float) -> list[int]:

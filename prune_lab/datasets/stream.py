@@ -22,11 +22,11 @@ from prune_lab.datasets.normalise import Normaliser
 from prune_lab.datasets.prefetch import on_device
 from prune_lab.datasets.resized_images import ResizedImages, open_resized
 from prune_lab.datasets.worker_pool import WorkerPool
-from prune_lab.schema import ConfigError
-from prune_lab.seeding import generator
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.seeding import generator
 
 if TYPE_CHECKING:
-    from prune_lab.datasets.imagefolder import Config
+    from prune_lab.datasets.options import Config
 
 
 PIECE = 64
@@ -190,7 +190,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def fingerprint(config: Config, *listings: Listing) -> str:
     """Return a hash of options, names and sizes: reading a large data set only to hash it would take hours."""
-    from prune_lab.datasets import identity
+    from prune_lab.datasets.base import identity
 
     digest = hashlib.sha256(json.dumps(identity(config), sort_keys=True).encode())
     for listing in listings:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from prune_lab import locks
+from prune_lab.foundations import locks
 
 _GRACE_S = 20
 """seconds that a worker goes on for after a signal to end"""

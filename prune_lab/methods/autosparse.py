@@ -6,22 +6,24 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card, Method
-from prune_lab.methods.families import schedule_length
-from prune_lab.methods.families.annealed_gradient import AnnealingConfig, GradientAnnealing
-from prune_lab.methods.families.soft_threshold import SoftThreshold, SoftThresholdConfig, check_decay
-from prune_lab.schema import NonNegative, Range
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method
+from prune_lab.families import schedule_length
+from prune_lab.families.annealed_gradient import AnnealingConfig, GradientAnnealing
+from prune_lab.families.soft_threshold import SoftThreshold, SoftThresholdConfig, check_decay
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import NonNegative, Range
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
 
+top_k = lazy_import("prune_lab.pruning.masks.top_k")
 torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting")
-masks = lazy_import("prune_lab.masks")
+accounting = lazy_import("prune_lab.accounting.costs")
+mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
 
 
 _PUBLISHED = -5.0
@@ -84,7 +86,7 @@ class AutoSparse(GradientAnnealing, SoftThreshold):
             return factor
         # What exceeds its threshold is kept, so the highest are the kept weights and then the nearest pruned ones.
         excess = self.raw[name].abs() - torch.sigmoid(self.thresholds[name].detach())
-        return factor * masks.keep_top(excess, self._num_trained(context, name))
+        return factor * top_k.keep_top(excess, self._num_trained(context, name))
 
     def weight_gradient_macs(self, context: Context, step: int) -> int | None:
         if not self.needs_dense_gradient(step):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.annealed_gradient import AnnealingConfig, GradientAnnealing
-from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruningConfig
+from prune_lab.core.card import Card
+from prune_lab.families.annealed_gradient import AnnealingConfig, GradientAnnealing
+from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
 
 @dataclass(frozen=True)

@@ -5,22 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.gated_weights import LOWEST, GatedWeights, GatesConfig
-from prune_lab.schema import ConfigError, OpenFraction, Positive, Range
+from prune_lab.core.card import Card
+from prune_lab.families.gated_weights import LOWEST, GatedWeights, GatesConfig
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, OpenFraction, Positive, Range
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
+top_k = lazy_import("prune_lab.pruning.masks.top_k")
 torch = lazy_import("torch")
-channel_selection = lazy_import("prune_lab.channel_selection")
-distributions = lazy_import("prune_lab.distributions")
-hard_concrete = lazy_import("prune_lab.hard_concrete")
-masks = lazy_import("prune_lab.masks")
-multipliers = lazy_import("prune_lab.multipliers")
+selection = lazy_import("prune_lab.pruning.channels.selection")
+distributions = lazy_import("prune_lab.pruning.masks.distributions")
+hard_concrete = lazy_import("prune_lab.pruning.gates.hard_concrete")
+mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
+multipliers = lazy_import("prune_lab.pruning.gates.multipliers")
 
 TOLERANCE = 0.01
 """excess over a target, as a fraction of the dense cost, up to which it counts as met"""
@@ -266,7 +267,7 @@ class ConstrainedL0(GatedWeights):
             self.leave(context, self._best_channels(context))
         else:
             num_keep = distributions.num_keep_total(self.layout_of.num_gates, self.config.sparsity)
-            self.leave(context, masks.keep_top(self.log_alpha, num_keep))
+            self.leave(context, top_k.keep_top(self.log_alpha, num_keep))
 
     def _best_channels(self, context: Context) -> Tensor:
         """Return the channels with the highest gates within the budget of MACs, bool [num_gates].
@@ -274,8 +275,8 @@ class ConstrainedL0(GatedWeights):
         Raises:
             ConfigError: it is out of reach.
         """
-        budget = channel_selection.Budget("macs", self.config.macs_ratio)
-        return self.layout_of.removable(context).best_within(self.log_alpha.detach(), budget)
+        budget = selection.Budget("macs", self.config.macs_ratio)
+        return self.layout_of.removable(context.network).best_within(self.log_alpha.detach(), budget)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from prune_lab.methods.base import Card, Method
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method
 
 
 class Dense(Method):

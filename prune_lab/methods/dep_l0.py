@@ -5,33 +5,35 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import REMOVE, TRAIN, TRAIN_DENSE, Card, Method, MethodConfig, Phase
-from prune_lab.methods.families.annealed_gradient import restore
-from prune_lab.methods.families.gated_weights import gate_rate
-from prune_lab.schema import ConfigError, Count, NonNegative, OpenFraction, Positive, Range
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method, MethodConfig
+from prune_lab.core.phase import REMOVE, TRAIN, TRAIN_DENSE, Phase
+from prune_lab.families.annealed_gradient import restore
+from prune_lab.families.gated_weights import gate_rate
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, Count, NonNegative, OpenFraction, Positive, Range
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from prune_lab.channels import ChannelGroup
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
-    from prune_lab.eligibility import Layer
-    from prune_lab.gate_generator import GateParameters
-    from prune_lab.gated_channels import GatedChannels
+    from prune_lab.accounting.eligibility import Layer
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
+    from prune_lab.pruning.channels.groups import ChannelGroup
+    from prune_lab.pruning.gates.channels import GatedChannels
+    from prune_lab.pruning.gates.generator import GateParameters
 
 torch = lazy_import("torch")
-channel_selection = lazy_import("prune_lab.channel_selection")
-distributed = lazy_import("prune_lab.distributed")
-eligibility = lazy_import("prune_lab.eligibility")
-gate_budget = lazy_import("prune_lab.gate_budget")
-gate_generator = lazy_import("prune_lab.gate_generator")
-gated_channels = lazy_import("prune_lab.gated_channels")
-gated_norms = lazy_import("prune_lab.gated_norms")
-hard_concrete = lazy_import("prune_lab.hard_concrete")
-multipliers = lazy_import("prune_lab.multipliers")
-seeding = lazy_import("prune_lab.seeding")
+selection = lazy_import("prune_lab.pruning.channels.selection")
+distributed = lazy_import("prune_lab.foundations.distributed")
+eligibility = lazy_import("prune_lab.accounting.eligibility")
+budget = lazy_import("prune_lab.pruning.gates.budget")
+gate_generator = lazy_import("prune_lab.pruning.gates.generator")
+channels = lazy_import("prune_lab.pruning.gates.channels")
+gated_norms = lazy_import("prune_lab.pruning.gates.norms")
+hard_concrete = lazy_import("prune_lab.pruning.gates.hard_concrete")
+multipliers = lazy_import("prune_lab.pruning.gates.multipliers")
+seeding = lazy_import("prune_lab.foundations.seeding")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 
@@ -188,16 +190,16 @@ class DepL0(Method):
         if context.optimizer is None:
             return
         config, pairs = self.config, self._pairs(context)
-        self.gated = gated_channels.GatedChannels(context, [group for group, _ in pairs])
+        self.gated = channels.GatedChannels(context.network, [group for group, _ in pairs])
         self._check_reach(self.gated)
         self.freeze_step = round((1 - config.freeze_fraction) * context.total_steps)
         if not self.freeze_step:
             raise ConfigError(f"method.freeze_fraction={config.freeze_fraction:g} leaves no step for the gates: there "
                               f"are {context.total_steps}")
-        self.norms = gated_norms.GatedNorms(context, [path for _, path in pairs])
+        self.norms = gated_norms.GatedNorms(context.network, [path for _, path in pairs], context.parameters)
         self._make_gates(context)
         self._make_prices(context)
-        self.norms.fold(context, self.fixed_gates())
+        self.norms.fold(self.fixed_gates())
         self._tell_start(context)
 
     def _pairs(self, context: Context) -> list[tuple[ChannelGroup, str]]:
@@ -233,9 +235,9 @@ class DepL0(Method):
         config, gated, device = self.config, self.gated, context.device
         weights = gated.weights.at("macs", gated.costs.sizes)
         scale = weights / gated.dense("macs") if config.penalise == "macs" else 1.0
-        self.priced = gated_channels.ExpectedCost(gated, config.penalise, config.penalty * scale, device)
+        self.priced = channels.ExpectedCost(gated, config.penalise, config.penalty * scale, device)
         self.unit = config.unit or "macs"
-        self.share = gated_channels.ExpectedCost(gated, self.unit, 1 / gated.dense(self.unit), device)
+        self.share = channels.ExpectedCost(gated, self.unit, 1 / gated.dense(self.unit), device)
         self.multiplier = torch.zeros((), device=device)
         self.dual_lr = config.dual_lr or dual_rate(gated.num_gates, self.freeze_step)
 
@@ -245,7 +247,7 @@ class DepL0(Method):
         Raises:
             ConfigError: it is out of reach.
         """
-        return gated.best_within(ranking, channel_selection.Budget(self.config.unit, self.config.ratio))
+        return gated.best_within(ranking, selection.Budget(self.config.unit, self.config.ratio))
 
     def _tell_start(self, context: Context) -> None:
         target = f" (target {self.config.ratio:g})" if self.config.unit else ""
@@ -253,11 +255,9 @@ class DepL0(Method):
         made_by = sum(parameter.numel() for parameter in self.gates.generator.parameters())
         context.report(
             f"gates: {self.gated.num_gates} on {len(self.gated.sizes)} layers, from {made_by} parameters; expected at "
-            f"the start: {float(value):.4g} of the {gate_budget.WORDS[self.unit]}{target}; fixed from step "
+            f"the start: {float(value):.4g} of the {budget.WORDS[self.unit]}{target}; fixed from step "
             f"{self.freeze_step} of {context.total_steps} on"
         )
-
-    # A step
 
     def fixed_gates(self) -> Tensor:
         """Return the gates without chance [num_gates]."""
@@ -267,7 +267,7 @@ class DepL0(Method):
         """Let the forward passes draw gates."""
         if not self.settled:
             keys = (context.seed, context.phase, "gates", step)
-            self.norms.begin(context, self.gates.leaf, lambda n: seeding.generator(*keys, n, device=context.device))
+            self.norms.begin(self.gates.leaf, lambda n: seeding.generator(*keys, n, device=context.device))
 
     def after_backward(self, context: Context, step: int) -> bool:
         """Add the price of open gates to their gradient."""
@@ -289,13 +289,13 @@ class DepL0(Method):
         """Take scales and shifts back and move the gates; a step that fp16 skipped moves neither."""
         if self.settled:
             return
-        self.norms.take(context)
+        self.norms.take()
         if not self.overflow:
             self.move_gates(context)
         if step + 1 == self.freeze_step:
             self.settle(context)
         else:
-            self.norms.fold(context, self.fixed_gates())
+            self.norms.fold(self.fixed_gates())
 
     def move_gates(self, context: Context) -> None:
         """Step what makes the gates, and the multiplier, both from the cost of the step."""
@@ -304,8 +304,6 @@ class DepL0(Method):
         self.gates.step(self.gradient, slower=slower)
         restart = self.config.dual_restart
         self.multiplier = multipliers.ascend(self.multiplier, self.violation, lr=self.dual_lr, restart=restart)
-
-    # The end of the gates
 
     def settle(self, context: Context) -> None:
         """Decide which channels stay, and leave their gates in scale and shift for good.
@@ -317,7 +315,7 @@ class DepL0(Method):
         kept = self._best(self.gated, ranking) if self.config.unit else self.gated.keep_one(gates > 0, ranking)
         self._tell_end(context, gates > 0, kept)
         self.figures = self._figures(kept)
-        self.norms.fold(context, torch.where(gates > 0, gates, hard_concrete.middle(log_alpha, "louizos")) * kept)
+        self.norms.fold(torch.where(gates > 0, gates, hard_concrete.middle(log_alpha, "louizos")) * kept)
         masks = self.gated.channels.weight_masks(self.gated.alive(kept), context.model)
         masks = {name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())}
         if masks:
@@ -327,7 +325,7 @@ class DepL0(Method):
 
     def _tell_end(self, context: Context, opened: Tensor, kept: Tensor) -> None:
         share = self.gated.cost(self.unit, kept) / self.gated.dense(self.unit)
-        words = f"gates are fixed: {share:.4%} of the {gate_budget.WORDS[self.unit]} stay"
+        words = f"gates are fixed: {share:.4%} of the {budget.WORDS[self.unit]} stay"
         back, gone = int((kept & ~opened).sum()), int((opened & ~kept).sum())
         if self.config.unit:
             words += f" (method.{self.unit}_ratio={self.config.ratio:g})"
@@ -368,7 +366,7 @@ class DepL0(Method):
     def layout(self, context: Context) -> None:
         """Refuse a target out of reach; which gates close is learned."""
         if context.widths is None and context.masks is None:
-            self._check_reach(gated_channels.GatedChannels(context, [group for group, _ in self._pairs(context)]))
+            self._check_reach(channels.GatedChannels(context.network, [group for group, _ in self._pairs(context)]))
 
     def state_dict(self) -> dict[str, Any]:
         if self.gates is None:  # after the training

@@ -5,25 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import TRAIN, Card, Method, MethodConfig, Phase
-from prune_lab.methods.families import schedule_length
-from prune_lab.methods.families.dual_averaging import check_plain_sgd, theory_note
-from prune_lab.schema import ConfigError, NonNegative, Range
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method, MethodConfig
+from prune_lab.core.phase import TRAIN, Phase
+from prune_lab.families import schedule_length
+from prune_lab.families.dual_averaging import check_plain_sgd, theory_note
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, NonNegative, Range
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from prune_lab.config import AdamConfig, RunConfig, SGDConfig
-    from prune_lab.context import Context
-    from prune_lab.eligibility import Layer
-    from prune_lab.grda import GRDA
+    from prune_lab.accounting.eligibility import Layer
+    from prune_lab.config.optimizer import AdamConfig, SGDConfig
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
+    from prune_lab.optim.grda import GRDA
 
+learning_rate = lazy_import("prune_lab.optim.learning_rate")
 torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting")
-eligibility = lazy_import("prune_lab.eligibility")
-grda = lazy_import("prune_lab.grda")
-optim = lazy_import("prune_lab.optim")
+accounting = lazy_import("prune_lab.accounting.costs")
+eligibility = lazy_import("prune_lab.accounting.eligibility")
+grda = lazy_import("prune_lab.optim.grda")
+optimizer = lazy_import("prune_lab.optim.optimizer")
 
 _PUBLISHED = 0.001
 """c of the WRN-28-10 on CIFAR"""
@@ -131,7 +135,7 @@ class Directional(Method):
         if not config.c or not context.total_steps:
             return
         steps = range(context.total_steps)
-        rates = [optim.learning_rate(context.schedule, step, context.steps_per_epoch) for step in steps]
+        rates = [learning_rate.learning_rate(context.schedule, step, context.steps_per_epoch) for step in steps]
         c = self._short(context, rates) if config.c == "auto" else config.c
         context.report(self._outlook(context, c, rates))
 

@@ -6,16 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.gradient_growth import GradientGrowth, GradientGrowthConfig
-from prune_lab.methods.families.sparse_training import BY_SIGN, REDISTRIBUTION
-from prune_lab.schema import NonNegative, Positive
+from prune_lab.core.card import Card
+from prune_lab.families.gradient_growth import GradientGrowth, GradientGrowthConfig
+from prune_lab.families.sparse_training import BY_SIGN, REDISTRIBUTION
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import NonNegative, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
 torch = lazy_import("torch")
 

@@ -6,22 +6,23 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import FINETUNE, TRAIN_DENSE, Card, Phase
-from prune_lab.methods.families.channel_pruning import ChannelPruning, ChannelPruningConfig, Problem
-from prune_lab.schema import ConfigError, Index, Momentum
+from prune_lab.core.card import Card
+from prune_lab.core.phase import FINETUNE, TRAIN_DENSE, Phase
+from prune_lab.families.channel_pruning import ChannelPruning, ChannelPruningConfig, Problem
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, Index, Momentum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.channels import ChannelMap
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
+    from prune_lab.pruning.channels.groups import ChannelMap
 
 torch = lazy_import("torch")
-channel_selection = lazy_import("prune_lab.channel_selection")
-distributed = lazy_import("prune_lab.distributed")
-filter_scores = lazy_import("prune_lab.filter_scores")
-schedules = lazy_import("prune_lab.sparsity_schedules")
+selection = lazy_import("prune_lab.pruning.channels.selection")
+distributed = lazy_import("prune_lab.foundations.distributed")
+filter_scores = lazy_import("prune_lab.pruning.channels.filter_scores")
+schedules = lazy_import("prune_lab.pruning.masks.sparsity_schedules")
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ class Fpgm(ChannelPruning):
         first = [max(lane.size - schedules.floor_product(self.config.by_norm * lane.size), int(count))
                  for lane, count in zip(channels.lanes, counts, strict=True)]
         norms = filter_scores.per_class(context.model, channels, filter_scores.l2_norms)
-        others = channel_selection.top(distributed.share(norms), channels, first)
+        others = selection.top(distributed.share(norms), channels, first)
         distances = distributed.share(self._distances(context, channels, among=others))
-        return channel_selection.top(distances.masked_fill(~others, -torch.inf), channels, counts)
+        return selection.top(distances.masked_fill(~others, -torch.inf), channels, counts)
 
     # Selection during the fine-tuning
 

@@ -5,27 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import REMOVE, TRAIN, TRAIN_DENSE, Card, Method, MethodConfig, Phase
-from prune_lab.methods.families.annealed_gradient import restore
-from prune_lab.schema import ConfigError, OpenFraction, Positive, Range
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method, MethodConfig
+from prune_lab.core.phase import REMOVE, TRAIN, TRAIN_DENSE, Phase
+from prune_lab.families.annealed_gradient import restore
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, OpenFraction, Positive, Range
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
-    from prune_lab.eligibility import Layer
-    from prune_lab.gate_budget import GateBudget
-    from prune_lab.removal import TrialCut
+    from prune_lab.accounting.eligibility import Layer
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
+    from prune_lab.core.removal import TrialCut
+    from prune_lab.pruning.gates.budget import GateBudget
 
 torch = lazy_import("torch")
-distributed = lazy_import("prune_lab.distributed")
-eligibility = lazy_import("prune_lab.eligibility")
-gate_budget = lazy_import("prune_lab.gate_budget")
-multipliers = lazy_import("prune_lab.multipliers")
-polarized_gates = lazy_import("prune_lab.polarized_gates")
-removal = lazy_import("prune_lab.removal")
+distributed = lazy_import("prune_lab.foundations.distributed")
+eligibility = lazy_import("prune_lab.accounting.eligibility")
+budget = lazy_import("prune_lab.pruning.gates.budget")
+multipliers = lazy_import("prune_lab.pruning.gates.multipliers")
+polarized = lazy_import("prune_lab.pruning.gates.polarized")
+removal = lazy_import("prune_lab.core.removal")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 
@@ -184,9 +186,9 @@ class GDP(Method):
         config, named = self.config, context.parameters()
         self.problem, device = self._problem(context), context.device
         problem = self.problem
-        self.columns = polarized_gates.ColumnGates(context.model, problem.map, problem.free)
+        self.columns = polarized.ColumnGates(context.model, problem.map, problem.free)
         self.gated, self.lane_of = problem.free.to(device), problem.lane_of.to(device)
-        self.lanes = polarized_gates.members(problem.lane_of, len(problem.map.lanes)).to(device)
+        self.lanes = polarized.members(problem.lane_of, len(problem.map.lanes)).to(device)
         self.matrix = problem.matrix.float().to(device)
         self.t = torch.full((len(self.gated),), config.t_init, device=device)
         self.last_open = torch.zeros_like(self.t)
@@ -214,20 +216,18 @@ class GDP(Method):
 
     def _problem(self, context: Context) -> GateBudget:
         config = self.config
-        return gate_budget.GateBudget(
-            context, config.unit, config.ratio, linear=config.gate_linear, residual=config.residual,
+        return budget.GateBudget(
+            context.network, config.unit, config.ratio, linear=config.gate_linear, residual=config.residual,
             exclude=config.exclude,
         )
 
-    # A step
-
     def gates(self, step: int) -> Tensor:
         """Return the gates of a step per class of channels, 1 where there is none [num_classes]."""
-        return torch.where(self.gated, polarized_gates.gate(self.t, self.eps(step)), 1.0)
+        return torch.where(self.gated, polarized.gate(self.t, self.eps(step)), 1.0)
 
     def eps(self, step: int) -> float:
         config = self.config
-        return polarized_gates.eps_at(
+        return polarized.eps_at(
             step, start=config.eps_start, end=config.eps_end, num_steps=self.last_gate_step
         )
 
@@ -244,7 +244,7 @@ class GDP(Method):
         gradients = {path: _gradient(named[path]) for path in self.raw}
         if step < self.last_gate_step:
             by_gates = self.columns.gradient(gradients, self.raw)
-            self.gradient = by_gates * polarized_gates.slope(self.t, self.eps(step)) * self.gated
+            self.gradient = by_gates * polarized.slope(self.t, self.eps(step)) * self.gated
         torch._foreach_mul_(list(gradients.values()), self.columns.factors(self.gates(step)))
         torch._foreach_copy_([named[path].detach() for path in self.raw], list(self.raw.values()))
         return True
@@ -262,11 +262,11 @@ class GDP(Method):
 
     def smooth_cost(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the cost, a fraction of the dense one, and that of one more channel per lane, by the gates' sums."""
-        return polarized_gates.cost(polarized_gates.sums(self.gates(step), self.lanes), self.matrix)
+        return polarized.cost(polarized.sums(self.gates(step), self.lanes), self.matrix)
 
     def open_cost(self) -> Tensor:
         """Return the cost, a fraction of the dense one, by the number of gates that are not 0."""
-        return polarized_gates.cost(polarized_gates.sums((self.t != 0).float(), self.lanes), self.matrix)[0]
+        return polarized.cost(polarized.sums((self.t != 0).float(), self.lanes), self.matrix)[0]
 
     def move_gates(self, step: int) -> None:
         """Step gates and multiplier at once, both from the cost of the step.
@@ -276,20 +276,18 @@ class GDP(Method):
         """
         excess = self.open_cost() - self.config.ratio
         price = self.multiplier * self.smooth_cost(step)[1][self.lane_of] * self.gated
-        moved = polarized_gates.proximal_step(self.t, self.gradient, price, self.gate_lr)
-        self.t = polarized_gates.keep_best(moved, self.t, self.lanes)
+        moved = polarized.proximal_step(self.t, self.gradient, price, self.gate_lr)
+        self.t = polarized.keep_best(moved, self.t, self.lanes)
         self.last_open.masked_fill_(self.t != 0, step + 1)
         self.multiplier = multipliers.ascend(
             self.multiplier, excess, lr=self.dual_lr, restart=self.config.dual_restart
         )
 
-    # The end of the gates
-
     def settle(self, context: Context, step: int) -> None:
         """Decide which channels stay, close the gates of the others for good and mask what hangs on them."""
         problem, opened = self.problem, (self.t != 0).cpu()
         alive = opened if self.config.rounding == "gates" else problem.largest(self._ranking(step))
-        means = polarized_gates.sums(self.t.abs(), self.lanes) / polarized_gates.sums((self.t != 0).float(), self.lanes)
+        means = polarized.sums(self.t.abs(), self.lanes) / polarized.sums((self.t != 0).float(), self.lanes)
         chosen = alive.to(self.t.device)
         # A gate that comes back is as wide as those of its lane are on average.
         self.t = torch.where(chosen, torch.where(self.t == 0, means[self.lane_of], self.t), 0.0)
@@ -306,7 +304,7 @@ class GDP(Method):
 
     def _tell(self, context: Context, alive: Tensor, opened: Tensor) -> None:
         kept = self.problem.kept(alive)
-        words = f"{self.problem.budget.option}: t is fixed with {kept:.4%} of the {gate_budget.WORDS[self.config.unit]}"
+        words = f"{self.problem.budget.option}: t is fixed with {kept:.4%} of the {budget.WORDS[self.config.unit]}"
         if self.config.rounding == "exact":
             words += (f"; of {self.problem.num_gates} gates {int((~opened).sum())} were closed, rounding closed "
                       f"{int((opened & ~alive).sum())} more and opened {int((alive & ~opened).sum())}")

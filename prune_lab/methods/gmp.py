@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import TRAIN, Card, Method, Phase
-from prune_lab.methods.families.weight_pruning import WeightPruning, WeightPruningConfig
-from prune_lab.schema import ConfigError, Count, Fraction, Range
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method
+from prune_lab.core.phase import TRAIN, Phase
+from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, Count, Fraction, Range
 
 if TYPE_CHECKING:
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
 
 torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting")
-schedules = lazy_import("prune_lab.sparsity_schedules")
+accounting = lazy_import("prune_lab.accounting.costs")
+schedules = lazy_import("prune_lab.pruning.masks.sparsity_schedules")
 
 
 _NUM_CUTS = 15

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.initial_pruning import ImageScores, ImageScoresConfig
-from prune_lab.schema import Count, Positive
+from prune_lab.core.card import Card
+from prune_lab.families.initial_pruning import ImageScores, ImageScoresConfig
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import Count, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
-recompute = lazy_import("prune_lab.recompute")
-scoring = lazy_import("prune_lab.scoring")
+second_derivatives = lazy_import("prune_lab.pruning.scores.second_derivatives")
+evaluation_mode = lazy_import("prune_lab.pruning.scores.evaluation_mode")
+recompute = lazy_import("prune_lab.pruning.scores.recompute")
+gradients = lazy_import("prune_lab.pruning.scores.gradients")
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,10 @@ class GraSP(ImageScores):
         weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
         drawn = contextlib.nullcontext()
         if config.reinit_linear:
-            drawn = scoring.redrawn_linear(context.model, lambda name: context.generator("linear weights", name))
-        with scoring.untouched(context.model, train_mode=config.bn_mode == "train"), drawn:
-            products = scoring.hessian_gradient(
+            source = partial(context.generator, "linear weights")
+            drawn = evaluation_mode.redrawn_linear(context.model, source)
+        with evaluation_mode.untouched(context.model, train_mode=config.bn_mode == "train"), drawn:
+            products = second_derivatives.hessian_gradient(
                 context.model,
                 list(weights.values()),
                 lambda: self.batches(context, order=config.split, augment=config.augment_scoring, rounds=config.rounds),

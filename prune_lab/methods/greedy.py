@@ -6,33 +6,45 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Card, Method, MethodConfig, Phase
-from prune_lab.schema import ConfigError, Count, Momentum, NonNegative, OpenFraction, Positive, Range, require_one
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method, MethodConfig
+from prune_lab.core.phase import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Phase
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import (
+    ConfigError,
+    Count,
+    Momentum,
+    NonNegative,
+    OpenFraction,
+    Positive,
+    Range,
+    require_one,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from prune_lab.channel_probe import WeighedNetwork
-    from prune_lab.channels import ChannelGroup
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
-    from prune_lab.eligibility import Layer
-    from prune_lab.removal import TrialCut
-    from prune_lab.scoring_images import DrawnImages
+    from prune_lab.accounting.eligibility import Layer
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
+    from prune_lab.core.images import DrawnImages
+    from prune_lab.core.removal import TrialCut
+    from prune_lab.pruning.channels.groups import ChannelGroup
+    from prune_lab.pruning.channels.probe import WeighedNetwork
 
+evaluation_mode = lazy_import("prune_lab.pruning.scores.evaluation_mode")
 torch = lazy_import("torch")
-channel_budget = lazy_import("prune_lab.channel_budget")
-channel_probe = lazy_import("prune_lab.channel_probe")
-channels = lazy_import("prune_lab.channels")
-distributed = lazy_import("prune_lab.distributed")
-eligibility = lazy_import("prune_lab.eligibility")
-imitation = lazy_import("prune_lab.imitation")
-patterns = lazy_import("prune_lab.patterns")
-removal = lazy_import("prune_lab.removal")
-scoring = lazy_import("prune_lab.scoring")
-scoring_images = lazy_import("prune_lab.scoring_images")
-short_training = lazy_import("prune_lab.short_training")
+channel_budget = lazy_import("prune_lab.pruning.channels.budget")
+probe = lazy_import("prune_lab.pruning.channels.probe")
+channels = lazy_import("prune_lab.pruning.channels.groups")
+distributed = lazy_import("prune_lab.foundations.distributed")
+eligibility = lazy_import("prune_lab.accounting.eligibility")
+imitation = lazy_import("prune_lab.pruning.channels.imitation")
+patterns = lazy_import("prune_lab.foundations.patterns")
+removal = lazy_import("prune_lab.core.removal")
+gradients = lazy_import("prune_lab.pruning.scores.gradients")
+scoring_images = lazy_import("prune_lab.core.images")
+short_training = lazy_import("prune_lab.core.short_training")
 
 _GLOBAL = ("global-code", "global")
 _MAY_REPEAT = ("local-uniform", "global-code")
@@ -188,7 +200,7 @@ class Greedy(Method):
         if config.top1_tol is not None:
             return None
         unit = "macs" if config.params_ratio is None else "params"
-        return channel_budget.alike(context, groups, unit, getattr(config, f"{unit}_ratio"))
+        return channel_budget.alike(context.network, groups, unit, getattr(config, f"{unit}_ratio"))
 
     def prune(self, context: Context) -> dict[str, float]:
         """Select the channels of each group, write their weights into the network, train a little, go on."""
@@ -202,14 +214,14 @@ class Greedy(Method):
                 masks[group.producer] = torch.arange(group.size) < count
             else:
                 want = None if budget is None else budget[group.producer]
-                macs = channel_budget.macs(context, groups, counts)
+                macs = channel_budget.macs(context.network, groups, counts)
                 masks[group.producer] = self._prune_group(context, group, want, macs)
             kept = masks[group.producer]
             if not context.rehearsal:
                 context.report(f"{group.producer}: {int(kept.sum())} of {group.size} channels kept")
             if not bool(kept.all()) and not (context.rehearsal and number):
                 counts[group.producer] = int(kept.sum())
-                self._train_between(context, groups, masks, channel_budget.macs(context, groups, counts))
+                self._train_between(context, groups, masks, channel_budget.macs(context.network, groups, counts))
         whole = {layer.parameter: torch.ones(layer.shape, dtype=torch.bool) for layer in context.eligible()}
         whole = {name: mask.to(context.device) for name, mask in whole.items()}
         context.install_masks(whole | channels.weight_masks(context.model, groups, masks))
@@ -225,17 +237,15 @@ class Greedy(Method):
         """
         return self._planned(context) if context.rehearsal and context.widths is None else self._spent
 
-    # Selection
-
     def _prune_group(self, context: Context, group: ChannelGroup, want: int | None, macs: int) -> Tensor:
         """Choose and re-weight the channels of one group; return the kept ones, bool [size]."""
-        with scoring.untouched(context.model, train_mode=False), torch.no_grad():
+        with evaluation_mode.untouched(context.model, train_mode=False), torch.no_grad():
             context.model.requires_grad_(False)  # slopes are those of the multipliers: no graph of the layers before
             kept, weights = distributed.share(self._select(context, group, want, macs))
         mask = torch.zeros(group.size, dtype=torch.bool)
         mask[kept] = True
         if not bool(mask.all()):
-            channel_probe.fold(context.model, group, mask, group.size * weights)
+            probe.fold(context.model, group, mask, group.size * weights)
         return mask
 
     def _select(
@@ -244,7 +254,7 @@ class Greedy(Method):
         """Return (kept channels, weights a): the first `want` that come in, or as many as the accuracy needs."""
         source = scoring_images.DrawnImages(context, group.producer, augment=self.config.augment_scoring)
         objective = self.config.loss if self.config.variant in _GLOBAL else "cross_entropy"
-        with channel_probe.WeighedNetwork(context.model, group, objective=objective) as network:
+        with probe.WeighedNetwork(context.model, group, objective=objective) as network:
             if self.config.variant in _GLOBAL:
                 additions = self._global(network, source)
             else:
@@ -272,7 +282,7 @@ class Greedy(Method):
         positions = source.positions("imitation", config.images).split(config.batch)
         data = source.read("imitation", positions)
         places = {"num_positions": config.positions, "generator": context.generator("positions", group.producer)}
-        gram = channel_probe.group_gram(context.model, group, data, **places)
+        gram = probe.group_gram(context.model, group, data, **places)
         if not bool(torch.isfinite(gram).all()):
             raise ConfigError(
                 f"outputs of {group.producer} are infinite or NaN: look at the trained weights, or lower "
@@ -333,8 +343,6 @@ class Greedy(Method):
 
         return enough
 
-    # Training between layers
-
     def _train_between(
         self, context: Context, groups: list[ChannelGroup], kept: dict[str, Tensor], macs: int
     ) -> None:
@@ -363,8 +371,6 @@ class Greedy(Method):
         epochs = self.config.between_epochs
         return (max(1, round(epochs * num_train / batch)) if epochs else 0), batch
 
-    # Cost
-
     def _planned(self, context: Context) -> int | None:
         groups = self.groups(context)
         budget = self.budget(context, groups)
@@ -375,9 +381,9 @@ class Greedy(Method):
         total, done = 0, {}
         for group in groups:
             want = budget[group.producer]
-            total += self._images_for(context, group.size, want) * channel_budget.macs(context, groups, done)
+            total += self._images_for(context, group.size, want) * channel_budget.macs(context.network, groups, done)
             done[group.producer] = want
-            total += 3 * batch * steps * channel_budget.macs(context, groups, done) if want < group.size else 0
+            total += 3 * batch * steps * channel_budget.macs(context.network, groups, done) if want < group.size else 0
         return total
 
     def _images_for(self, context: Context, size: int, want: int) -> int:

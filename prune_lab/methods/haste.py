@@ -10,25 +10,26 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card, Measured, Method, MethodConfig
-from prune_lab.schema import ConfigError, Count, Index, NonNegative, Range
+from prune_lab.core.card import Card
+from prune_lab.core.method import Measured, Method, MethodConfig
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, Count, Index, NonNegative, Range
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from prune_lab.config import RunConfig
-    from prune_lab.eligibility import Layer
-    from prune_lab.merging_cost import Observation
+    from prune_lab.accounting.eligibility import Layer
+    from prune_lab.config.run import RunConfig
+    from prune_lab.pruning.dynamic.merging_cost import Observation
 
 torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting")
-distributed = lazy_import("prune_lab.distributed")
-eligibility = lazy_import("prune_lab.eligibility")
-hashed_convolution = lazy_import("prune_lab.hashed_convolution")
-merging_cost = lazy_import("prune_lab.merging_cost")
-seeding = lazy_import("prune_lab.seeding")
-wall_clock = lazy_import("prune_lab.wall_clock")
+accounting = lazy_import("prune_lab.accounting.costs")
+distributed = lazy_import("prune_lab.foundations.distributed")
+eligibility = lazy_import("prune_lab.accounting.eligibility")
+hashed_convolution = lazy_import("prune_lab.pruning.dynamic.hashed_convolution")
+merging_cost = lazy_import("prune_lab.pruning.dynamic.merging_cost")
+seeding = lazy_import("prune_lab.foundations.seeding")
+wall_clock = lazy_import("prune_lab.pruning.dynamic.wall_clock")
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card, Method
-from prune_lab.methods.families.gated_weights import GatedWeights, GatesConfig
-from prune_lab.schema import NonNegative
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method
+from prune_lab.families.gated_weights import GatedWeights, GatesConfig
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import NonNegative
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
 
 torch = lazy_import("torch")
 

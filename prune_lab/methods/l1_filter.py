@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.channel_pruning import ChannelPruning
+from prune_lab.core.card import Card
+from prune_lab.families.channel_pruning import ChannelPruning
+from prune_lab.foundations.lazy import lazy_import
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.channels import ChannelMap
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
+    from prune_lab.pruning.channels.groups import ChannelMap
 
-filter_scores = lazy_import("prune_lab.filter_scores")
+filter_scores = lazy_import("prune_lab.pruning.channels.filter_scores")
 
 
 class L1Filter(ChannelPruning):

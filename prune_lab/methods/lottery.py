@@ -7,24 +7,27 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import TRAIN_DENSE, Card, Method, MethodConfig, Phase
-from prune_lab.positions import parse_position
-from prune_lab.schema import ConfigError, Example, Index, OpenFraction
-from prune_lab.selection import SEMI_STRUCTURED, check_semi_structured, selection
+from prune_lab.config.position import parse_position
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method, MethodConfig
+from prune_lab.core.phase import TRAIN_DENSE, Phase
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, Example, Index, OpenFraction
+from prune_lab.pruning.masks.selection import SEMI_STRUCTURED, check_semi_structured, selection
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
-    from prune_lab.eligibility import Layer
+    from prune_lab.accounting.eligibility import Layer
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
 
+top_k = lazy_import("prune_lab.pruning.masks.top_k")
 torch = lazy_import("torch")
-distributions = lazy_import("prune_lab.distributions")
-eligibility = lazy_import("prune_lab.eligibility")
-mask_tools = lazy_import("prune_lab.masks")
-weight_correlation = lazy_import("prune_lab.weight_correlation")
+distributions = lazy_import("prune_lab.pruning.masks.distributions")
+eligibility = lazy_import("prune_lab.accounting.eligibility")
+mask_tools = lazy_import("prune_lab.pruning.masks.mask_set")
+weight_overlap = lazy_import("prune_lab.pruning.scores.weight_overlap")
 
 Arm = Literal["LT-IMP", "LT-OMP", "RR-IMP", "RR-OMP", "IMP-rewind", "OMP-rewind", "LR-rewinding-IMP",
               "LR-rewinding-OMP", "fine-tune-IMP", "fine-tune-OMP", "random-layerwise", "random-global"]  # fmt: skip
@@ -128,8 +131,6 @@ class Lottery(Method):
                 f"(schedule.train.warmup_epochs={train.warmup_epochs:g})"
             )
 
-    # The chain
-
     def chain(self) -> tuple[Phase, ...]:
         arm, last = self.config.arm, self.levels
         early = Phase("early", "train", "train", active=False, end=self._place(), order="train", keeps_optimizer=True,
@@ -201,8 +202,6 @@ class Lottery(Method):
         rewound = "restore a copy" if state == "restore" else state
         return {"lottery": {"rewind": rewound, "shuffle": shuffled}.get(place)}
 
-    # Budgets
-
     def requested_sparsity(self) -> float | None:
         return self.config.sparsity
 
@@ -245,8 +244,6 @@ class Lottery(Method):
             return None
         return [(0, {} if not level else final if level == self.levels else self.counts_at(context, level))]
 
-    # Phases without training
-
     def prune(self, context: Context) -> None:
         """Remove the smallest |w| among the weights that are left; ties remove the later position."""
         named, level = context.parameters(), _level(context.phase)
@@ -257,7 +254,7 @@ class Lottery(Method):
         if self.config.sparsity is not None and level == self.levels:
             context.report(f"round {level} ends at method.sparsity={self.config.sparsity:g}")
         if self.config.distribution == "global":
-            kept = mask_tools.keep_top_global(scores, counts["all"], candidates=old)
+            kept = top_k.keep_top_global(scores, counts["all"], candidates=old)
         else:
             keep_top = selection(self.config.distribution).keep_top
             kept = {name: keep_top(score, counts[name], candidates=old[name]) for name, score in scores.items()}
@@ -289,14 +286,12 @@ class Lottery(Method):
             random_mask = selection(self.config.distribution).random_mask
             drawn = {name: random_mask(shape, counts[name], source) for name, shape in shapes.items()}
         else:
-            parts = mask_tools.random_mask((old.num_weights,), old.num_kept, source).split(
+            parts = top_k.random_mask((old.num_weights,), old.num_kept, source).split(
                 [mask.numel() for mask in old.masks.values()]
             )
             drawn = {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
         context.install_masks({name: mask.to(context.device) for name, mask in drawn.items()})
         self.rewind(context)
-
-    # Training under a mask
 
     def setup(self, context: Context) -> None:
         named = context.parameters()
@@ -313,7 +308,7 @@ class Lottery(Method):
         if context.masks is None:
             return {}
         now = {name: context.parameters()[name].detach() for name in self.start}
-        return {"weights/overlap": weight_correlation.overlap_of_largest(self.start, now, _LARGE, context.masks.masks)}
+        return {"weights/overlap": weight_overlap.overlap_of_largest(self.start, now, _LARGE, context.masks.masks)}
 
     def chosen(self) -> dict[str, Any]:
         """Return which arm this is and after how many rounds."""

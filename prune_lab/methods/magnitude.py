@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prune_lab.methods.base import FINETUNE, PRUNE, TRAIN_DENSE, Card, Phase
-from prune_lab.methods.families.weight_pruning import WeightPruning
+from prune_lab.core.card import Card
+from prune_lab.core.phase import FINETUNE, PRUNE, TRAIN_DENSE, Phase
+from prune_lab.families.weight_pruning import WeightPruning
 
 if TYPE_CHECKING:
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
 
 class Magnitude(WeightPruning):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.initial_pruning import InitialPruning
+from prune_lab.core.card import Card
+from prune_lab.families.initial_pruning import InitialPruning
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
 
 class MagnitudeInit(InitialPruning):

@@ -7,30 +7,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import TRAIN_DENSE, Card, Phase
-from prune_lab.methods.families.channel_pruning import ChannelPruningConfig, Problem
-from prune_lab.methods.families.scale_pruning import ScalePruning
-from prune_lab.schema import ConfigError, FilePath, NonNegative, OpenFraction, Positive
+from prune_lab.core.card import Card
+from prune_lab.core.phase import TRAIN_DENSE, Phase
+from prune_lab.families.channel_pruning import ChannelPruningConfig, Problem
+from prune_lab.families.scale_pruning import ScalePruning
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, FilePath, NonNegative, OpenFraction, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.channels import ChannelMap
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
-    from prune_lab.removal import TrialCut
-    from prune_lab.scale_penalty import ScalePenalty
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
+    from prune_lab.core.removal import TrialCut
+    from prune_lab.pruning.batch_norm.penalty import ScalePenalty
+    from prune_lab.pruning.channels.groups import ChannelMap
 
 torch = lazy_import("torch")
-channel_selection = lazy_import("prune_lab.channel_selection")
-channels_ = lazy_import("prune_lab.channels")
-distributed = lazy_import("prune_lab.distributed")
-filter_scores = lazy_import("prune_lab.filter_scores")
-removal = lazy_import("prune_lab.removal")
-scale_masks = lazy_import("prune_lab.scale_masks")
-scale_penalty = lazy_import("prune_lab.scale_penalty")
-scale_thresholds = lazy_import("prune_lab.scale_thresholds")
+selection = lazy_import("prune_lab.pruning.channels.selection")
+channels_ = lazy_import("prune_lab.pruning.channels.groups")
+distributed = lazy_import("prune_lab.foundations.distributed")
+filter_scores = lazy_import("prune_lab.pruning.channels.filter_scores")
+removal = lazy_import("prune_lab.core.removal")
+scale_masks = lazy_import("prune_lab.pruning.batch_norm.masks")
+penalty = lazy_import("prune_lab.pruning.batch_norm.penalty")
+thresholds = lazy_import("prune_lab.pruning.batch_norm.thresholds")
 
 _SPARSIFY = Phase("sparsify", "train", "train", active=True)
 _MASKED = Phase("masked", "train", "train", active=True)
@@ -49,7 +50,7 @@ class MaskSparsityConfig(ChannelPruningConfig):
     criterion: Literal["sparsified", "l1_norm"]
     """what ranks the channels: their scales after a training under the penalty on all scales, or the filters' L1 norms
     in the dense network, which saves that training"""
-    scale_penalty: Positive
+    penalty: Positive
     """factor of the penalty in both trainings"""
     regularizer: Literal["l1", "l2", "smooth_l1"]
     """gradient of the penalty: sign of the scale, the scale, or the scale below lr x scale_penalty and else its sign"""
@@ -135,8 +136,6 @@ class MaskSparsity(ScalePruning):
             raise ConfigError(f"schedule.train.epochs=0 does not go with method={self.config.name}, which trains under "
                               "penalties over this block", "schedule.train.epochs")
 
-    # Which channels go
-
     def scores(self, context: Context, channels: ChannelMap) -> Tensor:
         if self.config.criterion == "l1_norm":
             return filter_scores.per_class(context.model, channels, filter_scores.l1_norms)
@@ -144,7 +143,7 @@ class MaskSparsity(ScalePruning):
 
     def comparable(self, scores: Tensor, channels: ChannelMap) -> Tensor:
         if self.config.criterion == "l1_norm":
-            return channel_selection.relative(scores, channels)
+            return selection.relative(scores, channels)
         return super().comparable(scores, channels)
 
     def choose(self, context: Context, problem: Problem) -> Tensor:
@@ -154,21 +153,21 @@ class MaskSparsity(ScalePruning):
         alive = distributed.share(self._unmarked(context, problem))
         if self.config.control == "random":
             counts = problem.costs.kept(alive)
-            return channel_selection.top(self.ranking(context, problem), problem.channels, counts)
+            return selection.top(self.ranking(context, problem), problem.channels, counts)
         return alive
 
     def _unmarked(self, context: Context, problem: Problem) -> Tensor:
         """Return what the threshold or the file keeps, and the best of a layer where that is too little."""
         channels, lanes = problem.channels, problem.channels.lanes
-        scales = scale_thresholds.absolute_scales(context.model, channels)
-        worth = scale_thresholds.class_means(channels, scales)
+        scales = thresholds.absolute_scales(context.model, channels)
+        worth = thresholds.class_means(channels, scales)
         if self.config.mask_file is not None:
             alive = scale_masks.load(self.config.mask_file, channels)
         else:
             alive = self._voted(channels, scales, problem.free)
         counts = problem.fixed_counts({index: int(alive[lane.classes].sum()) for index, lane in enumerate(lanes)})
         for lane, count in zip(lanes, counts.tolist(), strict=True):
-            alive[lane.classes] = scale_thresholds.with_least(alive[lane.classes], worth[lane.classes], count)
+            alive[lane.classes] = thresholds.with_least(alive[lane.classes], worth[lane.classes], count)
         return alive
 
     def _voted(self, channels: ChannelMap, scales: dict[str, Tensor], free: list[bool]) -> Tensor:
@@ -176,14 +175,14 @@ class MaskSparsity(ScalePruning):
         alive = torch.ones(channels.num_classes, dtype=torch.bool)
         for lane, may_go in zip(channels.lanes, free, strict=True):
             if may_go:
-                alive[lane.classes] = scale_thresholds.agreed(scale_thresholds.lane_values(channels, lane, pruned))
+                alive[lane.classes] = thresholds.agreed(thresholds.lane_values(channels, lane, pruned))
         return alive
 
     def _above(self, values: Tensor) -> Tensor:
         """Return the channels that a batch norm keeps by itself, bool [channels]."""
         energy = self.config.energy
-        limit = self.config.threshold if energy is None else scale_thresholds.energy_threshold(values, energy)
-        return scale_thresholds.with_least(values > limit, values, self.config.least_channels)
+        limit = self.config.threshold if energy is None else thresholds.energy_threshold(values, energy)
+        return thresholds.with_least(values > limit, values, self.config.least_channels)
 
     def trial_cut(self, context: Context) -> TrialCut:
         if self.config.target() not in _MARKS:
@@ -200,10 +199,8 @@ class MaskSparsity(ScalePruning):
                 self._unmarked(context, problem)  # refuses masks of other networks
         return [(0, {})] if context.phase in self.sparse_phases else None
 
-    # Phases
-
     def _problem(self, context: Context) -> Problem:
-        scale_penalty.scales(context.model)
+        penalty.scales(context.model)
         return Problem(self, context)
 
     def mask(self, context: Context) -> dict[str, float]:
@@ -228,7 +225,7 @@ class MaskSparsity(ScalePruning):
         option = f"method.{self.config.target()}"
         if self.config.mask_file is not None:
             raise ConfigError(f"{option} marks no channel that may go")
-        scales = scale_thresholds.absolute_scales(context.model, problem.channels)
+        scales = thresholds.absolute_scales(context.model, problem.channels)
         smallest = min(float(values.min()) for values in scales.values())
         raise ConfigError(f"{option} marks no channel (the smallest scale is {smallest:.3g}): train longer, raise it "
                           "or method.scale_penalty, or set a ratio")
@@ -240,7 +237,7 @@ class MaskSparsity(ScalePruning):
             channels = channels_.channel_map(context.model, context.dataset.info.image_size)
             marked = scale_masks.left_out(channels, self.alive)
         config = self.config
-        return scale_penalty.ScalePenalty(context.model, config.scale_penalty, config.regularizer, marked)
+        return penalty.ScalePenalty(context.model, config.scale_penalty, config.regularizer, marked)
 
     def prune(self, context: Context) -> dict[str, float]:
         """Mask the channels that were marked, whatever their scales are now."""

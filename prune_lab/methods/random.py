@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.initial_pruning import InitialPruning, InitialPruningConfig
-from prune_lab.schema import ConfigError
+from prune_lab.core.card import Card
+from prune_lab.families.initial_pruning import InitialPruning, InitialPruningConfig
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
-family = lazy_import("prune_lab.methods.families.initial_pruning")
+family = lazy_import("prune_lab.families.initial_pruning")
 
 
 @dataclass(frozen=True)

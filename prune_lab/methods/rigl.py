@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.gradient_growth import GradientGrowth
-from prune_lab.methods.families.sparse_training import BY_SIGN, REDISTRIBUTION
+from prune_lab.core.card import Card
+from prune_lab.families.gradient_growth import GradientGrowth
+from prune_lab.families.sparse_training import BY_SIGN, REDISTRIBUTION
 
 
 class RigL(GradientGrowth):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.random_growth import RandomGrowth
-from prune_lab.methods.families.sparse_training import BY_SIGN
+from prune_lab.core.card import Card
+from prune_lab.families.random_growth import RandomGrowth
+from prune_lab.families.sparse_training import BY_SIGN
 
 
 class SETITOP(RandomGrowth):

@@ -5,28 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import TRAIN, Card, Phase
-from prune_lab.methods.families.channel_pruning import ChannelPruningConfig
-from prune_lab.methods.families.scale_pruning import ScalePruning
-from prune_lab.schema import ConfigError, NonNegative, Positive
+from prune_lab.core.card import Card
+from prune_lab.core.phase import TRAIN, Phase
+from prune_lab.families.channel_pruning import ChannelPruningConfig
+from prune_lab.families.scale_pruning import ScalePruning
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, NonNegative, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
-    from prune_lab.methods.families.channel_pruning import Problem
-    from prune_lab.scale_penalty import ScalePenalty
+    from prune_lab.core.context import Context
+    from prune_lab.families.channel_pruning import Problem
+    from prune_lab.pruning.batch_norm.penalty import ScalePenalty
 
 torch = lazy_import("torch")
-channel_selection = lazy_import("prune_lab.channel_selection")
-scale_penalty = lazy_import("prune_lab.scale_penalty")
-scale_thresholds = lazy_import("prune_lab.scale_thresholds")
+selection = lazy_import("prune_lab.pruning.channels.selection")
+penalty = lazy_import("prune_lab.pruning.batch_norm.penalty")
+thresholds = lazy_import("prune_lab.pruning.batch_norm.thresholds")
 
 
 @dataclass(frozen=True)
 class SlimmingConfig(ChannelPruningConfig):
-    scale_penalty: NonNegative
+    penalty: NonNegative
     """factor of the penalty; its gradient is this times the sign of the scale"""
     scale_init: Positive | None
     """value that the scales of an untrained network start with; None: what the network is built with"""
@@ -71,7 +72,7 @@ class Slimming(ScalePruning):
             self._start_scales(context)
 
     def _start_scales(self, context: Context) -> None:
-        found = scale_penalty.scales(context.model).values()
+        found = penalty.scales(context.model).values()
         values = torch.cat([scale.detach() for scale in found])
         if not bool(((values == 0) | (values == 1)).all()):  # what networks are built with
             context.report(f"method.scale_init={self.config.scale_init:g} is left out: these weights are trained")
@@ -80,7 +81,7 @@ class Slimming(ScalePruning):
             scale.detach().fill_(self.config.scale_init)
 
     def make_penalty(self, context: Context) -> ScalePenalty:
-        return scale_penalty.ScalePenalty(context.model, self.config.scale_penalty)
+        return penalty.ScalePenalty(context.model, self.config.scale_penalty)
 
     def choose(self, context: Context, problem: Problem) -> Tensor:
         """Return the classes of channels to keep, bool [num_classes]."""
@@ -91,6 +92,6 @@ class Slimming(ScalePruning):
         for lane, may_go in zip(lanes, problem.free, strict=True):
             free[lane.classes] = may_go
         kept = torch.ones_like(free)
-        kept[free] = scale_thresholds.above_quantile(scores[free], self.config.channels_ratio)
+        kept[free] = thresholds.above_quantile(scores[free], self.config.channels_ratio)
         counts = problem.fixed_counts({index: int(kept[lane.classes].sum()) for index, lane in enumerate(lanes)})
-        return channel_selection.top(scores, problem.channels, counts)
+        return selection.top(scores, problem.channels, counts)

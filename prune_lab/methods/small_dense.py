@@ -6,11 +6,13 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import TRAIN, Card, Method, MethodConfig, Phase
-from prune_lab.schema import ConfigError, OpenFraction
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method, MethodConfig
+from prune_lab.core.phase import TRAIN, Phase
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, OpenFraction
 
-accounting = lazy_import("prune_lab.accounting")
+accounting = lazy_import("prune_lab.accounting.costs")
 models = lazy_import("prune_lab.models")
 
 

@@ -7,23 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.sparse_training import (
-    BY_SIGN,
-    PROPORTIONAL,
-    DropAndGrow,
-    DropAndGrowConfig,
-    check_dense,
-)
-from prune_lab.schema import ConfigError
+from prune_lab.core.card import Card
+from prune_lab.families.sparse_training import BY_SIGN, PROPORTIONAL, DropAndGrow, DropAndGrowConfig, check_dense
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
-redistribution = lazy_import("prune_lab.redistribution")
+redistribution = lazy_import("prune_lab.pruning.masks.redistribution")
 
 
 @dataclass(frozen=True)

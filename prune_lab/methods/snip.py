@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.initial_pruning import ImageScores, ImageScoresConfig
+from prune_lab.core.card import Card
+from prune_lab.families.initial_pruning import ImageScores, ImageScoresConfig
+from prune_lab.foundations.lazy import lazy_import
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
+evaluation_mode = lazy_import("prune_lab.pruning.scores.evaluation_mode")
 torch = lazy_import("torch")
-scoring = lazy_import("prune_lab.scoring")
+scoring = lazy_import("prune_lab.pruning.scores.gradients")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class SNIP(ImageScores):
         weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
         tensors = list(weights.values())
         sums = [torch.zeros_like(weight) for weight in tensors]
-        with scoring.untouched(context.model, train_mode=config.bn_mode == "train"):
+        with evaluation_mode.untouched(context.model, train_mode=config.bn_mode == "train"):
             data = self.batches(context, augment=config.augment_scoring)
             for gradients in scoring.gradients(context.model, tensors, data):
                 one_batch = torch._foreach_abs(gradients) if config.combine == "sum_of_abs" else gradients

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.sparse_training import SparseTraining
+from prune_lab.core.card import Card
+from prune_lab.families.sparse_training import SparseTraining
 
 if TYPE_CHECKING:
-    from prune_lab.context import Context
+    from prune_lab.core.context import Context
 
 
 class Static(SparseTraining):

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card, Method
-from prune_lab.methods.families.soft_threshold import (
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method
+from prune_lab.families.soft_threshold import (
     AWAKE,
     HIGHER_STARTS,
     SoftThreshold,
@@ -17,14 +17,16 @@ from prune_lab.methods.families.soft_threshold import (
     decayed,
     waking_start,
 )
-from prune_lab.schema import NonNegative
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import NonNegative
 
 if TYPE_CHECKING:
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
 
+learning_rate = lazy_import("prune_lab.optim.learning_rate")
 torch = lazy_import("torch")
-optim = lazy_import("prune_lab.optim")
+optimizer = lazy_import("prune_lab.optim.optimizer")
 
 _PUBLISHED = -3200.0
 """start of the thresholds of the published ResNet-50 (90.23 %)"""
@@ -65,8 +67,8 @@ class STR(SoftThreshold):
     def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
         schedule = config.schedule.phase("train")
         steps = range(steps_per_epoch * schedule.epochs)
-        rates = [optim.learning_rate(schedule, step, steps_per_epoch) for step in steps]
-        group = optim.build_optimizer(torch.nn.Linear(1, 1, device="meta"), config.optimizer).param_groups[-1]
+        rates = [learning_rate.learning_rate(schedule, step, steps_per_epoch) for step in steps]
+        group = optimizer.build_optimizer(torch.nn.Linear(1, 1, device="meta"), config.optimizer).param_groups[-1]
         return type(self)(self._fitting(rates, group, config.optimizer.weight_decay))
 
     def _fitting(self, rates: Sequence[float], group: Mapping[str, Any], inherited: float) -> STRConfig:

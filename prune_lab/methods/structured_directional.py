@@ -5,30 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import FINETUNE, PRUNE, REMOVE, TRAIN, TRAIN_DENSE, Card, Method, MethodConfig, Phase
-from prune_lab.methods.families.dual_averaging import check_plain_sgd, theory_note
-from prune_lab.schema import ConfigError, Count, Index, OpenFraction, Positive, Range
+from prune_lab.core.card import Card
+from prune_lab.core.method import Method, MethodConfig
+from prune_lab.core.phase import FINETUNE, PRUNE, REMOVE, TRAIN, TRAIN_DENSE, Phase
+from prune_lab.families.dual_averaging import check_plain_sgd, theory_note
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, Count, Index, OpenFraction, Positive, Range
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from prune_lab.config import RunConfig
-    from prune_lab.context import Context
-    from prune_lab.eligibility import Layer
-    from prune_lab.removable_channels import RemovableChannels
-    from prune_lab.removal import TrialCut
+    from prune_lab.accounting.eligibility import Layer
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
+    from prune_lab.core.removal import TrialCut
+    from prune_lab.pruning.channels.removable import RemovableChannels
 
+learning_rate = lazy_import("prune_lab.optim.learning_rate")
 torch = lazy_import("torch")
-eligibility = lazy_import("prune_lab.eligibility")
-flat_directions = lazy_import("prune_lab.flat_directions")
-grda = lazy_import("prune_lab.grda")
-group_grda = lazy_import("prune_lab.group_grda")
-norm_statistics = lazy_import("prune_lab.norm_statistics")
-optim = lazy_import("prune_lab.optim")
-removable_channels = lazy_import("prune_lab.removable_channels")
-removal = lazy_import("prune_lab.removal")
-scoring_images = lazy_import("prune_lab.scoring_images")
+eligibility = lazy_import("prune_lab.accounting.eligibility")
+flat_directions = lazy_import("prune_lab.pruning.scores.flat_directions")
+grda = lazy_import("prune_lab.optim.grda")
+group_grda = lazy_import("prune_lab.optim.group_grda")
+statistics = lazy_import("prune_lab.pruning.batch_norm.statistics")
+optim = lazy_import("prune_lab.optim.optimizer")
+removable = lazy_import("prune_lab.pruning.channels.removable")
+removal = lazy_import("prune_lab.core.removal")
+scoring_images = lazy_import("prune_lab.core.images")
 
 _DIRECTIONAL = Phase("directional", "train", "finetune", active=True)
 """training with group gRDA that starts from a network trained before"""
@@ -187,15 +190,13 @@ class StructuredDirectional(Method):
 
     def _channels(self, context: Context) -> RemovableChannels:
         config = self.config
-        return removable_channels.RemovableChannels(context, residual=config.residual, exclude=config.exclude)
+        return removable.RemovableChannels(context.network, residual=config.residual, exclude=config.exclude)
 
     def _groups(self, context: Context, channels: RemovableChannels) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
         """Return the class of each row of the grouped parameters, and s_G [num_classes]."""
         rows = channels.rows(context.model, norm_scales=self.config.bn_scale)
         sizes = group_grda.group_sizes(rows, channels.map.num_classes).clamp(min=1)
         return rows, sizes.sqrt() if self.config.scale_by_size else torch.ones_like(sizes)
-
-    # Training
 
     def setup(self, context: Context) -> None:
         """Put group gRDA in place of the optimizer in the phase that trains with it.
@@ -210,7 +211,7 @@ class StructuredDirectional(Method):
         context.optimizer = group_grda.GroupGRDA(trained, 0.0, c=0.0, mu=config.mu, rows=rows, scales=scales)
         self._look(context)
         steps = range(context.total_steps)
-        rates = (optim.learning_rate(context.schedule, step, context.steps_per_epoch) for step in steps)
+        rates = (learning_rate.learning_rate(context.schedule, step, context.steps_per_epoch) for step in steps)
         values = list(grda.thresholds(rates, c=1.0, mu=config.mu))
         c = config.c or self._size(values)
         context.optimizer.param_groups[0]["c"] = c
@@ -282,8 +283,6 @@ class StructuredDirectional(Method):
         costs, left = channels.costs, {"channels/kept": float(alive.double().mean())}
         return self.figures | left | {"macs/inference": costs.at("macs", costs.kept(alive))}
 
-    # Pruning
-
     def prune(self, context: Context) -> dict[str, float]:
         """Mask the channels that are zero, or zero by the one projection; return what is left.
 
@@ -326,9 +325,13 @@ class StructuredDirectional(Method):
         """Shrink the groups along flat directions so far that the budget holds; return the classes to keep."""
         config = self.config
         rows, scales = self._groups(context, channels)
+        drawn = scoring_images.DrawnImages(context, "Hessian", augment=False)
+        positions = drawn.positions("images", config.hessian_images)
+        parts = positions.tensor_split(-(-len(positions) // _BATCH))
         found = flat_directions.measure(
-            context, rows, scales, eigenvectors=config.eigenvectors, images=config.hessian_images
-        )
+            context.network, rows, scales, lambda: drawn.read("images", parts), eigenvectors=config.eigenvectors,
+            num_images=len(positions), generator=context.generator, report=context.report, rehearsal=context.rehearsal,
+        )  # fmt: skip
         self._spent += found.macs
         alive = channels.best(flat_directions.order(found.norms, found.scores), config.macs_ratio)
         strength = flat_directions.strength(found.norms, found.scores, channels.free & ~alive)
@@ -363,7 +366,7 @@ class StructuredDirectional(Method):
         drawn = images.positions("batch norm", self.config.bn_images)
         whole = drawn[: len(drawn) // _BATCH * _BATCH] if len(drawn) > _BATCH else drawn  # batches count alike
         batches = (batch for batch, _ in images.read("batch norm", whole.split(_BATCH)))
-        self._spent += norm_statistics.measure_statistics(context.model, batches) * context.forward_macs
+        self._spent += statistics.measure_statistics(context.model, batches) * context.forward_macs
 
     def phase_cost(self, context: Context) -> int | None:
         """Return the MACs of the Hessian and of the images for batch norm; unknown before, as the channels are."""

@@ -7,20 +7,21 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from prune_lab.lazy import lazy_import
-from prune_lab.methods.base import Card
-from prune_lab.methods.families.initial_pruning import InitialPruning, InitialPruningConfig
-from prune_lab.schema import ConfigError, Count
+from prune_lab.core.card import Card
+from prune_lab.families.initial_pruning import InitialPruning, InitialPruningConfig
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, Count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.context import Context
-    from prune_lab.linearised import Flow
+    from prune_lab.core.context import Context
+    from prune_lab.pruning.scores.synaptic_flow import Flow
 
+evaluation_mode = lazy_import("prune_lab.pruning.scores.evaluation_mode")
 torch = lazy_import("torch")
-linearised = lazy_import("prune_lab.linearised")
-scoring = lazy_import("prune_lab.scoring")
+synaptic_flow = lazy_import("prune_lab.pruning.scores.synaptic_flow")
+gradients = lazy_import("prune_lab.pruning.scores.gradients")
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class SynFlow(InitialPruning):
         if self.config.dtype == "float64" and context.device.type == "mps":
             raise ConfigError("method.dtype=float64: MPS lacks it; use trainer.device=cpu or method.dtype=float32")
         if self.config.dtype == "float32" and context.rehearsal:  # found out before anything is written
-            with scoring.untouched(context.model, train_mode=False):
-                self._check(linearised.flow(context.model, *self._scoring_form(context)), 1)
+            with evaluation_mode.untouched(context.model, train_mode=False):
+                self._check(synaptic_flow.flow(context.model, *self._scoring_form(context)), 1)
 
     def choose(self, context: Context) -> dict[str, Tensor]:
         """Score and cut in rounds, each among the weights of the one before; a rehearsal does one round.
@@ -65,10 +66,10 @@ class SynFlow(InitialPruning):
         form, names, image = self._scoring_form(context)
         rounds, started = 1 if context.rehearsal else self.config.rounds, time.monotonic()
         kept: dict[str, Tensor] | None = None
-        with scoring.untouched(context.model, train_mode=False):
+        with evaluation_mode.untouched(context.model, train_mode=False):
             for index in range(1, rounds + 1):
                 context.poll()
-                flow = linearised.flow(context.model, form, names, image)
+                flow = synaptic_flow.flow(context.model, form, names, image)
                 self._check(flow, index)
                 if index == 1:
                     self._describe(context, flow)
@@ -85,7 +86,7 @@ class SynFlow(InitialPruning):
         dtype, size = getattr(torch, self.config.dtype), context.dataset.info.image_size
         names = [layer.parameter for layer in context.eligible()]
         image = torch.ones(1, 3, size, size, dtype=dtype, device=context.device)
-        return linearised.positive_form(context.model, dtype), names, image
+        return synaptic_flow.positive_form(context.model, dtype), names, image
 
     def _cut(
         self, context: Context, scores: dict[str, Tensor], done: float, kept: dict[str, Tensor] | None

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.lazy import lazy_import
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, parse, suggestion
 from prune_lab.models import configs
 from prune_lab.models.configs import ExternalConfig, ModelConfig
 from prune_lab.models.foreign import one_line
-from prune_lab.schema import ConfigError, parse, suggestion
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +77,7 @@ def build(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Modul
 
 
 def _build(config: ModelConfig, **sizes: int) -> nn.Module:
-    module = importlib.import_module(f"prune_lab.models.{_MODULES[type(config)]}")
+    module = importlib.import_module(f"{__package__}.{_MODULES[type(config)]}")
     return module.build(config, **sizes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from prune_lab.schema import ConfigError, FilePath, Positive, Range
+from prune_lab.foundations.schema import ConfigError, FilePath, Positive, Range
 
 RESNET_CIFAR_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 RESNET_NAMES = ("resnet18", "resnet34", "resnet50")

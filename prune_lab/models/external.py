@@ -9,8 +9,8 @@ from types import ModuleType
 import torchvision
 from torch import nn
 
+from prune_lab.foundations.schema import ConfigError
 from prune_lab.models.configs import ExternalConfig
-from prune_lab.schema import ConfigError
 
 _NUM_NEAREST = 3
 # Their training output is a tuple with the auxiliary classifiers unless these are left out.

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prune_lab.lazy import lazy_import
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError
 from prune_lab.models.configs import ExternalConfig, ModelConfig
-from prune_lab.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn

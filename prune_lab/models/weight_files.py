@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.lazy import lazy_import
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,18 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.files import read_json
-from prune_lab.lazy import lazy_import
+from prune_lab.foundations.files import read_json
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError
 from prune_lab.models.configs import VGG_NAMES, ExternalConfig, ModelConfig, ResNetCifarConfig, WideResNetConfig
 from prune_lab.models.foreign import reason
 from prune_lab.models.weight_files import Found, describe, is_computed, read, state_dicts
-from prune_lab.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 torch = lazy_import("torch")
-tied = lazy_import("prune_lab.tied")
+tied = lazy_import("prune_lab.foundations.tied")
 
 OFFICIAL_VERSION = "IMAGENET1K_V1"
 """torchvision's original recipe: the dense networks that pruning papers start from (ResNet-50: 76.13 %)."""

@@ -12,7 +12,7 @@ from prune_lab.tracking.wandb_key import resolve_mode
 from prune_lab.tracking.wandb_sink import WandbSink
 
 if TYPE_CHECKING:
-    from prune_lab.config import LoggerConfig
+    from prune_lab.config.logger import LoggerConfig
 
 __all__ = ["BaseSink", "RunInfo", "Sink", "Tracker", "open_tracker"]
 

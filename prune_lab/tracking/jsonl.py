@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from prune_lab.files import jsonable, write_json, write_text
+from prune_lab.foundations.files import jsonable, write_json, write_text
 from prune_lab.tracking.base import BaseSink, RunInfo
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from prune_lab import targets
+from prune_lab.accounting import targets
 from prune_lab.tracking.base import RunInfo
 
 MANY_ZEROS = 0.01

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
 
 Mode = Literal["online", "offline", "disabled"]
 

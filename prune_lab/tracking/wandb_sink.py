@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.files import jsonable
+from prune_lab.foundations.files import jsonable
 from prune_lab.tracking.base import BaseSink, RunInfo
 from prune_lab.tracking.wandb_key import Mode, find_key
 

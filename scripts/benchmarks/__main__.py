@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from prune_lab.failure import fail
-from prune_lab.schema import ConfigError, suggestion
+from prune_lab.foundations.failure import fail
+from prune_lab.foundations.schema import ConfigError, suggestion
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ SECTIONS = {
     "steps": Section("steps:small", "5", "every method's step over the dense step, ResNet-20, batch 128"),
     "steps_large": Section("steps:large", "10", "the same, ResNet-50 at 224 px", is_long=True),
     "data": Section("data:run", "1", "the in-memory data path over torchvision's DataLoader"),
-    "stream": Section("data:stream", "2", "scripts/benchmark_stream.py: streamed images", is_long=True),
+    "stream": Section("data:stream", "2", "scripts/benchmarks/stream.py: streamed images", is_long=True),
     "formats": Section("formats:run", "1", "fp32 and bf16, contiguous and channels_last; threads"),
     "compile": Section("formats:compiled", "6", "the same with torch.compile, a minute to warm up each", is_long=True),
     "checkpoints": Section("checkpoints:run", "2", "a save in steps, its share of training (computed), resuming"),
@@ -66,7 +66,7 @@ def _run(argv: list[str]) -> int:
             raise ConfigError(f"section {word}{suggestion(word, SECTIONS)}; allowed: {', '.join(SECTIONS)}")
     from benchmarks.report import Report, load_warning, reason
     from benchmarks.workload import SMALL, Options, compose
-    from prune_lab import numerics
+    from prune_lab.training import numerics
 
     if typed.root:
         overrides.append(f"dataset.root={typed.root}")

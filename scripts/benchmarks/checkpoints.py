@@ -10,9 +10,9 @@ from benchmarks import workload
 from benchmarks.report import Report
 from benchmarks.timing import in_turn
 from benchmarks.workload import Options
-from prune_lab import loop
-from prune_lab.checkpoint import CheckpointPair
-from prune_lab.saving import Saves, next_save_s
+from prune_lab.foundations.checkpoint import CheckpointPair
+from prune_lab.training import loop
+from prune_lab.training.saving import Saves, next_save_s
 
 _METHOD = "rigl"
 """masks and their history are part of its checkpoints"""

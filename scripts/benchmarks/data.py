@@ -15,11 +15,12 @@ from benchmarks import plain, workload
 from benchmarks.report import Report
 from benchmarks.timing import in_turn, output_of
 from benchmarks.workload import Options
-from prune_lab import datasets, numerics
-from prune_lab.config import RunConfig
+from prune_lab import datasets
+from prune_lab.config.run import RunConfig
 from prune_lab.datasets import BatchFormat, cifar, fake
 from prune_lab.datasets.in_memory import ImageArrays, InMemoryDataset
 from prune_lab.datasets.worker_pool import num_usable_cores
+from prune_lab.training import numerics
 
 
 def images(options: Options) -> tuple[RunConfig, ImageArrays]:

@@ -13,7 +13,7 @@ from benchmarks import workload
 from benchmarks.report import Report
 from benchmarks.timing import in_turn, in_turn_once
 from benchmarks.workload import Options
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
 
 _BASE = "fp32, contiguous"
 

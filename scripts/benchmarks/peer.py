@@ -13,15 +13,17 @@ from benchmarks.data import images, last_batches
 from benchmarks.report import Report
 from benchmarks.timing import Goal, in_turn
 from benchmarks.workload import Options
-from prune_lab import datasets, loop, numerics, pipeline
-from prune_lab.config import RunConfig
+from prune_lab import datasets
+from prune_lab.config.run import RunConfig
 from prune_lab.datasets import BatchFormat
 from prune_lab.datasets.in_memory import InMemoryDataset
 from prune_lab.datasets.worker_pool import num_usable_cores
-from prune_lab.files import read_json
-from prune_lab.optim import learning_rate
-from prune_lab.phases import build_model
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.files import read_json
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.optim.learning_rate import learning_rate
+from prune_lab.pipeline import runner
+from prune_lab.training import loop, numerics
+from prune_lab.training.phases import build_model
 
 GOAL = Goal(2.0, at_most=False)
 _SEEDS = (0, 1, 2)
@@ -122,7 +124,7 @@ def _run_options(options: Options, seed: int, folder: str) -> RunConfig:
 
 def _our_top1(options: Options, seed: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
-        if pipeline.run(_run_options(options, seed, folder)):
+        if runner.run(_run_options(options, seed, folder)):
             raise RuntimeError("the run of prune-lab did not finish")
         (path,) = Path(folder).glob("*/summary.json")
         return read_json(path)["final/top1"]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Goal
-from prune_lab.export.latency import MIN_ROUNDS, ratio, spread
-from prune_lab.export.machine import machine, versions
-from prune_lab.files import write_json
-from prune_lab.schema import ConfigError
+from prune_lab.commands.export.latency import MIN_ROUNDS, ratio, spread
+from prune_lab.commands.export.machine import machine, versions
+from prune_lab.foundations.files import write_json
+from prune_lab.foundations.schema import ConfigError
 
 
 def reason(error: Exception) -> str:

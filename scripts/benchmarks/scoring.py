@@ -15,9 +15,9 @@ from benchmarks.timing import in_turn
 from benchmarks.workload import Options
 from prune_lab.datasets import BatchFormat, Dataset
 from prune_lab.datasets.in_memory import InMemoryDataset
-from prune_lab.loop import Interrupted
-from prune_lab.phases import Job
-from prune_lab.rehearsal import set_up
+from prune_lab.pipeline.rehearsal import set_up
+from prune_lab.training.job import Job
+from prune_lab.training.loop import Interrupted
 
 _MOST_S = 10.0
 """a phase that takes longer is named and left out"""

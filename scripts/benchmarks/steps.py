@@ -11,7 +11,7 @@ from benchmarks import workload
 from benchmarks.report import Report, reason
 from benchmarks.timing import Goal, Plan, amortised, in_turn
 from benchmarks.workload import Options, Workload
-from prune_lab import loop
+from prune_lab.training import loop
 
 GOAL = Goal(1.01)
 _NO_SAVES = "trainer.checkpoint_interval_s=1e9"

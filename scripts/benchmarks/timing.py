@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from prune_lab.export.latency import MIN_ROUNDS, Ratio, interleaved
+from prune_lab.commands.export.latency import MIN_ROUNDS, Ratio, interleaved
 
 Times = dict[str, list[float]]
 """name -> seconds per call, one number per round"""

@@ -12,16 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.timing import Plan
-from prune_lab import chain, datasets, identity, loop, numerics
-from prune_lab.chain import PlannedPhase
-from prune_lab.cli import conf_dir
-from prune_lab.config import RunConfig
-from prune_lab.loop import Training
-from prune_lab.methods.base import Phase
-from prune_lab.overrides import choices, compose_checked
-from prune_lab.phases import Job, open_context, open_training
-from prune_lab.rehearsal import RandomImages, job_without_files, set_up
-from prune_lab.settling import settled
+from prune_lab import datasets
+from prune_lab.compose.choices import choices, conf_dir
+from prune_lab.compose.overrides import compose_checked
+from prune_lab.config.run import RunConfig
+from prune_lab.core import chain
+from prune_lab.core.chain import PlannedPhase
+from prune_lab.core.phase import Phase
+from prune_lab.pipeline import identity
+from prune_lab.pipeline.rehearsal import RandomImages, job_without_files, set_up
+from prune_lab.pipeline.settling import settled
+from prune_lab.training import loop, numerics
+from prune_lab.training.job import Job
+from prune_lab.training.loop import Training
+from prune_lab.training.phases import open_context, open_training
 
 CALM_LR = 1e-4
 """learning rate of timed steps: weights that run away, or learn their batch by heart, would change what is measured"""

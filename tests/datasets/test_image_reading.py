@@ -7,13 +7,13 @@ import zlib
 
 import numpy as np
 import pytest
-from data_helpers import evaluate, image_bytes, make, node, small_cifar, tar_bytes, write_tree
 from PIL import Image
 
 from prune_lab.datasets import cifar, describe, parse_config
 from prune_lab.datasets.image_crops import read_rgb
 from prune_lab.datasets.image_reading import IMAGE_SUFFIXES, reason
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
+from tests.helpers.data import evaluate, image_bytes, make, node, small_cifar, tar_bytes, write_tree
 
 GREY = np.arange(0, 256, dtype=np.uint16).reshape(16, 16)
 """every value of 8 bits"""

@@ -12,11 +12,11 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from data_helpers import FORMAT, REPO, assert_equal_batches, evaluate, make, train, write_tree
 from PIL import Image
 
 from prune_lab.datasets import prefetch, stream, worker_pool
 from prune_lab.datasets.worker_pool import WorkerPool, num_usable_cores
+from tests.helpers.data import FORMAT, REPO, assert_equal_batches, evaluate, make, train, write_tree
 
 
 class Answer:

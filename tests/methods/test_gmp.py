@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from method_runs import configure, finish, last_result, make, watch
-from toys import OneLayer, mask_of, one_step, open_phase, state_of
 
-from prune_lab.distributions import num_keep_total
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.pruning.masks.distributions import num_keep_total
+from tests.helpers.method_runs import configure, finish, last_result, make, watch
+from tests.helpers.toys import OneLayer, mask_of, one_step, open_phase, state_of
 
 WEIGHT = torch.tensor([[0.5, -0.1, 0.3, 0.05, -0.7, 0.2, 0.2, 0.0]])
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from method_runs import configure, finish, last_result, make, summary, watch
 from torch import nn
-from toys import OneLayer, mask_of, open_phase
 
-from prune_lab import checkpoint
+from prune_lab.foundations import checkpoint
+from tests.helpers.method_runs import configure, finish, last_result, make, summary, watch
+from tests.helpers.toys import OneLayer, mask_of, open_phase
 
 # set_snfs_gmp.md section 12
 WEIGHT = torch.tensor([[0.5, -0.1, 0.3, 0.05, -0.7, 0.2, 0.2, 0.0]])
@@ -81,9 +81,9 @@ def test_chain_cuts_the_trained_network_and_keeps_its_masks(tmp_path, monkeypatc
 def test_dense_phase_is_trained_once_for_all_sparsities(tmp_path) -> None:
     first = summary(finish(configure(tmp_path, "magnitude", "method.sparsity=0.5")))
     config = configure(tmp_path, "magnitude", "method.sparsity=0.9")
-    from prune_lab import pipeline
+    from prune_lab.pipeline import runner
 
-    assert pipeline.run(config) == 0
+    assert runner.run(config) == 0
     (second,) = [summary(path.parent) for path in tmp_path.glob("*/summary.json")
                  if summary(path.parent)["sparsity/requested"] == 0.9]  # fmt: skip
     assert [phase["reused"] for phase in first["phases"]] == [False, False, False]

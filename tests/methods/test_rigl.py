@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from method_runs import configure, finish, make, watch
 from torch import nn
-from toys import GRADIENT, WEIGHT, OneLayer, example_b, mask_of, one_step, open_phase, state_of
 
-from prune_lab.loop import Training
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.training.loop import Training
+from tests.helpers.method_runs import configure, finish, make, watch
+from tests.helpers.toys import GRADIENT, WEIGHT, OneLayer, example_b, mask_of, one_step, open_phase, state_of
 
 AFTER = [[1, 0, 1, 0], [1, 1, 0, 1], [0, 0, 1, 1]]
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from method_runs import make
-from toys import WEIGHT, OneLayer, example_b, mask_of, one_step, open_phase, state_of
+
+from tests.helpers.method_runs import make
+from tests.helpers.toys import WEIGHT, OneLayer, example_b, mask_of, one_step, open_phase, state_of
 
 VALUES = torch.tensor([[-0.9, -0.5, -0.2, -0.1, 0, 0, 0, 0.1, 0.3, 0.6, 1.0]])
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from method_runs import CONF, configure, finish, make, summary
 
 from prune_lab import models
-from prune_lab.accounting import count_parameters, dense_macs, profile
-from prune_lab.schema import ConfigError
+from prune_lab.accounting.costs import count_parameters, dense_macs, profile
+from prune_lab.foundations.schema import ConfigError
+from tests.helpers.method_runs import CONF, configure, finish, make, summary
 
 
 def model_config(choice: str, **changes):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from method_runs import configure, finish, make, watch
-from toys import OneLayer, open_phase
+
+from tests.helpers.method_runs import configure, finish, make, watch
+from tests.helpers.toys import OneLayer, open_phase
 
 
 def static(**changes):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_helpers import build, node
 from torch import nn
 
 from prune_lab import models
-from prune_lab.phases import layer_costs
-from prune_lab.schema import ConfigError
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.training.phases import layer_costs
+from tests.helpers.models import build, node
 
 
 def config_of(name: str, **changes):

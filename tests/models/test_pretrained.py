@@ -8,10 +8,10 @@ import tarfile
 import numpy
 import pytest
 import torch
-from model_helpers import build, node
 from PIL import Image
 
 from prune_lab import models
+from tests.helpers.models import build, node
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)

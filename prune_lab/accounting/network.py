@@ -1,0 +1,41 @@
+"""A network as the parts of methods see it: its modules, its layers and what they cost, without the run around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from prune_lab.accounting.costs import LayerCost, dense_macs
+from prune_lab.accounting.eligibility import Layer
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network on square images, with the layers that its method may prune."""
+
+    model: nn.Module
+    layers: Sequence[Layer]
+    """eligibility of every conv and linear layer, by the method's rule"""
+    costs: Sequence[LayerCost]
+    """dense cost per conv and linear layer, in model order"""
+    image_size: int
+    """height and width of the images, px"""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def dense_macs(self) -> int:
+        """MACs per image without masks."""
+        return dense_macs(self.costs)
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the parameters by path."""
+        return dict(self.model.named_parameters())
+
+    def eligible(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.eligible]

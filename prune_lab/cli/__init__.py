@@ -1,0 +1,5 @@
+"""The command line as typed: help, completion, lists, and which command answers. Nothing below imports it."""
+
+from prune_lab.cli.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,102 @@
+"""Where an analysis leaves its result: a folder named by everything that changes it. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_lab.commands.analysis.runs import FinishedRun
+from prune_lab.foundations.files import jsonable, read_json, write_json
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError
+
+store = lazy_import("prune_lab.pipeline.store")
+
+FORMAT = 1
+"""raised when the meaning of stored results changes"""
+DEFAULT_PARENT = Path("outputs") / "analysis"
+
+
+@dataclass(frozen=True)
+class ResultFolder:
+    """analysis.json says what is analysed, from the start on; result.json is written last."""
+
+    directory: Path
+    key: str
+    inputs: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, command: str, runs: Sequence[FinishedRun], inputs: dict[str, Any], *, chosen: str | None
+    ) -> ResultFolder:
+        """Return the folder of an analysis.
+
+        Args:
+            inputs: all that can change the result besides the networks of `runs`, as JSON can hold it.
+            chosen: the folder; None: outputs/analysis/<command>-<runs>-<hash8>.
+
+        Raises:
+            ConfigError: the folder lies in a run directory, or holds another analysis.
+        """
+        inputs = jsonable({"command": command, "format": FORMAT, "networks": [run.digest for run in runs], **inputs})
+        key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
+        name = "-".join([command, *(run.name for run in runs), key[:8]])
+        folder = cls(DEFAULT_PARENT / name if chosen is None else Path(chosen), key, inputs)
+        folder._check(chosen)
+        return folder
+
+    def _check(self, chosen: str | None) -> None:
+        option = f"--output {chosen}" if chosen is not None else str(self.directory)
+        path = self.directory.resolve()
+        for above in (path, *path.parents):
+            if (above / "run.json").exists():
+                raise ConfigError(f"{option} lies in the run directory {above}; analyses leave runs as they are")
+            if above.exists() and not above.is_dir():
+                raise ConfigError(f"{option}: {above} is a file, no folder")
+        owner = self._read("analysis.json").get("key")
+        if owner not in (None, self.key):
+            raise ConfigError(f"{option} holds another analysis (see analysis.json there); choose another folder")
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """Return the content of a file there, empty if it is missing or damaged."""
+        try:
+            content = read_json(self.directory / name)
+        except (FileNotFoundError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def settle(
+        self, runs: Sequence[FinishedRun], work: Callable[[], dict[str, Any]], *, report: Callable[[str], None]
+    ) -> tuple[dict[str, Any], bool]:
+        """Return what this very analysis found, and whether it was there already; otherwise `work` finds it now.
+
+        Two processes that want the same do it once: the second waits and reads.
+
+        Raises:
+            ConfigError: the folder cannot be made.
+        """
+        found = self._result()
+        if found is None:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                reason = f"cannot make the folder {self.directory}: {error.strerror}"
+                raise ConfigError(f"{reason}; --output FOLDER names another") from error
+            with store.lock(self.directory / ".lock", what=str(self.directory), report=report):
+                found = self._result()
+                if found is None:
+                    about = {"key": self.key, "runs": [str(run.directory.resolve()) for run in runs], **self.inputs}
+                    write_json(self.directory / "analysis.json", about)
+                    found = jsonable({"key": self.key, **work()})
+                    write_json(self.directory / "result.json", found)
+                    return found, False
+        report(f"done already: {self.directory}")
+        return found, True
+
+    def _result(self) -> dict[str, Any] | None:
+        found = self._read("result.json")
+        return found if found.get("key") == self.key else None

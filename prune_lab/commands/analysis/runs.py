@@ -1,0 +1,120 @@
+"""Finished runs as an analysis needs them, and whether two of them can be compared. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from prune_lab import datasets
+from prune_lab.config.trainer import TrainerConfig
+from prune_lab.datasets import CommonConfig, base
+from prune_lab.foundations.files import read_object
+from prune_lab.foundations.schema import ConfigError, parse
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One finished run as its files tell it."""
+
+    directory: Path
+    network: dict[str, Any]
+    """what model.json says: options of the network that is saved, number of classes, image size"""
+    dataset: CommonConfig
+    trainer: TrainerConfig
+    seed: int
+    summary: dict[str, Any]
+    digest: str
+    """SHA-256 of the saved tensors"""
+
+    @property
+    def name(self) -> str:
+        return self.directory.resolve().name
+
+
+def read_run(directory: str | Path) -> FinishedRun:
+    """Return the run in `directory`.
+
+    Raises:
+        ConfigError: no run there, it is not finished, or its files cannot be read; one line that names the run.
+    """
+    path = Path(directory)
+    if not (path / "run.json").is_file():
+        raise ConfigError(f"{path} is not a run directory (it has no run.json)")
+    run, status, summary, network = (
+        _read(path, name) for name in ("run.json", "status.json", "summary.json", "model.json")
+    )
+    if status.get("status") != "finished":
+        raise ConfigError(f"{path} is not finished (status: {status.get('status', 'unknown')}); its command goes on")
+    if not network or not (path / "model.safetensors").is_file():
+        raise ConfigError(f"{path} holds no finished model (model.json and model.safetensors)")
+    try:
+        config = run["config"]
+        dataset = datasets.parse_config(config["dataset"])
+        trainer = parse(TrainerConfig, config["trainer"], "trainer")
+        seed = int(config["seed"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}/run.json: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path}/run.json lacks options of the run ({error})") from error
+    with (path / "model.safetensors").open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FinishedRun(path, network, dataset, trainer, seed, summary, digest)
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    try:
+        return read_object(path / name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def require_comparable(a: FinishedRun, b: FinishedRun) -> None:
+    """Raise ConfigError, naming runs and option, unless both have the same network on the same data set."""
+    kinds = (a.dataset.kind, b.dataset.kind)
+    data = tuple({"kind": run.dataset.kind, **base.identity(run.dataset)} for run in (a, b))
+    if kinds[0] != kinds[1]:
+        data = tuple({"kind": kind} for kind in kinds)  # their other options have nothing in common
+    networks = tuple(_without_weights(run.network) for run in (a, b))
+    for what, (mine, theirs) in (("data sets", data), ("networks", networks)):
+        for key, (one, other) in _differences(mine, theirs):
+            where = f"{key} is {one} in {a.directory}, {other} in {b.directory}"
+            raise ConfigError(f"the runs have different {what}: {where}")
+
+
+def _without_weights(network: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description without the start weights, which are no part of the architecture."""
+    options = {key: value for key, value in network.get("model", {}).items() if key != "weights"}
+    return {**network, "model": options}
+
+
+def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, tuple]]:
+    for key in dict.fromkeys([*a, *b]):
+        one, other = a.get(key), b.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from _differences(one, other, f"{prefix}{key}.")
+        elif one != other:
+            yield f"{prefix}{key}", (one, other)
+
+
+def data_options(a: FinishedRun, b: FinishedRun, root: str | None) -> CommonConfig:
+    """Return the options with which the runs' data set is read.
+
+    Args:
+        root: stands for dataset.root; None: the one that both runs name.
+
+    Raises:
+        ConfigError: the runs name different places and `root` is None, or the data set has no place on disk.
+    """
+    if root is not None:
+        if not hasattr(a.dataset, "root"):
+            raise ConfigError(f"--data: the data set {a.dataset.name} is not read from a folder")
+        return replace(a.dataset, root=root)
+    one, other = (getattr(run.dataset, "root", None) for run in (a, b))
+    if one != other:
+        raise ConfigError(
+            f"dataset.root is {one} in {a.directory}, {other} in {b.directory}; --data ROOT says which to read"
+        )
+    return a.dataset

@@ -1,0 +1,1 @@
+"""`prune-lab dashboard` and `prune-lab wandb-sync`: finished runs in W&B."""

@@ -1,0 +1,108 @@
+"""Which formats there are, what they need and what runs them. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from prune_lab.foundations.schema import ConfigError, suggestion
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a network."""
+
+    name: str
+    title: str
+    files: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    """what has to be installed besides prune-lab itself, by name on the package index and of import"""
+    is_graph: bool = True
+    """traced: the file holds the operations, not only the tensors"""
+    on_request: bool = False
+    """written only if asked for by name: it is for some networks only"""
+
+    def missing(self) -> list[str]:
+        """Return the packages that are not installed."""
+        return [package for package in self.packages if find_spec(package) is None]
+
+    def install(self) -> str:
+        """Return the command that brings the packages."""
+        return f"pip install {' '.join(self.packages)}"
+
+
+FORMATS = {
+    entry.name: entry
+    for entry in (
+        Format("safetensors", "safetensors", ("model.safetensors", "model.json"), is_graph=False),
+        Format("torch_export", "torch.export", ("model.pt2",)),
+        Format("onnx", "ONNX", ("model.onnx",), ("onnx", "onnxscript", "onnxruntime")),
+        Format("openvino", "OpenVINO", ("model.xml", "model.bin"), ("openvino",)),
+        Format("semi_structured", "2:4", ("model_2_4.safetensors",), is_graph=False, on_request=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What computes an exported network, and in which number format."""
+
+    title: str
+    format: str
+    precision: str = "fp32"
+
+
+PRECISIONS = ("fp32", "bf16")
+_RUNTIMES = (
+    Runtime("PyTorch from safetensors", "safetensors"),
+    Runtime("torch.export", "torch_export"),
+    Runtime("onnxruntime", "onnx"),
+    Runtime("OpenVINO fp32", "openvino"),
+    Runtime("OpenVINO bf16", "openvino", "bf16"),
+    Runtime("PyTorch from 2:4", "semi_structured"),
+)
+
+
+def runtimes(name: str, precisions: Sequence[str]) -> list[Runtime]:
+    """Return what runs format `name`; all but OpenVINO compute in fp32 only."""
+    wanted = precisions if name == "openvino" else ("fp32",)
+    return [runtime for runtime in _RUNTIMES if runtime.format == name and runtime.precision in wanted]
+
+
+def choose(text: str | None) -> tuple[list[str], dict[str, str]]:
+    """Return the formats to write, and by format why it is left out.
+
+    Args:
+        text: names with commas; None: everything that is installed and for all networks.
+
+    Raises:
+        ConfigError: unknown or repeated name, or a package of a format that was asked for is missing.
+    """
+    if text is None:
+        usual = {name: entry for name, entry in FORMATS.items() if not entry.on_request}
+        left_out = {name: _needs(entry) for name, entry in usual.items() if entry.missing()}
+        return [name for name in usual if name not in left_out], left_out
+    names = split(text, "--format")
+    for name in names:
+        if name not in FORMATS:
+            raise ConfigError(f"--format {name}{suggestion(name, FORMATS)}: allowed are {', '.join(FORMATS)}")
+        if FORMATS[name].missing():
+            raise ConfigError(f"--format {name} {_needs(FORMATS[name])}")
+    return [name for name in FORMATS if name in names], {}
+
+
+def _needs(entry: Format) -> str:
+    return f"needs {', '.join(entry.missing())}: {entry.install()}"
+
+
+def split(text: str, option: str) -> list[str]:
+    """Return the words between the commas of an option's value.
+
+    Raises:
+        ConfigError: nothing between two commas, or a word twice.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if not all(words) or len(set(words)) < len(words):
+        raise ConfigError(f"{option} must be different values with commas between them, got {text or 'nothing'}")
+    return words

@@ -1,0 +1,61 @@
+"""What a trial hears of its run: the accuracy after each epoch, which may end it early, and the summary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from prune_lab.foundations.signals import StopFlag
+from prune_lab.tracking import BaseSink, RunInfo
+
+_FIRST_JUDGED_EPOCH = 2
+_FIRST_JUDGED_FRACTION = 1 / 3
+"""of the phase's epochs: before that, accuracy tells of the warm-up and not of the end"""
+
+
+class TrialWatch(BaseSink):
+    """Hands the top-1 after each epoch of the last training phase to `judge`, and asks the run to stop if that says so.
+
+    The phases before are shared by trials or decide little: what they reach tells nothing about the end.
+    """
+
+    def __init__(self, judge: Callable[[int, float], str | None]) -> None:
+        """`judge` gets (epoch, percent) and returns why the run is not worth going on, None if it is."""
+        self._judge = judge
+        self._phase: str | None = None
+        self._epochs: float | None = None
+        self._sizes: set[tuple[float | None, ...]] = set()
+        self.stop = StopFlag()
+        self.found: dict[str, Any] = {}
+        """the run's summary"""
+        self.error: str | None = None
+
+    def start(self, info: RunInfo) -> None:
+        training = [phase for phase in info.plan if phase["length"]]
+        if training:
+            self._phase, self._epochs = training[-1]["name"], training[-1]["epochs"]
+
+    def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
+        if record["phase"] != self._phase or record.get("eval/top1") is None:
+            return
+        self._sizes.add(tuple(record.get(key) for key in ("sparsity", "channels/kept")))
+        reason = self._judge(record["epoch"], record["eval/top1"])
+        if reason and not replayed and self._is_judged(record["epoch"]):
+            self.stop.ask(reason)
+
+    def _is_judged(self, epoch: int) -> bool:
+        """Return whether stopping here may be just, and saves anything."""
+        if self._epochs is None:  # the phase starts or ends at an optimizer step
+            return False
+        return max(_FIRST_JUDGED_EPOCH, _FIRST_JUDGED_FRACTION * self._epochs) <= epoch < self._epochs
+
+    @property
+    def sparsity_changed(self) -> bool:
+        """Whether it or the count of channels did in the last training phase: what is still to go decides the end."""
+        return len(self._sizes) > 1
+
+    def summary(self, summary: dict[str, Any]) -> None:
+        self.found = summary
+
+    def finish(self, status: str, error: str | None) -> None:
+        self.error = error

@@ -1,0 +1,1 @@
+"""`prune-lab verdict`: whether a lottery ticket is one, by stated rules."""

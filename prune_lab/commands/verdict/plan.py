@@ -1,0 +1,198 @@
+"""Which runs a verdict needs, in which order, and what they share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_lab import datasets
+from prune_lab.commands.verdict.cases import REWOUND, sparsity_of
+from prune_lab.commands.verdict.conditions import DENSE, REINIT, TICKET
+from prune_lab.compose.overrides import compose_checked
+from prune_lab.config.run import RunConfig
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError
+
+run_folder = lazy_import("prune_lab.pipeline.run_folder")
+usable_layers = lazy_import("prune_lab.core.usable_layers")
+torch = lazy_import("torch")
+accounting = lazy_import("prune_lab.accounting.costs")
+eligibility = lazy_import("prune_lab.accounting.eligibility")
+identity = lazy_import("prune_lab.pipeline.identity")
+models = lazy_import("prune_lab.models")
+numerics = lazy_import("prune_lab.training.numerics")
+phases = lazy_import("prune_lab.training.phases")
+results = lazy_import("prune_lab.pipeline.results")
+
+
+_CONTEXT = ("LT-OMP", "RR-OMP", "LR-rewinding-OMP")
+"""one-shot pruning, and pruning the trained network and training it on: rows beside the conditions"""
+
+_SWEEP = ("schedule.train.lr=0.005,0.01,0.1", "seed=0,1,2", "method.levels=4,8,11,13,14")
+"""the learning rates that Ma et al. 2021 name for ResNet-20, their 3 runs per point, the sparsities they tabulate"""
+PRESETS = {
+    # How the verdict depends on the learning rate: small ones flatter the ticket, large ones the dense network.
+    "learning_rate": _SWEEP,
+    # The same with half the training: 78 and 160 epochs, milestones scaled with them.
+    "epochs": (*_SWEEP, "schedule=cifar_160", "schedule.multiplier=0.4875,1"),
+    # The same with twice the channels: more redundancy keeps tickets up to higher sparsity.
+    "width": (*_SWEEP, "model.width=1,2"),
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One of the runs that a verdict needs."""
+
+    label: str
+    config: RunConfig
+    directory: Path
+    trainings: tuple[str, ...]
+    """keys of its phases that train"""
+
+
+def with_preset(typed: Sequence[str], preset: str | None) -> list[str]:
+    """Return the typed options and those of the preset that are not typed."""
+    names = {argument.partition("=")[0] for argument in typed}
+    if "method.sparsity" in names:
+        names.add("method.levels")  # either of them says how sparse
+    added = [line for line in PRESETS[preset] if line.partition("=")[0] not in names] if preset else []
+    return [*added, *typed]
+
+
+def plan(conf_dir: Path, overrides: Sequence[str]) -> list[Planned]:
+    """Return the runs that the definition compares, all checked: dense ones first, then by sparsity.
+
+    Args:
+        overrides: options of the runs, lists of values allowed; those of `method` are options of method=lottery, but
+            for method.tolerance of the small dense network.
+
+    Raises:
+        ConfigError: a wrong option, or too few learning rates or seeds for any verdict.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("verdict starts its runs in one process, one after the other: start it without torchrun")
+    _refuse(overrides)
+    shared = [line for line in overrides if not line.startswith("method.")]
+    small = [line for line in overrides if line.startswith("method.tolerance=")]
+    lottery = [line for line in overrides if line.startswith("method.") and line not in small]
+    rewinding = [line for line in lottery if line.startswith(("method.rewind_to=", "method.optimizer_state="))]
+    masks = ["method=lottery", *(line for line in lottery if line not in rewinding)]
+    arms = ",".join((TICKET, REINIT, *_CONTEXT))
+    jobs = [*compose_checked(conf_dir, [*shared, "method=dense"], sweep=True),
+            *compose_checked(conf_dir, [*shared, *masks, f"method.arm={arms}"], sweep=True)]  # fmt: skip
+    _check_enough(config for config in jobs)
+    if rewinding:
+        rewound = f"{REWOUND},{REINIT}" if any(line.startswith("method.rewind_to=") for line in rewinding) else REWOUND
+        jobs += compose_checked(conf_dir, [*shared, *masks, *rewinding, f"method.arm={rewound}"], sweep=True)
+    jobs += [config for job in _small_jobs(jobs, small) for config in compose_checked(conf_dir, job, sweep=True)]
+    varied = _varied(jobs)
+    widths: dict[str, Any] = {}
+    chosen = {repr(config.dataset): config.dataset for config in jobs}
+    contents = {name: datasets.content(options) for name, options in chosen.items()}
+    planned = {entry.directory: entry for entry in (_planned(config, varied, widths, contents) for config in jobs)}
+    return sorted(planned.values(), key=_order)
+
+
+def _refuse(overrides: Sequence[str]) -> None:
+    for line in overrides:
+        name = line.partition("=")[0].lstrip("+~")
+        if name in ("method", "method.arm", "method.name", "method.copy"):
+            raise ConfigError(f"{line}: verdict chooses methods and arms itself; leave {name}=... out")
+
+
+def _check_enough(configs: Iterable[RunConfig]) -> None:
+    """Refuse runs that could give no verdict whatever their results are."""
+    configs = list(configs)
+    lrs, seeds = {config.schedule.train.lr for config in configs}, {config.seed for config in configs}
+    if len(lrs) < 2:
+        raise ConfigError(
+            f"schedule.train.lr={lrs.pop():g}: a verdict needs two learning rates or more, such as "
+            "schedule.train.lr=0.01,0.1, because dense training at one is not known to be its best"
+        )
+    if len(seeds) < 2:
+        raise ConfigError(f"seed={seeds.pop()}: a verdict needs two seeds or more, such as seed=0,1,2")
+
+
+def is_ticket(config: RunConfig) -> bool:
+    return config.resolved["method"].get("arm") == TICKET
+
+
+def _small_jobs(jobs: Sequence[RunConfig], small: Sequence[str]) -> list[list[str]]:
+    """Return the options of the dense networks that have as many parameters as each ticket keeps."""
+    found = {}
+    for config in jobs:
+        if is_ticket(config):
+            shared = [line for line in config.overrides if not line.startswith("method")]
+            job = [*shared, "method=small_dense", *small, f"method.sparsity={small_sparsity(config):.6g}"]
+            found[tuple(job)] = job
+    return list(found.values())
+
+
+def small_sparsity(config: RunConfig) -> float:
+    """Return which fraction of all parameters a ticket lacks; its own sparsity counts eligible weights only."""
+    info = datasets.describe(config.dataset)
+    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    model = models.build_on_meta(config.model, **sizes)
+    layers = usable_layers.usable_layers(config.method, model, phases.layer_costs(config.model, **sizes))
+    eligible = sum(layer.size for layer in layers if layer.eligible)
+    return sparsity_of(config.resolved["method"]) * eligible / accounting.count_parameters(model)
+
+
+def _varied(jobs: Sequence[RunConfig]) -> set[str]:
+    """Return the names of the options that tell runs apart."""
+    lines = {line for config in jobs for line in config.overrides if not line.startswith(("method=", "method.arm="))}
+    names = [line.partition("=")[0] for line in lines]
+    return {name for name in names if names.count(name) > 1} | {"method.levels", "method.sparsity", "method.rewind_to"}
+
+
+def _planned(
+    config: RunConfig, varied: set[str], widths: dict[str, Any], contents: dict[str, str | None]
+) -> Planned:
+    """Return one run with the place and the trainings that the pipeline will give it.
+
+    Args:
+        varied: names of the options to show.
+        widths: adapted model options that are known already; found ones are added.
+        contents: `Dataset.content` of each data set's options.
+    """
+    info, method = datasets.describe(config.dataset), config.method
+    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    key = repr((config.model, method.config, sizes))
+    if key not in widths:
+        widths[key] = method.adapt_model(config.model, **sizes)
+    inputs = {"model": widths[key], "numerics": numerics.resolve(config.trainer).identity(), "world_size": 1}
+    content = contents[repr(config.dataset)]
+    phases = identity.plan(config, fingerprint=content, **inputs)
+    name = getattr(method.config, "arm", method.config.name)
+    shown = [line for line in config.overrides if line.partition("=")[0] in varied]
+    return Planned(
+        " ".join([name, *shown]),
+        config,
+        run_folder.RunFolder.of(config, fingerprint=None, content=content, **inputs).directory,
+        tuple(entry.key for entry in phases if entry.trains),
+    )
+
+
+def _order(planned: Planned) -> tuple[bool, float]:
+    """Dense runs first, then by sparsity."""
+    method = planned.config.resolved["method"]
+    dense = method["name"] == DENSE
+    return (not dense, 0.0 if dense else sparsity_of(method))
+
+
+def sharing(planned: Sequence[Planned]) -> str:
+    """Return how many trainings the runs consist of, and how many they would need if none were shared."""
+    keys = [key for entry in planned for key in entry.trainings]
+    return f"{len(set(keys))} trainings, because equal phases are shared; {len(keys)} without sharing"
+
+
+def check_data(planned: Sequence[Planned]) -> None:
+    """Refuse missing or damaged data once, instead of in every run."""
+    for config in {repr(entry.config.dataset): entry.config for entry in planned}.values():
+        arithmetic = numerics.resolve(config.trainer)
+        fmt = datasets.BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
+        datasets.load(config.dataset, fmt).close()

@@ -1,0 +1,1 @@
+"""From typed overrides through Hydra to one checked `RunConfig` per run."""

@@ -1,0 +1,113 @@
+"""One checked `RunConfig` of what Hydra has composed. Imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_lab import datasets, models
+from prune_lab.config.logger import LoggerConfig
+from prune_lab.config.optimizer import OPTIMIZERS, AdamConfig, SGDConfig
+from prune_lab.config.paper import PaperConfig
+from prune_lab.config.run import RunConfig
+from prune_lab.config.schedule import PhaseSchedule, ScheduleConfig
+from prune_lab.config.trainer import TrainerConfig
+from prune_lab.core.method import Method
+from prune_lab.foundations.schema import ConfigError, FilePath, Index, parse
+
+
+@dataclass(frozen=True)
+class _Root:
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    method: dict[str, Any]
+    schedule: ScheduleConfig
+    optimizer: dict[str, Any]
+    trainer: TrainerConfig
+    logger: LoggerConfig
+    paper: PaperConfig | None
+    seed: Index
+    output_dir: FilePath
+    dry_run: bool
+
+
+def check(node: Mapping[str, Any]) -> RunConfig:
+    """Return the checked options of a run.
+
+    Args:
+        node: the composed configuration as plain containers, interpolations resolved.
+
+    Raises:
+        ConfigError: the first wrong option, in one line.
+    """
+    root = parse(_Root, node, "")
+    _check_output_dir(root.output_dir)
+    config = RunConfig(
+        model=models.parse_config(root.model),
+        dataset=datasets.parse_config(root.dataset),
+        method=_method(root.method),
+        schedule=root.schedule,
+        optimizer=_optimizer(root.optimizer),
+        trainer=root.trainer,
+        logger=root.logger,
+        seed=root.seed,
+        output_dir=root.output_dir,
+        dry_run=root.dry_run,
+        resolved=dict(node),
+        paper=root.paper,
+    )
+    config.method.check_run(config)
+    return config
+
+
+def _check_output_dir(name: str) -> None:
+    """Refuse a place where no directory can be made, before the minutes of a run are spent."""
+    if not name.strip():
+        raise ConfigError("output_dir must name a folder, got an empty text", "output_dir")
+    path = Path(name).absolute()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output_dir={name}: {there} is a file, no folder", "output_dir")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"output_dir={name}: no permission to write to {there}", "output_dir")
+
+
+def _optimizer(node: Mapping[str, Any]) -> SGDConfig | AdamConfig:
+    if node.get("name") not in OPTIMIZERS:
+        raise ConfigError(
+            f"optimizer.name={node.get('name')} is not allowed; allowed: {', '.join(OPTIMIZERS)}", "optimizer.name"
+        )
+    return parse(OPTIMIZERS[node["name"]], node, "optimizer")
+
+
+def method_class(node: Mapping[str, Any]) -> type[Method]:
+    """Return the class that the group `method` names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    target, option = node.get("_target_"), "method._target_"
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{option} must name a class such as prune_lab.methods.rigl.RigL, got {target}", option)
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{option}={target} cannot be imported: {error}", option) from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ConfigError(f"{option}={target} is not a prune_lab.core.method.Method", option)
+    return found
+
+
+def _method(node: Mapping[str, Any]) -> Method:
+    cls = method_class(node)
+    options = {key: value for key, value in node.items() if key != "_target_"}
+    return cls(parse(cls.Config, options, "method"))
+
+
+__all__ = ["AdamConfig", "ConfigError", "LoggerConfig", "PhaseSchedule", "RunConfig", "SGDConfig", "ScheduleConfig",
+           "TrainerConfig", "check"]

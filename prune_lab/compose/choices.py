@@ -1,0 +1,31 @@
+"""What can be chosen: the files of conf/, by group. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prune_lab.foundations.schema import ConfigError
+
+
+def conf_dir() -> Path:
+    """Return the folder of the YAML files: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").exists():
+            return folder
+    raise ConfigError(f"no conf/config.yaml in {package} or beside it; install prune-lab again")
+
+
+def choices(conf_dir: Path, group: str) -> list[str]:
+    """Return the file names of a group without their ending; those in folders as folder/name."""
+    folder = conf_dir / group
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def groups(conf_dir: Path) -> list[str]:
+    return sorted(path.name for path in conf_dir.iterdir() if path.is_dir() and path.name != "hydra")
+
+
+def listed(group: str, allowed: list[str]) -> str:
+    """Return all choices on one line, or where to see them if they are too many for one."""
+    return ", ".join(allowed) if len(allowed) <= 40 else f"the {len(allowed)} of prune-lab list {group}s"

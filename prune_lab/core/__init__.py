@@ -1,0 +1,1 @@
+"""The contract between the training loop and the methods."""

@@ -1,0 +1,169 @@
+"""What a method sees of the run it works in: the model, its masks, its optimizer, the clock and the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_lab.accounting.costs import LayerCost, dense_macs, sparse_macs
+from prune_lab.accounting.eligibility import Layer, sparsity
+from prune_lab.accounting.network import Network
+from prune_lab.accounting.training import TrainingCost
+from prune_lab.foundations import distributed
+from prune_lab.foundations.seeding import generator
+from prune_lab.pruning.masks.history import MaskHistory
+from prune_lab.pruning.masks.mask_set import MaskSet
+
+if TYPE_CHECKING:
+    from prune_lab.config.schedule import PhaseSchedule
+
+
+@dataclass
+class Context:
+    """One phase at work. Methods read all of it and change `model` and masks only through the functions below."""
+
+    model: nn.Module
+    costs: list[LayerCost]
+    """dense cost per conv and linear layer, in model order"""
+    layers: list[Layer]
+    """eligibility of every conv and linear layer, by the method's rule"""
+    phase: str
+    seed: int
+    total_steps: int
+    """optimizer steps of the phase's schedule, 0 for a phase without training"""
+    steps_per_epoch: int
+    first_step: int = 0
+    """step of the schedule with which the phase starts"""
+    last_step: int | None = None
+    """step of the schedule before which the phase ends; None: `total_steps`"""
+    schedule: PhaseSchedule | None = None
+    """learning rates of the phase, None for a phase without training"""
+    block: str | None = None
+    """name of the block of options that `schedule` comes from, such as finetune"""
+    origin: dict[str, Any] | None = None
+    """result of the earlier phase that the chain names as origin"""
+    optimizer_state: dict[str, Any] | None = None
+    """state with which the optimizer of the next phase starts; None: anew"""
+    dataset: Any = None
+    """the training images, for methods that score weights on them (see scoring.batches)"""
+    fresh_model: Callable[[str], nn.Module] | None = None
+    """returns the network initialised anew, drawn from the seed and the given word"""
+    poll: Callable[[], None] = lambda: None
+    """to be called now and then in long work outside of the training loop: stops the run if a signal asked for it"""
+    rehearsal: bool = False
+    """True in a dry run: repeated work is done once, results do not count"""
+    widths: dict[str, list[int]] | None = None
+    """sizes of a network whose channels were removed (see surgery.Widths); None: as its options build it"""
+    removes_channels: bool = False
+    """True: masks stand for channels until a phase of the chain has removed them"""
+    masks: MaskSet | None = None
+    history: MaskHistory | None = None
+    """where the masks have been in this phase"""
+    optimizer: torch.optim.Optimizer | None = None
+    cost: TrainingCost = field(default_factory=TrainingCost)
+    report: Callable[[str], None] = lambda text: None
+    amp_scaled: bool = False
+    """True under fp16, where a gradient may overflow and the step is then skipped"""
+
+    def __post_init__(self) -> None:
+        self._named: tuple[nn.Module, Mapping[str, nn.Parameter]] | None = None
+        self._macs: int | Tensor | None = None
+        self._prices: tuple[MaskSet, Tensor, int] | None = None  # MACs per weight under masks, and of all others
+        if self.last_step is None:
+            self.last_step = self.total_steps
+
+    @property
+    def network(self) -> Network:
+        """What parts of methods need of a run: the network, its layers and their costs."""
+        return Network(self.model, self.layers, self.costs, self.dataset.info.image_size)
+
+    @property
+    def dense_macs(self) -> int:
+        return dense_macs(self.costs)
+
+    @property
+    def forward_macs(self) -> int:
+        """MACs per image of the network as it was masked at the last `commit`."""
+        self._macs = int(self.forward_macs_unread())
+        return self._macs
+
+    def forward_macs_unread(self) -> int | Tensor:
+        """Return `forward_macs`, as an int64 tensor on the device where the host would have to wait for the number."""
+        if self._macs is None:
+            counts = None if self.masks is None else self.masks.unread_counts()
+            self._macs = self._macs_on_device(counts) if counts is not None else self._macs_on_host()
+        return self._macs
+
+    @property
+    def sparsity(self) -> float | None:
+        """Fraction of zeros among the eligible weights; None without masks, and where masks stand for channels."""
+        if self.masks is None or (self.removes_channels and self.widths is None):
+            return None
+        return sparsity(self.layers, self.masks.counts())
+
+    def mask_figures(self) -> dict[str, float]:
+        """Return what a record tells of the masks: sparsity, where there is one, and their history."""
+        sparsity = self.sparsity
+        figures = self.history.figures(self.masks.masks)
+        return figures if sparsity is None else {"sparsity": sparsity} | figures
+
+    def _macs_on_host(self) -> int:
+        return self.dense_macs if self.masks is None else sparse_macs(self.costs, self.masks.counts())
+
+    def _macs_on_device(self, counts: Tensor) -> Tensor:
+        if self._prices is None or self._prices[0] is not self.masks:
+            places = [sum(cost.positions for cost in self.costs if cost.parameter == name) for name in self.masks.masks]
+            unmasked = sparse_macs(self.costs, dict.fromkeys(self.masks.masks, 0))
+            self._prices = self.masks, torch.tensor(places, device=self.device), unmasked
+        _, places, unmasked = self._prices
+        return unmasked + (counts * places).sum()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Return the network's parameters by path; looked up once, because finding them means a walk over modules."""
+        if self._named is None or self._named[0] is not self.model:
+            self._named = self.model, MappingProxyType(dict(self.model.named_parameters()))
+        return self._named[1]
+
+    def eligible(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.eligible]
+
+    def generator(self, *keys: Any) -> torch.Generator:
+        """Return a generator keyed by the seed, the phase and `keys`: the same draws on every process."""
+        return generator(self.seed, self.phase, *keys)
+
+    def install_masks(self, masks: dict[str, Tensor]) -> None:
+        """Take `masks` (parameter path -> bool, True = kept) as the network's masks and zero the rest."""
+        named = self.parameters()
+        self.masks = MaskSet({name: named[name] for name in masks}, masks)
+        self.commit()
+
+    def unmask(self) -> None:
+        """Go on without masks, in the network as it is now."""
+        self.masks = self.history = self._macs = None
+
+    def commit(self, *, compare: bool = True) -> None:
+        """Make changed masks count: weights zeroed, cost recounted, history noted, processes compared.
+
+        Args:
+            compare: False for masks that change in every step, where comparing would take longer than the step.
+
+        Raises:
+            RuntimeError: masks differ between processes.
+        """
+        self.masks.apply()
+        self._macs = None
+        if self.history is None:
+            self.history = MaskHistory(self.masks.masks)
+        else:
+            self.history.observe(self.masks.masks)
+        if compare and distributed.world_size() > 1:
+            distributed.assert_same(self.masks.digest(), "masks")

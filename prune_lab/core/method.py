@@ -1,0 +1,244 @@
+"""What a method may do: the hooks the loop and the pipeline call. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from prune_lab.core.card import Card
+from prune_lab.core.phase import REMOVE, TRAIN_DENSE, Phase
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import Name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    import torch
+    from torch import nn
+
+    from prune_lab.accounting.eligibility import Layer
+    from prune_lab.config.optimizer import AdamConfig, SGDConfig
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
+    from prune_lab.core.removal import TrialCut
+
+eligibility = lazy_import("prune_lab.accounting.eligibility")
+optimizer = lazy_import("prune_lab.optim.optimizer")
+removal = lazy_import("prune_lab.core.removal")
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Options every method has."""
+
+    name: Name
+    """the method's name as in method=NAME"""
+
+    GOALS: ClassVar[tuple[str, ...]] = ()
+    """options that say, each by itself, how much is kept: one that is chosen replaces those set by default"""
+
+    @classmethod
+    def absent(cls, option: str) -> str | None:
+        """Return what to tell a user who asks for `option`, which the method does not have; None: nothing special."""
+        return None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the evaluation images told of a finished network whose costs depend on them."""
+
+    scores: dict[str, float]
+    """loss, top1 and top5 of the network that is saved"""
+    layers: dict[str, dict[str, float]]
+    """layer -> columns of its row in layers.json; macs_kept: MACs per image, the mean over the images"""
+    figures: dict[str, float | None]
+    """further keys of the summary; measured times begin with time/"""
+
+
+class Method:
+    """A method without any effect: dense training. Others override the hooks they use.
+
+    One instance lives through one phase. What must survive a checkpoint goes into `state_dict`.
+    """
+
+    Config: type = MethodConfig
+    card: Card
+    can_compile: bool = True
+    """False: the forward pass changes too often for torch.compile, which trainer.compile=auto then leaves out"""
+    costs_depend_on_images: bool = False
+    """True: only `measure` tells the MACs of the eligible layers"""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the method's results: its options; a file counts by its content, not by its name."""
+        return asdict(self.config)
+
+    def phase_identity(self, phase: Phase) -> dict[str, Any]:
+        """Return what decides the result of one active phase, given the result of the phase before it.
+
+        A method that leaves out what a phase does not depend on lets runs with other options share it.
+        """
+        return self.identity()
+
+    def check_run(self, config: RunConfig) -> None:
+        """Refuse options of other groups, such as an optimizer, that do not go with the method.
+
+        Raises:
+            ConfigError: naming the option as typed.
+        """
+
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+        """Return the method with numbers in place of options that follow the length of the schedule.
+
+        The run is named after these numbers, so that a typed one and the same one found here share their phases.
+        """
+        return self
+
+    def chain(self) -> tuple[Phase, ...]:
+        """Return the phases of a run in order."""
+        return (TRAIN_DENSE,)
+
+    def removes_channels(self) -> bool:
+        """Return whether the chain takes channels out, whose count then says what is left, not a sparsity."""
+        return any(phase.hook == REMOVE.hook for phase in self.chain())
+
+    def without_control(self) -> Method | None:
+        """Return the method itself if its option `control` asks for a sanity check of it, else None.
+
+        That run is done first, and both results are shown side by side.
+        """
+        return None
+
+    def requested_sparsity(self) -> float | None:
+        """Return the target over eligible weights, or None for a method without one."""
+        return None
+
+    def asked(self) -> dict[str, float]:
+        """Return the targets of the finished network, by their units (see targets.UNITS); the summary compares."""
+        requested = self.requested_sparsity()
+        return {} if requested is None else {"sparsity": requested}
+
+    def budget_is_exact(self) -> bool:
+        """Return whether the target is met to the weight; False for rules that only come near it."""
+        return True
+
+    def adapt_model(self, config: Any, *, num_classes: int, image_size: int) -> Any:
+        """Return the model options to build; a method that changes the architecture from the start changes them."""
+        return config
+
+    def layers(self, model: nn.Module) -> list[Layer]:
+        """Return every conv and linear layer with its eligibility; sparsity is counted over the eligible ones."""
+        return eligibility.select_layers(model)
+
+    def build_optimizer(self, model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
+        """Return the optimizer of an active training phase; a method with one of its own builds it here."""
+        return optimizer.build_optimizer(model, config)
+
+    def setup(self, context: Context) -> None:
+        """Prepare an active phase: masks, buffers. Called once, before any checkpoint is restored."""
+
+    def before_forward(self, context: Context, step: int) -> None:
+        """Act once in each step before the forward passes of its micro-batches; gradients are zero."""
+
+    def forward_macs(self, context: Context) -> int | torch.Tensor:
+        """Return the MACs per image of a training step's forward pass, a tensor if only the device knows."""
+        return context.forward_macs_unread()
+
+    def needs_dense_gradient(self, step: int) -> bool:
+        """Return whether `after_backward` reads gradients of pruned weights at `step` (counted in the cost)."""
+        return False
+
+    def weight_gradient_macs(self, context: Context, step: int) -> int | None:
+        """Return the MACs per image of the weights' gradients at `step`; None: as many as the forward pass."""
+        return context.dense_macs if self.needs_dense_gradient(step) else None
+
+    def after_backward(self, context: Context, step: int) -> bool:
+        """Act on `param.grad`: averaged over processes and micro-batches, unscaled, before clipping, never masked.
+
+        Returns:
+            True to let the optimizer take its step on this batch, False to leave it out.
+        """
+        return True
+
+    def after_step(self, context: Context, step: int) -> None:
+        """Act after the optimizer step (also when it was left out) and before the masks are applied."""
+
+    def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
+        """Return figures for the epoch's record."""
+        return {}
+
+    def trains_pruned(self) -> bool:
+        """Return whether weights that count as pruned are trained too, so that clipping must see their gradients."""
+        return False
+
+    def phase_cost(self, context: Context) -> int | None:
+        """Return the MACs that an active phase without steps spends, such as scoring passes; known beforehand."""
+        return 0
+
+    def explain(self) -> dict[str, float]:
+        """Return figures of a finished phase for the summary; runs that share the phase share them."""
+        return {}
+
+    def chosen(self) -> dict[str, Any]:
+        """Return options that the summary shows beside the method's name."""
+        return {}
+
+    def prune(self, context: Context) -> dict[str, float] | None:
+        """Do the work of a phase whose hook is "prune"; return figures for its record, if there are any.
+
+        Raises:
+            TypeError: the chain has such a phase, the method does not say what to do in it.
+        """
+        raise TypeError(f"{type(self).__name__} has a prune phase but no function prune")
+
+    def remove(self, context: Context) -> dict[str, float]:
+        """Do the work of a phase whose hook is "remove": take the channels out whose masks leave nothing of them."""
+        figures = removal.remove_dead(context)
+        if not figures:  # a rehearsal in which nothing has closed
+            removal.try_cut(context, self.trial_cut(context))
+        return figures
+
+    def trial_cut(self, context: Context) -> TrialCut:
+        """Return a cut of the whole network that is tried before the training, and which channels may go.
+
+        Here: half of the channels of eligible layers that can go without a change to any other channel.
+        """
+        return removal.half_of_groups(context, {layer.name for layer in context.eligible()})
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Return the plain module to keep: zeros are baked in, channels were removed in a phase of its own."""
+        return model
+
+    def measure(
+        self, model: nn.Module, score: Callable[[nn.Module], dict[str, float]], batches: Callable[[], Iterable]
+    ) -> Measured | None:
+        """Return what only the evaluation images tell of the finished network; None: its costs do not depend on them.
+
+        Called once on the instance that finished it, on all processes.
+
+        Args:
+            score: returns loss, top1 and top5 of a network on all evaluation images; counts over all processes.
+            batches: returns this process's share of the same images and their labels, batch by batch.
+        """
+        return None
+
+    def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
+        """Return (first step, kept weights per parameter) in order: what will be in force in this training phase.
+
+        Parameters that are not named are dense. None: layer shares depend on trained weights. Known before training,
+        because budgets are integers; the dry run counts costs from it.
+        """
+        return [(0, {})]
+
+    def paper_train_ratio(self, context: Context) -> float | None:
+        """Return the training cost over dense training by the paper's own formula, if it has one."""
+        return None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs to go on; tensors, numbers, strings and containers only."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` returned."""

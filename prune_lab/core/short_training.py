@@ -1,0 +1,60 @@
+"""A little training outside of the training loop: between the layers of a pruning phase."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prune_lab.core.context import Context
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.seeding import stable_hash
+
+
+def train_a_little(
+    context: Context,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    masks: Mapping[str, Tensor],
+    *,
+    word: str,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> int:
+    """Take a step of SGD on the whole network per batch, batch norm on batch statistics; return the images seen.
+
+    Every process takes the same steps and ends with the weights of the first, from which rounding would lead it away.
+
+    Args:
+        batches: (images, labels).
+        masks: parameter path -> bool, True = kept; the rest is zeroed after each step.
+        word: part of the key of the dropout draws.
+
+    Raises:
+        ConfigError: the loss became infinite or NaN.
+    """
+    model, named = context.model, context.parameters()
+    weights, kept = [named[name].data for name in masks], list(masks.values())
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
+    num_images, loss = 0, torch.zeros(())
+    with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
+        torch.manual_seed(stable_hash(context.seed, word))  # dropout
+        model.train()
+        for images, labels in batches:
+            context.poll()
+            optimizer.zero_grad(set_to_none=True)
+            loss = F.cross_entropy(model(images).float(), labels)
+            loss.backward()
+            optimizer.step()
+            torch._foreach_mul_(weights, kept)
+            num_images += len(images)
+        model.eval()
+    optimizer.zero_grad(set_to_none=True)
+    if not bool(torch.isfinite(loss)):
+        raise ConfigError(f"the loss between layers became {loss.item()}: lower method.between_lr={lr:g}")
+    if torch.distributed.is_initialized():
+        for tensor in model.state_dict().values():
+            torch.distributed.broadcast(tensor, src=0)
+    return num_images

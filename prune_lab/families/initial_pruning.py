@@ -1,0 +1,212 @@
+"""Pruning at initialisation: score the untrained weights once, keep the best, train the rest with a fixed mask."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from prune_lab.core.phase import PRUNE, TRAIN, Phase
+from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError, Count, Index
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from prune_lab.core.context import Context
+
+core_images = lazy_import("prune_lab.core.images")
+top_k = lazy_import("prune_lab.pruning.masks.top_k")
+torch = lazy_import("torch")
+distributed = lazy_import("prune_lab.foundations.distributed")
+mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
+gradients = lazy_import("prune_lab.pruning.scores.gradients")
+
+
+@dataclass(frozen=True)
+class InitialPruningConfig(WeightPruningConfig):
+    min_per_layer: Index
+    """global: weights that every layer keeps at least, whatever their scores; 0 as published"""
+    control: Literal["none", "shuffle", "reinit", "invert", "random"]
+    """sanity checks of Frankle et al. 2021, arXiv 2009.08576. shuffle: the mask's positions at random within each
+    layer; reinit: the mask on new initial weights; invert: the lowest scores are kept; random: scores at random"""
+    samples_per_class: Count
+    """training images of each class, for scores (if they need data) and gradient norms, which take fewer where a class
+    has no more"""
+    scoring_batch: Count
+    """most images per scoring pass: fewer take less memory, and batch norm sees fewer at a time"""
+
+    def check(self, path: str) -> None:
+        super().check(path)
+        if self.min_per_layer and self.distribution != "global":
+            raise ConfigError(
+                f"{path}.min_per_layer={self.min_per_layer} is for distribution=global; with {self.distribution} every "
+                "layer has a budget"
+            )
+
+
+@dataclass(frozen=True)
+class ImageScoresConfig(InitialPruningConfig):
+    """Options of the methods whose scores come from training images."""
+
+    bn_mode: Literal["train", "eval"]
+    """while scoring: train: batch norm with the statistics of each batch; eval: with the running ones, which before
+    training are 0 and 1"""
+    augment_scoring: bool
+    """whether the scoring images are cropped and flipped as in training"""
+
+
+class InitialPruning(WeightPruning):
+    """Subclasses give `scores`; higher is kept."""
+
+    Config = InitialPruningConfig
+
+    def chain(self) -> tuple[Phase, ...]:
+        return (PRUNE, TRAIN)
+
+    def without_control(self) -> InitialPruning | None:
+        return None if self.config.control == "none" else type(self)(replace(self.config, control="none"))
+
+    def setup(self, context: Context) -> None:
+        """Refuse more weights per layer than there are, before anything is written."""
+        least = self.config.min_per_layer
+        floor = sum(min(least, layer.size) for layer in context.eligible())
+        total = self.total(context, self.config.sparsity)
+        if floor > total:
+            raise ConfigError(
+                f"method.min_per_layer={least} keeps {floor} weights, method.sparsity={self.config.sparsity:g} only "
+                f"{total}; lower one of them"
+            )
+
+    def scores(self, context: Context) -> dict[str, Tensor]:
+        """Return a score per weight of each eligible parameter; higher is kept."""
+        raise TypeError(f"{type(self).__name__} does not say how weights are scored")
+
+    def choose(self, context: Context) -> dict[str, Tensor]:
+        """Return the masks that the scores lead to; methods of several rounds override it and use `select` in each."""
+        return self.select(context, self.scores(context), self.config.sparsity)
+
+    def select(
+        self,
+        context: Context,
+        scores: dict[str, Tensor],
+        sparsity: float,
+        candidates: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return masks with exactly the weights to keep at `sparsity`: the best of each layer or of all together.
+
+        Args:
+            candidates: weights that may be kept, bool; None: all.
+
+        Raises:
+            ConfigError: a score is infinite or NaN.
+        """
+        bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
+        if bad:
+            raise ConfigError(
+                f"scores of {', '.join(bad[:3])} are infinite or NaN ({len(bad)} of {len(scores)} layers): look at the "
+                "start weights and the images"
+            )
+        if self.config.control == "invert":
+            scores = {name: -score for name, score in scores.items()}
+        if self.config.distribution == "global":
+            total = self.total(context, sparsity)
+            least = self.config.min_per_layer
+            return top_k.keep_top_global(scores, total, candidates=candidates, least=least)
+        return self.keep_best(scores, self.allocate(context, sparsity), candidates)
+
+    def prune(self, context: Context) -> dict[str, float]:
+        """Choose masks, apply the control if there is one; return gradient norms and the number of empty layers."""
+        if self.config.control == "random":
+            chosen = self.select(context, random_scores(context), self.config.sparsity)
+        else:
+            chosen = self.choose(context)
+        if self.config.control == "shuffle":
+            chosen = self._shuffled(context, chosen)
+        if self.config.control == "reinit":
+            context.model.load_state_dict(context.fresh_model("control reinit").state_dict())
+        before = self._gradient_norm(context)
+        # Processes score alike but for rounding, and one weight at the edge would make their masks differ.
+        self.cut(context, distributed.share_masks(chosen))
+        after = self._gradient_norm(context)
+        if after == 0:
+            context.report("no gradient reaches the kept weights: this network cannot learn; see method.min_per_layer")
+        norms = {"prune/gradient_norm_before": before, "prune/gradient_norm_after": after}
+        empty = sum(count == 0 for count in context.masks.counts().values())
+        return {key: value for key, value in norms.items() if value is not None} | {"prune/empty_layers": empty}
+
+    def _shuffled(self, context: Context, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return masks with the same count per layer at random positions."""
+        sources = {name: context.generator("shuffle", name) for name in chosen}
+        return {
+            name: self.selection.random_mask(tuple(mask.shape), int(mask.sum()), sources[name]).to(mask.device)
+            for name, mask in chosen.items()
+        }
+
+    def _gradient_norm(self, context: Context) -> float | None:
+        """Return the norm on the first scoring batch: enough to compare by, and it costs large data sets little.
+
+        Classes with few images give what they have. None: one has no image, or the norm is infinite or NaN.
+        """
+        config, dataset = self.config, context.dataset
+        each = core_images.most_per_class(dataset.train_labels, config.samples_per_class, dataset.info.num_classes)
+        if not each:
+            return None
+        images = itertools.islice(core_images.batches(context, per_class=each, batch_size=config.scoring_batch), 1)
+        named, masks = context.parameters(), {} if context.masks is None else context.masks.masks
+        weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
+        norm = gradients.gradient_norm(context.model, weights, masks, images, train_mode=True)
+        return norm if math.isfinite(norm) else None
+
+    def batches(self, context: Context, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        """Return (images, labels) of the balanced scoring images, the same in every call.
+
+        Args:
+            options: order, augment and rounds of `scoring.batches`.
+        """
+        config = self.config
+        sizes = {"per_class": config.samples_per_class, "batch_size": config.scoring_batch}
+        return core_images.batches(context, **sizes, **options)
+
+    def scoring_cost(self, context: Context) -> int:
+        """Return the MACs of `scores`; gradient norms are measurements, like evaluation, and do not count."""
+        return 0
+
+    def phase_cost(self, context: Context) -> int:
+        return 0 if self.config.control == "random" else self.scoring_cost(context)
+
+    def num_images(self, context: Context) -> int:
+        """Return the images of one pass over `batches`."""
+        return self.config.samples_per_class * context.dataset.info.num_classes
+
+
+class ImageScores(InitialPruning):
+    """Base of the methods whose scores come from training images."""
+
+    Config = ImageScoresConfig
+
+    def setup(self, context: Context) -> None:
+        """Refuse more scoring images than there are, before anything is written."""
+        super().setup(context)
+        if self.config.control != "random":
+            labels, num_classes = context.dataset.train_labels, context.dataset.info.num_classes
+            core_images.check_classes(labels, self.config.samples_per_class, num_classes, rounds=self.rounds)
+
+    @property
+    def rounds(self) -> int:
+        """How often so many images are drawn, each time others."""
+        return 1
+
+
+def random_scores(context: Context) -> dict[str, Tensor]:
+    """Return scores that are uniform in [0, 1) and independent, from the seed."""
+    return {
+        layer.parameter: torch.rand(layer.shape, generator=context.generator("random scores", layer.parameter)).to(
+            context.device
+        )
+        for layer in context.eligible()
+    }

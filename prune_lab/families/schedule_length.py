@@ -1,0 +1,28 @@
+"""Defaults where sparsity is an outcome: the published value on long trainings, on short ones by the weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prune_lab.foundations.lazy import lazy_import
+
+if TYPE_CHECKING:
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
+
+torch = lazy_import("torch")
+
+LONG = 10_000
+"""optimizer steps from which on published values are taken. They are of trainings of 60,000 steps and more; in far
+fewer steps weights and thresholds do not get from where they start to where the values mean something."""
+
+
+def is_long(config: RunConfig, steps_per_epoch: int) -> bool:
+    return steps_per_epoch * config.schedule.phase("train").epochs >= LONG
+
+
+def median_weight(context: Context) -> float:
+    """Return the median |w| of all eligible weights, as they are now."""
+    named = context.parameters()
+    sizes = [named[layer.parameter].detach().abs().flatten() for layer in context.eligible()]
+    return float(torch.cat(sizes).median())

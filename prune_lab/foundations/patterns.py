@@ -1,0 +1,28 @@
+"""Layers named by patterns, in which * stands for any text and ? for one character. Imports no torch."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+from prune_lab.foundations.schema import ConfigError, suggestion
+
+
+def matches(patterns: Iterable[str], *names: str) -> bool:
+    """Return whether a pattern matches a name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def check(option: str, patterns: Iterable[str], names: Sequence[str], what: str) -> None:
+    """Raise ConfigError if a pattern matches none of the names.
+
+    Args:
+        option: as the user types it.
+        what: one of the names in words, such as "layer".
+    """
+    for pattern in patterns:
+        if not matches([pattern], *names):
+            raise ConfigError(
+                f"{option}: {pattern!r} matches no {what}{suggestion(pattern, names)}; there are "
+                f"{', '.join(names) or 'none'}"
+            )

@@ -1,0 +1,145 @@
+"""Forward and backward passes of equal networks as one: their weights stacked, each layer computed once for all."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import vmap
+
+from prune_lab.foundations import tied
+from prune_lab.training.loop import Training
+from prune_lab.training.numerics import Numerics
+
+
+@dataclass
+class Batch:
+    """A micro-batch that a run has ready."""
+
+    training: Training
+    images: Tensor
+    """[b, 3, H, W]"""
+    labels: Tensor
+    """int64 [b]"""
+
+
+def why_alone(training: Training) -> str | None:
+    """Return why a network cannot be computed together with others; None: it can."""
+    numerics = training.numerics
+    if numerics.torch_device.type == "cpu" and numerics.precision != "fp32":
+        return f"on a CPU {numerics.precision} does not reach stacked convolutions; trainer.precision=fp32 does"
+    for module in training.context.model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return "its dropout would draw other numbers than in a run of its own"
+        if module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module):
+            return "the method changes its forward pass"
+    return None
+
+
+def kind(training: Training) -> Hashable:
+    """Return what networks must have in common to be computed together: modules and options, shapes, number format."""
+    model = training.context.model
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return repr(model), tuple((name, tensor.shape, tensor.requires_grad) for name, tensor in tensors), training.numerics
+
+
+class JointNetworks:
+    """Networks of the same `kind`, each with its own weights, images and loss.
+
+    Weights are copied in before and gradients out after each pass, in a few fused operations: whatever a method does
+    to the weights of its run is seen, and nothing else of the run has to know. Extra memory: parameters, gradients and
+    buffers of all networks once more.
+
+    Source: torch.func.vmap over stacked parameters, as in PyTorch's tutorial on model ensembling.
+    """
+
+    def __init__(self, trainings: Sequence[Training]) -> None:
+        self.trainings = tuple(trainings)
+        models = [training.context.model for training in trainings]
+        one = models[0]
+        self._stacked = _stack([dict(model.named_parameters()) for model in models])
+        for name, parameter in one.named_parameters():
+            self._stacked[name].requires_grad_(parameter.requires_grad)
+        self._stacked_buffers = _stack([dict(model.named_buffers()) for model in models])
+        # The same tensors network by network, as the fused copies want them.
+        self._parameters = [parameter for model in models for parameter in model.parameters()]
+        self._buffers = [buffer for model in models for buffer in model.buffers()]
+        self._parts = _parts(self._stacked.values(), len(models))
+        self._buffer_parts = _parts(self._stacked_buffers.values(), len(models))
+        self._numerics = trainings[0].numerics
+        # Of `one` only: a reference to this object would keep all networks until a full garbage collection.
+        forward = partial(_forward, one, tied.places(one), self._numerics)
+        self._together = self._numerics.compiled(vmap(forward, randomness="error"))
+
+    def differentiate(self, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+        """Do for the batch of every network what `loop.differentiate` does; return what it returns, in order.
+
+        An error leaves the networks and their gradients as they were.
+        """
+        for value in self._stacked.values():
+            value.grad = None
+        _copy(self._parts, self._parameters)
+        _copy(self._buffer_parts, self._buffers)
+        images = torch.stack([batch.images for batch in batches])
+        logits = self._together(self._stacked, self._stacked_buffers, images).float()
+        losses = [
+            F.cross_entropy(output, batch.labels, label_smoothing=batch.training.label_smoothing)
+            for output, batch in zip(logits, batches, strict=True)
+        ]
+        scaled = [
+            batch.training.scaler.scale(loss / batch.training.trainer.accumulate)
+            for loss, batch in zip(losses, batches, strict=True)
+        ]
+        torch.stack(scaled).sum().backward()
+        self._hand_out_gradients()
+        _copy(self._buffers, self._buffer_parts)
+        return [(loss.detach(), output.detach()) for loss, output in zip(losses, logits, strict=True)]
+
+    @torch.no_grad()
+    def _hand_out_gradients(self) -> None:
+        """Add the gradients to those of the networks' own parameters."""
+        reached = [value.grad is not None for value in self._stacked.values()]
+        gradients = _parts([value.grad for value in self._stacked.values() if value.grad is not None], self._num)
+        parameters = [p for p, is_reached in zip(self._parameters, reached * self._num, strict=True) if is_reached]
+        for parameter in parameters:
+            if parameter.grad is None:  # in the layout of the weights, which fused optimizers want
+                parameter.grad = torch.zeros_like(parameter)
+        if parameters:
+            torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
+
+    @property
+    def _num(self) -> int:
+        return len(self.trainings)
+
+
+def _forward(
+    one: nn.Module,
+    places: dict[str, str],
+    numerics: Numerics,
+    parameters: dict[str, Tensor],
+    buffers: dict[str, Tensor],
+    images: Tensor,
+) -> Tensor:
+    with numerics.autocast():  # inside of `vmap`, as torch.func asks for
+        return tied.call(one, places, parameters | buffers, images)
+
+
+def _stack(named: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([tensors[name].detach() for tensors in named]) for name in named[0]}
+
+
+def _parts(stacked: Iterable[Tensor], num: int) -> list[Tensor]:
+    """Return views of stacked tensors: all of the first network, then all of the second ..."""
+    stacked = [tensor.detach() for tensor in stacked]
+    return [tensor[index] for index in range(num) for tensor in stacked]
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)

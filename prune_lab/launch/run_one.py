@@ -1,0 +1,31 @@
+"""One run of a command, from its options to its exit status."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from prune_lab.config.run import RunConfig
+from prune_lab.foundations.failure import fail
+from prune_lab.pipeline.control_runs import in_order
+
+if TYPE_CHECKING:
+    from prune_lab.pipeline.host import Host
+
+
+def run_one(config: RunConfig, tally: Counter[str], host: Host | None = None) -> int:
+    """Do one run or its dry run and return its exit code; torch is imported here for the first time.
+
+    Args:
+        host: what the run shares with others in this process; None: nothing.
+    """
+    try:
+        if config.dry_run:
+            from prune_lab.pipeline.dry_run import dry_run
+
+            return dry_run(config)
+        from prune_lab.pipeline import run
+
+        return run(*in_order(config), tally=tally, host=host)
+    except Exception as error:
+        return fail(error)

@@ -1,0 +1,266 @@
+"""Many runs in one process, in lockstep: `-m seed=range(8) hydra/launcher=vectorised`. Equal networks run as one.
+
+Every run is the ordinary pipeline in a coroutine of its own. It hands over whenever it has a batch ready; when all
+have one, batches of equal networks are differentiated together and every run goes on with its own gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+from greenlet import getcurrent, greenlet
+
+from prune_lab.config.run import RunConfig
+from prune_lab.datasets import BatchFormat, CommonConfig
+from prune_lab.datasets.base import InMemoryConfig
+from prune_lab.foundations.signals import StopFlag, stop_flag
+from prune_lab.launch.joint_networks import Batch, JointNetworks, kind, why_alone
+from prune_lab.launch.outcome import Outcome, Twice, log_path
+from prune_lab.launch.run_one import run_one
+from prune_lab.launch.slots import gpus, slot
+from prune_lab.pipeline.host import Host
+from prune_lab.training.loop import differentiate
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.training.loop import Training
+
+_WAIT_S = 0.5
+"""seconds between looks at what other processes hold"""
+
+
+def run_together(configs: Sequence[RunConfig], at_once: int, folder: Path) -> list[Outcome]:
+    """Return how the runs ended, in order.
+
+    Args:
+        folder: gets what each run prints, as run-N.log.
+    """
+    # A GPU is shared with nobody; without one the runs are those of one process with all its threads.
+    with stop_flag() as stop, slot(stop) if gpus() else contextlib.nullcontext(True):
+        company = _Company(stop)
+        waiting = deque(_Member(number, config, company, folder) for number, config in enumerate(configs))
+        active: list[_Member] = []
+        outcomes: list[Outcome] = []
+        while active or (waiting and not stop()):
+            try:
+                while waiting and len(active) < at_once and not stop():
+                    active.append(waiting.popleft())
+                    active[-1].resume()
+                company.advance(active)
+            except KeyboardInterrupt as error:  # a second Ctrl-C: each run notes that it was interrupted
+                for member in active:
+                    member.end(error)
+                raise
+            outcomes += [member.outcome() for member in active if member.is_over]
+            active = [member for member in active if not member.is_over]
+        outcomes += [Outcome(member.number, stop.exit_code, "not started") for member in waiting]
+        company.end()
+    return sorted(outcomes, key=lambda outcome: outcome.number)
+
+
+@dataclass
+class _Turn:
+    """What a run says that has computed a batch by itself."""
+
+    training: Training
+
+
+class _Member:
+    """A run as a coroutine: goes on when it is resumed, until it hands over or ends."""
+
+    def __init__(self, number: int, config: RunConfig, company: _Company, folder: Path) -> None:
+        self.number = number
+        self.said: Batch | _Turn | None = None
+        """a batch to be computed; or that it goes on at the next step; None: it waits for another run"""
+        self._tally: Counter[str] = Counter()
+        self._errors = io.StringIO()
+        self._path = log_path(folder, number)
+        self._log: TextIO | None = None
+        self._coroutine = greenlet(lambda: run_one(config, self._tally, company))
+        self._code: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        return self._coroutine.dead
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.said is None and not self.is_over
+
+    def resume(self, answer: tuple[Tensor, Tensor] | None = None) -> None:
+        """Let the run go on; without an answer it computes its batch by itself."""
+        self._enter(lambda: self._coroutine.switch(*([answer] if self._coroutine else [])))
+
+    def end(self, error: BaseException) -> None:
+        """Raise `error` in the run, which takes note of it."""
+        if self._coroutine:
+            with contextlib.suppress(type(error)):
+                self._enter(lambda: self._coroutine.throw(error))
+
+    def _enter(self, switch: Callable[[], Any]) -> None:
+        if self._log is None:  # open until the run ends: its console keeps the stream it finds at first
+            self._log = open(self._path, "a", encoding="utf-8", buffering=1)
+        with contextlib.redirect_stdout(self._log), contextlib.redirect_stderr(Twice(self._log, self._errors)):
+            said = switch()
+        self.said = None if self.is_over else said
+        if self.is_over:
+            self._code = said
+            self._log.close()
+
+    def outcome(self) -> Outcome:
+        lines = self._errors.getvalue().strip().splitlines()[-1:] if self._code else []
+        error = lines[0].removeprefix("prune-lab: error: ") if lines else ""
+        words = "finished" if self._code == 0 else f"not finished (exit code {self._code})"
+        print(f"run {self.number + 1}: {words}", flush=True)
+        return Outcome(self.number, self._code, error, self._tally["trained"], self._tally["reused"])
+
+
+class _Company(Host):
+    """The runs that share this process: one copy of a data set in memory, one handler of signals, joint arithmetic."""
+
+    vectorised = True
+
+    def __init__(self, stop: StopFlag) -> None:
+        self._stop, self._shown = stop, StopFlag()
+        self._datasets: dict[str, Any] = {}
+        self._kinds: dict[int, _Kind] = {}
+        self._networks: dict[tuple[int, ...], JointNetworks] = {}
+        self._looked_s = time.monotonic()
+
+    def load(self, config: CommonConfig, fmt: BatchFormat) -> Any:
+        if not isinstance(config, InMemoryConfig):  # one that streams has readers of its own for each run
+            return super().load(config, fmt)
+        key = repr((config, fmt))
+        if key not in self._datasets:
+            self._datasets[key] = super().load(config, fmt)
+        return self._datasets[key]
+
+    def close(self, dataset: Any) -> None:
+        if dataset not in self._datasets.values():
+            dataset.close()
+
+    def end(self) -> None:
+        for dataset in self._datasets.values():
+            dataset.close()
+
+    def stop_flag(self) -> contextlib.AbstractContextManager[StopFlag]:
+        return contextlib.nullcontext(self._shown)
+
+    def pause(self) -> None:
+        _hand_over(None, torch.device("cpu"))
+
+    def differentiate(self, training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Hand the batch over, or compute it here, before other runs have drawn from the random generators."""
+        device, own = training.numerics.torch_device, self._kind(training)
+        if own.reason is None:
+            answer = _hand_over(Batch(training, images, labels), device)
+            return differentiate(training, images, labels) if answer is None else answer
+        answer = differentiate(training, images, labels)
+        _hand_over(_Turn(training), device)
+        return answer
+
+    def _kind(self, training: Training) -> _Kind:
+        """Return how the training's networks are computed, decided anew in every epoch: methods may change them."""
+        number, epoch = id(training), training.progress.epoch
+        known = self._kinds.get(number)
+        if known is None or known.training is not training or known.epoch != epoch:
+            reason = why_alone(training)
+            reason = reason or (known.reason if known is not None and known.training is training else None)
+            self._kinds[number] = _Kind(training, epoch, reason, kind(training))
+            if reason and (known is None or known.reason != reason):
+                training.context.report(f"computed alone: {reason}")
+        return self._kinds[number]
+
+    def advance(self, members: Sequence[_Member]) -> None:
+        """Let every run go on, with its gradients; one that waits only when another run has got somewhere, or at times.
+        """
+        if self._stop() and not self._shown():
+            print("stopping: the runs under way write a checkpoint, the others do not start", flush=True)
+        self._shown.number = self._stop.number  # all see a signal at the same step, so that they go on in step
+        waiting = [member for member in members if member.is_waiting]
+        ready = [member for member in members if member.said is not None]
+        got_somewhere, networks = False, {}
+        for group in self._groups(ready):
+            for member, answer in zip(group, self._answers([member.said for member in group], networks), strict=True):
+                before = _training(member)
+                member.resume(answer)
+                got_somewhere |= _training(member) is not before
+        self._networks = networks
+        now = time.monotonic()
+        if not ready:
+            time.sleep(_WAIT_S)  # all wait for other processes
+        if got_somewhere or not ready or now - self._looked_s > _WAIT_S:
+            self._looked_s = now
+            for member in waiting:
+                member.resume()
+        alive = {id(_training(member)) for member in members}
+        self._kinds = {number: known for number, known in self._kinds.items() if number in alive}
+
+    def _groups(self, ready: Sequence[_Member]) -> list[list[_Member]]:
+        """Return the members in groups that are computed together."""
+        groups: dict[Hashable, list[_Member]] = {}
+        for member in ready:
+            batch = member.said
+            key = (self._kind(batch.training).kind, batch.images.shape) if isinstance(batch, Batch) else member.number
+            groups.setdefault(key, []).append(member)
+        return list(groups.values())
+
+    def _answers(
+        self, batches: Sequence[Batch | _Turn], networks: dict[tuple[int, ...], JointNetworks]
+    ) -> list[tuple[Tensor, Tensor] | None]:
+        """Return loss and logits of each batch; None: the run is to compute it by itself.
+
+        Args:
+            networks: gets the stacked networks that were used: those of earlier groups are given up.
+        """
+        if len(batches) == 1:
+            return [None]
+        key = tuple(id(batch.training) for batch in batches)
+        try:
+            known = self._networks.get(key)
+            if known is None or any(a is not b.training for a, b in zip(known.trainings, batches, strict=True)):
+                known = JointNetworks([batch.training for batch in batches])
+            networks[key] = known
+            return known.differentiate(batches)
+        except Exception as error:  # such as too little memory, or an operation that torch.func does not know
+            reason = f"together it failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            for batch in batches:
+                number = id(batch.training)
+                self._kinds[number] = replace(self._kinds[number], reason=reason)
+                batch.training.context.report(f"computed alone: {reason}")
+            return [None] * len(batches)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How the networks of a training are computed."""
+
+    training: Training
+    epoch: int
+    reason: str | None
+    """why alone; None: with others of the same kind"""
+    kind: Hashable
+
+
+def _training(member: _Member) -> Training | None:
+    return None if member.said is None else member.said.training
+
+
+def _hand_over(said: Batch | _Turn | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Let other runs go on and return what this one is resumed with; its random numbers go on where they were."""
+    state = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    answer = getcurrent().parent.switch(said)
+    torch.set_rng_state(state)
+    if on_device is not None:
+        torch.cuda.set_rng_state(on_device, device)
+    return answer

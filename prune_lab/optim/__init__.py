@@ -1,0 +1,1 @@
+"""Optimizers, among them those with a sparsity of their own, and learning rates."""

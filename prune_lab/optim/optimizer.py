@@ -1,0 +1,50 @@
+"""Optimizers, parameter groups and learning rates; the learning rate is a pure function of the step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from prune_lab.config.optimizer import AdamConfig, SGDConfig
+from prune_lab.foundations.schema import ConfigError
+
+
+def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
+    """Return the optimizer over all parameters of `model`; vectors go undecayed if the options say so."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.decay_norm_and_bias:
+        groups = [{"params": trained}]
+    else:
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1]},
+            {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+    groups = [group for group in groups if group["params"]]
+    # One fused kernel per step where it exists; a loop over layers otherwise dominates small networks.
+    common = {"lr": 0.0, "weight_decay": config.weight_decay, "fused": trained[0].device.type in ("cpu", "cuda")}
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(groups, betas=(config.beta1, config.beta2), eps=config.eps, **common)
+
+
+def require_momentum(optimizer: torch.optim.Optimizer, who: str) -> None:
+    """Raise ConfigError if the optimizer keeps no running mean of gradients."""
+    if not all(group.get("momentum", group.get("betas", (0,))[0]) for group in optimizer.param_groups):
+        raise ConfigError(f"{who} needs the optimizer's momentum; optimizer.momentum (or beta1) must be above 0")
+
+
+def momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:
+    """Return the running mean of the parameter's gradients; Adam's is divided by the root of their mean square.
+
+    Raises:
+        RuntimeError: the optimizer has not taken a step.
+
+    Source: official code of Dettmers, Zettlemoyer 2019, arXiv 1907.04840.
+    """
+    state = optimizer.state[parameter]
+    if not state:
+        raise RuntimeError("no momentum yet: every step so far was left out, because its gradients overflowed")
+    if "momentum_buffer" in state:
+        return state["momentum_buffer"]
+    return state["exp_avg"] / (state["exp_avg_sq"].sqrt() + 1e-8)

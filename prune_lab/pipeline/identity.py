@@ -1,0 +1,101 @@
+"""Names of phases and runs: hashes of exactly what can change their results. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from typing import Any
+
+from prune_lab import models
+from prune_lab.config.run import RunConfig
+from prune_lab.core.chain import PlannedPhase, in_force
+from prune_lab.core.phase import Phase
+from prune_lab.datasets import base
+
+FORMAT = 3
+"""Raised when the meaning of stored results changes; older phases are then left alone and done anew."""
+
+# Resolved (`numerics`) or without effect on results; what limits an evaluation is counted in images.
+_NOT_TRAINING = {
+    "device", "precision", "channels_last", "compile", "checkpoint_interval_s", "threads", "eval_batch_size",
+    "limit_eval_batches",
+}
+
+
+def plan(
+    config: RunConfig, *, model: Any, fingerprint: str | None, numerics: dict, world_size: int
+) -> list[PlannedPhase]:
+    """Return the phases of a run with their keys; a key covers its inputs and the key of the phase before.
+
+    Args:
+        model: options of the network that is built, after the method adapted them.
+        fingerprint: content hash of the data set; None: keys that depend on options alone.
+        numerics: resolved precision, memory format and kind of device.
+    """
+    shared = {
+        "format": FORMAT,
+        "seed": config.seed,
+        "model": _without(asdict(model), {"weights"}) | {"weights": models.weights_digest(model)},
+        "dataset": base.identity(config.dataset) | {"fingerprint": fingerprint},
+        "numerics": numerics,
+        "world_size": world_size,
+        "eval_images": _evaluated(config),
+    }
+    training = _without(asdict(config.trainer), _NOT_TRAINING)
+    planned, previous, keys = [], None, {}
+    for declared in config.method.chain():
+        phase, schedule = in_force(declared, config)
+        inputs = shared | {"phase": _told(phase), "previous": None if phase.fresh else previous}
+        if phase.origin is not None:
+            inputs["origin"] = keys[phase.origin]
+        if schedule is not None:
+            inputs["schedule"] = asdict(schedule) | {
+                "batch_size": config.schedule.batch_size,
+                "label_smoothing": config.schedule.label_smoothing,
+            }
+            inputs["optimizer"] = asdict(config.optimizer)
+            inputs["trainer"] = training
+        if phase.active:
+            inputs["method"] = config.method.phase_identity(phase)
+        previous = keys[phase.name] = digest(inputs)
+        planned.append(PlannedPhase(phase, previous, schedule, inputs))
+    return planned
+
+
+def _told(phase: Phase) -> dict[str, Any]:
+    """Return what of a phase's description decides its result; what it leaves at its default is not told."""
+    told = {"name": phase.name, "hook": phase.hook, "schedule": phase.schedule, "active": phase.active}
+    bounds = {"begin": phase.begin, "end": phase.end}
+    places = {key: {"count": place.count, "unit": place.unit} for key, place in bounds.items() if place is not None}
+    others = {key: value for key in ("order", "keeps_optimizer") if (value := getattr(phase, key))}
+    return told | places | others
+
+
+def _evaluated(config: RunConfig) -> int | None:
+    """Return how many images an evaluation stops after; None: it uses all, whatever the batch size."""
+    limit = config.trainer.limit_eval_batches
+    return None if limit is None else limit * config.trainer.eval_batch_size
+
+
+def digest(value: Any) -> str:
+    """Return 32 hexadecimal digits that depend on `value` only (JSON-able containers)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def run_key(planned: list[PlannedPhase], config: RunConfig) -> str:
+    """Return the key of the whole run: its last phase, the method that asked for it, and what it was matched to."""
+    matched = [config.matched.wanted()] if config.matched else []
+    return digest([planned[-1].key, config.method.identity(), *matched])
+
+
+def group_key(config: RunConfig, **inputs: Any) -> str:
+    """Return a name shared by runs whose results can differ by the seed only; `inputs` as for `plan`."""
+    seedless = replace(config, seed=0)
+    key = run_key(plan(seedless, **inputs), seedless)
+    return f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-{key[:8]}"
+
+
+def _without(mapping: dict, names: set[str]) -> dict:
+    return {key: value for key, value in mapping.items() if key not in names}

@@ -1,0 +1,188 @@
+"""The summary of a run: every number that tables are made of."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prune_lab import models
+from prune_lab.accounting import costs as accounting
+from prune_lab.accounting import targets
+from prune_lab.accounting.costs import LayerCost, count_parameters, dense_macs, sparse_macs
+from prune_lab.accounting.eligibility import sparsity
+from prune_lab.accounting.training import training_macs
+from prune_lab.config.run import RunConfig
+from prune_lab.core.method import Measured
+from prune_lab.datasets.splits import eval_range
+from prune_lab.foundations import distributed
+from prune_lab.foundations.version import __version__
+from prune_lab.pipeline import control_runs
+from prune_lab.training.numerics import Numerics
+from prune_lab.training.phases import layer_costs
+
+if TYPE_CHECKING:
+    from prune_lab.pipeline.run import Run
+
+def observed_counts(rows: list[dict[str, Any]], measured: Measured, dense: int) -> dict[str, Any]:
+    """Put measured costs into the layer table and return the summary's keys that change with them.
+
+    Args:
+        rows: of `layer_table`, in which `measured` replaces and adds columns.
+        dense: MACs per image of the dense network.
+    """
+    for row in rows:
+        row |= measured.layers.get(row["name"], {})
+    forward = sum(row["macs_kept"] for row in rows)
+    return {"macs/inference": round(forward), "macs/inference_ratio": forward / dense, **measured.figures}
+
+
+def sparsity_counts(layers: list, kept: dict[str, int], requested: float | None) -> dict[str, Any]:
+    """Return the target and what came of it; a network without masks of single weights has neither.
+
+    Args:
+        layers: with the shapes of the network that is saved.
+        kept: weights left per parameter under a mask.
+    """
+    has_masks = requested is not None or bool(kept)
+    return {"sparsity/requested": requested, "sparsity/achieved": sparsity(layers, kept) if has_masks else None}
+
+
+def cost_counts(
+    model: nn.Module, costs: Sequence[LayerCost], kept: dict[str, int], *, dense_config: Any, is_cut: bool = False,
+    **sizes: int,
+) -> dict[str, Any]:
+    """Return parameters and MACs of the finished network beside those of the network as configured, dense.
+
+    params/nonzero is None where channels were removed and no masks are left; params/kept is there for all.
+    """
+    dense = models.build_on_meta(dense_config, **sizes)
+    total = count_parameters(model)
+    weights = {cost.parameter: cost.weights for cost in costs}
+    dense_forward = dense_macs(layer_costs(dense_config, **sizes))
+    forward = sparse_macs(costs, kept)
+    left = total - sum(weights[name] - count for name, count in kept.items())
+    return {
+        "params/dense": count_parameters(dense),
+        "params/total": total,
+        "params/nonzero": None if is_cut and not kept else left,
+        "params/kept": left,
+        "macs/dense": dense_forward,
+        "macs/inference": forward,
+        "macs/inference_ratio": forward / dense_forward,
+        "macs/not_counted": accounting.macs_without_weight(model, sizes["image_size"]),
+    }
+
+
+def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall_s: float) -> dict[str, Any]:
+    """Return the flat summary of design section 7; percentages for accuracies, counts for parameters and MACs."""
+    config, folder = run.config, run.folder
+    dense = [figures for entry, figures in zip(run.planned, run.outcomes, strict=True)
+             if entry.phase.hook == "train" and not entry.phase.active and entry.phase.end is None]
+    train_dense = training_macs(config, counts["macs/dense"], run.dataset.num_batches(config.schedule.batch_size))
+    spent = run.macs_offset
+    flat = {f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()}
+    summary = {
+        "status": "finished",
+        "run/id": folder.key,
+        "run/group": folder.group,
+        "run/seed": config.seed,
+        "run/command": shlex.join(["prune-lab", *config.overrides]),
+        "run/device": device_name(run.numerics),
+        "run/versions": versions(),
+        **choices(config),
+        **run.dataset.info.figures(),
+        "data/content": run.dataset.content,
+        **flat,
+        "dense/top1": dense[0]["top1"] if dense else None,
+        "delta/top1": scores["final"]["top1"] - dense[0]["top1"] if dense else None,
+        "dense/epochs": dense[0]["epochs"] if dense else None,
+        **images_seen(run),
+        **counts,
+        **explained([figures["explained"] for figures in run.outcomes]),
+        "macs/train": spent,
+        "macs/train_dense": train_dense,
+        "macs/train_ratio": spent / train_dense if train_dense else None,
+        "macs/train_ratio_paper": run.outcomes[-1]["paper_train_ratio"],
+        **config.method.chosen(),
+        "phases": [
+            {"name": entry.phase.name, "key": entry.key, "epochs": figures["epochs"], "reused": figures["reused"],
+             "wall_s": figures["wall_s"]}
+            for entry, figures in zip(run.planned, run.outcomes, strict=True)
+        ],
+        "time/wall_s": wall_s,
+        "time/images_per_s": run.images_done / run.train_s if run.train_s else None,
+    }
+    summary |= targets.figures(config.method.asked(), summary)
+    if config.matched:
+        summary |= config.matched.figures(summary)
+    if own := own_summary(run):
+        control, top1 = config.method.config.control, scores["final"]["top1"]
+        summary |= control_runs.figures(control, top1, own=own, own_name=run.own.directory.name)
+    return summary
+
+
+def images_seen(run: Run) -> dict[str, int | None]:
+    """Return of how many images the accuracies are, and of how many an epoch was.
+
+    `train/images_per_epoch` is null unless `trainer.limit_train_batches` leaves out whole batches.
+    """
+    info, trainer, batch = run.dataset.info, run.config.trainer, run.config.schedule.batch_size
+    limit, steps, world = trainer.limit_eval_batches, trainer.limit_train_batches, distributed.world_size()
+
+    def evaluated(num_images: int) -> int:
+        shares = [len(eval_range(num_images, rank=rank, world_size=world)) for rank in range(world)]
+        return sum(share if limit is None else min(share, limit * trainer.eval_batch_size) for share in shares)
+
+    limited = steps is not None and steps < run.dataset.num_batches(batch)
+    return {
+        "data/num_eval": info.num_eval,
+        "final/images": evaluated(info.num_eval),
+        **({"test/images": evaluated(info.num_test)} if info.num_val else {}),
+        "train/images_per_epoch": steps * batch if limited else None,
+    }
+
+
+def explained(told: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the figures that the phases tell, later ones first.
+
+    Those of masks are the last phase's alone: masks of earlier phases may be gone with the channels they left out.
+    """
+    merged = {key: value for figures in told for key, value in figures.items()}
+    return {key: value for key, value in merged.items() if key in told[-1] or not key.startswith("mask/")}
+
+
+def own_summary(run: Run) -> dict[str, Any] | None:
+    """Return the summary of the method's own run beside a control, None if there is no such run."""
+    return run.own.finished() if run.own and distributed.is_main() else None
+
+
+def control_lines(run: Run, summary: dict[str, Any]) -> list[str]:
+    """Return a control's results beside the method's own; nothing for other runs."""
+    own = own_summary(run)
+    return control_runs.beside(summary, own, run.config.method.config.control) if own else []
+
+
+def choices(config: RunConfig) -> dict[str, str]:
+    return {
+        "config/model": config.model.name,
+        "config/dataset": config.dataset.name,
+        "config/method": config.method.config.name,
+        "config/schedule": config.schedule.name,
+    }
+
+
+def device_name(numerics: Numerics) -> str:
+    if numerics.torch_device.type == "cuda":
+        return f"{torch.cuda.get_device_name(numerics.torch_device)} ({numerics.precision})"
+    return f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads ({numerics.precision})"
+
+
+def versions() -> dict[str, str]:
+    return {"prune-lab": __version__, "python": platform.python_version(), "torch": torch.__version__,
+            "hydra-core": version("hydra-core")}

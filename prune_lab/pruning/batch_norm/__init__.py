@@ -1,0 +1,1 @@
+"""Scales of batch normalisation as scores: penalty, thresholds, masks, statistics."""

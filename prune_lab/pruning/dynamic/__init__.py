@@ -1,0 +1,1 @@
+"""Pruning that depends on the input."""

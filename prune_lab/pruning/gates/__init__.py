@@ -1,0 +1,1 @@
+"""Gates that are learned: their distributions, layout, budgets and multipliers."""

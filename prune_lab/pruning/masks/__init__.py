@@ -1,0 +1,1 @@
+"""Masks over weights: selection, distribution over layers, schedules, history."""

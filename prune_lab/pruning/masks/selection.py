@@ -1,0 +1,41 @@
+"""Which functions choose among the weights of a layer, by the method's distribution, and what 2:4 asks of options."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.schema import ConfigError
+
+mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
+semi_structured = lazy_import("prune_lab.pruning.masks.semi_structured")
+
+SEMI_STRUCTURED = "2:4"
+"""the distribution whose layers keep two weights in every group of four input channels"""
+
+_NEEDED = {
+    "sparsity": (0.5, "two of four weights are kept"),
+    "first_layer": ("auto", "layers are chosen by their input channels; keep more of them dense with exclude"),
+    "include": ([], "depthwise convolutions have no four input channels to choose among"),
+}
+"""option -> (the one value that goes with 2:4, why)"""
+
+
+def selection(distribution: str) -> ModuleType:
+    """Return what has `keep_top`, `grow` and `random_mask` for a distribution: `masks`, or the same for 2:4."""
+    return semi_structured if distribution == SEMI_STRUCTURED else mask_set
+
+
+def check_semi_structured(options: Any, path: str) -> None:
+    """Raise ConfigError if an option does not go with 2:4; options of any other distribution pass."""
+    if options.distribution != SEMI_STRUCTURED:
+        return
+    for name, (needed, why) in _NEEDED.items():
+        value = getattr(options, name, needed)
+        if value != needed:
+            shown = f"[{','.join(value)}]" if isinstance(value, list) else "null" if value is None else value
+            raise ConfigError(
+                f"{path}.{name} must be {needed} with {path}.distribution={SEMI_STRUCTURED}, got {shown}: {why}",
+                f"{path}.{name}",
+            )

@@ -1,0 +1,78 @@
+"""Networks set up for scores, and left afterwards as they were."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module, *, train_mode: bool) -> Iterator[None]:
+    """Score inside: gradients on for all parameters, no autocast, batch norm on batch statistics or on running ones.
+
+    Everything else is in evaluation mode: dropout would make each pass score another network. Afterwards parameters'
+    gradients are gone and buffers, modes, `requires_grad` and random states are as before, bit for bit. The caller
+    answers for the parameters' values. No copy of the weights is made.
+    """
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    device = next(model.parameters()).device
+    drawing = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    try:
+        for module in model.modules():
+            module.training = train_mode and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        with drawing, torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+        for parameter, needed in wanted.items():
+            parameter.grad = None
+            parameter.requires_grad_(needed)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def redrawn_linear(model: nn.Module, source: Callable[[str], torch.Generator]) -> Iterator[None]:
+    """Give every linear layer Xavier-normal weights inside; afterwards they have their own again, bit for bit.
+
+    Args:
+        source: layer name -> generator of its draws.
+    """
+    own = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kept = {name: module.weight.data for name, module in own.items()}
+    try:
+        for name, module in own.items():
+            drawn = torch.empty(module.weight.shape)
+            nn.init.xavier_normal_(drawn, generator=source(name))
+            module.weight.data = drawn.to(kept[name])
+        yield
+    finally:
+        for name, module in own.items():
+            module.weight.data = kept[name]
+
+
+_TWICE_DIFFERENTIABLE = {nn.Hardsigmoid: lambda x: F.relu6(x + 3) / 6}
+"""modules whose own operator has no second derivative -> the same function from operators that have one"""
+
+
+@contextlib.contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Compute inside with functions that have second derivatives where a module's own has none; values are the same."""
+    changed = [module for module in model.modules() if type(module) in _TWICE_DIFFERENTIABLE]
+    try:
+        for module in changed:
+            module.forward = _TWICE_DIFFERENTIABLE[type(module)]
+        yield
+    finally:
+        for module in changed:
+            del module.forward

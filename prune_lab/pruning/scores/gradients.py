@@ -1,0 +1,58 @@
+"""What methods that score weights share: balanced images, derivatives of the loss without a trace on the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.pruning.scores.evaluation_mode import untouched
+
+
+def loss(model: nn.Module, images: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Return the summed cross-entropy of logits / temperature, in the model's precision and fp32 at least.
+
+    Raises:
+        ConfigError: it is infinite or NaN.
+    """
+    value = _cross_entropy(model, images, labels, temperature)
+    if not bool(torch.isfinite(value)):
+        raise ConfigError(f"the loss of the scoring images is {value.item()}: look at the start weights and the images")
+    return value
+
+
+def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    logits = model(images)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits / temperature, labels, reduction="sum")
+
+
+Data = Iterable[tuple[Tensor, Tensor]]
+
+
+def gradients(model: nn.Module, weights: Sequence[Tensor], data: Data, *, temperature: float = 1.0) -> Iterator[tuple]:
+    """Yield per batch the gradients of the summed loss, a tensor like each of `weights`."""
+    for images, labels in data:
+        yield torch.autograd.grad(loss(model, images, labels, temperature=temperature), weights)
+
+
+def gradient_norm(
+    model: nn.Module, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], data: Data, *, train_mode: bool
+) -> float:
+    """Return the L2 norm of the mean loss gradient over those of `weights` that `masks` keep (all without a mask).
+
+    A figure to report: a loss that is infinite or NaN makes it so, too, and stops nothing.
+    """
+    sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    images_seen = 0
+    with untouched(model, train_mode=train_mode):
+        for images, labels in data:
+            value = _cross_entropy(model, images, labels)
+            gradients = torch.autograd.grad(value, list(weights.values()))
+            torch._foreach_add_(list(sums.values()), gradients)
+            images_seen += len(images)
+    kept = [total if name not in masks else total * masks[name] for name, total in sums.items()]
+    return float(torch.stack([total.double().square().sum() for total in kept]).sum().sqrt()) / images_seen

@@ -1,0 +1,60 @@
+"""Accuracy and loss of a network on a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from prune_lab.config.trainer import TrainerConfig
+from prune_lab.foundations import distributed
+from prune_lab.training.numerics import Numerics
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    dataset: Any,
+    split: str,
+    *,
+    numerics: Numerics,
+    trainer: TrainerConfig,
+    poll: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Return loss, top1 and top5 (percent) over every image of `split`, each counted once over all processes.
+
+    Where `trainer.limit_eval_batches` left some of them out, `images` tells how many were used.
+
+    Args:
+        model: maps [N, 3, H, W] to [N, classes]; put into eval mode and back.
+        split: "val" or "test".
+        numerics: precision of the forward pass; logits are compared in fp32.
+        poll: called between batches; may raise to stop.
+    """
+    was_training = model.training
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=numerics.torch_device)
+    batches = dataset.eval_batches(
+        split, trainer.eval_batch_size, rank=distributed.rank(), world_size=distributed.world_size()
+    )
+    for index, (images, labels) in enumerate(batches):
+        if trainer.limit_eval_batches is not None and index >= trainer.limit_eval_batches:
+            break
+        with numerics.autocast():
+            logits = model(images).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
+        sums[1] += best[:, 0].sum()
+        sums[2] += best.sum()
+        sums[3] += len(labels)
+        poll()
+    model.train(was_training)
+    loss, top1, top5, images = distributed.total(sums).tolist()
+    scores = {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+    if trainer.limit_eval_batches is None:
+        return scores
+    every = dataset.info.num_val if split == "val" else dataset.info.num_test
+    return scores | {"images": int(images)} if images < every else scores

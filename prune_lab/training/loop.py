@@ -1,0 +1,352 @@
+"""The only training loop and the only evaluation loop. They know methods by their hooks, never by name."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prune_lab.config.schedule import PhaseSchedule
+from prune_lab.config.trainer import TrainerConfig
+from prune_lab.core.context import Context
+from prune_lab.core.method import Method
+from prune_lab.foundations import distributed
+from prune_lab.foundations.checkpoint import CheckpointPair
+from prune_lab.foundations.seeding import seed_device
+from prune_lab.optim.learning_rate import learning_rate, set_learning_rate
+from prune_lab.training import averaging
+from prune_lab.training.evaluation import measure
+from prune_lab.training.numerics import Numerics
+from prune_lab.training.saving import Saves
+
+_NEVER = 2**62
+
+Differentiate = Callable[["Training", Tensor, Tensor], tuple[Tensor, Tensor]]
+"""does what the function `differentiate` does, perhaps for several runs at once"""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop; a checkpoint has been written."""
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became infinite or NaN."""
+
+
+@dataclass
+class Progress:
+    """Position in a phase: `batch` batches of `epoch` are done, `step` steps in all."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    wall_s: float = 0.0
+
+
+def differentiate(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the gradient of a micro-batch to the parameters and return (mean loss, logits in fp32), detached."""
+    with training.numerics.autocast():
+        logits = training.forward(images).float()
+    loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
+    training.scaler.scale(loss / training.trainer.accumulate).backward()
+    return loss.detach(), logits.detach()
+
+
+@dataclass
+class Training:
+    """All that one training phase moves forward; `state_dict` is what a checkpoint holds."""
+
+    context: Context
+    method: Method
+    dataset: Any
+    schedule: PhaseSchedule
+    batch_size: int
+    label_smoothing: float
+    trainer: TrainerConfig
+    numerics: Numerics
+    forward: Callable[[Tensor], Tensor]
+    """the model, perhaps compiled and wrapped for data parallelism"""
+    data_seed: int
+    checkpoints: CheckpointPair
+    record: Callable[[dict], None]
+    show: Callable[[int, int, str], None]
+    stop: Callable[[], bool]
+    scaler: torch.amp.GradScaler
+    differentiate: Differentiate = differentiate
+    ema: torch.optim.swa_utils.AveragedModel | None = None
+    progress: Progress = field(default_factory=Progress)
+    clock: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        device = self.numerics.torch_device
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
+        self.first_bad = torch.tensor(_NEVER, device=device)  # step of the first non-finite loss
+        self.last_scores: dict[str, float] | None = None  # of the last epoch, if it ended in this process
+        self.train_s = 0.0  # seconds of training steps in this process
+        self.saves = Saves(self.checkpoints, self.trainer.checkpoint_interval_s, device)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that counts: the moving average if there is one."""
+        return self.context.model if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; with several processes all must call it. Random draws are keyed: no generator is kept."""
+        context = self.context
+        return {
+            "model": context.model.state_dict(),
+            "optimizer": context.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "masks": None if context.masks is None else context.masks.state_dict(),
+            "history": None if context.history is None else context.history.state_dict(),
+            "method": self.method.state_dict(),
+            "progress": vars(self.progress).copy(),
+            "sums": distributed.total(self.sums.clone()),
+            "cost": context.cost.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        context = self.context
+        context.model.load_state_dict(state["model"])
+        context.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if state["masks"] is not None:  # whether or not `setup` draws masks: a method may prune later
+            context.install_masks(state["masks"])
+            context.history.load_state_dict(state["history"])
+        self.method.load_state_dict(state["method"])
+        self.progress = Progress(**state["progress"])
+        self.sums.copy_(state["sums"] if distributed.is_main() else torch.zeros_like(self.sums))
+        context.cost.load_state_dict(state["cost"])
+
+
+def fit(training: Training) -> None:
+    """Train to the end of the phase, which may lie within an epoch, from wherever `training.progress` stands.
+
+    Nothing is being written any more when this ends, however it ends.
+
+    Raises:
+        Interrupted: after a checkpoint, when `training.stop()` says so.
+        NonFiniteLoss: naming phase, epoch, step and the last good checkpoint.
+        SaveError: the disk refused a checkpoint.
+    """
+    try:
+        _train_epochs(training)
+        check_finite(training, weights=True)
+        training.saves.wait()
+    finally:
+        training.saves.close()
+
+
+def _train_epochs(training: Training) -> None:
+    progress = training.progress
+    context = training.context
+    # An epoch may be resumed after its last step: its end is still to come.
+    while progress.step < context.last_step or (progress.batch and progress.step > context.first_step):
+        started, first = time.monotonic(), progress.batch
+        _train_epoch(training)
+        seconds = time.monotonic() - started
+        training.train_s += seconds
+        images = (progress.batch - first) * training.batch_size
+        _end_epoch(training, seconds=seconds, images_per_s=images / max(seconds, 1e-9))
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        training.sums.zero_()
+        if distributed.any_rank(training.saves.due(), training.numerics.torch_device):
+            save_checkpoint(training)
+        if distributed.any_rank(training.stop(), training.numerics.torch_device):
+            _interrupt(training)
+
+
+def _train_epoch(training: Training) -> None:
+    progress, steps, last_step = training.progress, training.context.steps_per_epoch, training.context.last_step
+    training.context.model.train()
+    sync_every = 1 if training.numerics.torch_device.type == "cpu" else 50  # reading the loss stalls a GPU
+    batches = iter(
+        training.dataset.train_batches(
+            epoch=progress.epoch,
+            batch_size=training.batch_size,
+            start=progress.batch,
+            seed=training.data_seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+    )
+    while progress.batch < steps and progress.step < last_step:
+        try:
+            train_step(training, *next(batches))
+        except ValueError:
+            check_finite(training)  # a NaN that a method met is better explained by the loss it came from
+            raise
+        progress.batch += 1
+        progress.step += 1
+        if progress.step % sync_every == 0:
+            check_finite(training)
+            training.show(progress.step, last_step, training.context.phase)
+        if _agreed(training, progress.step, training.saves.due()):
+            save_checkpoint(training)
+        if _agreed(training, progress.step, training.stop()):
+            _interrupt(training)
+    check_finite(training, weights=True)
+
+
+def _agreed(training: Training, step: int, flag: bool) -> bool:
+    """Return whether to act on `flag` now: at once on one process, every tenth step together on several."""
+    if distributed.world_size() == 1:
+        return flag
+    return step % 10 == 0 and distributed.any_rank(flag, training.numerics.torch_device)
+
+
+def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
+    """Do one step: forward and backward over the micro-batches, the method, the optimizer, the masks."""
+    context, method, step = training.context, training.method, training.progress.step
+    seed_device(training.numerics.torch_device, training.data_seed, "step", step, distributed.rank())
+    set_learning_rate(context.optimizer, learning_rate(training.schedule, step, context.steps_per_epoch))
+    context.optimizer.zero_grad(set_to_none=True)
+    forward_macs = method.forward_macs(context)
+    gradient_macs = method.weight_gradient_macs(context, step)
+    method.before_forward(context, step)
+    _forward_backward(training, images, labels)
+    training.scaler.unscale_(context.optimizer)
+    if method.after_backward(context, step):
+        _clip(training)
+        training.scaler.step(context.optimizer)
+    training.scaler.update()
+    method.after_step(context, step)
+    if context.masks is not None:
+        context.masks.apply()
+    if training.ema is not None:
+        training.ema.update_parameters(context.model)
+        averaging.clear(training.ema, context.model)
+    context.cost.add(len(images) * distributed.world_size(), forward_macs, gradient_macs)
+
+
+def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> None:
+    chunks = training.trainer.accumulate
+    size = len(images) // chunks
+    for index in range(chunks):
+        part = slice(index * size, (index + 1) * size)
+        last = index == chunks - 1
+        wait = not last and hasattr(training.forward, "no_sync")  # processes exchange gradients once per step
+        with training.forward.no_sync() if wait else contextlib.nullcontext():
+            loss, logits = training.differentiate(training, images[part], labels[part])
+        _count(training, loss, logits, labels[part])
+
+
+def _count(training: Training, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+    """Add to the epoch's sums on the device; nothing is read back here."""
+    training.sums[0] += loss * len(labels)
+    training.sums[1] += (logits.argmax(1) == labels).sum()
+    training.sums[2] += len(labels)
+    here = torch.where(torch.isfinite(loss), _NEVER, training.progress.step)
+    training.first_bad = torch.minimum(training.first_bad, here)
+
+
+def _clip(training: Training) -> None:
+    """Scale gradients so that their norm is at most clip_norm; pruned weights count only if they are trained."""
+    limit = training.trainer.clip_norm
+    if limit is None:
+        return
+    masks = training.context.masks
+    masked = {} if masks is None or training.method.trains_pruned() else masks.masked_grads()
+    named = training.context.model.named_parameters()
+    counted = [masked.get(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(counted)
+    torch.nn.utils.clip_grads_with_norm_(training.context.model.parameters(), limit, norm)
+
+
+def check_finite(training: Training, *, weights: bool = False) -> None:
+    """Raise NonFiniteLoss if any loss so far was infinite or NaN (on any process).
+
+    Args:
+        weights: look at the weights as well: a gradient that overflows ruins them one step before the loss shows it.
+    """
+    context, bad = training.context, training.first_bad
+    if distributed.world_size() > 1:
+        bad = bad.clone()
+        torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MIN)
+    step, what = int(bad), "loss is"
+    if step == _NEVER and weights and not _all_finite(context.model):
+        step, what = max(training.progress.step - 1, 0), "weights are"
+    if step == _NEVER:
+        return
+    kept = training.saves.last_good()
+    raise NonFiniteLoss(
+        f"{what} not finite in phase {context.phase}, epoch {step // context.steps_per_epoch + 1}, step {step}; "
+        f"last good checkpoint: {kept if kept else 'none'}; lower schedule.{context.block}.lr or use trainer.clip_norm"
+    )
+
+
+def _all_finite(model: nn.Module) -> bool:
+    return bool(torch.stack([torch.isfinite(tensor).all() for tensor in model.parameters()]).all())
+
+
+def save_checkpoint(training: Training) -> None:
+    """Take a checkpoint, which the main process writes; it is only ever taken with finite losses and weights."""
+    with training.saves.timed():
+        check_finite(training, weights=True)
+        training.progress.wall_s += time.monotonic() - training.clock
+        training.clock = time.monotonic()
+        training.saves.save(training.state_dict())
+
+
+def _interrupt(training: Training) -> NoReturn:
+    """Stop after a checkpoint.
+
+    Raises:
+        Interrupted: it is on disk.
+        SaveError: the disk refused it.
+    """
+    save_checkpoint(training)
+    training.saves.wait()
+    raise Interrupted
+
+
+def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> None:
+    context, progress = training.context, training.progress
+    loss, correct, images = distributed.total(training.sums.clone()).tolist()
+    row = {
+        "phase": context.phase,
+        "epoch": progress.epoch + 1,
+        "step": progress.step - context.first_step,
+        "lr": context.optimizer.param_groups[0]["lr"],
+        "train/loss": loss / images,
+        "train/top1": 100 * correct / images,
+        "macs/inference": context.forward_macs,
+        "macs/train": context.cost.total,
+        "time/epoch_s": seconds,
+        "time/images_per_s": images_per_s,
+    }
+    if context.steps_per_epoch < training.dataset.num_batches(training.batch_size):
+        row["train/images"] = context.steps_per_epoch * training.batch_size
+    if context.masks is not None:
+        row |= context.mask_figures()
+    row |= training.method.end_epoch(context, progress.epoch)
+    if training.ema is not None:
+        averaging.follow(training.ema, context.model)
+    last = progress.step == context.last_step
+    if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:
+        # The last epoch is what is reported: measured in fp32, once.
+        numerics = training.numerics.exact() if last else training.numerics
+        result = evaluate(training.evaluated, training, numerics=numerics)
+        training.last_scores = result if last else None
+        row |= {f"eval/{key}": value for key, value in result.items()}
+    training.record(row)
+
+
+def evaluate(model: nn.Module, training: Training, *, numerics: Numerics) -> dict[str, float]:
+    """Return loss and percent top-1 and top-5 of the training's evaluation split (see `measure`)."""
+    def stop() -> None:
+        if distributed.world_size() == 1 and training.stop():
+            _interrupt(training)
+
+    distributed.share_buffers(model)
+    dataset = training.dataset
+    return measure(model, dataset, dataset.eval_split, numerics=numerics, trainer=training.trainer, poll=stop)

@@ -1,0 +1,89 @@
+"""What weights from a file bring into a run, told before anything is trained: their accuracy and their zeros."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from prune_lab import models
+from prune_lab.accounting.eligibility import select_layers
+from prune_lab.foundations.schema import ConfigError
+from prune_lab.pruning.masks.distributions import num_keep_total
+from prune_lab.tracking.lines import MANY_ZEROS
+from prune_lab.training.evaluation import measure
+
+if TYPE_CHECKING:
+    from prune_lab.accounting.eligibility import Layer
+    from prune_lab.config.run import RunConfig
+    from prune_lab.core.context import Context
+    from prune_lab.training.job import Job
+
+
+def examine(job: Job, context: Context) -> dict[str, Any]:
+    """Return `start/top1` (percent) and `start/zeros` (fraction) of a network before its first step; report both.
+
+    `start/content` is the digest of what the weights came from.
+    """
+    exact, split = job.numerics.exact(), job.dataset.eval_split
+    scores = measure(context.model, job.dataset, split, numerics=exact, trainer=job.config.trainer, poll=job.poll)
+    zeros = share_of_zeros(context.model)
+    limit = job.config.trainer.limit_eval_batches
+    part = "" if limit is None else f" (trainer.limit_eval_batches={limit})"
+    where = f"on the {split} split{part} before training"
+    job.report(f"start weights: top-1 {scores['top1']:.2f} % {where}{_hint(job.config)}")
+    if zeros >= MANY_ZEROS:
+        job.report(f"start weights: {zeros:.2%} of the weights of convolutions and linear layers are zero; training "
+                   f"moves those that the method does not mask{keeping(context)}")  # fmt: skip
+    content = models.weights_digest(job.config.model)
+    return {"start/top1": scores["top1"], "start/zeros": zeros, "start/content": content}
+
+
+def share_of_zeros(model: nn.Module) -> float:
+    """Return the fraction of zeros among the weights of convolutions and linear layers; 0 for a network without."""
+    total, zeros = _count(model, _layers(model))
+    return zeros / total if total else 0.0
+
+
+def keeping(context: Context) -> str:
+    """Return the options with which a run keeps exactly the zeros of a network, as the end of a sentence.
+
+    The largest weights under one ranking over all layers are those that are not zero; empty if there is no such target.
+    """
+    computed = {cost.parameter for cost in context.costs if cost.computed}
+    eligible = [layer for layer in _layers(context.model) if layer.eligible and layer.parameter not in computed]
+    total, zeros = _count(context.model, eligible)
+    if not 0 < zeros < total:
+        return ""
+    sparsity = next(value for digits in range(2, 18) if _asks_for(value := float(f"{zeros / total:.{digits}g}"), total,
+                                                                  zeros) or digits == 17)  # fmt: skip
+    return f"; method=magnitude_init method.first_layer=sparse method.sparsity={sparsity} keeps these zeros"
+
+
+def _asks_for(sparsity: float, total: int, zeros: int) -> bool:
+    return 0 < sparsity < 1 and num_keep_total(total, sparsity) == total - zeros
+
+
+def _layers(model: nn.Module) -> list[Layer]:
+    try:
+        return select_layers(model)
+    except ConfigError:  # none that could be pruned
+        return []
+
+
+def _count(model: nn.Module, layers: list[Layer]) -> tuple[int, int]:
+    """Return weights and zeros among them."""
+    named = dict(model.named_parameters())
+    weights = [named[layer.parameter] for layer in layers]
+    nonzero = sum(int(torch.count_nonzero(weight)) for weight in weights)
+    total = sum(weight.numel() for weight in weights)
+    return total, total - nonzero
+
+
+def _hint(config: RunConfig) -> str:
+    """Return what may be amiss where nobody chose how the images are normalised."""
+    if any(line.lstrip("+").startswith(("dataset.mean=", "dataset.std=")) for line in config.overrides):
+        return ""
+    mean, std = (",".join(f"{value:g}" for value in values) for values in (config.dataset.mean, config.dataset.std))
+    return f"; if they were trained with other values than mean {mean} and std {std}, set dataset.mean, dataset.std"
