@@ -91,4 +91,5 @@ def test_every_file_has_a_room() -> None:
 def test_every_room_says_what_it_is_for() -> None:
     for folder in {path.parent for path in modules().values()}:
         face = folder / "__init__.py"
-        assert face.is_file() and ast.get_docstring(ast.parse(face.read_text(encoding="utf-8"))), f"{folder} has no face"
+        assert face.is_file(), folder
+        assert ast.get_docstring(ast.parse(face.read_text(encoding="utf-8"))), face

@@ -50,7 +50,7 @@ class MaskSparsityConfig(ChannelPruningConfig):
     criterion: Literal["sparsified", "l1_norm"]
     """what ranks the channels: their scales after a training under the penalty on all scales, or the filters' L1 norms
     in the dense network, which saves that training"""
-    penalty: Positive
+    scale_penalty: Positive
     """factor of the penalty in both trainings"""
     regularizer: Literal["l1", "l2", "smooth_l1"]
     """gradient of the penalty: sign of the scale, the scale, or the scale below lr x scale_penalty and else its sign"""

@@ -27,7 +27,7 @@ thresholds = lazy_import("prune_lab.pruning.batch_norm.thresholds")
 
 @dataclass(frozen=True)
 class SlimmingConfig(ChannelPruningConfig):
-    penalty: NonNegative
+    scale_penalty: NonNegative
     """factor of the penalty; its gradient is this times the sign of the scale"""
     scale_init: Positive | None
     """value that the scales of an untrained network start with; None: what the network is built with"""

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from test_weight_use import StandardisedConv2d
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -18,6 +17,7 @@ from prune_lab.core.usable_layers import usable_layers
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline import dry_run
 from prune_lab.pipeline.saved_model import load_model
+from tests.accounting.test_weight_use import StandardisedConv2d
 from tests.helpers.runs import METHODS, TINY, compose, execute, run_dir, summary
 
 CHANNELS = {"l0 filter", "constrained_l0 filter", "dep_l0", "dep_l0 dense", "greedy", "l1_filter", "fpgm", "slimming",

@@ -228,7 +228,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from data_helpers import make
+from tests.helpers.data import make
 from prune_lab.datasets import resized_images
 slow = resized_images.resize
 def resize(*arguments):
@@ -240,7 +240,7 @@ make("imagefolder", **{options!r})
 
 
 def start(root: Path, delay: float, **overrides) -> subprocess.Popen:
-    script = SCRIPT.format(tests=str(REPO / "tests" / "datasets"), options=options(root, **overrides))
+    script = SCRIPT.format(tests=str(REPO), options=options(root, **overrides))
     return subprocess.Popen(
         [sys.executable, "-c", script, str(delay)], cwd=REPO, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from test_loop import batch, training
 from torch import nn
 
 from prune_lab.core.context import Context
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.foundations import distributed
 from prune_lab.training.loop import train_step
+from tests.training.test_loop import batch, training
 
 
 def joined_batch_norm(kind: type, shape: tuple[int, ...], **options) -> None:

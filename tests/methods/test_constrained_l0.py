@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_l0 import LABELS, do_step, load_dense, network, set_up, spread_gates, trained
 from torch import Tensor
 
 from prune_lab.accounting.costs import profile, sparse_macs
@@ -21,6 +20,7 @@ from prune_lab.pruning.gates.hard_concrete import Term
 from prune_lab.pruning.gates.multipliers import ascend, dual_rate
 from prune_lab.pruning.masks.distributions import num_keep_total
 from tests.helpers.method_runs import configure, finish, last_result, make, summary
+from tests.methods.test_l0 import LABELS, do_step, load_dense, network, set_up, spread_gates, trained
 
 NAME = "constrained_l0"
 TARGET = {"constrain": "model", "sparsity": 0.5}

@@ -8,7 +8,6 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from test_scoring import Doubling
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -18,6 +17,7 @@ from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.scores import evaluation_mode, gradients, recompute
 from tests.helpers.method_runs import CONF, make
 from tests.helpers.score_phases import Images, Net, Row, noise_images, one_image, phase, unchanged, with_loss
+from tests.pruning.scores.test_gradients import Doubling
 
 
 def scores(model: nn.Module, data: Images | None = None, **options) -> dict[str, Tensor]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_autosparse import CHANNELS_U, CHANNELS_W, U, W, backward, layer_of, set_up
 
 from prune_lab.cli import command as cli
 from prune_lab.families import soft_threshold
@@ -16,6 +15,7 @@ from prune_lab.families.soft_threshold import AWAKE, decayed, wake_step, waking_
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.training.loop import Training
 from tests.helpers.method_runs import configure, finish, make, summary, watch
+from tests.methods.test_autosparse import CHANNELS_U, CHANNELS_W, U, W, backward, layer_of, set_up
 
 STEPS = 5005
 SGD = {"momentum": 0.875, "nesterov": False}

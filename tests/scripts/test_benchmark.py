@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
+
+from tests.conftest import REPO
 
 sys.path.insert(0, str(REPO / "scripts"))
 timing, report, workload, checkpoints, plain, gpu, main = (

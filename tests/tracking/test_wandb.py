@@ -24,7 +24,7 @@ from tests.helpers.wandb_child import LAYERS, SUMMARY, record
 from tests.helpers.wandb_server import API_KEY, WandbServer
 from tests.helpers.wandb_user import call, online, user_environment
 
-HERE = Path(__file__).parent
+HELPERS = Path(__file__).parents[1] / "helpers"
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def run_dir(tmp_path):
 
 
 def start_child(*arguments, env):
-    command = [sys.executable, str(HERE / "wandb_child.py"), *map(str, arguments)]
+    command = [sys.executable, str(HELPERS / "wandb_child.py"), *map(str, arguments)]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 

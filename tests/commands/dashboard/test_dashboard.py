@@ -13,7 +13,7 @@ import pytest
 from prune_lab.commands.dashboard import command as dashboard
 from prune_lab.foundations.files import read_json
 from prune_lab.foundations.schema import ConfigError
-from tests.helpers import runs as run_helpers
+from tests.helpers import runs
 from tests.helpers.wandb_server import API_KEY, ENTITY, StoredRun, WandbServer
 from tests.helpers.wandb_user import call, online, user_environment
 
@@ -45,9 +45,9 @@ class Project:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Project:
     folder = tmp_path_factory.mktemp("dashboard")
-    options = [*run_helpers.TINY, *run_helpers.METHODS["rigl"], "dataset.validation=0.25"]  # for test/top1
-    assert run_helpers.execute(folder / "outputs", *options) == 0
-    run_dir = run_helpers.run_dir(folder / "outputs")
+    options = [*runs.TINY, *runs.METHODS["rigl"], "dataset.validation=0.25"]  # for test/top1
+    assert runs.execute(folder / "outputs", *options) == 0
+    run_dir = runs.run_dir(folder / "outputs")
     with WandbServer() as server:
         env = online(user_environment(folder), server)
         sent = call("wandb-sync", run_dir, env=env)

@@ -12,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tests.run_helpers import TINY, compose
 
 from prune_lab.commands.compare.runs import read_runs
 from prune_lab.commands.verdict import command as verdict_runs
@@ -22,6 +21,7 @@ from prune_lab.commands.verdict.plan import PRESETS, plan, sharing, small_sparsi
 from prune_lab.compose.choices import conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.foundations.schema import ConfigError
+from tests.helpers.runs import TINY, compose
 
 LOTTERY = {"name": "lottery", "arm": "LT-IMP", "levels": 8, "sparsity": None, "fraction": 0.2, "distribution": "global",
            "rewind_to": "0ep", "optimizer_state": "restore", "copy": 0, "include": [], "exclude": []}  # fmt: skip

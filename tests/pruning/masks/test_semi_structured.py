@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from methods.toys import OneLayer, mask_of, one_step, open_phase
 from torch import Tensor, nn
 
 from prune_lab import models
@@ -48,6 +47,7 @@ from tests.helpers.method_runs import (
     summary,
     watch,
 )
+from tests.helpers.toys import OneLayer, mask_of, one_step, open_phase
 
 METHODS = [
     name for name in NAMES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -283,11 +282,8 @@ def test_gradient_norm_counts_kept_weights_of_eligible_layers():
 )
 def test_resnet50_is_scored_within_12_gigabytes(options):
     """64 images of 224 px on the CPU, in a process of its own."""
-    script = Path(__file__).with_name("peak_memory.py")
-    path = os.pathsep.join([str(script.parents[1]), str(script.parent)])
-    done = subprocess.run(
-        [sys.executable, str(script), *options], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
-    )
+    command = [sys.executable, "-m", "tests.helpers.peak_memory", *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     assert done.returncode == 0, done.stderr
     peak = int(done.stdout.split()[-1])
     print(f"peak {peak / 1e9:.2f} GB")
