@@ -23,7 +23,6 @@ core_images = lazy_import("prune_lab.core.images")
 top_k = lazy_import("prune_lab.pruning.masks.top_k")
 torch = lazy_import("torch")
 distributed = lazy_import("prune_lab.foundations.distributed")
-mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
 gradients = lazy_import("prune_lab.pruning.scores.gradients")
 
 

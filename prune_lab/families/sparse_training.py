@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 top_k = lazy_import("prune_lab.pruning.masks.top_k")
 torch = lazy_import("torch")
-mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
 redistribution = lazy_import("prune_lab.pruning.masks.redistribution")
 optimizer = lazy_import("prune_lab.optim.optimizer")
 schedules = lazy_import("prune_lab.pruning.masks.sparsity_schedules")

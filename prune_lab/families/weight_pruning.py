@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 top_k = lazy_import("prune_lab.pruning.masks.top_k")
 distributions = lazy_import("prune_lab.pruning.masks.distributions")
 eligibility = lazy_import("prune_lab.accounting.eligibility")
-mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,9 @@ class WeightPruning(Method):
             )
         return keep
 
-    def cut(self, context: Context, mask_set: dict[str, Tensor]) -> None:
+    def cut(self, context: Context, masks: dict[str, Tensor]) -> None:
         """Take the masks of a cut and name the layers it leaves without any weight."""
-        context.install_masks(mask_set)
+        context.install_masks(masks)
         empty = [name.removesuffix(".weight") for name, count in context.masks.counts().items() if count == 0]
         if empty:
             context.report(f"layers without any weight left: {', '.join(empty)}")

@@ -24,7 +24,7 @@ def run_one(config: RunConfig, tally: Counter[str], host: Host | None = None) ->
             from prune_lab.pipeline.dry_run import dry_run
 
             return dry_run(config)
-        from prune_lab.pipeline import run
+        from prune_lab.pipeline.runner import run
 
         return run(*in_order(config), tally=tally, host=host)
     except Exception as error:

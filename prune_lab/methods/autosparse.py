@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 top_k = lazy_import("prune_lab.pruning.masks.top_k")
 torch = lazy_import("torch")
 accounting = lazy_import("prune_lab.accounting.costs")
-mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
 
 
 _PUBLISHED = -5.0

@@ -20,7 +20,6 @@ torch = lazy_import("torch")
 selection = lazy_import("prune_lab.pruning.channels.selection")
 distributions = lazy_import("prune_lab.pruning.masks.distributions")
 hard_concrete = lazy_import("prune_lab.pruning.gates.hard_concrete")
-mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
 multipliers = lazy_import("prune_lab.pruning.gates.multipliers")
 
 TOLERANCE = 0.01

@@ -42,7 +42,6 @@ eligibility = lazy_import("prune_lab.accounting.eligibility")
 imitation = lazy_import("prune_lab.pruning.channels.imitation")
 patterns = lazy_import("prune_lab.foundations.patterns")
 removal = lazy_import("prune_lab.core.removal")
-gradients = lazy_import("prune_lab.pruning.scores.gradients")
 scoring_images = lazy_import("prune_lab.core.images")
 short_training = lazy_import("prune_lab.core.short_training")
 

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 torch = lazy_import("torch")
 accounting = lazy_import("prune_lab.accounting.costs")
-distributed = lazy_import("prune_lab.foundations.distributed")
 eligibility = lazy_import("prune_lab.accounting.eligibility")
 hashed_convolution = lazy_import("prune_lab.pruning.dynamic.hashed_convolution")
 merging_cost = lazy_import("prune_lab.pruning.dynamic.merging_cost")

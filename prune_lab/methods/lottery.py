@@ -26,7 +26,6 @@ top_k = lazy_import("prune_lab.pruning.masks.top_k")
 torch = lazy_import("torch")
 distributions = lazy_import("prune_lab.pruning.masks.distributions")
 eligibility = lazy_import("prune_lab.accounting.eligibility")
-mask_tools = lazy_import("prune_lab.pruning.masks.mask_set")
 weight_overlap = lazy_import("prune_lab.pruning.scores.weight_overlap")
 
 Arm = Literal["LT-IMP", "LT-OMP", "RR-IMP", "RR-OMP", "IMP-rewind", "OMP-rewind", "LR-rewinding-IMP",

@@ -24,7 +24,7 @@ from prune_lab.commands.compare.formats import markdown
 from prune_lab.commands.export.latency import MIN_ROUNDS, interleaved, roughly
 from prune_lab.commands.export.machine import machine
 from prune_lab.commands.export.sparse import CsrLayer
-from prune_lab.pruning.masks import mask_set, semi_structured
+from prune_lab.pruning.masks import semi_structured, top_k
 
 SPARSITIES = {"2:4": 0.5, "0.9": 0.9, "0.95": 0.95, "0.98": 0.98, "0.99": 0.99}
 _HOPELESS = 4.0
@@ -144,7 +144,7 @@ def pruned(layer: nn.Module, label: str) -> nn.Module | None:
     other, num_keep = _copy(layer), round(layer.weight.numel() * (1 - SPARSITIES[label]))
     if label == "2:4" and not eligibility.has_groups(tuple(layer.weight.shape)):
         return None
-    rule = semi_structured if label == "2:4" else mask_set
+    rule = semi_structured if label == "2:4" else top_k
     with torch.no_grad():
         other.weight.mul_(rule.keep_top(torch.rand(layer.weight.shape), num_keep))
     return other

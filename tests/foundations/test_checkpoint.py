@@ -130,7 +130,7 @@ def test_a_limit_of_the_system_is_met_while_writing(tmp_path):
     """A child that may write 20 kB per file saves a small state, then a large one."""
     program = """
 import signal, sys, pathlib, torch
-from prune_lab import checkpoint
+from prune_lab.foundations import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 pair = checkpoint.CheckpointPair(pathlib.Path(sys.argv[1]), print)
 pair.save({"step": 1})

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from prune_lab.compose.choices import conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
-from prune_lab.pipeline import run
+from prune_lab.pipeline.runner import run
 
 TINY = (
     "dataset=fake", "dataset.num_train=48", "dataset.num_test=20", "dataset.image_size=16", "dataset.num_classes=4",

@@ -67,7 +67,7 @@ def test_two_processes_get_different_gpus_and_a_third_waits(tmp_path: Path, monk
     code = textwrap.dedent(f"""
         import os, sys
         from pathlib import Path
-        from prune_lab.slots import slot
+        from prune_lab.launch.slots import slot
         with slot(lambda: False, Path({str(tmp_path)!r})) as free:
             print(free, os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
             sys.stdin.readline()

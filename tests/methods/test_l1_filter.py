@@ -12,8 +12,8 @@ from torch import nn
 from prune_lab.cli import command as cli
 from prune_lab.families.channel_pruning import Problem, parse_kept
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.pipeline import run
 from prune_lab.pipeline.control_runs import in_order
+from prune_lab.pipeline.runner import run
 from prune_lab.pipeline.saved_model import load_model
 from prune_lab.pruning.channels.filter_scores import l1_norms, per_class
 from prune_lab.pruning.channels.groups import channel_map

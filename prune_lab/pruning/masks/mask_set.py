@@ -1,4 +1,4 @@
-"""Masks: exact selections of weights, and the set of masks that keeps pruned weights at zero."""
+"""The masks of a network, which keep pruned weights at zero."""
 
 from __future__ import annotations
 
@@ -7,23 +7,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-
-from prune_lab.foundations.bits import bits_of
-
-
-def ranks(score: Tensor) -> Tensor:
-    """Return integers, shaped like `score`, in the order of its values: equal for both zeros, beyond infinity for NaN.
-
-    Comparing them is exact in every thread. Numbers below the normal range act as zero in threads that flush them and
-    not in others: a selection that compares such scores in several threads keeps a wrong number of them.
-    """
-    if not score.is_floating_point():
-        return score
-    bits = bits_of(score)
-    negative = bits < 0
-    if not negative.any():  # scores are mostly absolute values
-        return bits
-    return torch.where(negative, torch.iinfo(bits.dtype).min - bits, bits)  # sign and magnitude to two's complement
 
 
 class MaskSet:

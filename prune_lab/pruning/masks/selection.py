@@ -8,8 +8,8 @@ from typing import Any
 from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
 
-mask_set = lazy_import("prune_lab.pruning.masks.mask_set")
 semi_structured = lazy_import("prune_lab.pruning.masks.semi_structured")
+top_k = lazy_import("prune_lab.pruning.masks.top_k")
 
 SEMI_STRUCTURED = "2:4"
 """the distribution whose layers keep two weights in every group of four input channels"""
@@ -23,8 +23,8 @@ _NEEDED = {
 
 
 def selection(distribution: str) -> ModuleType:
-    """Return what has `keep_top`, `grow` and `random_mask` for a distribution: `masks`, or the same for 2:4."""
-    return semi_structured if distribution == SEMI_STRUCTURED else mask_set
+    """Return what has `keep_top`, `grow` and `random_mask` for a distribution: `top_k`, or the same for 2:4."""
+    return semi_structured if distribution == SEMI_STRUCTURED else top_k
 
 
 def check_semi_structured(options: Any, path: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prune_lab.accounting.eligibility import GROUP, has_groups
-from prune_lab.pruning.masks import mask_set, top_k
+from prune_lab.pruning.masks import top_k
 
 KEPT = 2
 
@@ -60,7 +60,7 @@ def grow(kept: Tensor, score: Tensor, num_total: int, *, candidates: Tensor | No
     free = ~kept if candidates is None else candidates & ~kept
     if (torch.isnan(score) & free).any():
         raise ValueError("score is NaN at a candidate position")
-    score = mask_set.ranks(score)
+    score = top_k.ranks(score)
     lacking = KEPT - _count(kept)
     candidates_of = to_groups(free).unbind(-1)
     places = _places(to_groups(score).unbind(-1), candidates_of)

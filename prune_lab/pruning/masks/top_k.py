@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from prune_lab.foundations.bits import bits_of
-from prune_lab.pruning.masks.mask_set import ranks
 from prune_lab.pruning.masks.sparsity_schedules import floor_product
 
 
@@ -116,3 +115,18 @@ def keep_by_sign(weight: Tensor, mask: Tensor, fraction: float) -> Tensor:
         count = int(side.sum())
         kept |= keep_top(weight.abs(), count - floor_product(fraction * count), candidates=side)
     return kept
+
+
+def ranks(score: Tensor) -> Tensor:
+    """Return integers, shaped like `score`, in the order of its values: equal for both zeros, beyond infinity for NaN.
+
+    Comparing them is exact in every thread. Numbers below the normal range act as zero in threads that flush them and
+    not in others: a selection that compares such scores in several threads keeps a wrong number of them.
+    """
+    if not score.is_floating_point():
+        return score
+    bits = bits_of(score)
+    negative = bits < 0
+    if not negative.any():  # scores are mostly absolute values
+        return bits
+    return torch.where(negative, torch.iinfo(bits.dtype).min - bits, bits)  # sign and magnitude to two's complement

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.foundations.seeding import generator
-from prune_lab.pruning.masks.mask_set import MaskSet, ranks
-from prune_lab.pruning.masks.top_k import grow, keep_by_sign, keep_top, keep_top_global, random_mask
+from prune_lab.pruning.masks.mask_set import MaskSet
+from prune_lab.pruning.masks.top_k import grow, keep_by_sign, keep_top, keep_top_global, random_mask, ranks
 
 # rigl.md example B
 WEIGHT = torch.tensor([[0.9, -0.1, 0, 0], [0.05, 0.4, 0, -0.7], [0, 0, 0.2, 0.3]])
@@ -81,8 +81,8 @@ import torch
 torch.set_num_threads(2)
 torch.ones(1 << 22).mul_(2)  # worker threads begin here, and go on as they began
 torch.set_flush_denormal(True)
-from prune_lab import semi_structured
-from prune_lab.pruning.masks.mask_set import keep_top
+from prune_lab.pruning.masks import semi_structured
+from prune_lab.pruning.masks.top_k import keep_top
 bits = torch.arange(1, 3 * 2**18 + 1, dtype=torch.int32)
 scores = torch.cat([torch.linspace(1, 2, 2**18), bits.view(torch.float32)])
 mask = keep_top(scores, 2**19)
