@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,12 +17,20 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 REPO = Path(__file__).parents[1]
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep a file's tests in one process, since they share what they build; what all methods hold, by method."""
+    seen: Counter[str] = Counter()
     for item in items:
         method = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         by_method = item.path.name == "test_contract.py" and method is not None
-        item.add_marker(pytest.mark.xdist_group(str(method) if by_method else item.path.name))
+        item.add_marker(pytest.mark.xdist_group(str(method) if by_method else str(item.path.relative_to(REPO))))
+        thin = item.get_closest_marker("thin")
+        if thin is not None and item.get_closest_marker("slow") is None:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % thin.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ def test_no_method_prunes_a_weight_that_is_not_the_one_used(name: str, tmp_path:
     assert rows["6"]["eligible"]
 
 
+@pytest.mark.thin(4)
 @pytest.mark.usefixtures("known")
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_the_saved_network_has_no_zeros_there_and_its_costs_add_up(name: str, tmp_path: Path) -> None:

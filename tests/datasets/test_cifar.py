@@ -316,6 +316,7 @@ def test_batches_come_from_the_decoded_images(tmp_path, tree):
     assert len(evaluate(dataset)[0][1]) == 3
 
 
+@pytest.mark.slow
 def test_real_tar_of_60000_images(tmp_path, monkeypatch):
     root = shared_data() / "cifar10-jpeg.tar.xz"
     if not root.exists():

@@ -74,6 +74,7 @@ SLOW_LR = ("schedule.train.lr=0.002", "schedule.finetune.lr=0.002")
 SOME = [pytest.param(name, marks=[pytest.mark.slow] * (index % 8 > 0)) for index, name in enumerate(METHODS)]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("method", SOME)
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path, method):
     options = (*TINY, *METHODS[method], *SLOW_LR, "dataset.num_test=21", "trainer.eval_batch_size=4")
@@ -162,6 +163,7 @@ def test_a_full_disk_ends_both(tmp_path):
     assert "No space left" in status(tmp_path / "out")["error"]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_same_run(tmp_path, child_environment):
     options = (*TINY, *METHODS["rigl"], *SLOW_LR, f"output_dir={tmp_path / 'double'}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "prune_lab"]

@@ -187,6 +187,7 @@ def test_unknown_and_missing_options_are_refused_by_name(name: str) -> None:
 SLOW_VALUES = [pytest.param(text, marks=pytest.mark.slow) for text in ("1.5", "-0.1", "null", "[0.5]")]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("value", ["0", "1", "nan", "much", *SLOW_VALUES])
 @pytest.mark.parametrize("name", WITH_SPARSITY)
 def test_command_refuses_a_bad_sparsity(name: str, value: str, capsys: pytest.CaptureFixture) -> None:
@@ -231,6 +232,7 @@ def densities_file(path: Path, name: str, sparsity: float) -> Path:
     return path
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("name", "distribution", "sparsity"), budgets())
 def test_achieved_sparsity_is_the_requested_one(name: str, distribution: str, sparsity: float, tmp_path: Path) -> None:
     options = [f"method.sparsity={sparsity}", "schedule.train.epochs=2", "schedule.finetune.epochs=1"]
@@ -270,6 +272,7 @@ STEPPED = [
 ]  # fmt: skip
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("name", "optimizer"), STEPPED)
 def test_pruned_weights_are_zero_after_every_step(
     name: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -293,6 +296,7 @@ HALF = [pytest.param(name, marks=[pytest.mark.slow] * (index % 2)) for index, na
 """every other method; all with -m slow"""
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", HALF)
 def test_layout_is_what_is_in_force_at_each_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[int] = []
@@ -322,6 +326,7 @@ def test_layout_is_what_is_in_force_at_each_step(name: str, tmp_path: Path, monk
 # Dry run
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", HALF)
 def test_dry_run_counts_what_the_run_spends(name: str, finished, tmp_path: Path) -> None:
     assert dry_run(configure(tmp_path, name, *awkward(name))) == 0
@@ -338,6 +343,7 @@ def test_dry_run_counts_what_the_run_spends(name: str, finished, tmp_path: Path)
 # Resume
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_run_equals_an_uninterrupted_one(
     name: str, finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -393,6 +399,7 @@ def assert_equal(one: Any, other: Any, where: str = "result") -> None:
 # The finished network
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_finished_networks_hold_no_negative_zero(name: str, finished) -> None:
     for tensors in (load_file(finished(name) / "model.safetensors"), last_result(finished(name))["model"]):
@@ -418,6 +425,7 @@ PAIRS = [
 ]  # fmt: skip
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(("name", "family"), PAIRS)
 def test_works_on_each_model_family(name: str, family: str, tmp_path: Path) -> None:
     short = SHORT | {"sparsity": 0.6, "interval": 1, "num_cuts": 1}

@@ -37,6 +37,7 @@ def test_images(shared_folder):
     return images, torch.tensor([names.index(name) for name in classes])
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     "name, file, accuracy",
     [("resnet20", "resnet20-12fca82f.th", 0.8103), ("resnet56", "resnet56-4bfd9763.th", 0.8320)],

@@ -53,6 +53,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(path): (path.stat().st_mtime_ns, path.read_bytes()) for path in files_there}
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("method", METHODS)
 def test_summary_has_every_key_and_files_are_all_there(tmp_path, method):
     assert execute(tmp_path, *TINY, *METHODS[method]) == 0
@@ -207,6 +208,7 @@ def full_disk(*_arguments, **_options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("where", ["checkpoint", "record", "run record", "phase figures", "model", "status"])
 def test_full_disk_ends_in_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, where):
     def refuse(path, *_arguments):
