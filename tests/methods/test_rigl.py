@@ -239,7 +239,7 @@ def test_masked_gradients_are_refused() -> None:
     method = rigl()
     context = example_b(method)
     context.parameters()["fc.weight"].grad *= WEIGHT != 0
-    with pytest.raises(RuntimeError, match="all gradients at step 0 are zero at pruned weights"):
+    with pytest.raises(ConfigError, match="all gradients at step 0 are zero at pruned weights"):
         method.after_backward(context, 0)
 
 
