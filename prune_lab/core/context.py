@@ -50,7 +50,7 @@ class Context:
     optimizer_state: dict[str, Any] | None = None
     """state with which the optimizer of the next phase starts; None: anew"""
     dataset: Any = None
-    """the training images, for methods that score weights on them (see scoring.batches)"""
+    """the training images, for methods that score weights on them (see images.batches)"""
     fresh_model: Callable[[str], nn.Module] | None = None
     """returns the network initialised anew, drawn from the seed and the given word"""
     poll: Callable[[], None] = lambda: None

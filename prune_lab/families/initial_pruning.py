@@ -165,7 +165,7 @@ class InitialPruning(WeightPruning):
         """Return (images, labels) of the balanced scoring images, the same in every call.
 
         Args:
-            options: order, augment and rounds of `scoring.batches`.
+            options: order, augment and rounds of `images.batches`.
         """
         config = self.config
         sizes = {"per_class": config.samples_per_class, "batch_size": config.scoring_batch}

@@ -370,8 +370,8 @@ def check_dense(scores: dict[str, Tensor], active: dict[str, Tensor], what: str)
     """Raise ConfigError if the scores of all pruned positions are zero: nothing could be chosen to grow."""
     if scores and not any(bool(score[~active[name]].any()) for name, score in scores.items()):
         raise ConfigError(
-            f"all {what} are zero at pruned weights, so none can be chosen to grow: no signal passes a network as sparse "
-            "as this (a lower method.sparsity leaves it a way), or something masks gradients"
+            f"all {what} are zero at pruned weights, so none can be chosen to grow: no signal passes a network as "
+            "sparse as this (a lower method.sparsity leaves it a way), or something masks gradients"
         )
 
 

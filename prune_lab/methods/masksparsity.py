@@ -46,7 +46,7 @@ class MaskSparsityConfig(ChannelPruningConfig):
     energy: OpenFraction | None
     """instead of a ratio: each batch norm's smallest scales go that hold this fraction of the sum of their squares"""
     mask_file: FilePath | None
-    """instead of a ratio: JSON of the channels that stay (see scale_masks.load)"""
+    """instead of a ratio: JSON of the channels that stay (see masks.load)"""
     criterion: Literal["sparsified", "l1_norm"]
     """what ranks the channels: their scales after a training under the penalty on all scales, or the filters' L1 norms
     in the dense network, which saves that training"""

@@ -42,7 +42,7 @@ class GateBudget(RemovableChannels):
         self.unit: Unit = unit
         whole = self.costs.at(unit, self.costs.sizes)
         self.matrix = torch.tensor(self.costs.matrix(unit) / whole)
-        """float64 [lanes + 1, lanes + 1] for `polarized_gates.cost`, as a fraction of the dense network's"""
+        """float64 [lanes + 1, lanes + 1] for `polarized.cost`, as a fraction of the dense network's"""
         self.budget = Budget(unit, ratio)
         self.largest(torch.zeros(self.map.num_classes, dtype=torch.float64))  # refuses what is out of reach
 

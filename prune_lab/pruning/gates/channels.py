@@ -20,7 +20,7 @@ class GatedChannels:
     """The channels of some groups of a network, one gate each, group by group."""
 
     def __init__(self, network: Network, groups: Sequence[ChannelGroup]) -> None:
-        """Take `groups` of the network of `network`, from `channels.channel_groups`."""
+        """Take `groups` of `network`, from `groups.channel_groups`."""
         self.groups = list(groups)
         self.sizes = [group.size for group in self.groups]
         self.num_gates = sum(self.sizes)

@@ -57,7 +57,7 @@ def _add_product(
     slopes = torch.autograd.grad(loss, list(weights), create_graph=True, materialize_grads=True)
     pairs = [(slope, part) for slope, part in zip(slopes, directions, strict=True) if slope.requires_grad]
     try:
-        # Not autograd.grad: see scoring.hessian_gradient.
+        # Not autograd.grad: see second_derivatives.hessian_gradient.
         torch.autograd.backward([slope for slope, _ in pairs], [part for _, part in pairs])
     except RuntimeError as error:
         found = second_derivatives.without_second_derivative(model, images[:2])

@@ -125,5 +125,5 @@ class _Backward(torch.autograd.Function):
         leaves = _leaves(context.saved_tensors)
         with torch.enable_grad():
             first = torch.autograd.grad(context.run(*leaves[1:]), leaves[1:], leaves[0], create_graph=True)
-        torch.autograd.backward(first, slopes)  # not autograd.grad: see scoring.hessian_gradient
+        torch.autograd.backward(first, slopes)  # not autograd.grad: see second_derivatives.hessian_gradient
         return None, *(leaf.grad for leaf in leaves)

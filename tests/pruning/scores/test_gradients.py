@@ -26,7 +26,7 @@ CPU = BatchFormat(torch.device("cpu"), torch.float32, torch.contiguous_format)
 
 
 def positions(data: Images, seed: int = 0, **options) -> list[list[int]]:
-    """Return the positions of each batch that `scoring.batches` reads."""
+    """Return the positions of each batch that `images.batches` reads."""
     context = phase(Net(), make("snip"), data, seed=seed)
     data.seen.clear()
     batches = list(core_images.batches(context, **options))
