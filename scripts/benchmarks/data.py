@@ -66,7 +66,7 @@ def run(options: Options, report: Report) -> None:
 
 def stream(options: Options, report: Report) -> None:
     """Run the script for streamed images in a process of its own: it computes with one thread."""
-    script = Path(__file__).parents[1] / "benchmark_stream.py"
+    script = Path(__file__).with_name("stream.py")
     if not script.exists():
         report.note(f"not run: {script.name} is not there")
         return

@@ -29,7 +29,7 @@ from prune_lab.datasets import BatchFormat, image_crops, load, parse_config
 from prune_lab.datasets.worker_pool import num_usable_cores
 from prune_lab.foundations.seeding import generator
 
-CONF = Path(__file__).parents[1] / "conf" / "dataset"
+CONF = Path(__file__).parents[2] / "conf" / "dataset"
 SIZE, CACHED_SIDE = 224, 256
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prune_lab.accounting.costs import profile
 from prune_lab.core.context import Context
 from prune_lab.core.method import Method
-from prune_lab.pruning.scores import gradients
+from prune_lab.pruning.scores import gradients, second_derivatives
 
 
 class Images:
@@ -89,7 +89,8 @@ class Row(nn.Module):
 
 def with_loss(monkeypatch: pytest.MonkeyPatch, formula: Callable[[Tensor], Tensor]) -> None:
     """Put a function of the weights of a `Row` in place of the loss of each batch."""
-    monkeypatch.setattr(gradients, "loss", lambda model, *batch, temperature=1.0: formula(model.fc.weight[0]))
+    for module in (gradients, second_derivatives):
+        monkeypatch.setattr(module, "loss", lambda model, *batch, temperature=1.0: formula(model.fc.weight[0]))
 
 
 def one_image() -> Images:

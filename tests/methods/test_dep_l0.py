@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from prune_lab import models
 from prune_lab.accounting.costs import profile
+from prune_lab.accounting.network import Network
 from prune_lab.cli import command as cli
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.schedule import PhaseSchedule
@@ -391,13 +392,11 @@ def test_expected_weights_of_two_convolutions_in_a_row() -> None:
     assert method.priced.at(torch.ones(5))[0].item() / 2 == 108 + 15
 
 
-def gated_network(name: str) -> tuple[GatedChannels, Context]:
+def gated_network(name: str) -> tuple[GatedChannels, Network]:
     (config,) = compose_checked(CONF, [f"model={name}", "model.width=0.25"], sweep=False)
     model = models.build(config.model, num_classes=10, image_size=32)
-    dataset = SimpleNamespace(info=SimpleNamespace(image_size=32))
-    named = dict(model.named_parameters())
-    context = SimpleNamespace(model=model, costs=profile(model, 32), dataset=dataset, parameters=lambda: named)
-    return GatedChannels(context.network, [group for group, _ in find_norms(model, 32)]), context
+    network = Network(model, [], profile(model, 32), 32)
+    return GatedChannels(network, [group for group, _ in find_norms(model, 32)]), network
 
 
 @pytest.mark.parametrize("name", ["vgg16", "mobilenet_v3_small"])

@@ -85,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_records_follow_the_threshold_of_the_schedule(run: Path) -> None:
     (config,) = compose_checked(CONF, [*TINY, "method=directional"], sweep=False)
     schedule = config.schedule.phase("train")
-    rates = [learning_rate.learning_rate(schedule, step, 3) for step in range(9)]
+    rates = [learning_rate(schedule, step, 3) for step in range(9)]
     expected = list(thresholds(rates, c=0.05, mu=0.6))
     assert [row["threshold"] for row in rows(run)] == [expected[2], expected[5], expected[8]]
 

@@ -467,6 +467,7 @@ def test_gates_slower_than_weights_are_warned_of() -> None:
     for rate in (0.05, 0.1, 6.0):
         context = context_of(network(), {}, image_size=8)
         context.report, context.schedule = lines.append, PhaseSchedule(10, 0.1, "constant", [], 0.1, 0.0, 0.0)
+        context.dataset = SimpleNamespace(info=SimpleNamespace(image_size=8))
         make("l0", gate_optimizer="sgd", gate_lr=rate).setup(context)
     assert [line.split()[0] for line in lines] == ["method.gate_lr=0.05", "method.gate_lr=0.1"]
 

@@ -136,7 +136,7 @@ def test_quick_starts_few_processes():
 
 def test_streams_are_timed_from_before_their_first_batch(monkeypatch):
     """Four batches of one image, a second each: with the clock at the first batch three seconds would be counted."""
-    stream = importlib.import_module("benchmark_stream")
+    stream = importlib.import_module("benchmarks.stream")
     now = [0.0]
 
     def batches(epoch):

@@ -12,7 +12,7 @@ from torch import nn
 
 from prune_lab.pruning.masks.semi_structured import is_semi_structured
 
-PATH = Path(__file__).parents[2] / "scripts" / "sparse_inference.py"
+PATH = Path(__file__).parents[2] / "scripts" / "benchmarks" / "sparse_inference.py"
 
 
 @pytest.fixture(scope="module")

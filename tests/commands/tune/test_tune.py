@@ -89,7 +89,7 @@ def composed(conf_dir: Path, overrides: list[str], *, sweep: bool) -> list[RunCo
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> Runs:
     stand_in = Runs()
-    monkeypatch.setattr(search, "pipeline", SimpleNamespace(run=stand_in.run))
+    monkeypatch.setattr(search, "runner", SimpleNamespace(run=stand_in.run))
     for module in (tune, search):
         monkeypatch.setattr(module, "compose_checked", composed)
     monkeypatch.setattr(tune, "_check_data", lambda config: "abcd")

@@ -405,7 +405,7 @@ def fake_runs(monkeypatch, planned, codes):
             (entry.directory / name).write_text(json.dumps(content))
         return 0
 
-    monkeypatch.setattr(verdict_runs, "pipeline", SimpleNamespace(run=run))
+    monkeypatch.setattr(verdict_runs, "runner", SimpleNamespace(run=run))
     return done
 
 

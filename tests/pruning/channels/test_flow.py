@@ -219,7 +219,7 @@ class Mismatched(Net):
 
 
 @pytest.mark.parametrize(("model", "named"), [
-    (Branching(), r"Branching is not: .*control flow \(test_channel_map.py, line \d+: if x.sum\(\) > 0:\)$"),
+    (Branching(), r"Branching is not: .*control flow \(test_flow.py, line \d+: if x.sum\(\) > 0:\)$"),
     (Mismatched(), r"Mismatched is not: operation add: .*broadcast"),
 ])
 def test_an_untraceable_network_is_refused_with_the_operation(model: nn.Module, named: str) -> None:
