@@ -1,4 +1,10 @@
-"""prune-lab: one command trains, prunes and fine-tunes neural networks."""
+"""prune-lab: one command trains, prunes and fine-tunes neural networks.
+
+The rooms, from the top down; a room imports itself and those after it (tests/test_architecture.py). The first lines of
+each say what it is for:
+cli, commands, launch, pipeline, compose, training, tracking, methods, families, core, pruning, optim, accounting,
+datasets, models, config, foundations.
+"""
 
 from __future__ import annotations
 
