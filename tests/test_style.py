@@ -83,6 +83,16 @@ def test_the_loop_knows_no_method_by_name() -> None:
         assert words & methods == set(), path.name
 
 
+def test_the_readme_has_one_page_and_links_of_all_guides_lead_somewhere() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+    folders = ("prune_lab", "scripts", "outputs/reference")
+    guides = [ROOT / "README.md", *(path for name in folders for path in (ROOT / name).rglob("*.md"))]
+    assert len(guides) > 15
+    for guide in guides:
+        for link in re.findall(r"\]\(([^)#\s]+)\)", guide.read_text(encoding="utf-8")):
+            assert "://" in link or (guide.parent / link).exists(), f"{guide}: {link}"
+
+
 def test_ignored_paths_are_anchored() -> None:
     """An unanchored `data/` once removed a package's folder from a wheel."""
     harmless = {"__pycache__/", "*.egg-info/"}
