@@ -10,10 +10,11 @@ from prune_lab.config.optimizer import AdamConfig, SGDConfig
 from prune_lab.config.paper import PaperConfig
 from prune_lab.config.schedule import ScheduleConfig
 from prune_lab.config.trainer import TrainerConfig
-from prune_lab.foundations.schema import FilePath
+from prune_lab.foundations.schema import ConfigError, FilePath
 
 if TYPE_CHECKING:
     from prune_lab.config.matched import Matched
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -36,3 +37,24 @@ class RunConfig:
     """published numbers to compare with, from a recipe"""
     matched: Matched | None = None
     """how the budget was solved, with method.match; `method` and `schedule` hold the outcome"""
+
+    def require_training(self, what: str) -> None:
+        """Refuse a schedule whose block `train` has no epochs.
+
+        Args:
+            what: what needs them, as typed, and why.
+
+        Raises:
+            ConfigError: `what` does not go with schedule.train.epochs=0.
+        """
+        if self.schedule.train.epochs == 0:
+            raise ConfigError(f"schedule.train.epochs=0 does not go with {what}", "schedule.train.epochs")
+
+    def require_trained(self, option: str) -> None:
+        """Refuse to prune an untrained network: no epochs in the block `train`, and no start weights.
+
+        Raises:
+            ConfigError: naming `option`, as typed.
+        """
+        if self.model.weights is None:
+            self.require_training(f"{option}, which needs a trained network; train it, or give model.weights")

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
 
-
     from prune_lab.config.position import Position
 
 

@@ -140,12 +140,7 @@ class ChannelPruning(Method):
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse to rank the channels of an untrained network."""
-        if config.schedule.train.epochs == 0 and config.model.weights is None:
-            raise ConfigError(
-                f"schedule.train.epochs=0 does not go with method={self.config.name}, which needs a trained network; "
-                "train it, or give model.weights",
-                "schedule.train.epochs",
-            )
+        config.require_trained(f"method={self.config.name}")
 
     def layers(self, model: nn.Module) -> list[Layer]:
         """Return all layers, depthwise ones too: their filters go with the channel."""

@@ -109,11 +109,7 @@ class GatedWeights(Method):
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse a training without steps, and an average of the weights, whose batch norm cannot be measured here."""
-        if config.schedule.train.epochs == 0:
-            raise ConfigError(
-                f"schedule.train.epochs=0 does not go with method={self.config.name}: the gates are trained there",
-                "schedule.train.epochs",
-            )
+        config.require_training(f"method={self.config.name}: the gates are trained there")
         if self.config.bn_images and config.trainer.ema_decay is not None:
             raise ConfigError(
                 f"trainer.ema_decay={config.trainer.ema_decay:g} needs method.bn_images=0: batch norm is measured on "

@@ -160,6 +160,7 @@ def _advice(init: float, rates: Sequence[float], group: Mapping[str, Any]) -> st
         f"{AWAKE:g} or more"
     )
 
+
 CHECK_EVERY = 20
 """steps between looks for a dead layer: each makes the host wait for the device"""
 
@@ -173,11 +174,7 @@ class SoftThreshold(RawWeights):
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse a training without steps."""
-        if config.schedule.train.epochs == 0:
-            raise ConfigError(
-                f"schedule.train.epochs=0 does not go with method={self.config.name}: the thresholds are trained there",
-                "schedule.train.epochs",
-            )
+        config.require_training(f"method={self.config.name}: the thresholds are trained there")
 
     def start(self, context: Context) -> float:
         """Return the T that every threshold starts with."""

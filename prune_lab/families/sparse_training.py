@@ -54,6 +54,7 @@ class SparseTraining(WeightPruning):
         """Return a random mask with `count` True."""
         return self.selection.random_mask(shape, count, source)
 
+
 BY_SIGN = (
     "method.drop=by_sign drops floor(alpha n) of each sign's n weights (SET's code: ceil(alpha n) negatives, "
     "floor(alpha n) + 1 positives, and ties with the last)"

@@ -9,8 +9,6 @@ from typing import Any
 
 from prune_lab.foundations.files import read_json
 
-INTERRUPTED = 128
-"""exit codes above this mean that a signal stopped the run"""
 STOP = "stop"
 """name of the file, in a sweep's folder, that holds the number of the signal that stops it"""
 
@@ -22,7 +20,7 @@ class Outcome:
     number: int
     """position in the sweep, from 0"""
     code: int
-    """0: finished; above INTERRUPTED: stopped by a signal"""
+    """0: finished; above signals.STOPPED: stopped by a signal"""
     error: str = ""
     """one line, where it failed in a process of its own"""
     trained: int = 0

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prune_lab.config.run import RunConfig
-from prune_lab.launch.outcome import INTERRUPTED, Outcome
+from prune_lab.foundations.signals import STOPPED
+from prune_lab.launch.outcome import Outcome
 from prune_lab.launch.run_one import run_one
 
 
@@ -44,7 +45,7 @@ def _in_turn(configs: Sequence[RunConfig], names: Sequence[str], *, sweep: bool)
         tally: Counter[str] = Counter()
         code = run_one(config, tally)
         outcomes.append(Outcome(number, code, "", tally["trained"], tally["reused"]))
-        if code > INTERRUPTED:
+        if code > STOPPED:
             break
     return outcomes
 
@@ -69,4 +70,4 @@ def _conclude(outcomes: Sequence[Outcome], names: Sequence[str]) -> int:
         reason = f" ({outcome.error})" if outcome.error else ""
         print(f"prune-lab: not finished (exit code {outcome.code}): {names[outcome.number]}{reason}", file=sys.stderr)
     codes = [outcome.code for outcome in failed]
-    return next((code for code in codes if code > INTERRUPTED), codes[0] if codes else 0)
+    return next((code for code in codes if code > STOPPED), codes[0] if codes else 0)

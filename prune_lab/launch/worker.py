@@ -16,7 +16,8 @@ from typing import Any
 from prune_lab.compose.check import check
 from prune_lab.compose.overrides import plain
 from prune_lab.foundations.files import write_json, write_text
-from prune_lab.launch.outcome import INTERRUPTED, STOP, Outcome, Twice, log_path, outcome_path
+from prune_lab.foundations.signals import STOPPED
+from prune_lab.launch.outcome import STOP, Outcome, Twice, log_path, outcome_path
 from prune_lab.launch.slots import slot
 
 _LAUNCHER = "launcher.pid"
@@ -39,11 +40,11 @@ def run_in_worker(node: Any) -> int:
             return preempted() or (folder / STOP).exists()
 
         with _stopping_when(stopped), slot(stopped) as free:
-            code = _run(config, tally) if free else INTERRUPTED + signal.SIGTERM
-    if code > INTERRUPTED and not preempted() and os.getpid() == _pid_of_launcher(folder):
-        write_text(folder / STOP, str(code - INTERRUPTED))  # the signal was for the sweep, which runs in this process
-    if code > INTERRUPTED and (folder / STOP).exists():
-        code = INTERRUPTED + int((folder / STOP).read_text())
+            code = _run(config, tally) if free else STOPPED + signal.SIGTERM
+    if code > STOPPED and not preempted() and os.getpid() == _pid_of_launcher(folder):
+        write_text(folder / STOP, str(code - STOPPED))  # the signal was for the sweep, which runs in this process
+    if code > STOPPED and (folder / STOP).exists():
+        code = STOPPED + int((folder / STOP).read_text())
     error = errors.getvalue().strip().splitlines()[-1:] if code else []
     line = error[0].removeprefix("prune-lab: error: ") if error else ""
     requeue(code)
@@ -113,7 +114,7 @@ def _own_signals() -> Iterator[tuple[Callable[[], bool], Callable[[int], None]]]
         signal.signal(signal.SIGUSR2, lambda number, frame: called.append((number, frame)))
 
     def requeue(code: int) -> None:
-        if called and code > INTERRUPTED:
+        if called and code > STOPPED:
             handler(*called[0])
 
     try:

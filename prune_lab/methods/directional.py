@@ -11,7 +11,7 @@ from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families import schedule_length
 from prune_lab.families.dual_averaging import check_plain_sgd, theory_note
 from prune_lab.foundations.lazy import lazy_import
-from prune_lab.foundations.schema import ConfigError, NonNegative, Range
+from prune_lab.foundations.schema import NonNegative, Range
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,11 +90,7 @@ class Directional(Method):
     def check_run(self, config: RunConfig) -> None:
         """Refuse an optimizer that is anything else than plain SGD, and a training without steps."""
         check_plain_sgd(config)
-        if config.schedule.train.epochs == 0:
-            raise ConfigError(
-                "schedule.train.epochs=0 does not go with method=directional: the threshold grows there",
-                "schedule.train.epochs",
-            )
+        config.require_training(f"method={self.config.name}: the threshold grows there")
 
     def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
         if self.config.c != "auto" or not schedule_length.is_long(config, steps_per_epoch):

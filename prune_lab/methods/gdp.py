@@ -156,12 +156,8 @@ class GDP(Method):
                 f"schedule.{block}.epochs=0 does not go with method.start={self.config.start}: gates are trained there",
                 f"schedule.{block}.epochs",
             )
-        if self.config.start == "dense" and config.schedule.train.epochs == 0 and config.model.weights is None:
-            raise ConfigError(
-                "schedule.train.epochs=0 does not go with method.start=dense, which needs a trained network; train it, "
-                "or give model.weights",
-                "schedule.train.epochs",
-            )
+        if self.config.start == "dense":
+            config.require_trained("method.start=dense")
 
     def asked(self) -> dict[str, float]:
         return {self.config.unit: self.config.ratio}

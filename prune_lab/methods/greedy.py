@@ -136,12 +136,7 @@ class Greedy(Method):
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse to choose channels of an untrained network."""
-        if config.schedule.train.epochs == 0 and config.model.weights is None:
-            raise ConfigError(
-                f"schedule.train.epochs=0 does not go with method={self.config.name}, which needs a trained network; "
-                "train it, or give model.weights",
-                "schedule.train.epochs",
-            )
+        config.require_trained(f"method={self.config.name}")
 
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN_DENSE, PRUNE, REMOVE, FINETUNE)

@@ -132,9 +132,7 @@ class MaskSparsity(ScalePruning):
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse a schedule without the trainings that drive scales to zero."""
-        if config.schedule.train.epochs == 0:
-            raise ConfigError(f"schedule.train.epochs=0 does not go with method={self.config.name}, which trains under "
-                              "penalties over this block", "schedule.train.epochs")
+        config.require_training(f"method={self.config.name}, which trains under penalties over this block")
 
     def scores(self, context: Context, channels: ChannelMap) -> Tensor:
         if self.config.criterion == "l1_norm":

@@ -157,13 +157,8 @@ class StructuredDirectional(Method):
                     "there",
                     f"schedule.{block}.epochs",
                 )
-        if self.chain()[0] is TRAIN_DENSE and config.schedule.train.epochs == 0 and config.model.weights is None:
-            wanted = "variant=SDP" if self.config.variant == "SDP" else "start=dense"
-            raise ConfigError(
-                f"schedule.train.epochs=0 does not go with method.{wanted}, which needs a trained network; train it, "
-                "or give model.weights",
-                "schedule.train.epochs",
-            )
+        if self.chain()[0] is TRAIN_DENSE:
+            config.require_trained(f"method.{'variant=SDP' if self.config.variant == 'SDP' else 'start=dense'}")
 
     def asked(self) -> dict[str, float]:
         return {} if self.config.macs_ratio is None else {"macs": self.config.macs_ratio}

@@ -29,6 +29,7 @@ from prune_lab.training.phases import layer_costs
 if TYPE_CHECKING:
     from prune_lab.pipeline.run import Run
 
+
 def observed_counts(rows: list[dict[str, Any]], measured: Measured, dense: int) -> dict[str, Any]:
     """Put measured costs into the layer table and return the summary's keys that change with them.
 

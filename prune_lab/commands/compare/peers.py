@@ -11,6 +11,7 @@ from prune_lab.commands.compare.kinds import within
 if TYPE_CHECKING:
     from prune_lab.commands.compare.groups import Row
 
+
 def circles(rows: Iterable[Row]) -> list[list[Row]]:
     """Return the largest sets of rows in which each is comparable with each other; a row may be in several."""
     alike: dict[Any, list[Row]] = defaultdict(list)

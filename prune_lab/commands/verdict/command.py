@@ -21,11 +21,9 @@ from prune_lab.foundations.failure import fail
 from prune_lab.foundations.files import write_json
 from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.signals import STOPPED
 
 runner = lazy_import("prune_lab.pipeline.runner")
-
-_INTERRUPTED = 128
-"""exit codes above this mean that a signal stopped a run"""
 
 
 def main(argv: list[str]) -> int:
@@ -139,7 +137,7 @@ def _judge_new(conf_dir: Path, typed: Sequence[str], options: Namespace) -> int:
     for number, entry in enumerate(planned, start=1):
         print(f"\nrun {number} of {len(planned)}: {entry.label}", flush=True)
         result = _run(entry.config, tally)
-        if result > _INTERRUPTED:
+        if result > STOPPED:
             return result
         code = code or result
     runs = [_result(entry) for entry in planned]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from prune_lab.accounting.costs import LayerCost, dense_macs
 from prune_lab.accounting.network import Network
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.pruning.channels.groups import ChannelGroup, channel_groups, channel_map, columns
+from prune_lab.pruning.channels.groups import ChannelGroup, channel_map, columns, groups_of
 from prune_lab.pruning.gates.channels import GatedChannels
 from prune_lab.pruning.gates.hard_concrete import Term
 
@@ -126,9 +126,8 @@ class FilterGates(WeightGates):
 
     def __init__(self, network: Network) -> None:
         allowed = {layer.name for layer in network.eligible()}
-        image_size = network.image_size
-        self.map, found = channel_map(network.model, image_size), channel_groups(network.model, image_size)
-        self.channels = [group for group in found if group.producer in allowed]
+        self.map = channel_map(network.model, network.image_size)
+        self.channels = [group for group in groups_of(self.map) if group.producer in allowed]
         if not self.channels:
             raise ConfigError(
                 f"method.granularity=filter: {type(network.model).__name__} has no hidden channels of their own among "
