@@ -39,7 +39,7 @@ from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
 from prune_lab.core.context import Context
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.pipeline.outlook import outlook
+from prune_lab.pipeline.phase_plan import plan_costs
 from prune_lab.training import numerics
 
 SIZE = 64
@@ -125,7 +125,7 @@ def options(source: str, name: str, size: int, *method: str) -> RunConfig:
 def last_context(config: RunConfig) -> Context:
     """Return the run's last phase, set up without training."""
     info, arithmetic = datasets.describe(config.dataset), numerics.resolve(config.trainer)
-    return outlook(config, config.model, info, arithmetic)[-1].context
+    return plan_costs(config, config.model, info, arithmetic)[-1].context
 
 
 def counted(source: str, name: str, size: int) -> Finding:

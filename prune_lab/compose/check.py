@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from prune_lab.config.logger import LoggerConfig
 from prune_lab.config.optimizer import OPTIMIZERS, AdamConfig, SGDConfig
 from prune_lab.config.paper import PaperConfig
 from prune_lab.config.run import RunConfig
-from prune_lab.config.schedule import PhaseSchedule, ScheduleConfig
+from prune_lab.config.schedule import ScheduleConfig
 from prune_lab.config.trainer import TrainerConfig
-from prune_lab.core.method import Method
+from prune_lab.core.method import MethodConfig, build_method, method_class
 from prune_lab.foundations.schema import ConfigError, FilePath, Index, parse
 
 
@@ -50,6 +49,7 @@ def check(node: Mapping[str, Any]) -> RunConfig:
         model=models.parse_config(root.model),
         dataset=datasets.parse_config(root.dataset),
         method=_method(root.method),
+        method_target=root.method["_target_"],
         schedule=root.schedule,
         optimizer=_optimizer(root.optimizer),
         trainer=root.trainer,
@@ -57,10 +57,9 @@ def check(node: Mapping[str, Any]) -> RunConfig:
         seed=root.seed,
         output_dir=root.output_dir,
         dry_run=root.dry_run,
-        resolved=dict(node),
         paper=root.paper,
     )
-    config.method.check_run(config)
+    build_method(config).check_run(config)
     return config
 
 
@@ -84,30 +83,6 @@ def _optimizer(node: Mapping[str, Any]) -> SGDConfig | AdamConfig:
     return parse(OPTIMIZERS[node["name"]], node, "optimizer")
 
 
-def method_class(node: Mapping[str, Any]) -> type[Method]:
-    """Return the class that the group `method` names.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    target, option = node.get("_target_"), "method._target_"
-    if not isinstance(target, str) or "." not in target:
-        raise ConfigError(f"{option} must name a class such as prune_lab.methods.rigl.RigL, got {target}", option)
-    module_name, _, class_name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{option}={target} cannot be imported: {error}", option) from error
-    if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ConfigError(f"{option}={target} is not a prune_lab.core.method.Method", option)
-    return found
-
-
-def _method(node: Mapping[str, Any]) -> Method:
-    cls = method_class(node)
+def _method(node: Mapping[str, Any]) -> MethodConfig:
     options = {key: value for key, value in node.items() if key != "_target_"}
-    return cls(parse(cls.Config, options, "method"))
-
-
-__all__ = ["AdamConfig", "ConfigError", "LoggerConfig", "PhaseSchedule", "RunConfig", "SGDConfig", "ScheduleConfig",
-           "TrainerConfig", "check"]
+    return parse(method_class(node.get("_target_")).Config, options, "method")

@@ -17,9 +17,10 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from prune_lab.compose.check import check, method_class
+from prune_lab.compose.check import check
 from prune_lab.compose.choices import choices, groups, listed
 from prune_lab.config.run import RunConfig
+from prune_lab.core.method import method_class
 from prune_lab.foundations.home import with_home
 from prune_lab.foundations.schema import ConfigError, suggestion
 
@@ -152,7 +153,7 @@ def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str 
 def _drop_default_goals(conf_dir: Path, node: dict[str, Any], overrides: list[str], method: str) -> None:
     """Take the goals of a method's file out of `node` where the command or a recipe chooses other ones."""
     own, options = _read(conf_dir / "method" / f"{method}.yaml"), node["method"]
-    goals = [goal for goal in method_class(options).Config.GOALS if goal in options]
+    goals = [goal for goal in method_class(options.get("_target_")).Config.GOALS if goal in options]
     typed = {override.key_or_group for override in parse_overrides(overrides)}
     named = [goal for goal in goals if f"method.{goal}" in typed or options[goal] != own.get(goal)]
     if any(options[goal] not in (None, []) for goal in named):
@@ -195,7 +196,7 @@ def _unknown(conf_dir: Path, node: dict[str, Any], known: list[str], key: str) -
     while parent and parent not in known:
         parent = parent.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    note = method_class(node["method"]).Config.absent(last) if parent == "method" else None
+    note = method_class(node["method"].get("_target_")).Config.absent(last) if parent == "method" else None
     if note:
         return f"unknown option {key}: {note}; allowed: {', '.join(siblings)}"
     if parent in groups(conf_dir) and key == f"{parent}.{last}":

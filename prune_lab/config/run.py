@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.config.logger import LoggerConfig
@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything one run is told. `method` is an instance of the method's class, not yet attached to a model."""
+    """The options of one run: records of plain values, one per group of conf/."""
 
     model: Any
     dataset: Any
     method: Any
+    """options of the method, a MethodConfig"""
+    method_target: str
+    """dotted name of the method's class: `_target_` in its file"""
     schedule: ScheduleConfig
     optimizer: SGDConfig | AdamConfig
     trainer: TrainerConfig
@@ -30,7 +33,6 @@ class RunConfig:
     seed: int
     output_dir: FilePath
     dry_run: bool
-    resolved: dict
     overrides: tuple[str, ...] = ()
     """the command's options as typed, for the record"""
     paper: PaperConfig | None = None
@@ -58,3 +60,12 @@ class RunConfig:
         """
         if self.model.weights is None:
             self.require_training(f"{option}, which needs a trained network; train it, or give model.weights")
+
+
+def as_mapping(config: RunConfig) -> dict[str, Any]:
+    """Return the options as Hydra composes them: plain containers by group, without what describes the command."""
+    options = asdict(config)
+    for key in ("overrides", "matched"):
+        del options[key]
+    target = options.pop("method_target")
+    return options | {"method": {"_target_": target} | options["method"]}

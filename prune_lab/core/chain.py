@@ -9,6 +9,7 @@ from typing import Any
 from prune_lab.config.run import RunConfig
 from prune_lab.config.schedule import PhaseSchedule
 from prune_lab.core.phase import Phase
+from prune_lab.core.phase_result import PhaseResult
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,24 @@ class Results:
 
     def __init__(self, phases: Iterable[Phase]) -> None:
         self._origins = {phase.origin for phase in phases}
-        self._kept: dict[str | None, Any] = {}
-        self._last: Any = None
+        self._kept: dict[str | None, PhaseResult] = {}
+        self._last: PhaseResult | None = None
 
-    def add(self, phase: Phase, result: Any) -> None:
+    def add(self, phase: Phase, result: PhaseResult) -> None:
         self._last = result
         if phase.name in self._origins:
             self._kept[phase.name] = result
 
-    def before(self, phase: Phase) -> Any:
+    def before(self, phase: Phase) -> PhaseResult | None:
         """Return the result that `phase` starts from, None if it starts from the initial network."""
         return None if phase.fresh else self._last
 
-    def origin(self, phase: Phase) -> Any:
+    def origin(self, phase: Phase) -> PhaseResult | None:
         """Return the result of the phase's origin, None if it has none."""
         return self._kept.get(phase.origin)
 
 
-def in_force(phase: Phase, config: RunConfig) -> tuple[Phase, PhaseSchedule | None]:
+def resolve(phase: Phase, config: RunConfig) -> tuple[Phase, PhaseSchedule | None]:
     """Return a phase and its schedule with the schedule's multiplier applied to both."""
     if phase.schedule is None:
         return phase, None

@@ -21,6 +21,7 @@ from prune_lab.pruning.masks.mask_set import MaskSet
 
 if TYPE_CHECKING:
     from prune_lab.config.schedule import PhaseSchedule
+    from prune_lab.core.phase_result import PhaseResult
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Context:
     """learning rates of the phase, None for a phase without training"""
     block: str | None = None
     """name of the block of options that `schedule` comes from, such as finetune"""
-    origin: dict[str, Any] | None = None
+    origin: PhaseResult | None = None
     """result of the earlier phase that the chain names as origin"""
     optimizer_state: dict[str, Any] | None = None
     """state with which the optimizer of the next phase starts; None: anew"""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from prune_lab.core.card import Card
 from prune_lab.core.phase import REMOVE, TRAIN_DENSE, Phase
 from prune_lab.foundations.lazy import lazy_import
-from prune_lab.foundations.schema import Name
+from prune_lab.foundations.schema import ConfigError, Name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -89,12 +90,12 @@ class Method:
             ConfigError: naming the option as typed.
         """
 
-    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
-        """Return the method with numbers in place of options that follow the length of the schedule.
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> MethodConfig:
+        """Return the options with numbers in place of those that follow the length of the schedule.
 
         The run is named after these numbers, so that a typed one and the same one found here share their phases.
         """
-        return self
+        return self.config
 
     def chain(self) -> tuple[Phase, ...]:
         """Return the phases of a run in order."""
@@ -102,10 +103,10 @@ class Method:
 
     def removes_channels(self) -> bool:
         """Return whether the chain takes channels out, whose count then says what is left, not a sparsity."""
-        return any(phase.hook == REMOVE.hook for phase in self.chain())
+        return any(phase.acts is REMOVE.acts for phase in self.chain())
 
-    def without_control(self) -> Method | None:
-        """Return the method itself if its option `control` asks for a sanity check of it, else None.
+    def without_control(self) -> MethodConfig | None:
+        """Return the options of the method itself if its option `control` asks for a sanity check, else None.
 
         That run is done first, and both results are shown side by side.
         """
@@ -186,7 +187,7 @@ class Method:
         return {}
 
     def prune(self, context: Context) -> dict[str, float] | None:
-        """Do the work of a phase whose hook is "prune"; return figures for its record, if there are any.
+        """Do the work of the phase PRUNE; return figures for its record, if there are any.
 
         Raises:
             TypeError: the chain has such a phase, the method does not say what to do in it.
@@ -194,7 +195,7 @@ class Method:
         raise TypeError(f"{type(self).__name__} has a prune phase but no function prune")
 
     def remove(self, context: Context) -> dict[str, float]:
-        """Do the work of a phase whose hook is "remove": take the channels out whose masks leave nothing of them."""
+        """Do the work of the phase REMOVE: take the channels out whose masks leave nothing of them."""
         figures = removal.remove_dead(context)
         if not figures:  # a rehearsal in which nothing has closed
             removal.try_cut(context, self.trial_cut(context))
@@ -242,3 +243,27 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` returned."""
+
+
+def build_method(config: RunConfig) -> Method:
+    """Return a new instance of a run's method, not yet attached to a network and without state."""
+    return method_class(config.method_target)(config.method)
+
+
+def method_class(target: Any) -> type[Method]:
+    """Return the class of a dotted name, as `_target_` in a method's file gives it.
+
+    Raises:
+        ConfigError: there is none, or it is no Method.
+    """
+    option = "method._target_"
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{option} must name a class such as prune_lab.methods.rigl.RigL, got {target}", option)
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(f"{option}={target} cannot be imported: {error}", option) from error
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ConfigError(f"{option}={target} is not a prune_lab.core.method.Method", option)
+    return found

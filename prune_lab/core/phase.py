@@ -1,13 +1,27 @@
-"""Phases of a method: what each is called, what it does, and with which schedule."""
+"""A phase: one link of a method's chain. Imports no torch."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-
     from prune_lab.config.position import Position
+    from prune_lab.core.context import Context
+
+Action = Callable[[Any, "Context"], "dict[str, float] | None"]
+"""a phase's work on (method, context); returns figures for the phase's record, if there are any"""
+
+
+def prune(method: Any, context: Context) -> dict[str, float] | None:
+    """Let the method prune the network (see Method.prune)."""
+    return method.prune(context)
+
+
+def remove(method: Any, context: Context) -> dict[str, float] | None:
+    """Let the method remove channels from the network (see Method.remove)."""
+    return method.remove(context)
 
 
 @dataclass(frozen=True)
@@ -16,16 +30,16 @@ class Phase:
 
     name: str
     """unique in the chain; the value of `phase` in metrics.jsonl"""
-    hook: str
-    """"train" runs the training loop; anything else names the method's function that does the work, such as "prune" """
+    acts: Action | None
+    """the work of a phase without training; None: the phase runs the training loop"""
     schedule: str | None
-    """block of the schedule that says how long and with which learning rate; None for phases without steps"""
+    """block of the schedule that says how long and with which learning rate; None for phases without training"""
     active: bool
     """False: the method does nothing here, so that every method shares the finished phase"""
     fresh: bool = False
     """True: starts from the initial network, whatever comes before it in the chain"""
     origin: str | None = None
-    """name of an earlier phase whose result the hook reads besides that of the one before"""
+    """name of an earlier phase whose result is read besides that of the one before"""
     begin: Position | None = None
     """training: where in the schedule it starts; None: at the start"""
     end: Position | None = None
@@ -33,13 +47,18 @@ class Phase:
     order: str | None = None
     """training: phases with the same word see their batches in the same order; None: its name"""
     keeps_optimizer: bool = False
-    """True: the result holds the optimizer's state, so that a later phase can go on with it"""
+    """True: the result holds the optimizer's state, so that a later phase can resume from it"""
     repeated: bool = False
     """True: a later phase of the chain takes the same steps once more; the run's cost counts them there"""
 
+    @property
+    def is_training(self) -> bool:
+        """Whether the phase runs the training loop."""
+        return self.acts is None
 
-TRAIN_DENSE = Phase("train", "train", "train", active=False, fresh=True)
-TRAIN = Phase("train", "train", "train", active=True)
-PRUNE = Phase("prune", "prune", None, active=True)
-REMOVE = Phase("remove", "remove", None, active=True)
-FINETUNE = Phase("finetune", "train", "finetune", active=True)
+
+TRAIN_DENSE = Phase("train", None, "train", active=False, fresh=True)
+TRAIN = Phase("train", None, "train", active=True)
+PRUNE = Phase("prune", prune, None, active=True)
+REMOVE = Phase("remove", remove, None, active=True)
+FINETUNE = Phase("finetune", None, "finetune", active=True)

@@ -41,6 +41,11 @@ class DatasetInfo:
     """One line on files and classes that are not as usual, "" if there is nothing to say."""
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What the data decide about a network, under the names of the functions that build one."""
+        return {"num_classes": self.num_classes, "image_size": self.image_size}
+
+    @property
     def num_eval(self) -> int:
         """Images of the split that runs are evaluated on (`Dataset.eval_split`)."""
         return self.num_val or self.num_test

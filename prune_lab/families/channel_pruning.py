@@ -36,8 +36,21 @@ surgery = lazy_import("prune_lab.pruning.channels.surgery")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 
-_REINITIALISE = Phase("reinitialise", "reinitialise", None, active=True)
-_SCRATCH = Phase("scratch", "train", "train", active=True)
+
+def reinitialise(method: ChannelPruning, context: Context) -> None:
+    """Give the small network new weights, drawn for its own widths."""
+    fresh = context.fresh_model("control scratch")
+    surgery.narrow(fresh, context.widths)
+    for module in fresh.modules():
+        # PyTorch's draw, which never gives zeros, depends on the width; that of the VGGs and MobileNets does not.
+        if isinstance(module, torch.nn.Linear) and (module.bias is None or bool(module.bias.any())):
+            module.reset_parameters()
+    common.init_weights(fresh)  # draws go on from those of the whole network, which the seed decides
+    context.model.load_state_dict(fresh.state_dict())
+
+
+_REINITIALISE = Phase("reinitialise", reinitialise, None, active=True)
+_SCRATCH = Phase("scratch", None, "train", active=True)
 
 
 @dataclass(frozen=True)
@@ -128,8 +141,8 @@ class ChannelPruning(Method):
             return {}
         return {target.removesuffix("_ratio"): getattr(self.config, target)}
 
-    def without_control(self) -> ChannelPruning | None:
-        return None if self.config.control == "none" else type(self)(replace(self.config, control="none"))
+    def without_control(self) -> MethodConfig | None:
+        return None if self.config.control == "none" else replace(self.config, control="none")
 
     def phase_identity(self, phase: Phase) -> dict[str, Any]:
         """Return the options; a control that acts later shares the phases before with the method's own run."""
@@ -199,17 +212,6 @@ class ChannelPruning(Method):
         figures = problem.figures(problem.costs.kept(alive))
         context.report(problem.line(figures))
         return figures
-
-    def reinitialise(self, context: Context) -> None:
-        """Give the small network new weights, drawn for its own widths."""
-        fresh = context.fresh_model("control scratch")
-        surgery.narrow(fresh, context.widths)
-        for module in fresh.modules():
-            # PyTorch's draw, which never gives zeros, depends on the width; that of the VGGs and MobileNets does not.
-            if isinstance(module, torch.nn.Linear) and (module.bias is None or bool(module.bias.any())):
-                module.reset_parameters()
-        common.init_weights(fresh)  # draws go on from those of the whole network, which the seed decides
-        context.model.load_state_dict(fresh.state_dict())
 
     def trial_cut(self, context: Context) -> TrialCut:
         """Return a cut of the size asked for, its channels drawn by chance."""

@@ -25,7 +25,7 @@ def check_plain_sgd(config: RunConfig) -> None:
         wrong = f"optimizer.{option}={getattr(chosen, option):g}"
     if wrong:
         raise ConfigError(
-            f"{wrong} does not go with method={config.method.config.name}: gRDA is SGD without momentum and weight "
+            f"{wrong} does not go with method={config.method.name}: gRDA is SGD without momentum and weight "
             "decay; use optimizer=sgd_plain, which sets both to 0",
             wrong.partition("=")[0],
         )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
+    from prune_lab.core.method import MethodConfig
 
 core_images = lazy_import("prune_lab.core.images")
 top_k = lazy_import("prune_lab.pruning.masks.top_k")
@@ -67,8 +68,8 @@ class InitialPruning(WeightPruning):
     def chain(self) -> tuple[Phase, ...]:
         return (PRUNE, TRAIN)
 
-    def without_control(self) -> InitialPruning | None:
-        return None if self.config.control == "none" else type(self)(replace(self.config, control="none"))
+    def without_control(self) -> MethodConfig | None:
+        return None if self.config.control == "none" else replace(self.config, control="none")
 
     def setup(self, context: Context) -> None:
         """Refuse more weights per layer than there are, before anything is written."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from prune_lab.core.method import Method
+from prune_lab.core.method import MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
 from prune_lab.foundations.lazy import lazy_import
@@ -213,11 +213,11 @@ class DropAndGrow(SparseTraining):
             names = ", ".join(name.removesuffix(".weight") for name in fixed)
             context.report(f"layers whose mask never moves, because they keep too few weights: {names}")
 
-    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> MethodConfig:
         total = steps_per_epoch * config.schedule.phase("train").epochs
         if self.config.interval != "auto" or not total:
-            return self
-        return type(self)(replace(self.config, interval=self._automatic(total, steps_per_epoch)))
+            return self.config
+        return replace(self.config, interval=self._automatic(total, steps_per_epoch))
 
     def interval(self, context: Context) -> int:
         """Return the optimizer steps between updates."""

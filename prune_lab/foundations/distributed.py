@@ -7,12 +7,16 @@ import itertools
 import os
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+
+T = TypeVar("T")
 
 # The main process may wait for hours while another run works on a phase that both need, and the others wait with it.
 _TIMEOUT = timedelta(days=7)
@@ -93,13 +97,18 @@ def barrier() -> None:
         dist.barrier()
 
 
-def share(value):
+def share(value: T) -> T:
     """Return rank 0's `value` on every rank."""
     if not dist.is_initialized():
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Return on every rank what `function` returns on rank 0, the only one that calls it."""
+    return share(function() if is_main() else None)
 
 
 def share_masks(masks: dict[str, Tensor]) -> dict[str, Tensor]:

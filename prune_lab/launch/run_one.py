@@ -10,14 +10,14 @@ from prune_lab.foundations.failure import fail
 from prune_lab.pipeline.control_runs import in_order
 
 if TYPE_CHECKING:
-    from prune_lab.pipeline.host import Host
+    from prune_lab.pipeline.executor import Executor
 
 
-def run_one(config: RunConfig, tally: Counter[str], host: Host | None = None) -> int:
+def run_one(config: RunConfig, tally: Counter[str], executor: Executor | None = None) -> int:
     """Do one run or its dry run and return its exit code; torch is imported here for the first time.
 
     Args:
-        host: what the run shares with others in this process; None: nothing.
+        executor: what the run shares with others in this process; None: nothing.
     """
     try:
         if config.dry_run:
@@ -26,6 +26,6 @@ def run_one(config: RunConfig, tally: Counter[str], host: Host | None = None) ->
             return dry_run(config)
         from prune_lab.pipeline.runner import run
 
-        return run(*in_order(config), tally=tally, host=host)
+        return run(*in_order(config), tally=tally, executor=executor)
     except Exception as error:
         return fail(error)

@@ -26,7 +26,7 @@ from prune_lab.launch.joint_networks import Batch, JointNetworks, kind, why_alon
 from prune_lab.launch.outcome import Outcome, Twice, log_path
 from prune_lab.launch.run_one import run_one
 from prune_lab.launch.slots import gpus, slot
-from prune_lab.pipeline.host import Host
+from prune_lab.pipeline.executor import Executor
 from prune_lab.training.loop import differentiate
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class _Member:
         return Outcome(self.number, self._code, error, self._tally["trained"], self._tally["reused"])
 
 
-class _Company(Host):
+class _Company(Executor):
     """The runs that share this process: one copy of a data set in memory, one handler of signals, joint arithmetic."""
 
     vectorised = True

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from prune_lab.core.card import Card
-from prune_lab.core.method import Method
+from prune_lab.core.method import MethodConfig
 from prune_lab.families import schedule_length
 from prune_lab.families.annealed_gradient import AnnealingConfig, GradientAnnealing
 from prune_lab.families.soft_threshold import SoftThreshold, SoftThresholdConfig, check_decay
@@ -64,10 +64,10 @@ class AutoSparse(GradientAnnealing, SoftThreshold):
         "autosparse_topk has an exact budget. Thresholds are not clipped",
     )
 
-    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> MethodConfig:
         if self.config.threshold_init != "auto" or not schedule_length.is_long(config, steps_per_epoch):
-            return self
-        return type(self)(replace(self.config, threshold_init=_PUBLISHED))
+            return self.config
+        return replace(self.config, threshold_init=_PUBLISHED)
 
     def start(self, context: Context) -> float:
         if self.config.threshold_init != "auto":

@@ -37,7 +37,7 @@ seeding = lazy_import("prune_lab.foundations.seeding")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 
-_GATES = Phase("gates", "train", "finetune", active=True)
+_GATES = Phase("gates", None, "finetune", active=True)
 
 
 @dataclass(frozen=True)

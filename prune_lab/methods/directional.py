@@ -92,10 +92,10 @@ class Directional(Method):
         check_plain_sgd(config)
         config.require_training(f"method={self.config.name}: the threshold grows there")
 
-    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> MethodConfig:
         if self.config.c != "auto" or not schedule_length.is_long(config, steps_per_epoch):
-            return self
-        return type(self)(replace(self.config, c=_PUBLISHED))
+            return self.config
+        return replace(self.config, c=_PUBLISHED)
 
     def layers(self, model: nn.Module) -> list[Layer]:
         return eligibility.select_layers(model, include=["*"])

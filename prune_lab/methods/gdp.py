@@ -31,7 +31,7 @@ removal = lazy_import("prune_lab.core.removal")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 
-_GATES = Phase("gates", "train", "finetune", active=True)
+_GATES = Phase("gates", None, "finetune", active=True)
 
 TOLERANCE = 0.01
 """excess over the target, as a fraction of the dense cost, up to which it counts as met"""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.core.card import Card
-from prune_lab.core.method import Method
+from prune_lab.core.method import MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
 from prune_lab.foundations.lazy import lazy_import
@@ -78,9 +78,9 @@ class GMP(WeightPruning):
         steps = list(self.cuts)
         context.report(f"cuts: {len(steps)}, from step {steps[0]} to {steps[-1]} of {context.total_steps}")
 
-    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> MethodConfig:
         first, last = self._ramp(steps_per_epoch * config.schedule.phase("train").epochs)
-        return type(self)(replace(self.config, num_cuts=self._num_cuts(last - first)))
+        return replace(self.config, num_cuts=self._num_cuts(last - first))
 
     def _ramp(self, total: int) -> tuple[int, int]:
         """Return the steps of the first and the last cut."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from prune_lab.core.card import Card
-from prune_lab.core.method import Method
+from prune_lab.core.method import MethodConfig
 from prune_lab.families.gated_weights import GatedWeights, GatesConfig
 from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import NonNegative
@@ -58,11 +58,11 @@ class L0(GatedWeights):
         "is this program's",
     )
 
-    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> MethodConfig:
         if self.config.penalty != "auto":
-            return self
+            return self.config
         images = steps_per_epoch * config.schedule.batch_size
-        return type(self)(replace(self.config, penalty=min(_PENALTY, float(f"{_HIGHEST_PRICE * images:.2g}"))))
+        return replace(self.config, penalty=min(_PENALTY, float(f"{_HIGHEST_PRICE * images:.2g}")))
 
     def price(self, context: Context, probability: Tensor) -> Tensor:
         """Return lambda / N times the weights that each gate controls."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from prune_lab.config.position import parse_position
 from prune_lab.core.card import Card
 from prune_lab.core.method import Method, MethodConfig
-from prune_lab.core.phase import TRAIN_DENSE, Phase
+from prune_lab.core.phase import TRAIN_DENSE, Phase, prune
 from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError, Example, Index, OpenFraction
 from prune_lab.pruning.masks.selection import SEMI_STRUCTURED, check_semi_structured, selection
@@ -132,7 +132,7 @@ class Lottery(Method):
 
     def chain(self) -> tuple[Phase, ...]:
         arm, last = self.config.arm, self.levels
-        early = Phase("early", "train", "train", active=False, end=self._place(), order="train", keeps_optimizer=True,
+        early = Phase("early", None, "train", active=False, end=self._place(), order="train", keeps_optimizer=True,
                       repeated=last > 0)  # fmt: skip
         if last == 0:
             return (early, *self._anew(0), self._train(0)) if self.config.copy else (TRAIN_DENSE,)
@@ -154,14 +154,14 @@ class Lottery(Method):
         """Return what puts the network back; unpruned, it only loses the optimizer's state."""
         if level == 0 and self._optimizer_state() == "restore":
             return ()
-        return (Phase(f"rewind_{level}", "rewind", None, active=True, origin="early"),)
+        return (Phase(f"rewind_{level}", type(self).rewind, None, active=True, origin="early"),)
 
     def _optimizer_state(self) -> str:
         """Return what becomes of the optimizer's state; at the start of the training it has none."""
         return self.config.optimizer_state if self._place().count else "restore"
 
     def _prune(self, level: int) -> Phase:
-        return Phase(f"prune_{level}", "prune", None, active=True)
+        return Phase(f"prune_{level}", prune, None, active=True)
 
     def _train(self, level: int, block: str = "train") -> Phase:
         """Return the training of a round: from `rewind_to` on, except for new weights and fine-tuning."""
@@ -169,7 +169,7 @@ class Lottery(Method):
         from_start = block == "finetune" or (last and arm.startswith("RR"))
         begin = None if from_start or not self._place().count else self._place()
         order = f"copy_{self.config.copy}" if last and self.config.copy else None
-        return Phase(f"{block}_{level}", "train", block, active=True, begin=begin, order=order)
+        return Phase(f"{block}_{level}", None, block, active=True, begin=begin, order=order)
 
     def _again(self, level: int) -> tuple[Phase, ...]:
         """Return how a round goes on after its pruning."""
@@ -181,17 +181,17 @@ class Lottery(Method):
 
     def _restart(self, level: int) -> tuple[Phase, ...]:
         """Return what the arm does with the final mask."""
-        hooks = {"RR-IMP": "reinit", "RR-OMP": "reinit", "random-layerwise": "shuffle", "random-global": "shuffle"}
-        hook = hooks.get(self.config.arm)
-        if hook is None:
-            return self._again(level)
-        origin = None if hook == "reinit" else "early"
-        return Phase(f"{hook}_{level}", hook, None, active=True, origin=origin), self._train(level)
+        if self.config.arm in ("RR-IMP", "RR-OMP"):
+            return Phase(f"reinit_{level}", type(self).reinit, None, active=True), self._train(level)
+        if self.config.arm in ("random-layerwise", "random-global"):
+            shuffle = Phase(f"shuffle_{level}", type(self).shuffle, None, active=True, origin="early")
+            return shuffle, self._train(level)
+        return self._again(level)
 
     def phase_identity(self, phase: Phase) -> dict[str, Any]:
         """Return the options a phase depends on, so that runs which differ in others only share it."""
         config, place = self.config, phase.name.partition("_")[0]
-        if phase.hook == "prune":
+        if phase.acts is prune:
             options = {key: getattr(config, key) for key in ("fraction", "distribution", "include", "exclude")}
             final = config.sparsity if phase.name == f"prune_{self.levels}" else None
             return {"lottery": options, "from": self.levels if self._at_once() else 1, "target": final}
@@ -264,12 +264,12 @@ class Lottery(Method):
 
     def rewind(self, context: Context) -> None:
         """Put the network back to where the dense training was at `rewind_to`, batch-norm statistics included."""
-        context.model.load_state_dict(context.origin["model"])
+        context.model.load_state_dict(context.origin.model)
         if context.masks is not None:
             context.masks.apply()
         if self.config.optimizer_state == "restore":
             # A copy: the optimizer moves the tensors it is given, and later rounds start from the same ones.
-            context.optimizer_state = copy.deepcopy(context.origin.get("optimizer"))
+            context.optimizer_state = copy.deepcopy(context.origin.optimizer)
 
     def reinit(self, context: Context) -> None:
         """Give the network new initial weights under the same masks."""

@@ -33,8 +33,8 @@ scale_masks = lazy_import("prune_lab.pruning.batch_norm.masks")
 penalty = lazy_import("prune_lab.pruning.batch_norm.penalty")
 thresholds = lazy_import("prune_lab.pruning.batch_norm.thresholds")
 
-_SPARSIFY = Phase("sparsify", "train", "train", active=True)
-_MASKED = Phase("masked", "train", "train", active=True)
+_SPARSIFY = Phase("sparsify", None, "train", active=True)
+_MASKED = Phase("masked", None, "train", active=True)
 _MARKS = ("threshold", "energy", "mask_file")
 """targets that name the channels instead of how many there are"""
 
@@ -106,9 +106,9 @@ class MaskSparsity(ScalePruning):
     def before(self) -> tuple[Phase, ...]:
         """Return dense training -> sparse training -> mask -> training under the mask."""
         if not self.config.sparsifies:
-            return (TRAIN_DENSE, Phase("mask", "mask", None, active=True), _MASKED)
+            return (TRAIN_DENSE, Phase("mask", type(self).mask, None, active=True), _MASKED)
         origin = TRAIN_DENSE.name if self.config.start == "dense" else None
-        return (TRAIN_DENSE, _SPARSIFY, Phase("mask", "mask", None, active=True, origin=origin), _MASKED)
+        return (TRAIN_DENSE, _SPARSIFY, Phase("mask", type(self).mask, None, active=True, origin=origin), _MASKED)
 
     def identity(self) -> dict[str, Any]:
         """Return the options, the file of masks by its content.
@@ -216,7 +216,7 @@ class MaskSparsity(ScalePruning):
         context.report(f"mask: {num_marked} of {total} scales are marked, those of "
                        f"{int((~self.alive).sum())} of {problem.channels.num_classes} channels")
         if context.origin is not None:
-            context.model.load_state_dict(context.origin["model"])
+            context.model.load_state_dict(context.origin.model)
         return {"scales/marked": num_marked / total}
 
     def _refuse_nothing(self, context: Context, problem: Problem) -> None:

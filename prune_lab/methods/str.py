@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.core.card import Card
-from prune_lab.core.method import Method
+from prune_lab.core.method import MethodConfig
 from prune_lab.families.soft_threshold import (
     AWAKE,
     HIGHER_STARTS,
@@ -64,12 +64,12 @@ class STR(SoftThreshold):
         own = self.config.threshold_decay
         return context.optimizer.defaults["weight_decay"] if own is None else own
 
-    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> Method:
+    def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> MethodConfig:
         schedule = config.schedule.phase("train")
         steps = range(steps_per_epoch * schedule.epochs)
         rates = [learning_rate.learning_rate(schedule, step, steps_per_epoch) for step in steps]
         group = optimizer.build_optimizer(torch.nn.Linear(1, 1, device="meta"), config.optimizer).param_groups[-1]
-        return type(self)(self._fitting(rates, group, config.optimizer.weight_decay))
+        return self._fitting(rates, group, config.optimizer.weight_decay)
 
     def _fitting(self, rates: Sequence[float], group: Mapping[str, Any], inherited: float) -> STRConfig:
         """Return the options with numbers for `auto`.

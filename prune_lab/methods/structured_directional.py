@@ -33,7 +33,7 @@ removable = lazy_import("prune_lab.pruning.channels.removable")
 removal = lazy_import("prune_lab.core.removal")
 scoring_images = lazy_import("prune_lab.core.images")
 
-_DIRECTIONAL = Phase("directional", "train", "finetune", active=True)
+_DIRECTIONAL = Phase("directional", None, "finetune", active=True)
 """training with group gRDA that starts from a network trained before"""
 
 _REACH, _REACH_FOR_TARGET = 3.0, 6.0

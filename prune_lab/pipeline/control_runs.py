@@ -10,57 +10,53 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from prune_lab.config.run import RunConfig
+from prune_lab.core.method import build_method
 from prune_lab.tracking.lines import part_evaluated, quantity
 
 
 def in_order(config: RunConfig) -> tuple[RunConfig, ...]:
-    """Return the runs one command asks for: a control comes after the method's own run."""
-    own = own_run(config)
-    return (config,) if own is None else (own, config)
+    """Return the runs one command asks for: a control comes after the method's own run, its baseline."""
+    baseline = baseline_run(config)
+    return (config,) if baseline is None else (baseline, config)
 
 
-def own_run(config: RunConfig) -> RunConfig | None:
+def baseline_run(config: RunConfig) -> RunConfig | None:
     """Return the method's own run with otherwise equal options, None if `config` is no control."""
-    method = config.method.without_control()
+    method = build_method(config).without_control()
     if method is None:
         return None
-    before, options = asdict(config.method.config), asdict(method.config)
+    before, options = asdict(config.method), asdict(method)
     changed = {f"method.{key}": value for key, value in options.items() if value != before[key]}
     typed = [override for override in config.overrides if override.partition("=")[0] not in changed]
-    return replace(
-        config,
-        method=method,
-        resolved=config.resolved | {"method": config.resolved["method"] | options},
-        overrides=(*typed, *(f"{key}={value}" for key, value in changed.items())),
-    )
+    return replace(config, method=method, overrides=(*typed, *(f"{key}={value}" for key, value in changed.items())))
 
 
-def figures(kind: str, top1: float, *, own: dict[str, Any], own_name: str) -> dict[str, Any]:
+def figures(kind: str, top1: float, *, baseline: dict[str, Any], baseline_name: str) -> dict[str, Any]:
     """Return the flat keys that a control adds to its summary.
 
     Args:
         top1: the control's own accuracy, percent.
-        own: summary of the method's own run.
-        own_name: directory name of that run.
+        baseline: summary of the method's own run.
+        baseline_name: directory name of that run.
     """
     return {
         "control/kind": kind,
-        "control/method_top1": own["final/top1"],
-        "control/method_minus_control": own["final/top1"] - top1,
-        "control/method_run": own_name,
+        "control/method_top1": baseline["final/top1"],
+        "control/method_minus_control": baseline["final/top1"] - top1,
+        "control/method_run": baseline_name,
     }
 
 
-def beside(summary: dict[str, Any], own: dict[str, Any], kind: str) -> list[str]:
+def comparison(summary: dict[str, Any], baseline: dict[str, Any], kind: str) -> list[str]:
     """Return the method's own results, its control's and their difference, as lines of text."""
-    top1, own_top1 = summary["final/top1"], own["final/top1"]
-    told = "; ".join(filter(None, [_sign(own_top1 - top1), part_evaluated(summary)]))
+    top1, baseline_top1 = summary["final/top1"], baseline["final/top1"]
+    remarks = "; ".join(filter(None, [_sign(baseline_top1 - top1), part_evaluated(summary)]))
     rows = [
         ("", "method", f"control {kind}", "method - control"),
-        ("top-1", f"{own_top1:.2f} %", f"{top1:.2f} %", f"{own_top1 - top1:+.2f} ({told})"),
-        _row("sparsity", own, summary, "sparsity/achieved", "{:.6g}".format),
-        _row("channels kept", own, summary, "remove/channels_kept", "{:.6g}".format),
-        _row("MACs per image", own, summary, "macs/inference", quantity),
+        ("top-1", f"{baseline_top1:.2f} %", f"{top1:.2f} %", f"{baseline_top1 - top1:+.2f} ({remarks})"),
+        _row("sparsity", baseline, summary, "sparsity/achieved", "{:.6g}".format),
+        _row("channels kept", baseline, summary, "remove/channels_kept", "{:.6g}".format),
+        _row("MACs per image", baseline, summary, "macs/inference", quantity),
     ]
     rows = [row for row in rows if row[1:3] != ("-", "-")]
     width = max(len(row[2]) for row in rows)
@@ -71,8 +67,8 @@ def _sign(off: float) -> str:
     return "no difference" if off == 0 else f"the method is {'better' if off > 0 else 'worse'}"
 
 
-def _row(name: str, own: dict, control: dict, key: str, show: Any) -> tuple[str, str, str, str]:
-    values = own.get(key), control.get(key)
+def _row(name: str, baseline: dict, control: dict, key: str, show: Any) -> tuple[str, str, str, str]:
+    values = baseline.get(key), control.get(key)
     if None in values:
         return (name, *("-" if value is None else show(value) for value in values), "")
     off = values[0] - values[1]

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import os
-import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prune_lab import datasets
-from prune_lab.accounting import targets, training
+from prune_lab.accounting import targets
 from prune_lab.accounting.costs import count_parameters, layer_table
+from prune_lab.accounting.eligibility import Layer
 from prune_lab.config.run import RunConfig
-from prune_lab.core import chain
+from prune_lab.core.chain import Results
+from prune_lab.core.method import Method, build_method
 from prune_lab.core.usable_layers import usable_layers
 from prune_lab.foundations.files import write_json
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.pipeline import identity, matching, results, run_folder
+from prune_lab.pipeline import matching
 from prune_lab.pipeline import summary as pipeline_summary
-from prune_lab.pipeline.outlook import PhaseOutlook
-from prune_lab.pipeline.rehearsal import RandomImages, job_without_files, one_step
-from prune_lab.pipeline.settling import settled
+from prune_lab.pipeline.phase_plan import PhasePlan
+from prune_lab.pipeline.settling import SettledRun, settle, settled
+from prune_lab.pipeline.validation import RandomImages, one_step, task_without_files
+from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.tracking.lines import quantity, summary_lines
 from prune_lab.training import numerics
 from prune_lab.training.numerics import Numerics
@@ -35,105 +39,135 @@ def dry_run(config: RunConfig) -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("dry_run=true needs one process only: start it without torchrun")
     arithmetic = numerics.resolve(config.trainer)
-    info = datasets.describe(config.dataset)
-    config = settled(config, info)
-    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-    model_config = config.method.adapt_model(config.model, **sizes)
-    config = matching.matched(config, model_config, info, arithmetic)
-    planned = identity.plan(config, model=model_config, fingerprint=None, numerics=arithmetic.identity(), world_size=1)
-    inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": 1}
-    folder = run_folder.RunFolder.of(config, fingerprint=None, content=datasets.content(config.dataset), **inputs)
-    dataset, spent, kept, noted, told = RandomImages(info, arithmetic.torch_device), 0, {}, {}, []
-    done = chain.Results(entry.phase for entry in planned)
-    removes, removable = any(entry.phase.hook == "remove" for entry in planned), None
-    for entry in planned:
-        # Later phases would speak of weights that only a training gives.
-        report = told.append if entry is planned[0] else lambda text: None
-        job = job_without_files(config, model_config, entry, dataset, arithmetic, done, report=report)
-        with matching.naming_reference(config):
-            if removes and removable is None:
-                removable = config.method.trial_cut(open_context(job)).line()
-            result, context = one_step(job)
-        done.add(entry.phase, result)
-        noted |= result.get("noted", {})
-        outlook = PhaseOutlook(entry.phase, job.method, context, config.schedule.batch_size)
-        layout, cost = outlook.layout(), 0 if entry.phase.repeated else outlook.macs()
-        spent = None if spent is None or cost is None else spent + cost
-        kept = layout[-1][1] if layout else layout if layout is None else kept
-    model = build_model(model_config, **sizes, seed=config.seed)
-    costs = layer_costs(model_config, **sizes)
-    layers = usable_layers(config.method, model, costs)
-    rows = layer_table(layers, costs, kept)
-    if config.method.costs_depend_on_images:
-        rows = [row | ({"macs_kept": None} if row["eligible"] else {}) for row in rows]
-    known = {"spent": spent, "info": info, "arithmetic": arithmetic}
-    summary = _summary(config, folder, planned, model, costs, layers, kept, **known)
-    if removable:
-        summary |= _removed(None if kept is None else count_parameters(context.model), noted)
-    folder.directory.mkdir(parents=True, exist_ok=True)
-    write_json(folder.directory / "dry_run.json", summary | {"layers": rows})
-    _show(folder.directory, planned, rows, summary)
-    print(*told, "data: " + "; ".join(info.lines()), sep="\n")
-    if note := dense_note(config, model_config, info):
-        print(note)
-    if removable:
-        print(removable)
-    if config.method.costs_depend_on_images:
-        print("? depends on the images: measured on the evaluation images of the run")
-    if config.matched:
-        print(config.matched.line())
-    if line := targets.plan_line(config.method.asked()):
+    info, content = datasets.describe(config.dataset), datasets.content(config.dataset)
+    plan = settle(settled(config, info), info, arithmetic, fingerprint=None, content=content)
+    chain = _step_through(plan, info, arithmetic)
+    rows, summary = _count(plan, chain, info, arithmetic)
+    plan.folder.directory.mkdir(parents=True, exist_ok=True)
+    write_json(plan.folder.directory / "dry_run.json", summary | {"layers": rows})
+    _show(plan.folder.directory, plan.planned, rows, summary)
+    for line in _last_lines(plan, chain, info):
         print(line)
-    if config.method.without_control():
-        print(f"control {config.method.config.control}: the real command first does the method's own run")
-    print("MAC: multiply-accumulate of conv and linear layers, one image; nothing was trained")
     return 0
 
 
-def _removed(params: int | None, noted: dict[str, float]) -> dict[str, Any]:
-    """Return the keys of a network without some channels: it has no sparsity; None: what goes depends on training."""
-    counts = {"params/total": params, "params/kept": params, "params/nonzero": None, "sparsity/achieved": None}
-    return counts if params is None else counts | {k: noted[k] for k in ("remove/channels_kept",) if k in noted}
+@dataclass
+class _Chain:
+    """What one step of each phase found out."""
+
+    removable: str | None = None
+    """which channels may go, in words; None: the method removes none"""
+    spent: int | None = 0
+    """MACs of the whole training; None: not known before it"""
+    kept: dict[str, int] | None = field(default_factory=dict)
+    """kept weights per parameter at the end; None: they depend on trained weights"""
+    figures: dict[str, float] = field(default_factory=dict)
+    """of the phases without training"""
+    params: int = 0
+    """parameters of the network that the last phase leaves"""
+    reported: list[str] = field(default_factory=list)
+
+    def spend(self, macs: int | None) -> None:
+        self.spent = None if self.spent is None or macs is None else self.spent + macs
 
 
-def _summary(
-    config: RunConfig, folder: run_folder.RunFolder, planned: list, model: Any, costs: list, layers: list,
-    kept: dict[str, int] | None, *, spent: int | None, info: datasets.DatasetInfo, arithmetic: Numerics,
-) -> dict[str, Any]:
-    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-    counts = pipeline_summary.cost_counts(model, costs, kept or {}, dense_config=config.model, **sizes)
-    requested = config.method.requested_sparsity()
-    counts |= pipeline_summary.sparsity_counts(layers, kept or {}, requested)
-    if kept is None and requested is None:
-        counts |= dict.fromkeys(("macs/inference", "macs/inference_ratio", "params/nonzero", "params/kept"))
-    elif kept is None:  # a global cut: the totals are known, the layout is not
-        total = sum(layer.size for layer in layers if layer.eligible)
-        cut = total - results.num_keep_total(total, requested)
-        left = counts["params/total"] - cut
-        counts |= {"macs/inference": None, "macs/inference_ratio": None, "sparsity/achieved": cut / total,
-                   "params/nonzero": left, "params/kept": left}
-    if config.method.costs_depend_on_images:
+def _step_through(plan: SettledRun, info: datasets.DatasetInfo, arithmetic: Numerics) -> _Chain:
+    """Do the first step of every phase, each on what the one before left."""
+    dataset, done, found = RandomImages(info, arithmetic.torch_device), Results(e.phase for e in plan.planned), _Chain()
+    method = build_method(plan.config)
+    for entry in plan.planned:
+        # Later phases would speak of weights that only a training gives.
+        report = found.reported.append if entry is plan.planned[0] else lambda text: None
+        task = task_without_files(plan.config, plan.model_config, entry, dataset, arithmetic, done, report=report)
+        with matching.naming_reference(plan.config):
+            if method.removes_channels() and found.removable is None:
+                found.removable = method.trial_cut(open_context(task)).line()
+            result, context = one_step(task)
+        done.add(entry.phase, result)
+        found.figures |= result.figures
+        costs = PhasePlan(entry.phase, task.method, context, plan.config.schedule.batch_size)
+        layout = costs.layout()
+        if layout is None:
+            found.kept = None
+        elif layout:
+            found.kept = layout[-1][1]
+        found.spend(0 if entry.phase.repeated else costs.macs())
+    found.params = count_parameters(context.model)
+    return found
+
+
+def _count(
+    plan: SettledRun, chain: _Chain, info: datasets.DatasetInfo, arithmetic: Numerics
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the layer table and the summary of a run that is not done."""
+    config, method = plan.config, build_method(plan.config)
+    model = build_model(plan.model_config, **info.sizes, seed=config.seed)
+    costs = layer_costs(plan.model_config, **info.sizes)
+    layers = usable_layers(method, model, costs)
+    rows = layer_table(layers, costs, chain.kept)
+    counts = pipeline_summary.cost_counts(model, costs, chain.kept or {}, dense_config=config.model, **info.sizes)
+    counts |= pipeline_summary.sparsity_counts(layers, chain.kept or {}, method.requested_sparsity())
+    counts |= _open_counts(method, layers, chain.kept, counts["params/total"])
+    if method.costs_depend_on_images:
+        rows = [row | ({"macs_kept": None} if row["eligible"] else {}) for row in rows]
         counts |= dict.fromkeys(("macs/inference", "macs/inference_ratio"))
     steps = info.num_train // config.schedule.batch_size
-    train_dense = training.training_macs(config, counts["macs/dense"], steps)
     summary = {
-        "run/seed": config.seed,
-        "run/group": folder.group,
-        "run/command": shlex.join(["prune-lab", *config.overrides]),
-        "run/device": pipeline_summary.device_name(arithmetic),
-        "run/versions": pipeline_summary.versions(),
-        **pipeline_summary.choices(config),
-        **info.figures(),
+        **pipeline_summary.origin(config, plan.folder.group, arithmetic, info),
         **counts,
-        **config.method.chosen(),
-        "macs/train": spent,
-        "macs/train_dense": train_dense,
-        "macs/train_ratio": spent / train_dense if spent is not None and train_dense else None,
-        "phases": [
-            {"name": entry.phase.name, "epochs": entry.epochs} for entry in planned
-        ],
+        **method.chosen(),
+        **pipeline_summary.training_cost(config, chain.spent, counts["macs/dense"], steps),
+        "phases": [{"name": entry.phase.name, "epochs": entry.epochs} for entry in plan.planned],
     }
-    return summary | (config.matched.figures(summary) if config.matched else {})
+    summary |= config.matched.figures(summary) if config.matched else {}
+    return rows, summary | (_removed(chain) if chain.removable else {})
+
+
+def _open_counts(method: Method, layers: list[Layer], kept: dict[str, int] | None, params: int) -> dict[str, Any]:
+    """Return the keys that a run can only count when it is done: null, or what the target says of them.
+
+    Args:
+        kept: weights per parameter; None: they depend on trained weights.
+        params: parameters of the network.
+    """
+    if kept is not None:
+        return {}
+    requested, unknown = method.requested_sparsity(), dict.fromkeys(("macs/inference", "macs/inference_ratio"))
+    if requested is None:
+        return unknown | dict.fromkeys(("params/nonzero", "params/kept"))
+    # One ranking over all layers: the total is known, the layout is not.
+    total = sum(layer.size for layer in layers if layer.eligible)
+    cut = total - num_keep_total(total, requested)
+    return unknown | {"sparsity/achieved": cut / total, "params/nonzero": params - cut, "params/kept": params - cut}
+
+
+def _removed(chain: _Chain) -> dict[str, Any]:
+    """Return the keys of a network without some channels: it has no sparsity; null: what goes depends on training."""
+    counts = {"params/total": None, "params/kept": None, "params/nonzero": None, "sparsity/achieved": None}
+    if chain.kept is None:
+        return counts
+    known = {key: chain.figures[key] for key in ("remove/channels_kept",) if key in chain.figures}
+    return counts | {"params/total": chain.params, "params/kept": chain.params} | known
+
+
+def _last_lines(plan: SettledRun, chain: _Chain, info: datasets.DatasetInfo) -> Iterator[str]:
+    """Yield what the tables leave open."""
+    config, method = plan.config, build_method(plan.config)
+    yield from chain.reported
+    yield "data: " + "; ".join(info.lines())
+    if note := dense_note(config, plan.model_config, info.sizes):
+        yield note
+    if chain.removable:
+        yield chain.removable
+    if method.costs_depend_on_images:
+        yield "? depends on the images: measured on the evaluation images of the run"
+    if config.matched:
+        yield config.matched.line()
+    if line := targets.plan_line(method.asked()):
+        yield line
+    if method.without_control():
+        yield f"control {config.method.control}: the real command first does the method's own run"
+    yield "MAC: multiply-accumulate of conv and linear layers, one image; nothing was trained"
 
 
 def _show(directory: Path, planned: list, rows: list[dict], summary: dict[str, Any]) -> None:
@@ -153,6 +187,6 @@ def _show(directory: Path, planned: list, rows: list[dict], summary: dict[str, A
         print(f"{row['name']:{width}}  {row['kind']:14} {shape:>18} {kept[0]:>8} {kept[1]:>11} "
               f"{quantity(row['macs_dense']):>11} {kept[2]:>11}  {row['reason']}".rstrip())
     if any(row["kept"] is None for row in rows):
-        print(f"? depends on the {'trained weights' if planned[0].phase.hook == 'train' else 'scores'}")
+        print(f"? depends on the {'trained weights' if planned[0].phase.is_training else 'scores'}")
     for line in summary_lines(summary):
         print(line)

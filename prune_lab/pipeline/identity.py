@@ -9,7 +9,8 @@ from typing import Any
 
 from prune_lab import models
 from prune_lab.config.run import RunConfig
-from prune_lab.core.chain import PlannedPhase, in_force
+from prune_lab.core.chain import PlannedPhase, resolve
+from prune_lab.core.method import build_method
 from prune_lab.core.phase import Phase
 from prune_lab.datasets import base
 
@@ -23,7 +24,7 @@ _NOT_TRAINING = {
 }
 
 
-def plan(
+def plan_phases(
     config: RunConfig, *, model: Any, fingerprint: str | None, numerics: dict, world_size: int
 ) -> list[PlannedPhase]:
     """Return the phases of a run with their keys; a key covers its inputs and the key of the phase before.
@@ -43,10 +44,10 @@ def plan(
         "eval_images": _evaluated(config),
     }
     training = _without(asdict(config.trainer), _NOT_TRAINING)
-    planned, previous, keys = [], None, {}
-    for declared in config.method.chain():
-        phase, schedule = in_force(declared, config)
-        inputs = shared | {"phase": _told(phase), "previous": None if phase.fresh else previous}
+    method, planned, previous, keys = build_method(config), [], None, {}
+    for declared in method.chain():
+        phase, schedule = resolve(declared, config)
+        inputs = shared | {"phase": _fields(phase), "previous": None if phase.fresh else previous}
         if phase.origin is not None:
             inputs["origin"] = keys[phase.origin]
         if schedule is not None:
@@ -57,19 +58,20 @@ def plan(
             inputs["optimizer"] = asdict(config.optimizer)
             inputs["trainer"] = training
         if phase.active:
-            inputs["method"] = config.method.phase_identity(phase)
+            inputs["method"] = method.phase_identity(phase)
         previous = keys[phase.name] = digest(inputs)
         planned.append(PlannedPhase(phase, previous, schedule, inputs))
     return planned
 
 
-def _told(phase: Phase) -> dict[str, Any]:
-    """Return what of a phase's description decides its result; what it leaves at its default is not told."""
-    told = {"name": phase.name, "hook": phase.hook, "schedule": phase.schedule, "active": phase.active}
+def _fields(phase: Phase) -> dict[str, Any]:
+    """Return what of a phase's description decides its result; what it leaves at its default is left out."""
+    acts = None if phase.acts is None else phase.acts.__name__
+    fields = {"name": phase.name, "acts": acts, "schedule": phase.schedule, "active": phase.active}
     bounds = {"begin": phase.begin, "end": phase.end}
     places = {key: {"count": place.count, "unit": place.unit} for key, place in bounds.items() if place is not None}
     others = {key: value for key in ("order", "keeps_optimizer") if (value := getattr(phase, key))}
-    return told | places | others
+    return fields | places | others
 
 
 def _evaluated(config: RunConfig) -> int | None:
@@ -87,14 +89,14 @@ def digest(value: Any) -> str:
 def run_key(planned: list[PlannedPhase], config: RunConfig) -> str:
     """Return the key of the whole run: its last phase, the method that asked for it, and what it was matched to."""
     matched = [config.matched.wanted()] if config.matched else []
-    return digest([planned[-1].key, config.method.identity(), *matched])
+    return digest([planned[-1].key, build_method(config).identity(), *matched])
 
 
 def group_key(config: RunConfig, **inputs: Any) -> str:
-    """Return a name shared by runs whose results can differ by the seed only; `inputs` as for `plan`."""
+    """Return a name shared by runs whose results can differ by the seed only; `inputs` as for `plan_phases`."""
     seedless = replace(config, seed=0)
-    key = run_key(plan(seedless, **inputs), seedless)
-    return f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-{key[:8]}"
+    key = run_key(plan_phases(seedless, **inputs), seedless)
+    return f"{config.dataset.name}-{config.model.name}-{config.method.name}-{key[:8]}"
 
 
 def _without(mapping: dict, names: set[str]) -> dict:

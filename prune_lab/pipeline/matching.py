@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -20,12 +20,13 @@ from prune_lab.config.matched import COSTS, Matched
 from prune_lab.config.run import RunConfig
 from prune_lab.config.schedule import ScheduleConfig
 from prune_lab.core.context import Context
+from prune_lab.core.method import Method, build_method
 from prune_lab.core.usable_layers import usable_layers
 from prune_lab.datasets import DatasetInfo
-from prune_lab.families.weight_pruning import WeightPruning
+from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.pipeline.outlook import PhaseOutlook, outlook
-from prune_lab.pipeline.rehearsal import RandomImages
+from prune_lab.pipeline.phase_plan import PhasePlan, plan_costs
+from prune_lab.pipeline.validation import RandomImages
 from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.training.numerics import Numerics
 from prune_lab.training.phases import layer_costs
@@ -44,28 +45,32 @@ def matched(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic:
         ConfigError: the reference's cost is out of reach, the method's layout is not known before training, or a
             sparsity was typed that would be replaced.
     """
-    if not isinstance(config.method, WeightPruning) or config.method.config.match == "none":
+    if not is_matched(config):
         return config
-    own = config.method.without_control()
-    problem = _Problem(replace(config, method=own or config.method), model_config, info, arithmetic)
+    baseline = build_method(config).without_control()
+    problem = _Problem(replace(config, method=baseline or config.method), model_config, info, arithmetic)
     if problem.options.match_by == "epochs":
         solved = _solve_epochs(problem)
     else:
         _check_nothing_is_replaced(config)
         with naming_reference(config):
             solved = _solve_density(problem)
-    if own is None:
+    if baseline is None:
         return solved
-    options = replace(config.method.config, sparsity=solved.method.config.sparsity)
     outcome = replace(solved.matched, detail=f"{solved.matched.detail}, solved for the method itself")
-    return replace(solved, method=type(own)(options), matched=outcome)
+    return replace(solved, method=replace(config.method, sparsity=solved.method.sparsity), matched=outcome)
+
+
+def is_matched(config: RunConfig) -> bool:
+    """Return whether a cost is to be matched: method.match is an option of weight pruning alone."""
+    return isinstance(config.method, WeightPruningConfig) and config.method.match != "none"
 
 
 def _check_nothing_is_replaced(config: RunConfig) -> None:
     typed = [line for line in config.overrides if line.partition("=")[0].lstrip("+") == "method.sparsity"]
     if typed:
         raise ConfigError(
-            f"{typed[-1]}: method.match={config.method.config.match} with method.match_by=density solves for the "
+            f"{typed[-1]}: method.match={config.method.match} with method.match_by=density solves for the "
             "sparsity; leave method.sparsity out"
         )
 
@@ -76,11 +81,10 @@ def naming_reference(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        options = config.method.config
-        solved = isinstance(config.method, WeightPruning) and options.match != "none" and options.match_by == "density"
+        solved = is_matched(config) and config.method.match_by == "density"
         if not solved or "method.sparsity" not in str(error) or "method.match_to" in str(error):
             raise
-        raise ConfigError(f"method.match_to={options.match_to}: {error}") from error
+        raise ConfigError(f"method.match_to={config.method.match_to}: {error}") from error
 
 
 class _Problem:
@@ -88,17 +92,16 @@ class _Problem:
 
     def __init__(self, config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic: Numerics) -> None:
         self.config, self.model_config, self.info, self.arithmetic = config, model_config, info, arithmetic
-        self.options = config.method.config
-        sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-        self.model = models.build_on_meta(model_config, **sizes)
-        self.costs = layer_costs(model_config, **sizes)
-        self.num_weights = sum(layer.size for layer in self._layers(config.method) if layer.eligible)
-        self._set_up: dict[tuple, list[PhaseOutlook]] = {}
+        self.method, self.options = build_method(config), config.method
+        self.model = models.build_on_meta(model_config, **info.sizes)
+        self.costs = layer_costs(model_config, **info.sizes)
+        self.num_weights = sum(layer.size for layer in self._layers(self.method) if layer.eligible)
+        self._set_up: dict[tuple, list[PhasePlan]] = {}
 
-    def _layers(self, method: WeightPruning) -> list[Layer]:
+    def _layers(self, method: Method) -> list[Layer]:
         return usable_layers(method, self.model, self.costs)
 
-    def candidate(self, sparsity: float) -> WeightPruning:
+    def candidate(self, sparsity: float) -> Method:
         """Return the method with another sparsity.
 
         Raises:
@@ -106,7 +109,7 @@ class _Problem:
         """
         options = replace(self.options, sparsity=sparsity)
         options.check("method")
-        return type(self.config.method)(options)
+        return build_method(replace(self.config, method=options))
 
     def target(self) -> int:
         """Return the cost of the reference: a fixed mask of its layout, whatever the method is.
@@ -142,7 +145,7 @@ class _Problem:
             raise ConfigError("schedule.train has no steps whose cost could be matched")
         return cost
 
-    def cost(self, method: WeightPruning, epochs: int | None = None) -> int:
+    def cost(self, method: Method, epochs: int | None = None) -> int:
         """Return what the run costs with another budget, or another number of epochs.
 
         Raises:
@@ -158,14 +161,14 @@ class _Problem:
         kept = exact if layout is None else sum(layout[-1][1].values())
         return count_parameters(self.model) - self.num_weights + kept
 
-    def phases(self, method: WeightPruning, epochs: int | None) -> list[PhaseOutlook]:
+    def phases(self, method: Method, epochs: int | None) -> list[PhasePlan]:
         """Return the phases set up: once per length and per chain, which may depend on the sparsity."""
         key = (method.chain(), epochs)
         if key not in self._set_up:
-            config = replace(self.config, method=method)
+            config = replace(self.config, method=method.config)
             if epochs is not None:
                 config = replace(config, schedule=stretched(config.schedule, epochs))
-            self._set_up[key] = outlook(config, self.model_config, self.info, self.arithmetic)
+            self._set_up[key] = plan_costs(config, self.model_config, self.info, self.arithmetic)
         return self._set_up[key]
 
     def _known(self, cost: int | None) -> int:
@@ -210,8 +213,7 @@ def _solve_density(problem: _Problem) -> RunConfig:
         options.match, options.match_to, "density", target, cost(kept), sparsity,
         configured_epochs=config.schedule.phase("train").epochs, detail=f" (kept {kept} of {total} weights)",
     )  # fmt: skip
-    resolved = config.resolved | {"method": config.resolved["method"] | {"sparsity": sparsity}}
-    return replace(config, method=problem.candidate(sparsity), matched=outcome, resolved=resolved)
+    return replace(config, method=problem.candidate(sparsity).config, matched=outcome)
 
 
 def _start(cost: Callable[[int], int], problem: _Problem) -> int:
@@ -288,7 +290,7 @@ def _solve_epochs(problem: _Problem) -> RunConfig:
 
     @cache
     def cost(epochs: int) -> int:
-        return problem.cost(config.method, epochs)
+        return problem.cost(problem.method, epochs)
 
     per_epoch = cost(configured + 1) - cost(configured)
     if per_epoch <= 0:
@@ -304,9 +306,7 @@ def _solve_epochs(problem: _Problem) -> RunConfig:
         options.match, options.match_to, "epochs", target, cost(epochs), epochs,
         configured_epochs=configured, detail=f" instead of {configured}",
     )  # fmt: skip
-    blocks = {"multiplier": 1.0, "train": asdict(schedule.train), "finetune": asdict(schedule.finetune)}
-    resolved = config.resolved | {"schedule": config.resolved["schedule"] | blocks}
-    return replace(config, schedule=schedule, matched=outcome, resolved=resolved)
+    return replace(config, schedule=schedule, matched=outcome)
 
 
 def stretched(schedule: ScheduleConfig, epochs: int) -> ScheduleConfig:

@@ -2,79 +2,107 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from prune_lab import models
 from prune_lab.accounting.costs import layer_table, profile
 from prune_lab.accounting.eligibility import Layer, reshaped
-from prune_lab.config.run import RunConfig
+from prune_lab.core.method import Measured, Method, build_method
+from prune_lab.core.phase_result import PhaseResult
 from prune_lab.core.usable_layers import usable_layers
 from prune_lab.foundations import distributed
 from prune_lab.foundations.bits import make_zeros_positive
+from prune_lab.pipeline.run import Run
 from prune_lab.pipeline.saved_model import save_model
 from prune_lab.pipeline.summary import control_lines, cost_counts, observed_counts, sparsity_counts, summarise
 from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.training.evaluation import measure
-from prune_lab.training.job import fresh
 from prune_lab.training.numerics import Numerics
 from prune_lab.training.phases import layer_costs, restore_model
 
-if TYPE_CHECKING:
-    from prune_lab.core.method import Method
-    from prune_lab.pipeline.run import Run
+
+@dataclass(frozen=True)
+class Finished:
+    """The network of a run as it is saved."""
+
+    model: nn.Module
+    method: Method
+    layers: list[Layer]
+    """as the run's options build them"""
+    masked: dict[str, int]
+    """kept weights per parameter under a mask"""
+    kept: dict[str, int]
+    """weights left in each parameter that has lost some, under masks or with channels"""
+    widths: dict[str, list[int]] | None
+    is_unchanged: bool
+    """the network is the one that the last phase left and evaluated"""
 
 
-def complete(run: Run, result: dict[str, Any], *, wall_s: float) -> None:
+def complete(run: Run, result: PhaseResult, *, wall_s: float) -> None:
     """Finish the network, measure it as it is saved, and write model, layer table and summary.
 
     Raises:
         RuntimeError: the achieved sparsity is not the requested one.
     """
-    config, info = run.config, run.dataset.info
-    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-    model = restore_model(run.model_config, result, **sizes)
-    masked = {name: int(mask.sum()) for name, mask in (result["masks"] or {}).items()}
-    check_zeros(model, result["masks"] or {})
-    method = fresh(config.method)
-    if run.planned[-1].phase.active:
-        method.load_state_dict(result["method"])
-    finished = method.finish(model)
-    make_zeros_positive(finished)
-    unchanged = finished is model
-    model = finished
-    layers, kept = whole_layers(run, method, model, masked)
-    is_cut = result.get("widths") is not None
-    check_sparsity(config, layers, kept)
-    exact = run.numerics.exact()
-    exact.placed(model)
-    splits = {"final": run.dataset.eval_split} | ({"test": "test"} if run.dataset.eval_split == "val" else {})
-    score = partial(_score, run, numerics=exact)
-    batches = partial(run.dataset.eval_batches, splits["final"], config.trainer.eval_batch_size,
-                      rank=distributed.rank(), world_size=distributed.world_size())
-    measured = method.measure(model, partial(score, splits["final"]), batches)
-    known = {"final": measured.scores} if measured else {"final": run.outcomes[-1]} if unchanged else {}
-    scores = {
-        name: {key: known[name][key] for key in ("loss", "top1", "top5")} if name in known else score(split, model)
-        for name, split in splits.items()
-    }
-    as_built = unchanged and not is_cut
-    costs = layer_costs(run.model_config, **sizes) if as_built else profile(model, info.image_size)
-    rows = layer_table(layers, costs, kept)
-    counts = {
-        **sparsity_counts(reshaped(layers, model) if is_cut else layers, masked, config.method.requested_sparsity()),
-        **cost_counts(model, costs, masked, dense_config=config.model, is_cut=is_cut, **sizes),
-    }
+    done = _finish(run, result)
+    scores, measured = _measure(run, done)
+    rows, counts = _count(run, done)
     if measured:
         counts |= observed_counts(rows, measured, counts["macs/dense"])
-    if not distributed.is_main():
-        return
-    removed = {"channels": result["widths"]} if is_cut else {}
-    save_model(model, models.describe(run.model_config, **sizes) | removed, run.folder.directory)
+    if distributed.is_main():
+        _write(run, done, rows, summarise(run, scores, counts, wall_s=wall_s))
+
+
+def _finish(run: Run, result: PhaseResult) -> Finished:
+    """Return the network that the last phase left, finished by the method and checked."""
+    masks, method = result.masks or {}, build_method(run.config)
+    model = restore_model(run.model_config, result, **run.dataset.info.sizes)
+    check_zeros(model, masks)
+    if run.planned[-1].phase.active:
+        method.load_state_dict(result.method)
+    finished = method.finish(model)
+    make_zeros_positive(finished)
+    masked = {name: int(mask.sum()) for name, mask in masks.items()}
+    layers, kept = whole_layers(run, method, finished, masked)
+    check_sparsity(method, layers, kept)
+    return Finished(finished, method, layers, masked, kept, result.widths, finished is model)
+
+
+def _measure(run: Run, done: Finished) -> tuple[dict[str, dict[str, float]], Measured | None]:
+    """Return loss and accuracies per split, and what the method itself measures."""
+    exact, dataset = run.numerics.exact(), run.dataset
+    exact.placed(done.model)
+    splits = {"final": dataset.eval_split} | ({"test": "test"} if dataset.eval_split == "val" else {})
+    score = partial(_score, run, numerics=exact)
+    batches = partial(dataset.eval_batches, splits["final"], run.config.trainer.eval_batch_size,
+                      rank=distributed.rank(), world_size=distributed.world_size())  # fmt: skip
+    measured = done.method.measure(done.model, partial(score, splits["final"]), batches)
+    known = {"final": measured.scores} if measured else {"final": run.outcomes[-1]} if done.is_unchanged else {}
+    scores = {name: known[name] if name in known else score(split, done.model) for name, split in splits.items()}
+    return {name: {key: found[key] for key in ("loss", "top1", "top5")} for name, found in scores.items()}, measured
+
+
+def _count(run: Run, done: Finished) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return the layer table, and the summary's parameters, MACs and sparsity."""
+    sizes, is_cut = run.dataset.info.sizes, done.widths is not None
+    as_built = done.is_unchanged and not is_cut
+    costs = layer_costs(run.model_config, **sizes) if as_built else profile(done.model, sizes["image_size"])
+    layers = reshaped(done.layers, done.model) if is_cut else done.layers
+    counts = sparsity_counts(layers, done.masked, done.method.requested_sparsity()) | cost_counts(
+        done.model, costs, done.masked, dense_config=run.config.model, is_cut=is_cut, **sizes
+    )
+    return layer_table(done.layers, costs, done.kept), counts
+
+
+def _write(run: Run, done: Finished, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    description = models.describe(run.model_config, **run.dataset.info.sizes)
+    removed = {} if done.widths is None else {"channels": done.widths}
+    save_model(done.model, description | removed, run.folder.directory)
     run.tracker.layers(rows)
-    summary = summarise(run, scores, counts, wall_s=wall_s)
     record = {"phase": "final", "epoch": 0, "global_step": run.step_offset}
     run.tracker.log(record | {key: value for key, value in summary.items() if key.startswith(("final/", "test/"))})
     run.tracker.summary(summary)
@@ -92,8 +120,7 @@ def whole_layers(
         model: the finished network; weights of channels that were removed from it count as pruned.
         masked: kept weights per parameter under a mask.
     """
-    info = run.dataset.info
-    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
+    sizes = run.dataset.info.sizes
     whole = models.build_on_meta(run.model_config, **sizes)
     left = {name: parameter.numel() for name, parameter in model.named_parameters()}
     layers = usable_layers(method, whole, layer_costs(run.model_config, **sizes))
@@ -114,12 +141,13 @@ def check_zeros(model: nn.Module, masks: dict[str, Tensor]) -> None:
         raise RuntimeError(f"pruned weights are not zero in {', '.join(wrong)}")
 
 
-def check_sparsity(config: RunConfig, layers: list, kept: dict[str, int]) -> None:
-    requested = config.method.requested_sparsity()
-    if requested is None or not config.method.budget_is_exact():
+def check_sparsity(method: Method, layers: list[Layer], kept: dict[str, int]) -> None:
+    """Raise RuntimeError if not exactly the requested number of eligible weights is left."""
+    requested = method.requested_sparsity()
+    if requested is None or not method.budget_is_exact():
         return
     total = sum(layer.size for layer in layers if layer.eligible)
     achieved = sum(kept.get(layer.parameter, layer.size) for layer in layers if layer.eligible)
     if achieved != num_keep_total(total, requested):
         raise RuntimeError(f"kept {achieved} of {total} eligible weights, method.sparsity={requested} asks for "
-                           f"{num_keep_total(total, requested)}")
+                           f"{num_keep_total(total, requested)}")  # fmt: skip

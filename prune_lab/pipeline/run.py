@@ -8,14 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prune_lab.config.run import RunConfig
-from prune_lab.core import chain
+from prune_lab.core.chain import PlannedPhase
+from prune_lab.core.phase_result import PhaseResult
 from prune_lab.foundations import distributed
 from prune_lab.foundations.signals import StopFlag
-from prune_lab.pipeline import run_folder
-from prune_lab.pipeline.host import Host
+from prune_lab.pipeline.executor import Executor
+from prune_lab.pipeline.run_folder import RunFolder
+from prune_lab.pipeline.settling import SettledRun
 from prune_lab.tracking import BaseSink, Sink, Tracker
 from prune_lab.training.loop import Interrupted
 from prune_lab.training.numerics import Numerics
+from prune_lab.training.phases import Effort
 
 Observe = Callable[[StopFlag], Sink]
 """makes a sink for one run; it sees what the run reports and may ask the flag to stop it"""
@@ -25,35 +28,62 @@ Observe = Callable[[StopFlag], Sink]
 class Run:
     """One run while it is under way, on every process alike; only the main process writes."""
 
-    config: RunConfig
-    model_config: Any
+    settled: SettledRun
     dataset: Any
     numerics: Numerics
-    planned: list[chain.PlannedPhase]
-    folder: run_folder.RunFolder
     tracker: Tracker
     stop: StopFlag
     tally: Counter[str]
-    host: Host
-    own: run_folder.RunFolder | None = None
+    executor: Executor
+    baseline: RunFolder | None = None
     """a control: where the method's own run is"""
     observer: Sink = field(default_factory=BaseSink)
     """one of the tracker's sinks, which also hears of a run that is done already"""
     notes: list[str] = field(default_factory=list)
-    """what the rehearsal found out; a run that goes on has none"""
+    """what the validation found out; a run that is resumed has none"""
     outcomes: list[dict] = field(default_factory=list)
+    """figures of the phases that are done, in order"""
     images_done: int = 0
     train_s: float = 0.0
     step_offset: int = 0
     macs_offset: int = 0
 
+    @property
+    def config(self) -> RunConfig:
+        return self.settled.config
+
+    @property
+    def model_config(self) -> Any:
+        return self.settled.model_config
+
+    @property
+    def planned(self) -> list[PlannedPhase]:
+        return self.settled.planned
+
+    @property
+    def folder(self) -> RunFolder:
+        return self.settled.folder
+
+    def count(self, entry: PlannedPhase, result: PhaseResult, *, reused: bool) -> None:
+        """Take note of a finished phase."""
+        figures = result.figures | {"reused": reused}
+        self.tally["reused" if reused else "trained"] += entry.trains
+        self.outcomes.append(figures)
+        self.step_offset += figures["steps"]
+        self.macs_offset += 0 if entry.phase.repeated else figures["macs_train"]
+
+    def spend(self, effort: Effort) -> None:
+        """Take note of what a phase took in this process."""
+        self.images_done += effort.steps * self.config.schedule.batch_size
+        self.train_s += effort.train_s
+
     def poll(self) -> None:
         """To be called while waiting for another process."""
-        self.host.pause()
+        self.executor.pause()
         if self.stop():
             raise Interrupted
 
     def poll_alone(self) -> None:
-        """Like `poll`, but several processes go on together."""
+        """Like `poll`, but several processes continue together."""
         if distributed.world_size() == 1 and self.stop():
             raise Interrupted

@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from prune_lab.config.run import RunConfig
+from prune_lab.config.run import RunConfig, as_mapping
 from prune_lab.core.chain import PlannedPhase
 from prune_lab.foundations import distributed
 from prune_lab.foundations.files import read_json, write_text
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.pipeline.identity import group_key, plan, run_key
+from prune_lab.pipeline.identity import group_key, plan_phases, run_key
 from prune_lab.tracking import RunInfo, Tracker, open_tracker
 
 
@@ -34,11 +34,11 @@ class RunFolder:
         Args:
             fingerprint: of the data set, part of the run's identity; None: not known.
             content: of the data set, part of the directory's name (see Dataset.content).
-            inputs: as for identity.plan.
+            inputs: as for identity.plan_phases.
         """
-        short = run_key(plan(config, fingerprint=content, **inputs), config)[:8]
-        name = f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-s{config.seed}-{short}"
-        key = run_key(plan(config, fingerprint=fingerprint, **inputs), config)
+        short = run_key(plan_phases(config, fingerprint=content, **inputs), config)[:8]
+        name = f"{config.dataset.name}-{config.model.name}-{config.method.name}-s{config.seed}-{short}"
+        key = run_key(plan_phases(config, fingerprint=fingerprint, **inputs), config)
         return cls(Path(config.output_dir) / name, key, group_key(config, fingerprint=fingerprint, **inputs))
 
     def tracker(self, config: RunConfig) -> Tracker:
@@ -82,10 +82,11 @@ class RunFolder:
         if distributed.is_main():
             self.directory.mkdir(parents=True, exist_ok=True)
             (self.directory / "summary.json").unlink(missing_ok=True)
-        tags = [config.dataset.name, config.model.name, config.method.config.name, *config.logger.tags]
-        tracker.start(RunInfo(self.directory, self.key, self.directory.name, self.group, tags, config.resolved, plan))
+        tags = [config.dataset.name, config.model.name, config.method.name, *config.logger.tags]
+        options = as_mapping(config)
+        tracker.start(RunInfo(self.directory, self.key, self.directory.name, self.group, tags, options, plan))
         if distributed.is_main():
-            write_text(self.directory / "config.yaml", yaml.safe_dump(config.resolved, sort_keys=False))
+            write_text(self.directory / "config.yaml", yaml.safe_dump(options, sort_keys=False))
             self._link_phases(planned)
 
     def _link_phases(self, planned: list[PlannedPhase]) -> None:

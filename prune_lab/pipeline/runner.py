@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
 
@@ -16,28 +16,28 @@ from prune_lab import datasets
 from prune_lab.accounting import targets
 from prune_lab.config.run import RunConfig
 from prune_lab.core import chain
-from prune_lab.datasets import BatchFormat
+from prune_lab.core.method import build_method
+from prune_lab.datasets import BatchFormat, Dataset
 from prune_lab.foundations import distributed
-from prune_lab.foundations.failure import lost_decoder
-from prune_lab.foundations.files import SaveError
-from prune_lab.foundations.schema import ConfigError
-from prune_lab.pipeline import control_runs, identity, matching, results, run_folder
-from prune_lab.pipeline import summary as pipeline_summary
-from prune_lab.pipeline.host import Host
-from prune_lab.pipeline.rehearsal import rehearse
+from prune_lab.pipeline import control_runs, matching, results
+from prune_lab.pipeline.endings import guarded
+from prune_lab.pipeline.executor import Executor
 from prune_lab.pipeline.run import Observe, Run
-from prune_lab.pipeline.settling import settled
-from prune_lab.pipeline.store import PhaseStore, lock
-from prune_lab.tracking.lines import summary_lines
+from prune_lab.pipeline.settling import SettledRun, settle, settled
+from prune_lab.pipeline.store import lock
+from prune_lab.pipeline.stored_phases import obtain
+from prune_lab.pipeline.validation import validate
 from prune_lab.training import numerics
-from prune_lab.training.job import Job
-from prune_lab.training.loop import Interrupted, NonFiniteLoss
+from prune_lab.training.loop import Interrupted
 from prune_lab.training.numerics import Numerics
-from prune_lab.training.phases import dense_note, perform
+from prune_lab.training.phases import dense_note
 
 
 def run(
-    *configs: RunConfig, tally: Counter[str] | None = None, observe: Observe | None = None, host: Host | None = None
+    *configs: RunConfig,
+    tally: Counter[str] | None = None,
+    observe: Observe | None = None,
+    executor: Executor | None = None,
 ) -> int:
     """Carry out runs on the same device in turn, up to the first that does not finish, and return the exit code.
 
@@ -46,215 +46,92 @@ def run(
     Args:
         tally: counts the runs' phases with training as "trained" now or "reused".
         observe: called once per run.
-        host: what the runs share with others in this process; None: nothing.
+        executor: what the runs share with others in this process; None: nothing.
 
     Raises:
         ConfigError: wrong options or data, before the run directory is touched.
     """
+    executor, tally = executor or Executor(), Counter() if tally is None else tally
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    host = host or Host()
-    arithmetic = replace(numerics.resolve(configs[0].trainer, local_rank=local_rank), vectorised=host.vectorised)
+    arithmetic = replace(numerics.resolve(configs[0].trainer, local_rank=local_rank), vectorised=executor.vectorised)
     distributed.start(arithmetic.torch_device)
     try:
-        tally = Counter() if tally is None else tally
-        codes = (_run(config, arithmetic, tally, observe, host) for config in configs)
+        codes = (_run(config, arithmetic, tally, observe, executor) for config in configs)
         return next((code for code in codes if code), 0)
     finally:
         distributed.stop()
 
 
 def _run(
-    config: RunConfig, arithmetic: Numerics, tally: Counter[str], observe: Observe | None, host: Host
+    config: RunConfig, arithmetic: Numerics, tally: Counter[str], observe: Observe | None, executor: Executor
 ) -> int:
-    info = datasets.describe(config.dataset)
-    config = settled(config, info)
-    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-    model_config = config.method.adapt_model(config.model, **sizes)
+    config = settled(config, datasets.describe(config.dataset))
     # fp32 images on every device: autocast rounds them where it pays, exact evaluation needs them unrounded.
-    fmt = BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
-    dataset = host.load(config.dataset, fmt)
-    inputs = {"model": model_config, "numerics": arithmetic.identity(), "world_size": distributed.world_size()}
-
-    def settle(options: RunConfig) -> tuple[RunConfig, run_folder.RunFolder]:
-        solved = matching.matched(options, model_config, dataset.info, arithmetic)
-        data = {"fingerprint": dataset.fingerprint, "content": dataset.content}
-        return solved, run_folder.RunFolder.of(solved, **data, **inputs)
-
-    own = control_runs.own_run(config)
-    own_folder = None if own is None else settle(own)[1]
-    config, folder = settle(config)
-    planned, notes = identity.plan(config, fingerprint=dataset.fingerprint, **inputs), []
-    if distributed.share(not (folder.directory / "run.json").exists() if distributed.is_main() else None):
-        with matching.naming_reference(config):
-            notes = rehearse(config, model_config, planned, dataset, arithmetic)
-    with host.stop_flag() as stop:
-        tracker = folder.tracker(config)
-        run = Run(config, model_config, dataset, arithmetic, planned, folder, tracker, stop, tally, host, own_folder)
-        run.notes = notes
-        if observe and distributed.is_main():
-            run.observer = observe(stop)
-            tracker.add_local(run.observer)
+    dataset = executor.load(
+        config.dataset, BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
+    )
+    settling = partial(settle, info=dataset.info, numerics=arithmetic, fingerprint=dataset.fingerprint,
+                       content=dataset.content)  # fmt: skip
+    this, baseline = settling(config), control_runs.baseline_run(config)
+    folder = None if baseline is None else settling(baseline).folder
+    begins = distributed.on_main(lambda: not (this.folder.directory / "run.json").exists())
+    notes = _validate(this, dataset, arithmetic) if begins else []
+    with executor.stop_flag() as stop:
+        run = Run(this, dataset, arithmetic, this.folder.tracker(config), stop, tally, executor, folder, notes=notes)
         try:
-            if not distributed.is_main():
-                return _guarded(run)
-            path = folder.directory / ".lock"
-            with lock(path, what=str(folder.directory), report=run.tracker.message, poll=run.poll):
-                return _guarded(run)
+            with _opened(run, observe):
+                return guarded(run, _carry_out)
         except Interrupted:
             return stop.exit_code
         finally:
-            host.close(dataset)
+            executor.close(dataset)
 
 
-def _guarded(run: Run) -> int:
-    """Do the run and turn every way it can end into a status, one line and an exit code."""
-    done = distributed.share(run.folder.finished() if distributed.is_main() else None)
-    if done is not None:
-        run.tracker.message(f"done already: {run.folder.directory}")
-        run.tally["reused"] += sum(entry.trains for entry in run.planned)
-        _show(run, done)
-        run.observer.summary(done)
-        return 0
-    try:
-        return _carry_out(run)
-    except (Interrupted, KeyboardInterrupt):
-        return _end(run, "interrupted", run.stop.reason, code=run.stop.exit_code)
-    except (ConfigError, NonFiniteLoss) as error:
-        return _end(run, "failed", str(error), code=1)
-    except OSError as error:
-        return _end(run, "failed", _reason(error, run.folder.directory), code=1)
-    except BaseException as error:
-        if run.stop() and not distributed.is_main():  # the main process was stopped too, and left first
-            return run.stop.exit_code
-        if line := lost_decoder(error):
-            return _end(run, "failed", line, code=1)
-        if _lost_process(error):
-            line = "another process of this run is gone; the same command goes on from the last checkpoint"
-            return _end(run, "failed", line, code=1)
-        with contextlib.suppress(OSError):
-            run.folder.crash(run.tracker, error)
-            error.add_note(f"traceback in {run.folder.directory / 'log.txt'}")
-        raise
+def _validate(this: SettledRun, dataset: Dataset, arithmetic: Numerics) -> list[str]:
+    with matching.naming_reference(this.config):
+        return validate(this.config, this.model_config, this.planned, dataset, arithmetic)
 
 
-def _lost_process(error: BaseException) -> bool:
-    """Return whether the connection to another process broke; gloo has no type of its own for that."""
-    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
-
-
-def _end(run: Run, status: str, line: str, *, code: int) -> int:
-    """Tell every sink how the run ended; a full disk may keep some of them from noting it."""
-    if status == "failed":
-        print(f"prune-lab: error: {line}", file=sys.stderr, flush=True)
-    with contextlib.suppress(OSError):
-        run.tracker.finish(status, line)
-    return code
-
-
-def _reason(error: OSError, directory: Path) -> str:
-    """Return one line for an error of the disk; those of prune-lab's own writers name the file already."""
-    if isinstance(error, SaveError):
-        return f"{error.strerror}; what was there before is untouched, the same command goes on"
-    return f"{error.strerror or type(error).__name__}: {error.filename or directory}"
+@contextlib.contextmanager
+def _opened(run: Run, observe: Observe | None) -> Iterator[None]:
+    """Hold the run's folder, which one process at a time writes, with an observer among the run's sinks."""
+    if not distributed.is_main():
+        yield
+        return
+    if observe:
+        run.observer = observe(run.stop)
+        run.tracker.add_local(run.observer)
+    directory = run.folder.directory
+    with lock(directory / ".lock", what=str(directory), report=run.tracker.message, poll=run.poll):
+        yield
 
 
 def _carry_out(run: Run) -> int:
     started = time.monotonic()
     run.folder.start(run.tracker, run.config, run.planned)
-    for line in (*run.dataset.info.lines(), *run.notes):
+    for line in _first_lines(run):
         run.tracker.message(line)
-    if run.config.matched:
-        run.tracker.message(run.config.matched.line())
-    if line := targets.plan_line(run.config.method.asked()):
-        run.tracker.message(line)
-    if run.own:
-        run.tracker.message(f"control {run.config.method.config.control} of {run.own.directory.name}")
-    if note := dense_note(run.config, run.model_config, run.dataset.info):
-        run.tracker.message(note)
-    if run.config.model.weights is not None:
-        run.tracker.message("note: macs/train does not count the training of model.weights")
     done = chain.Results(entry.phase for entry in run.planned)
-    for planned in run.planned:
-        result, figures = _obtain(run, planned, done)
-        done.add(planned.phase, result)
-        run.tally["reused" if figures["reused"] else "trained"] += planned.trains
-        run.outcomes.append(figures)
-        run.step_offset += figures["steps"]
-        run.macs_offset += 0 if planned.phase.repeated else figures["macs_train"]
+    for entry in run.planned:
+        result, reused = obtain(run, entry, done)
+        done.add(entry.phase, result)
+        run.count(entry, result, reused=reused)
     results.complete(run, result, wall_s=time.monotonic() - started)
     return 0
 
 
-def _obtain(run: Run, planned: chain.PlannedPhase, done: chain.Results) -> tuple[dict, dict]:
-    """Return (result, figures) of a phase: stored already, or done now by whoever holds its lock."""
-    store = PhaseStore(Path(run.config.output_dir), planned.key, run.tracker.message)
-    if not distributed.is_main():
-        return _obtain_locked(run, planned, done, store)
-    with store.lock(what=f"phase {planned.phase.name} ({planned.key[:8]})", poll=run.poll):
-        return _obtain_locked(run, planned, done, store)
-
-
-def _obtain_locked(
-    run: Run, planned: chain.PlannedPhase, done: chain.Results, store: PhaseStore
-) -> tuple[dict, dict]:
-    figures = distributed.share(store.finished() if distributed.is_main() else None)
-    result = distributed.share(store.result() if distributed.is_main() and figures else None)
-    if result is not None:
-        if distributed.is_main():
-            for record in store.records():
-                run.tracker.log(_absolute(run, record), replayed=True)
-        run.tracker.message(f"phase {planned.phase.name}: reused ({planned.key[:8]})")
-        return result, figures | {"reused": True}
-    resumed = distributed.share(store.checkpoints.load() if distributed.is_main() else None)
-    if distributed.is_main():
-        for record in store.begin(resumed["progress"]["epoch"] if resumed else -1):
-            run.tracker.log(_absolute(run, record), replayed=True)
-    if resumed:
-        run.tracker.message(f"phase {planned.phase.name}: resumed at step {resumed['progress']['step']}")
-    result, figures = perform(_job(run, planned, done, store, resumed))
-    run.images_done += figures.pop("steps_here") * run.config.schedule.batch_size
-    run.train_s += figures.pop("train_s_here")
-    if distributed.is_main():
-        store.finish(result, figures, planned.inputs)
-    distributed.barrier()
-    return result, figures | {"reused": False}
-
-
-def _job(
-    run: Run, planned: chain.PlannedPhase, done: chain.Results, store: PhaseStore, resumed: dict | None
-) -> Job:
-    def record(row: dict) -> None:
-        if distributed.is_main():
-            store.append(row)
-            run.tracker.log(_absolute(run, row))
-
-    return Job(
-        config=run.config,
-        model_config=run.model_config,
-        planned=planned,
-        dataset=run.dataset,
-        numerics=run.numerics,
-        previous=done.before(planned.phase),
-        origin=done.origin(planned.phase),
-        checkpoints=store.checkpoints,
-        resumed=resumed,
-        record=record,
-        show=run.tracker.progress,
-        report=run.tracker.message,
-        stop=run.stop,
-        differentiate=run.host.differentiate,
-    )
-
-
-def _absolute(run: Run, row: dict) -> dict:
-    """Return a phase's record with steps and MACs counted over the whole run."""
-    row = dict(row)
-    row["global_step"] = row.pop("step") + run.step_offset
-    row["macs/train"] = row["macs/train"] + run.macs_offset
-    first = ("phase", "epoch", "global_step")
-    return {key: row[key] for key in first} | {key: value for key, value in row.items() if key not in first}
-
-
-def _show(run: Run, summary: dict) -> None:
-    for line in [*summary_lines(summary), *pipeline_summary.control_lines(run, summary)]:
-        run.tracker.message(line)
+def _first_lines(run: Run) -> Iterator[str]:
+    """Yield what a user should know before the first phase."""
+    config, info = run.config, run.dataset.info
+    yield from info.lines()
+    yield from run.notes
+    if config.matched:
+        yield config.matched.line()
+    if line := targets.plan_line(build_method(run.config).asked()):
+        yield line
+    if run.baseline:
+        yield f"control {config.method.control} of {run.baseline.directory.name}"
+    if note := dense_note(config, run.model_config, info.sizes):
+        yield note
+    if config.model.weights is not None:
+        yield "note: macs/train does not count the training of model.weights"

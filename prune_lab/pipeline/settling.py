@@ -1,19 +1,53 @@
-"""Options that follow the length of the schedule, as numbers: before a run is named, matched or planned. Torch-free."""
+"""A run settled before it starts: options in numbers, its network, its phases and its folder."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from prune_lab.config.run import RunConfig
+from prune_lab.core.chain import PlannedPhase
+from prune_lab.core.method import build_method
 from prune_lab.datasets import DatasetInfo
+from prune_lab.foundations import distributed
+from prune_lab.pipeline import identity, matching
+from prune_lab.pipeline.run_folder import RunFolder
+from prune_lab.training.numerics import Numerics
+
+
+@dataclass(frozen=True)
+class SettledRun:
+    """What a run is made from and what it is named after."""
+
+    config: RunConfig
+    model_config: Any
+    """options of the network that is built, after the method adapted them"""
+    planned: list[PlannedPhase]
+    folder: RunFolder
 
 
 def settled(config: RunConfig, info: DatasetInfo) -> RunConfig:
     """Return the options of a run with those settled that the method derives from the schedule."""
     steps, limit = info.num_train // config.schedule.batch_size, config.trainer.limit_train_batches
-    method = config.method.for_schedule(config, steps if limit is None else min(steps, limit))
-    before, after = asdict(config.method.config), asdict(method.config)
-    changed = {key: value for key, value in after.items() if value != before[key]}
-    if not changed:
-        return config
-    return replace(config, method=method, resolved=config.resolved | {"method": config.resolved["method"] | changed})
+    steps = steps if limit is None else min(steps, limit)
+    return replace(config, method=build_method(config).for_schedule(config, steps))
+
+
+def settle(
+    config: RunConfig, info: DatasetInfo, numerics: Numerics, *, fingerprint: str | None, content: str | None
+) -> SettledRun:
+    """Return the run with every option settled; `config` as `settled` returned it.
+
+    Args:
+        fingerprint: content hash of the data set; None: keys that depend on options alone.
+        content: of the data set, part of the directory's name (see Dataset.content).
+
+    Raises:
+        ConfigError: the method cannot adapt the network, or what method.match asks for is out of reach.
+    """
+    model_config = build_method(config).adapt_model(config.model, **info.sizes)
+    config = matching.matched(config, model_config, info, numerics)
+    inputs = {"model": model_config, "numerics": numerics.identity(), "world_size": distributed.world_size()}
+    planned = identity.plan_phases(config, fingerprint=fingerprint, **inputs)
+    folder = RunFolder.of(config, fingerprint=fingerprint, content=content, **inputs)
+    return SettledRun(config, model_config, planned, folder)

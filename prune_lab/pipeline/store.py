@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from prune_lab.core.phase_result import PhaseResult
 from prune_lab.foundations import checkpoint
 from prune_lab.foundations.files import SaveError, read_json, write_json
 from prune_lab.foundations.locks import lock
@@ -24,8 +25,21 @@ class PhaseStore:
     def lock(self, *, what: str, poll: Callable[[], None]):
         return lock(self.directory / "lock", what=what, report=self._report, poll=poll)
 
-    def finished(self) -> dict[str, Any] | None:
-        """Return the figures of the finished phase, or None if it is not there or not whole."""
+    def load(self) -> PhaseResult | None:
+        """Return the result of the finished phase; None: it is not there, or not whole and has to be done again."""
+        figures = self._figures()
+        if figures is None:
+            return None
+        try:
+            tensors = checkpoint.load(self.directory / "result.pt")
+        except checkpoint.DamagedFile as error:
+            self._report(f"{error}; the phase is done again")
+            (self.directory / "phase.json").unlink(missing_ok=True)
+            (self.directory / "result.pt").unlink()
+            return None
+        return PhaseResult(**tensors, figures=figures)
+
+    def _figures(self) -> dict[str, Any] | None:
         path = self.directory / "phase.json"
         if not path.exists() or not (self.directory / "result.pt").exists():
             return None
@@ -35,20 +49,10 @@ class PhaseStore:
             self._report(f"{path} is damaged; the phase is done again")
             return None
 
-    def result(self) -> dict[str, Any] | None:
-        """Return the finished phase's tensors; a damaged file is reported, removed and counts as not finished."""
-        try:
-            return checkpoint.load(self.directory / "result.pt")
-        except checkpoint.DamagedFile as error:
-            self._report(f"{error}; the phase is done again")
-            (self.directory / "phase.json").unlink(missing_ok=True)
-            (self.directory / "result.pt").unlink()
-            return None
-
-    def finish(self, result: dict[str, Any], figures: dict[str, Any], inputs: dict[str, Any]) -> None:
+    def finish(self, result: PhaseResult, inputs: dict[str, Any]) -> None:
         """Store the result; from the last rename on the phase counts as finished."""
-        checkpoint.save(result, self.directory / "result.pt")
-        write_json(self.directory / "phase.json", {"key": self.key, "inputs": inputs, "figures": figures})
+        checkpoint.save(result.tensors(), self.directory / "result.pt")
+        write_json(self.directory / "phase.json", {"key": self.key, "inputs": inputs, "figures": result.figures})
         self.checkpoints.remove()
 
     def records(self) -> list[dict[str, Any]]:

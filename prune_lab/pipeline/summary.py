@@ -18,7 +18,8 @@ from prune_lab.accounting.costs import LayerCost, count_parameters, dense_macs, 
 from prune_lab.accounting.eligibility import sparsity
 from prune_lab.accounting.training import training_macs
 from prune_lab.config.run import RunConfig
-from prune_lab.core.method import Measured
+from prune_lab.core.method import Measured, build_method
+from prune_lab.datasets import DatasetInfo
 from prune_lab.datasets.splits import eval_range
 from prune_lab.foundations import distributed
 from prune_lab.foundations.version import __version__
@@ -82,50 +83,72 @@ def cost_counts(
 
 def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall_s: float) -> dict[str, Any]:
     """Return the flat summary of design section 7; percentages for accuracies, counts for parameters and MACs."""
-    config, folder = run.config, run.folder
-    dense = [figures for entry, figures in zip(run.planned, run.outcomes, strict=True)
-             if entry.phase.hook == "train" and not entry.phase.active and entry.phase.end is None]
-    train_dense = training_macs(config, counts["macs/dense"], run.dataset.num_batches(config.schedule.batch_size))
-    spent = run.macs_offset
-    flat = {f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()}
+    config, info, outcomes = run.config, run.dataset.info, run.outcomes
+    method = build_method(config)
+    steps = run.dataset.num_batches(config.schedule.batch_size)
     summary = {
         "status": "finished",
-        "run/id": folder.key,
-        "run/group": folder.group,
-        "run/seed": config.seed,
-        "run/command": shlex.join(["prune-lab", *config.overrides]),
-        "run/device": device_name(run.numerics),
-        "run/versions": versions(),
-        **choices(config),
-        **run.dataset.info.figures(),
+        "run/id": run.folder.key,
+        **origin(config, run.folder.group, run.numerics, info),
         "data/content": run.dataset.content,
-        **flat,
-        "dense/top1": dense[0]["top1"] if dense else None,
-        "delta/top1": scores["final"]["top1"] - dense[0]["top1"] if dense else None,
-        "dense/epochs": dense[0]["epochs"] if dense else None,
+        **{f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()},
+        **_dense_training(run, scores["final"]["top1"]),
         **images_seen(run),
         **counts,
-        **explained([figures["explained"] for figures in run.outcomes]),
-        "macs/train": spent,
-        "macs/train_dense": train_dense,
-        "macs/train_ratio": spent / train_dense if train_dense else None,
-        "macs/train_ratio_paper": run.outcomes[-1]["paper_train_ratio"],
-        **config.method.chosen(),
+        **explained([figures["explained"] for figures in outcomes]),
+        **training_cost(config, run.macs_offset, counts["macs/dense"], steps),
+        "macs/train_ratio_paper": outcomes[-1]["paper_train_ratio"],
+        **method.chosen(),
         "phases": [
-            {"name": entry.phase.name, "key": entry.key, "epochs": figures["epochs"], "reused": figures["reused"],
-             "wall_s": figures["wall_s"]}
-            for entry, figures in zip(run.planned, run.outcomes, strict=True)
+            {"name": entry.phase.name, "key": entry.key} | {key: figures[key] for key in ("epochs", "reused", "wall_s")}
+            for entry, figures in zip(run.planned, outcomes, strict=True)
         ],
         "time/wall_s": wall_s,
         "time/images_per_s": run.images_done / run.train_s if run.train_s else None,
     }
-    summary |= targets.figures(config.method.asked(), summary)
+    summary |= targets.figures(method.asked(), summary)
     if config.matched:
         summary |= config.matched.figures(summary)
-    if own := own_summary(run):
-        control, top1 = config.method.config.control, scores["final"]["top1"]
-        summary |= control_runs.figures(control, top1, own=own, own_name=run.own.directory.name)
+    if baseline := baseline_summary(run):
+        control, top1, name = config.method.control, scores["final"]["top1"], run.baseline.directory.name
+        summary |= control_runs.figures(control, top1, baseline=baseline, baseline_name=name)
     return summary
+
+
+def origin(config: RunConfig, group: str, numerics: Numerics, info: DatasetInfo) -> dict[str, Any]:
+    """Return what a run was made from, and where."""
+    return {
+        "run/group": group,
+        "run/seed": config.seed,
+        "run/command": shlex.join(["prune-lab", *config.overrides]),
+        "run/device": device_name(numerics),
+        "run/versions": versions(),
+        **choices(config),
+        **info.figures(),
+    }
+
+
+def training_cost(config: RunConfig, spent: int | None, dense: int, steps: int) -> dict[str, Any]:
+    """Return the MACs of the training beside those of dense training.
+
+    Args:
+        spent: MACs of all phases; None: not known.
+        dense: MACs per image of the dense network.
+        steps: optimizer steps per epoch.
+    """
+    whole = training_macs(config, dense, steps)
+    ratio = spent / whole if spent is not None and whole else None
+    return {"macs/train": spent, "macs/train_dense": whole, "macs/train_ratio": ratio}
+
+
+def _dense_training(run: Run, top1: float) -> dict[str, Any]:
+    """Return the accuracy of the chain's dense training, percent, and what pruning made of it; null without one."""
+    dense = [figures for entry, figures in zip(run.planned, run.outcomes, strict=True)
+             if entry.phase.is_training and not entry.phase.active and entry.phase.end is None]  # fmt: skip
+    if not dense:
+        return dict.fromkeys(("dense/top1", "delta/top1", "dense/epochs"))
+    before = dense[0]["top1"]
+    return {"dense/top1": before, "delta/top1": top1 - before, "dense/epochs": dense[0]["epochs"]}
 
 
 def images_seen(run: Run) -> dict[str, int | None]:
@@ -149,31 +172,31 @@ def images_seen(run: Run) -> dict[str, int | None]:
     }
 
 
-def explained(told: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the figures that the phases tell, later ones first.
+def explained(figures: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the figures that the phases report, later ones first.
 
     Those of masks are the last phase's alone: masks of earlier phases may be gone with the channels they left out.
     """
-    merged = {key: value for figures in told for key, value in figures.items()}
-    return {key: value for key, value in merged.items() if key in told[-1] or not key.startswith("mask/")}
+    merged = {key: value for phase in figures for key, value in phase.items()}
+    return {key: value for key, value in merged.items() if key in figures[-1] or not key.startswith("mask/")}
 
 
-def own_summary(run: Run) -> dict[str, Any] | None:
+def baseline_summary(run: Run) -> dict[str, Any] | None:
     """Return the summary of the method's own run beside a control, None if there is no such run."""
-    return run.own.finished() if run.own and distributed.is_main() else None
+    return run.baseline.finished() if run.baseline and distributed.is_main() else None
 
 
 def control_lines(run: Run, summary: dict[str, Any]) -> list[str]:
     """Return a control's results beside the method's own; nothing for other runs."""
-    own = own_summary(run)
-    return control_runs.beside(summary, own, run.config.method.config.control) if own else []
+    baseline = baseline_summary(run)
+    return control_runs.comparison(summary, baseline, run.config.method.control) if baseline else []
 
 
 def choices(config: RunConfig) -> dict[str, str]:
     return {
         "config/model": config.model.name,
         "config/dataset": config.dataset.name,
-        "config/method": config.method.config.name,
+        "config/method": config.method.name,
         "config/schedule": config.schedule.name,
     }
 

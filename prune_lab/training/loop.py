@@ -89,6 +89,8 @@ class Training:
         self.first_bad = torch.tensor(_NEVER, device=device)  # step of the first non-finite loss
         self.last_scores: dict[str, float] | None = None  # of the last epoch, if it ended in this process
         self.train_s = 0.0  # seconds of training steps in this process
+        self.earlier_s = 0.0  # seconds of the processes before, up to the checkpoint that was resumed from
+        self._first_here = self.progress.step
         self.saves = Saves(self.checkpoints, self.trainer.checkpoint_interval_s, device)
 
     @property
@@ -112,7 +114,13 @@ class Training:
             "cost": context.cost.state_dict(),
         }
 
+    @property
+    def steps_here(self) -> int:
+        """Optimizer steps in this process."""
+        return self.progress.step - self._first_here
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume from a checkpoint, which holds what `state_dict` returned."""
         context = self.context
         context.model.load_state_dict(state["model"])
         context.optimizer.load_state_dict(state["optimizer"])
@@ -126,6 +134,7 @@ class Training:
         self.progress = Progress(**state["progress"])
         self.sums.copy_(state["sums"] if distributed.is_main() else torch.zeros_like(self.sums))
         context.cost.load_state_dict(state["cost"])
+        self._first_here, self.earlier_s = self.progress.step, self.progress.wall_s
 
 
 def fit(training: Training) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from prune_lab.accounting.costs import LayerCost, computed_note, profile
 from prune_lab.config.run import RunConfig
 from prune_lab.core.chain import PlannedPhase
 from prune_lab.core.context import Context
+from prune_lab.core.method import build_method
+from prune_lab.core.phase_result import PhaseResult
 from prune_lab.core.usable_layers import usable_layers
 from prune_lab.foundations import distributed, tied
 from prune_lab.foundations.bits import make_zeros_positive
@@ -24,68 +27,94 @@ from prune_lab.pruning.channels import surgery
 from prune_lab.training import start_weights
 from prune_lab.training.averaging import moving_average
 from prune_lab.training.evaluation import measure
-from prune_lab.training.job import Job
 from prune_lab.training.loop import Progress, Training, fit
+from prune_lab.training.task import PhaseTask
 
 
-def perform(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Do the phase and return (result tensors, figures).
+def perform(task: PhaseTask) -> tuple[PhaseResult, Effort]:
+    """Do the phase and return its result, and what it took in this process.
 
     Raises:
         Interrupted, NonFiniteLoss: see loop.fit.
         ConfigError: options that only prove wrong on the real model or data.
     """
-    context = open_context(job)
-    begins = job.previous is None and job.model_config.weights is not None
-    brought = start_weights.examine(job, context) if begins else {}
-    method, phase = job.method, job.planned.phase
-    started, model = time.monotonic(), context.model
-    progress, scores, train_s, noted, resumed_at = Progress(), None, 0.0, {}, context.first_step
-    if phase.hook == "train":
-        training = open_training(job, context)
-        method.setup(context)
-        training.ema = moving_average(context.model, job.config.trainer.ema_decay)
-        if job.resumed is not None:
-            training.load_state_dict(job.resumed)
-            started -= training.progress.wall_s
-            resumed_at = training.progress.step
-        fit(training)
-        # The moving average is a result; what training goes on from is the network itself.
-        model, progress = context.model if phase.keeps_optimizer else training.evaluated, training.progress
-        scores, train_s = training.last_scores, training.train_s
+    context = open_context(task)
+    begins = task.previous is None and task.model_config.weights is not None
+    explained = start_weights.examine(task, context) if begins else {}
+    started = time.monotonic()
+    if task.phase.is_training:
+        training = _train(task, context)
+        # The moving average is a result; what training resumes from is the network itself.
+        model = context.model if task.phase.keeps_optimizer else training.evaluated
+        step, effort = training.progress.step, Effort(training.steps_here, training.train_s, training.earlier_s)
+        scores = training.last_scores or _exact_scores(task, model)  # none if resumed after its last epoch
     else:
-        method.setup(context)
-        noted = getattr(method, phase.hook)(context) or {}
-        context.cost.total += method.phase_cost(context)
-        model = context.model  # channels may have gone
-    if scores is None:  # no epoch ended here: a phase without training, or one resumed after its last epoch
-        trainer, exact = job.config.trainer, job.numerics.exact()
-        scores = measure(model, job.dataset, job.dataset.eval_split, numerics=exact, trainer=trainer, poll=job.poll)
-    if phase.hook != "train":
-        job.record(_row(context, scores) | noted)
+        task.method.setup(context)
+        noted = task.phase.acts(task.method, context) or {}
+        context.cost.total += task.method.phase_cost(context)
+        model, step, effort = context.model, 0, Effort()
+        scores = _exact_scores(task, model)
+        task.record(_row(context, scores) | noted)
+        explained |= noted
     make_zeros_positive(model)
     figures = scores | {
-        "epochs": epochs_done(context, progress.step),
-        "steps": progress.step - context.first_step,
+        "epochs": epochs_done(context, step),
+        "steps": step - context.first_step,
         "macs_train": context.cost.total,
         "macs_inference": context.forward_macs,
-        "wall_s": time.monotonic() - started,
-        "train_s_here": train_s,
-        "steps_here": progress.step - resumed_at,
-        "paper_train_ratio": method.paper_train_ratio(context),
-        "explained": brought | noted | method.explain() | _totals(context),
+        "wall_s": time.monotonic() - started + effort.earlier_s,
+        "paper_train_ratio": task.method.paper_train_ratio(context),
+        "explained": explained | task.method.explain() | _totals(context),
     }
-    result = {
-        "model": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-        "masks": None if context.masks is None else {k: v.cpu() for k, v in context.masks.state_dict().items()},
-        "method": method.state_dict(),
-        "widths": context.widths,
-    }
-    if phase.keeps_optimizer:
+    return result_of(task, context, model, figures), effort
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a phase took: in this process, but for `earlier_s`."""
+
+    steps: int = 0
+    """optimizer steps"""
+    train_s: float = 0.0
+    """seconds of training steps"""
+    earlier_s: float = 0.0
+    """seconds of the processes whose checkpoint was resumed from"""
+
+
+def _train(task: PhaseTask, context: Context) -> Training:
+    """Train to the end of the phase, from its checkpoint if there is one."""
+    training = open_training(task, context)
+    task.method.setup(context)
+    training.ema = moving_average(context.model, task.config.trainer.ema_decay)
+    if task.resumed is not None:
+        training.load_state_dict(task.resumed)
+    fit(training)
+    return training
+
+
+def _exact_scores(task: PhaseTask, model: nn.Module) -> dict[str, float]:
+    """Return the accuracy in fp32 of a network on the split that runs are evaluated on."""
+    exact, dataset = task.numerics.exact(), task.dataset
+    return measure(model, dataset, dataset.eval_split, numerics=exact, trainer=task.config.trainer, poll=task.poll)
+
+
+def result_of(task: PhaseTask, context: Context, model: nn.Module, figures: dict[str, Any]) -> PhaseResult:
+    """Return what a phase leaves, its tensors on the CPU.
+
+    Args:
+        model: the network that the next phase starts from.
+    """
+    if task.phase.keeps_optimizer:
         context.optimizer_state = context.optimizer.state_dict()
-    if context.optimizer_state is not None:
-        result["optimizer"] = context.optimizer_state
-    return result, figures
+    masks = {} if context.masks is None else context.masks.state_dict()
+    return PhaseResult(
+        model={name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        masks=None if context.masks is None else {name: mask.cpu() for name, mask in masks.items()},
+        method=task.method.state_dict(),
+        widths=context.widths,
+        optimizer=context.optimizer_state,
+        figures=figures,
+    )
 
 
 def epochs_done(context: Context, step: int) -> float:
@@ -108,51 +137,63 @@ def _row(context: Context, scores: dict[str, float]) -> dict[str, Any]:
     return row | context.mask_figures()
 
 
-def open_context(job: Job) -> Context:
+def open_context(task: PhaseTask) -> Context:
     """Return the phase's model, masks and costs: fresh weights in the first phase, the previous result later."""
-    config, info = job.config, job.dataset.info
-    sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-    widths = None if job.previous is None else job.previous.get("widths")
-    if job.previous is None:
-        model = build_model(job.model_config, **sizes, seed=config.seed)
-        for line in load_weights(model, job.model_config):
-            job.report(line)
-    else:
-        model = restore_model(job.model_config, job.previous, **sizes)
-    costs = layer_costs(job.model_config, **sizes) if widths is None else profile(model, info.image_size)
-    if config.trainer.sync_bn and job.planned.phase.hook == "train":
-        model = distributed.join_batch_norm(model, job.numerics.torch_device)
-    job.numerics.placed(model)
-    phase, schedule = job.planned.phase, job.planned.schedule
-    steps = 0 if schedule is None else steps_per_epoch(job)
-    first_step, last_step = span(job.planned, steps)
+    config, previous, phase = task.config, task.previous, task.phase
+    model, widths = _initial_model(task), None if previous is None else previous.widths
+    costs = layer_costs(task.model_config, **task.sizes) if widths is None else profile(model, task.sizes["image_size"])
+    if config.trainer.sync_bn and phase.is_training:
+        model = distributed.join_batch_norm(model, task.numerics.torch_device)
+    task.numerics.placed(model)
+    run_method = build_method(config)  # also in phases in which it does nothing
     context = Context(
         model=model,
         costs=list(costs),
-        layers=usable_layers(config.method, model, costs),
+        layers=usable_layers(run_method, model, costs),
         phase=phase.name,
         seed=config.seed,
-        total_steps=steps * schedule.epochs if schedule else 0,
-        steps_per_epoch=steps,
-        first_step=first_step,
-        last_step=last_step,
-        origin=job.origin,
-        schedule=schedule,
+        **_steps(task),
+        origin=task.origin,
+        schedule=task.planned.schedule,
         block=phase.schedule,
-        report=job.report,
-        amp_scaled=job.numerics.precision == "fp16",
-        dataset=job.dataset,
+        report=task.report,
+        amp_scaled=task.numerics.precision == "fp16",
+        dataset=task.dataset,
         widths=widths,
-        removes_channels=config.method.removes_channels(),
-        fresh_model=lambda word: build_model(job.model_config, **sizes, seed=stable_hash(config.seed, word) % 2**31),
-        poll=job.poll,
-        rehearsal=job.rehearsal,
+        removes_channels=run_method.removes_channels(),
+        fresh_model=partial(_drawn_anew, task),
+        poll=task.poll,
+        rehearsal=task.rehearsal,
     )
-    if job.previous is not None and job.previous["masks"] is not None:
-        context.install_masks({name: mask.to(context.device) for name, mask in job.previous["masks"].items()})
-    if job.previous is not None and job.planned.phase.active and job.previous["method"]:
-        job.method.load_state_dict(job.previous["method"])
+    if previous is not None and previous.masks is not None:
+        context.install_masks({name: mask.to(context.device) for name, mask in previous.masks.items()})
+    if previous is not None and phase.active and previous.method:
+        task.method.load_state_dict(previous.method)
     return context
+
+
+def _initial_model(task: PhaseTask) -> nn.Module:
+    """Return the network that a phase starts from, on the CPU."""
+    if task.previous is not None:
+        return restore_model(task.model_config, task.previous, **task.sizes)
+    model = build_model(task.model_config, **task.sizes, seed=task.config.seed)
+    for line in load_weights(model, task.model_config):
+        task.report(line)
+    return model
+
+
+def _drawn_anew(task: PhaseTask, word: str) -> nn.Module:
+    """Return the network with initial weights drawn from the seed and `word`."""
+    return build_model(task.model_config, **task.sizes, seed=stable_hash(task.config.seed, word) % 2**31)
+
+
+def _steps(task: PhaseTask) -> dict[str, int]:
+    """Return where a phase lies in its schedule, in optimizer steps; all 0 for a phase without training."""
+    schedule = task.planned.schedule
+    per_epoch = 0 if schedule is None else steps_per_epoch(task)
+    first, last = span(task.planned, per_epoch)
+    total = per_epoch * schedule.epochs if schedule else 0
+    return {"total_steps": total, "steps_per_epoch": per_epoch, "first_step": first, "last_step": last}
 
 
 def span(planned: PlannedPhase, steps_per_epoch: int) -> tuple[int, int]:
@@ -195,11 +236,11 @@ def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tupl
     return costs
 
 
-def dense_note(config: RunConfig, model_config: Any, info: Any) -> str | None:
+def dense_note(config: RunConfig, model_config: Any, sizes: dict[str, int]) -> str | None:
     """Return one line on the layers that no method can prune; None: there are none, or the run prunes nothing."""
-    if not any(phase.active for phase in config.method.chain()):
+    if not any(phase.active for phase in build_method(config).chain()):
         return None
-    return computed_note(layer_costs(model_config, num_classes=info.num_classes, image_size=info.image_size))
+    return computed_note(layer_costs(model_config, **sizes))
 
 
 def build_model(model_config: Any, *, num_classes: int, image_size: int, seed: int) -> nn.Module:
@@ -208,62 +249,61 @@ def build_model(model_config: Any, *, num_classes: int, image_size: int, seed: i
     return models.build(model_config, num_classes=num_classes, image_size=image_size)
 
 
-def restore_model(model_config: Any, result: dict[str, Any], *, num_classes: int, image_size: int) -> nn.Module:
+def restore_model(model_config: Any, result: PhaseResult, *, num_classes: int, image_size: int) -> nn.Module:
     """Return the network that a phase left, on the CPU, with the widths it left it with."""
     model = build_model(model_config, num_classes=num_classes, image_size=image_size, seed=0)
-    if result.get("widths") is not None:
-        surgery.narrow(model, result["widths"])
-    model.load_state_dict(result["model"])
+    if result.widths is not None:
+        surgery.narrow(model, result.widths)
+    model.load_state_dict(result.model)
     return model
 
 
-def steps_per_epoch(job: Job) -> int:
+def steps_per_epoch(task: PhaseTask) -> int:
     """Return optimizer steps per epoch.
 
     Raises:
         ConfigError: the batch does not fit the data, the processes or the micro-batches.
     """
-    batch, trainer = job.config.schedule.batch_size, job.config.trainer
+    batch, trainer = task.config.schedule.batch_size, task.config.trainer
     parts = distributed.world_size() * trainer.accumulate
     if batch % parts:
         raise ConfigError(
             f"schedule.batch_size={batch} must be a multiple of processes x trainer.accumulate = "
             f"{distributed.world_size()} x {trainer.accumulate}"
         )
-    steps = job.dataset.num_batches(batch)
+    steps = task.dataset.num_batches(batch)
     if steps == 0:
         raise ConfigError(
-            f"schedule.batch_size={batch} exceeds the {job.dataset.info.num_train} training images of "
-            f"{job.config.dataset.name}"
+            f"schedule.batch_size={batch} exceeds the {task.dataset.info.num_train} training images of "
+            f"{task.config.dataset.name}"
         )
     return steps if trainer.limit_train_batches is None else min(steps, trainer.limit_train_batches)
 
 
-def open_training(job: Job, context: Context) -> Training:
+def open_training(task: PhaseTask, context: Context) -> Training:
     """Return the loop's state for a training phase, with a fresh optimizer and no moving average yet."""
-    config, numerics, order = job.config, job.numerics, job.planned.phase.order
-    context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
-    start = None if job.previous is None else job.previous.get("optimizer")
-    if start is not None:
-        context.optimizer.load_state_dict(start)
+    config, numerics, order = task.config, task.numerics, task.phase.order
+    context.optimizer = task.method.build_optimizer(context.model, config.optimizer)
+    if task.previous is not None and task.previous.optimizer is not None:
+        context.optimizer.load_state_dict(task.previous.optimizer)
     forward = distributed.parallel(context.model)
     spe, first = max(context.steps_per_epoch, 1), context.first_step
     return Training(
         context=context,
-        method=job.method,
-        dataset=job.dataset,
-        schedule=job.planned.schedule,
+        method=task.method,
+        dataset=task.dataset,
+        schedule=task.planned.schedule,
         batch_size=config.schedule.batch_size,
         label_smoothing=config.schedule.label_smoothing,
         trainer=config.trainer,
         numerics=numerics,
-        forward=numerics.compiled(forward) if job.method.can_compile else forward,
+        forward=numerics.compiled(forward) if task.method.can_compile else forward,
         data_seed=stable_hash(config.seed, order or context.phase) % 2**31,
-        checkpoints=job.checkpoints,
-        record=job.record,
-        show=job.show,
-        stop=job.stop,
+        checkpoints=task.checkpoints,
+        record=task.record,
+        show=task.show,
+        stop=task.stop,
         progress=Progress(epoch=first // spe, batch=first % spe, step=first),
-        differentiate=job.differentiate,
+        differentiate=task.differentiate,
         scaler=torch.amp.GradScaler(numerics.torch_device.type, enabled=numerics.precision == "fp16"),
     )

@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from prune_lab.accounting.eligibility import Layer
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
-    from prune_lab.training.job import Job
+    from prune_lab.training.task import PhaseTask
 
 
-def examine(job: Job, context: Context) -> dict[str, Any]:
+def examine(task: PhaseTask, context: Context) -> dict[str, Any]:
     """Return `start/top1` (percent) and `start/zeros` (fraction) of a network before its first step; report both.
 
     `start/content` is the digest of what the weights came from.
     """
-    exact, split = job.numerics.exact(), job.dataset.eval_split
-    scores = measure(context.model, job.dataset, split, numerics=exact, trainer=job.config.trainer, poll=job.poll)
+    exact, split = task.numerics.exact(), task.dataset.eval_split
+    scores = measure(context.model, task.dataset, split, numerics=exact, trainer=task.config.trainer, poll=task.poll)
     zeros = share_of_zeros(context.model)
-    limit = job.config.trainer.limit_eval_batches
+    limit = task.config.trainer.limit_eval_batches
     part = "" if limit is None else f" (trainer.limit_eval_batches={limit})"
     where = f"on the {split} split{part} before training"
-    job.report(f"start weights: top-1 {scores['top1']:.2f} % {where}{_hint(job.config)}")
+    task.report(f"start weights: top-1 {scores['top1']:.2f} % {where}{_hint(task.config)}")
     if zeros >= MANY_ZEROS:
-        job.report(f"start weights: {zeros:.2%} of the weights of convolutions and linear layers are zero; training "
+        task.report(f"start weights: {zeros:.2%} of the weights of convolutions and linear layers are zero; training "
                    f"moves those that the method does not mask{keeping(context)}")  # fmt: skip
-    content = models.weights_digest(job.config.model)
+    content = models.weights_digest(task.config.model)
     return {"start/top1": scores["top1"], "start/zeros": zeros, "start/content": content}
 
 

@@ -15,9 +15,9 @@ from benchmarks.timing import in_turn
 from benchmarks.workload import Options
 from prune_lab.datasets import BatchFormat, Dataset
 from prune_lab.datasets.in_memory import InMemoryDataset
-from prune_lab.pipeline.rehearsal import set_up
-from prune_lab.training.job import Job
+from prune_lab.pipeline.validation import set_up
 from prune_lab.training.loop import Interrupted
+from prune_lab.training.task import PhaseTask
 
 _MOST_S = 10.0
 """a phase that takes longer is named and left out"""
@@ -45,18 +45,18 @@ def run(options: Options, report: Report) -> None:
 def _phases(method: str, overrides: Sequence[str], dataset: Dataset) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield the phases without training, of repeated ones the first."""
     seen = set()
-    for job in workload.jobs(method, overrides):
-        name = workload.stem(job.planned.phase)
-        if job.planned.phase.hook != "train" and name not in seen:
+    for task in workload.tasks(method, overrides):
+        name = workload.stem(task.phase)
+        if not task.phase.is_training and name not in seen:
             seen.add(name)
-            yield name, lambda job=job: _perform(job, dataset)
+            yield name, lambda task=task: _perform(task, dataset)
 
 
-def _perform(job: Job, dataset: Dataset) -> None:
+def _perform(task: PhaseTask, dataset: Dataset) -> None:
     """Do all of a phase's work, where a rehearsal does some.
 
     Raises:
         Interrupted: it takes too long.
     """
     deadline = time.monotonic() + _MOST_S
-    set_up(replace(job, dataset=dataset, rehearsal=False, stop=lambda: time.monotonic() > deadline))
+    set_up(replace(task, dataset=dataset, rehearsal=False, stop=lambda: time.monotonic() > deadline))

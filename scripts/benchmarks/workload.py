@@ -16,16 +16,14 @@ from prune_lab import datasets
 from prune_lab.compose.choices import choices, conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
-from prune_lab.core import chain
-from prune_lab.core.chain import PlannedPhase
+from prune_lab.core.chain import PlannedPhase, Results
 from prune_lab.core.phase import Phase
-from prune_lab.pipeline import identity
-from prune_lab.pipeline.rehearsal import RandomImages, job_without_files, set_up
-from prune_lab.pipeline.settling import settled
+from prune_lab.pipeline.settling import settle, settled
+from prune_lab.pipeline.validation import RandomImages, set_up, task_without_files
 from prune_lab.training import loop, numerics
-from prune_lab.training.job import Job
 from prune_lab.training.loop import Training
 from prune_lab.training.phases import open_context, open_training
+from prune_lab.training.task import PhaseTask
 
 CALM_LR = 1e-4
 """learning rate of timed steps: weights that run away, or learn their batch by heart, would change what is measured"""
@@ -135,15 +133,15 @@ def workloads(method: str, overrides: Sequence[str]) -> Iterator[Workload]:
     Raises:
         ConfigError: options that do not go together.
     """
-    jobs = _Jobs(compose([f"method={method}", *overrides]))
-    wanted = [entry for entry in jobs.planned if entry.phase.hook == "train" and _counts(method, entry)]
+    chain = _Tasks(compose([f"method={method}", *overrides]))
+    wanted = [entry for entry in chain.planned if entry.phase.is_training and _counts(method, entry)]
     stems = [stem(entry.phase) for entry in wanted]
     wanted = [entry for index, entry in enumerate(wanted) if stems[index] not in stems[:index]]
-    for job in jobs.up_to(wanted[-1] if wanted else None):
-        if job.planned in wanted:
-            name = method if len(wanted) == 1 else f"{method}, {job.planned.phase.name}"
-            training = _open(job)
-            yield Workload(name, training, _updates(job.method))
+    for task in chain.up_to(wanted[-1] if wanted else None):
+        if task.planned in wanted:
+            name = method if len(wanted) == 1 else f"{method}, {task.phase.name}"
+            training = _open(task)
+            yield Workload(name, training, _updates(task.method))
 
 
 def stem(phase: Phase) -> str:
@@ -160,42 +158,38 @@ def _updates(method: object) -> Collection[int]:
     return getattr(method, "updates", None) or getattr(method, "cuts", None) or ()
 
 
-class _Jobs:
+class _Tasks:
     """The phases of a run on random images, each on what the ones before it left."""
 
     def __init__(self, config: RunConfig) -> None:
         self.arithmetic = numerics.resolve(config.trainer)
         info = datasets.describe(config.dataset)
-        config = settled(config, info)
-        sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
-        self.config, self.model = config, config.method.adapt_model(config.model, **sizes)
+        run = settle(settled(config, info), info, self.arithmetic, fingerprint=None, content=None)
+        self.config, self.model, self.planned = run.config, run.model_config, run.planned
         self.dataset = RandomImages(info, self.arithmetic.torch_device)
-        self.planned = identity.plan(
-            config, model=self.model, fingerprint=None, numerics=self.arithmetic.identity(), world_size=1
-        )
 
-    def up_to(self, last: PlannedPhase | None) -> Iterator[Job]:
-        """Yield the jobs up to that of `last` (None: no one); the next one starts from what set-up alone leaves."""
-        done = chain.Results(entry.phase for entry in self.planned)
+    def up_to(self, last: PlannedPhase | None) -> Iterator[PhaseTask]:
+        """Yield the tasks up to that of `last` (None: no one); the next one starts from what set-up alone leaves."""
+        done = Results(entry.phase for entry in self.planned)
         for entry in self.planned if last is not None else ():
-            job = job_without_files(self.config, self.model, entry, self.dataset, self.arithmetic, done)
-            yield job
+            task = task_without_files(self.config, self.model, entry, self.dataset, self.arithmetic, done)
+            yield task
             if entry is last:
                 return
-            done.add(entry.phase, set_up(replace(job))[0])
+            done.add(entry.phase, set_up(replace(task))[0])
 
 
-def jobs(method: str, overrides: Sequence[str]) -> Iterator[Job]:
-    """Yield a job for each phase of a method's chain, on random images; raises as `workloads`."""
-    found = _Jobs(compose([f"method={method}", *overrides]))
+def tasks(method: str, overrides: Sequence[str]) -> Iterator[PhaseTask]:
+    """Yield a task for each phase of a method's chain, on random images; raises as `workloads`."""
+    found = _Tasks(compose([f"method={method}", *overrides]))
     yield from found.up_to(found.planned[-1])
 
 
-def _open(job: Job) -> Training:
+def _open(task: PhaseTask) -> Training:
     """Return the loop's state at the first step of a training phase."""
-    context = open_context(job)
-    training = open_training(job, context)
-    job.method.setup(context)
+    context = open_context(task)
+    training = open_training(task, context)
+    task.method.setup(context)
     training.schedule = replace(training.schedule, lr=CALM_LR, final_lr=0.0)  # the method knows the real one
     context.model.train()
     return training

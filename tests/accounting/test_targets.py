@@ -9,6 +9,8 @@ import pytest
 from prune_lab.accounting import targets
 from prune_lab.cli import command as cli
 from prune_lab.commands.compare.command import main
+from prune_lab.config.run import as_mapping
+from prune_lab.core.method import build_method
 from prune_lab.foundations.schema import ConfigError
 from tests.helpers.method_runs import NAMES, configure, finish, make, run_folder, summary
 from tests.helpers.runs import compose
@@ -37,9 +39,9 @@ from tests.helpers.runs import compose
 )
 def test_a_typed_target_replaces_the_default_one(name: str, typed: list[str], left: dict[str, float]) -> None:
     config = compose(f"method={name}", *typed)
-    assert config.method.asked() == left
-    for goal in config.method.config.GOALS:
-        assert config.resolved["method"][goal] == getattr(config.method.config, goal)
+    assert build_method(config).asked() == left
+    for goal in config.method.GOALS:
+        assert as_mapping(config)["method"][goal] == getattr(config.method, goal)
 
 
 def test_targets_of_a_recipe_count_as_chosen() -> None:

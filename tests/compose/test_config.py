@@ -16,7 +16,7 @@ from prune_lab.compose.choices import conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config import logger, run, trainer
 from prune_lab.config import schedule as config_schedule
-from prune_lab.core.method import Method
+from prune_lab.core.method import build_method
 from prune_lab.foundations.schema import ConfigError
 
 FILES = sorted(
@@ -78,7 +78,7 @@ def test_names_are_those_of_the_files(path: Path) -> None:
 def test_the_default_run_is_dense_resnet20_on_digits() -> None:
     config = compose()
     assert (config.model.name, config.dataset.name, config.schedule.name) == ("resnet20", "digits", "demo")
-    assert isinstance(config.method, Method) and config.method.requested_sparsity() is None
+    assert config.method_target.endswith(".Dense") and build_method(config).requested_sparsity() is None
     assert (config.seed, config.output_dir, config.dry_run) == (0, "outputs", False)
 
 

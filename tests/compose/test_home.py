@@ -36,7 +36,7 @@ def test_arguments_are_replaced_where_a_path_can_begin(home, typed, meant):
 def test_every_option_that_is_a_path(home, quotes):
     def value(group: str, key: str, *others: str) -> str:
         config = compose(*others, f"{group}.{key}={quotes}~/x{quotes}")
-        return getattr({"model": config.model, "dataset": config.dataset, "method": config.method.config}[group], key)
+        return getattr({"model": config.model, "dataset": config.dataset, "method": config.method}[group], key)
 
     found = [
         value("dataset", "root", "dataset=imagefolder"), value("dataset", "cache_dir", "dataset=imagefolder"),

@@ -26,7 +26,7 @@ def test_groups_and_choices_are_the_folders_and_files() -> None:
 
 def test_a_sweep_is_every_combination_in_order() -> None:
     configs = compose("method=static,rigl", "seed=0,1")
-    assert [(config.method.config.name, config.seed) for config in configs] == [
+    assert [(config.method.name, config.seed) for config in configs] == [
         ("static", 0), ("static", 1), ("rigl", 0), ("rigl", 1),
     ]  # fmt: skip
 

@@ -15,8 +15,8 @@ from prune_lab.core.context import Context
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline import runner
 from prune_lab.pruning.masks.distributions import LayerSize, allocate, num_keep_total, smart_ratio
-from prune_lab.training.job import Job
 from prune_lab.training.loop import Interrupted
+from prune_lab.training.task import PhaseTask
 from tests.helpers.method_runs import configure, finish, last_result, make, run_folder
 from tests.helpers.score_phases import Images, Net, Row, one_image, phase
 
@@ -326,7 +326,7 @@ def test_a_signal_stops_the_scoring(name, tmp_path: Path, monkeypatch: pytest.Mo
         if len(polled) == 2:
             raise Interrupted
 
-    monkeypatch.setattr(Job, "poll", poll)
+    monkeypatch.setattr(PhaseTask, "poll", poll)
     options = ("method.scoring_batch=5", "method.rounds=50") if name == "synflow" else ("method.scoring_batch=5",)
     config = configure(tmp_path, name, *options)
     runner.run(config)

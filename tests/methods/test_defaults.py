@@ -10,6 +10,7 @@ import pytest
 
 from prune_lab import datasets
 from prune_lab.cli import command as cli
+from prune_lab.config.run import as_mapping
 from prune_lab.core.phase import TRAIN
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.dry_run import dry_run
@@ -78,7 +79,7 @@ PUBLISHED = {
 
 def options_of(*overrides: str) -> dict[str, object]:
     config = compose(*overrides)
-    return settled(config, datasets.describe(config.dataset)).resolved["method"]
+    return as_mapping(settled(config, datasets.describe(config.dataset)))["method"]
 
 
 @pytest.mark.parametrize("schedule", LONG, ids=str)

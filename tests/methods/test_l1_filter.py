@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from prune_lab.cli import command as cli
-from prune_lab.families.channel_pruning import Problem, parse_kept
+from prune_lab.families.channel_pruning import Problem, parse_kept, reinitialise
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline.control_runs import in_order
 from prune_lab.pipeline.runner import run
@@ -241,7 +241,7 @@ def test_new_weights_of_the_small_network_are_drawn_for_its_widths(family: str, 
     method.remove(context)
     old = {name: tensor.clone() for name, tensor in context.model.state_dict().items()}
     context.fresh_model = lambda word: NARROW[family]()
-    method.reinitialise(context)
+    reinitialise(method, context)
     weights = {name: weight for name, weight in context.model.named_parameters() if weight.dim() > 1}
     assert not any(torch.equal(weight, old[name]) for name, weight in weights.items())
     ratios = []

@@ -14,7 +14,7 @@ from prune_lab.config.position import parse_position
 from prune_lab.foundations import checkpoint
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.methods.lottery import ARMS
-from prune_lab.pipeline import runner
+from prune_lab.pipeline import runner, stored_phases
 from prune_lab.pruning.scores.weight_overlap import overlap_of_largest
 from prune_lab.training.loop import Training
 from tests.helpers.contexts import context_of
@@ -217,15 +217,15 @@ def test_the_cost_counts_the_steps_before_the_rewinding_point_once(tmp_path: Pat
 def test_optimizer_state_after_rewinding(options: tuple[str, ...], tmp_path: Path, monkeypatch) -> None:
     """Both choices share one folder: what differs in this option alone must not share the phases after it."""
     norms: list[float] = []
-    original = runner.perform
+    original = stored_phases.perform
 
-    def perform(job):
-        if job.planned.phase.begin is not None:
-            states = (job.previous.get("optimizer") or {"state": {}})["state"].values()
+    def perform(task):
+        if task.phase.begin is not None:
+            states = (task.previous.optimizer or {"state": {}})["state"].values()
             norms.append(sum(float(state["momentum_buffer"].norm()) for state in states))
-        return original(job)
+        return original(task)
 
-    monkeypatch.setattr(runner, "perform", perform)
+    monkeypatch.setattr(stored_phases, "perform", perform)
     for choice in ("restore", "zero"):
         typed = [f"method.{option}" for option in (*options, "rewind_to=4it", f"optimizer_state={choice}")]
         assert runner.run(configure(tmp_path, "lottery", *typed, short={})) == 0

@@ -18,7 +18,7 @@ BASE = (*TINY, "method=rigl")
 def keys(*overrides: str, fingerprint: str | None = "data", world_size: int = 1) -> tuple[str, ...]:
     """Return the keys of the phases and of the run."""
     config = compose(*overrides)
-    planned = identity.plan(
+    planned = identity.plan_phases(
         config, model=config.model, fingerprint=fingerprint, numerics=numerics.resolve(config.trainer).identity(),
         world_size=world_size,
     )  # fmt: skip

@@ -11,7 +11,8 @@ import pytest
 from prune_lab import datasets
 from prune_lab.compose import choices
 from prune_lab.compose.overrides import compose_checked
-from prune_lab.config.run import RunConfig
+from prune_lab.config.run import RunConfig, as_mapping
+from prune_lab.core.method import build_method
 from prune_lab.families.weight_pruning import WeightPruning
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline.dry_run import dry_run
@@ -102,7 +103,7 @@ def test_erk_as_cheap_as_uniform_is_sparser_and_exact_to_a_weight() -> None:
         config = solve(*RESNET20, "method=static", "method.match=macs", f"method.match_to={density}:uniform")
         found = config.matched
         assert abs(found.planned - found.target) < 32 * 32  # what one weight of the widest layer costs
-        assert config.method.config.sparsity == found.solution > 1 - float(density) + 0.02
+        assert config.method.sparsity == found.solution > 1 - float(density) + 0.02
 
 
 def test_the_target_is_the_macs_of_the_reference_run(tmp_path: Path) -> None:
@@ -120,7 +121,7 @@ def test_a_method_matched_to_its_own_layout_keeps_its_sparsity() -> None:
     for name, kind in (("rigl", "params"), ("rigl", "macs"), ("static", "train_macs")):
         options = (f"method={name}", f"method.match={kind}", "method.match_to=0.1:erk")
         config = solve(*RESNET20, *options, "method.sparsity=0.5")
-        assert config.method.config.sparsity == 0.9
+        assert config.method.sparsity == 0.9
         assert config.matched.planned == config.matched.target
 
 
@@ -130,7 +131,7 @@ def test_a_method_matched_to_its_own_layout_keeps_its_sparsity() -> None:
 def test_parameters_of_a_dense_first_layer_are_given_to_all_layers() -> None:
     """Uniform leaves conv1 (3x3x3x16 = 432 weights) dense and outside the budget of the other 267,904 weights."""
     config = solve(*RESNET20, "method=static", "method.match=params", "method.match_to=0.1:uniform")
-    kept = num_keep_total(268_336, config.method.config.sparsity)
+    kept = num_keep_total(268_336, config.method.sparsity)
     assert kept == 432 + round(0.1 * (268_336 - 432))
     assert config.matched.planned == config.matched.target
 
@@ -169,7 +170,7 @@ def test_milestones_and_warm_up_are_stretched_and_the_multiplier_counts_once() -
     assert train.epochs == config.matched.solution == 32  # half the cost twice as long; the first layer is 1 %
     assert train.milestones == pytest.approx([16.0, 24.0])
     assert config.schedule.phase("finetune").epochs == 4
-    assert config.resolved["schedule"]["train"]["epochs"] == 32
+    assert as_mapping(config)["schedule"]["train"]["epochs"] == 32
     assert config.matched.configured_epochs == 16
 
 
@@ -192,7 +193,7 @@ def test_methods_with_one_reference_train_at_one_cost(tmp_path: Path) -> None:
         config = solve(*RESNET20, f"method={name}", *options, *wanted)
         assert config.matched.target == fixed["macs/train"]
         assert config.matched.planned == pytest.approx(config.matched.target, rel=1e-3)
-        solved[name] = config.method.config.sparsity
+        solved[name] = config.method.sparsity
     assert solved["static"] == solved["set"] < min(solved["rigl"], solved["snip"])
 
 
@@ -201,9 +202,9 @@ def test_a_control_gets_what_is_solved_for_its_method() -> None:
     options = (*RESNET20, "method=snip", "method.distribution=erk", "method.match=train_macs",
                "method.match_to=0.3:uniform")  # fmt: skip
     own, control = solve(*options), solve(*options, "method.control=random")
-    assert control.method.config.sparsity == own.method.config.sparsity == control.matched.solution
-    assert control.method.config.control == "random"
-    assert control.resolved["method"] == own.resolved["method"] | {"control": "random"}
+    assert control.method.sparsity == own.method.sparsity == control.matched.solution
+    assert control.method.control == "random"
+    assert as_mapping(control)["method"] == as_mapping(own)["method"] | {"control": "random"}
     assert ", solved for the method itself, training MACs" in control.matched.line()
 
 
@@ -215,13 +216,13 @@ def test_epochs_of_a_control_are_those_of_its_method() -> None:
                "schedule.train.warmup_epochs=0")  # fmt: skip
     own, control = solve(*options), solve(*options, "method.control=random")
     assert control.matched.solution == own.matched.solution
-    assert control.schedule == own.schedule and control.resolved["schedule"] == own.resolved["schedule"]
+    assert control.schedule == own.schedule and as_mapping(control)["schedule"] == as_mapping(own)["schedule"]
 
 
 MATCHABLE = [
     name for name, options in METHODS.items()
     if name in {path.stem for path in (choices.conf_dir() / "method").glob("*.yaml")}
-    and isinstance(compose(*options).method, WeightPruning)
+    and isinstance(build_method(compose(*options)), WeightPruning)
 ]  # fmt: skip
 
 
@@ -244,7 +245,7 @@ def test_the_run_costs_what_was_solved(name: str, tmp_path: Path) -> None:
     assert found["match/kind"] == kind
     assert found["match/achieved"] == config.matched.planned
     assert found["match/target"] == config.matched.target
-    assert found["sparsity/requested"] == config.method.config.sparsity != 0.6
+    assert found["sparsity/requested"] == config.method.sparsity != 0.6
 
 
 # Runs
@@ -283,7 +284,7 @@ def test_a_matched_run_shares_phases_with_the_solved_sparsity_but_not_its_direct
 
 def test_keys_of_runs_without_matching_do_not_know_the_options() -> None:
     config = compose(*TINY, *METHODS["rigl"])
-    assert not [key for key in config.method.identity() if key.startswith("match")]
+    assert not [key for key in build_method(config).identity() if key.startswith("match")]
     assert config.matched is None and solve(*TINY, *METHODS["rigl"]).matched is None
 
 
@@ -375,7 +376,7 @@ def test_a_refused_match_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_solved_sparsity_that_only_the_rehearsal_refuses_names_its_reference(tmp_path: Path) -> None:
+def test_a_solved_sparsity_that_only_the_validation_refuses_names_its_reference(tmp_path: Path) -> None:
     """The set-up for solving is done at the default 90 %, which leaves enough weights."""
     options = (*TINY, *METHODS["snip"], "method.match=params", "method.match_to=0.03:uniform",
                "method.min_per_layer=60")  # fmt: skip
@@ -394,7 +395,7 @@ def test_a_typed_sparsity_is_not_replaced_without_a_word() -> None:
     epochs = ("method=static", "method.match=train_macs", "method.match_to=1:uniform", "method.match_by=epochs",
               "method.sparsity=0.8")  # fmt: skip
     config = replace(compose(*RESNET20, *epochs), overrides=epochs)
-    assert matched(config, config.model, *information).method.config.sparsity == 0.8
+    assert matched(config, config.model, *information).method.sparsity == 0.8
 
 
 def test_a_sparsity_that_is_to_be_replaced_may_be_out_of_reach() -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from prune_lab import datasets
+from prune_lab.config.run import as_mapping
+from prune_lab.core.method import build_method
 from prune_lab.core.phase import TRAIN
 from prune_lab.pipeline import identity
 from prune_lab.pipeline.settling import settled
@@ -29,7 +31,7 @@ def num_updates(method, total: int) -> int:
 
 @pytest.mark.parametrize("name", DYNAMIC)
 def test_the_demo_leaves_ten_updates_or_more(name: str) -> None:
-    method = settle(f"method={name}").method
+    method = build_method(settle(f"method={name}"))
     assert num_updates(method, 176) >= 10 > method._num_updates(176, method.config.interval + 1)
 
 
@@ -40,15 +42,15 @@ def test_the_demo_leaves_ten_updates_or_more(name: str) -> None:
 ])  # fmt: skip
 def test_published_intervals_hold_on_long_schedules(name: str, data: str, interval: int) -> None:
     schedule = ["schedule=cifar_250"] if data == "cifar10" else []
-    assert settle(f"method={name}", f"dataset={data}", *schedule).method.config.interval == interval
+    assert settle(f"method={name}", f"dataset={data}", *schedule).method.interval == interval
 
 
 def test_a_typed_interval_stays_and_shares_its_phases_with_the_same_one_found() -> None:
     found, typed = settle("method=rigl"), settle("method=rigl", "method.interval=14")
-    assert found.method.config.interval == found.resolved["method"]["interval"] == 14
-    assert found.method.phase_identity(TRAIN) == typed.method.phase_identity(TRAIN)
-    assert settle("method=rigl", "method.interval=100").method.config.interval == 100
-    keys = [identity.plan(config, model=config.model, fingerprint="a", numerics={}, world_size=1)[-1].key
+    assert found.method.interval == as_mapping(found)["method"]["interval"] == 14
+    assert build_method(found).phase_identity(TRAIN) == build_method(typed).phase_identity(TRAIN)
+    assert settle("method=rigl", "method.interval=100").method.interval == 100
+    keys = [identity.plan_phases(config, model=config.model, fingerprint="a", numerics={}, world_size=1)[-1].key
             for config in (found, typed)]  # fmt: skip
     assert keys[0] == keys[1]
 

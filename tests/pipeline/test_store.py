@@ -6,9 +6,12 @@ import errno
 
 import pytest
 
+from prune_lab.core.phase_result import PhaseResult
 from prune_lab.foundations.files import SaveError
 from prune_lab.pipeline.store import PhaseStore, lock
 from tests.helpers.runs import damage
+
+RESULT = PhaseResult({}, masks=None, method={"step": 1}, widths=None, optimizer=None, figures={"top1": 50.0})
 
 
 @pytest.fixture
@@ -37,17 +40,17 @@ def test_store_keeps_records_up_to_the_checkpoint_and_removes_leftovers(store):
 
 
 def test_store_does_a_damaged_result_again(store, messages):
-    store.finish({"step": 1}, {"top1": 50.0}, {})
-    assert store.finished() == {"top1": 50.0} and store.result()["step"] == 1
+    store.finish(RESULT, {})
+    assert store.load() == RESULT
     damage(store.directory / "result.pt", "flip")
-    assert store.result() is None and store.finished() is None
+    assert store.load() is None and store.load() is None
     assert "done again" in messages[0]
 
 
 def test_store_does_a_phase_with_damaged_figures_again(store, messages):
-    store.finish({"step": 1}, {"top1": 50.0}, {})
+    store.finish(RESULT, {})
     (store.directory / "phase.json").write_text('{"key": ')
-    assert store.finished() is None and "damaged" in messages[0]
+    assert store.load() is None and "damaged" in messages[0]
 
 
 def test_a_phase_counts_as_finished_only_when_all_is_written(store, monkeypatch):
@@ -58,8 +61,8 @@ def test_a_phase_counts_as_finished_only_when_all_is_written(store, monkeypatch)
 
     monkeypatch.setattr("prune_lab.pipeline.store.write_json", full)
     with pytest.raises(SaveError):
-        store.finish({"step": 2}, {}, {})
-    assert store.finished() is None and store.checkpoints.load()["step"] == 1
+        store.finish(RESULT, {})
+    assert store.load() is None and store.checkpoints.load()["step"] == 1
 
 
 def test_lock_is_exclusive_and_waiting_can_be_given_up(tmp_path):

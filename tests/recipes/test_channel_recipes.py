@@ -185,7 +185,7 @@ def test_the_threshold_ends_where_the_published_schedule_takes_it(name: str, las
     schedule, steps = config.schedule.phase("train"), datasets.describe(config.dataset).num_train
     steps //= config.schedule.batch_size
     rates = (learning_rate.learning_rate(schedule, step, steps) for step in range(schedule.epochs * steps))
-    *_, found = grda.thresholds(rates, c=config.method.config.c, mu=config.method.config.mu)
+    *_, found = grda.thresholds(rates, c=config.method.c, mu=config.method.mu)
     assert found == pytest.approx(last, rel=tolerance)
 
 

@@ -137,7 +137,7 @@ def test_every_experiment_passes_a_dry_run(name: str, tmp_path: Path) -> None:
 def test_every_experiment_trains_on_fake_data(name: str, tmp_path: Path) -> None:
     config = recipe(name)
     options = [*TINY_OPTIONS.get(name, TINY_OPTIONS.get(name.partition("/")[0], ())), "schedule.multiplier=1"]
-    if hasattr(config.method.config, "interval"):
+    if hasattr(config.method, "interval"):
         options.append("method.interval=2")
     assert main([f"experiment={name}", *SMALL, *options, f"output_dir={tmp_path}"]) == 0
     assert len(list(tmp_path.glob("*/summary.json"))) == 1

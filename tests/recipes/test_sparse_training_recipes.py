@@ -18,8 +18,8 @@ from prune_lab.compose.choices import choices, conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
 from prune_lab.core.context import Context
-from prune_lab.pipeline.outlook import PhaseOutlook
-from prune_lab.training.job import fresh
+from prune_lab.core.method import build_method
+from prune_lab.pipeline.phase_plan import PhasePlan
 from prune_lab.training.phases import layer_costs
 
 INFERENCE = {
@@ -62,7 +62,7 @@ class Recipe:
     @cached_property
     def sizes(self) -> dict[str, int]:
         info = datasets.describe(self.config.dataset)
-        return {"num_classes": info.num_classes, "image_size": info.image_size}
+        return info.sizes
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -70,7 +70,8 @@ class Recipe:
 
     @cached_property
     def context(self) -> Context:
-        method, phase = self.config.method, self.config.method.chain()[-1]
+        method = build_method(self.config)
+        phase = method.chain()[-1]
         model_config = method.adapt_model(self.config.model, **self.sizes)
         model = models.build_on_meta(model_config, **self.sizes)
         epochs = self.config.schedule.phase("train").epochs
@@ -87,25 +88,26 @@ class Recipe:
     @cached_property
     def inference(self) -> float:
         """`macs/inference_ratio` of a dry run."""
-        _, kept = self.config.method.layout(self.context)[-1]
+        _, kept = build_method(self.config).layout(self.context)[-1]
         return sparse_macs(self.context.costs, kept) / self.dense
 
     @cached_property
     def training(self) -> float:
         """`macs/train_ratio` of a dry run."""
-        method, phase = fresh(self.config.method), self.config.method.chain()[-1]
+        method = build_method(self.config)
+        phase = method.chain()[-1]
         if hasattr(method, "update_steps"):  # what its set-up finds out without drawing masks
             method.updates = method.update_steps(self.context)
-        spent = PhaseOutlook(phase, method, self.context, self.config.schedule.batch_size).macs()
+        spent = PhasePlan(phase, method, self.context, self.config.schedule.batch_size).macs()
         return spent / training_macs(self.config, self.dense, self.steps_per_epoch)
 
     @cached_property
     def by_formula(self) -> float:
         """`macs/train_ratio_paper` of a run."""
         context = copy.copy(self.context)
-        _, kept = self.config.method.layout(self.context)[-1]
+        _, kept = build_method(self.config).layout(self.context)[-1]
         context._macs = sparse_macs(context.costs, kept)
-        return fresh(self.config.method).paper_train_ratio(context)
+        return build_method(self.config).paper_train_ratio(context)
 
     @property
     def eligible(self) -> int:
@@ -241,7 +243,7 @@ def test_the_warm_up_of_the_report_has_its_1760_steps() -> None:
     ],
 )
 def test_cuts_come_where_the_papers_have_them(name: str, total: int, cuts: tuple[int, int, int]) -> None:
-    method, (begin, end, interval) = recipe(f"gmp/{name}").config.method.config, cuts
+    method, (begin, end, interval) = recipe(f"gmp/{name}").config.method, cuts
     assert [round(method.begin * total, -1), round(method.end * total, -1)] == [begin, round(end, -1)]
     assert (end - begin) / method.num_cuts == pytest.approx(interval, rel=1e-3)
 

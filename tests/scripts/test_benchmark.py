@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from prune_lab.core.method import build_method
 from tests.conftest import REPO
 
 sys.path.insert(0, str(REPO / "scripts"))
@@ -168,7 +169,7 @@ def test_every_method_with_scheduled_masks_has_its_updates_found():
     """Those whose options say when masks change."""
     for name in workload.methods():
         config = workload.compose([f"method={name}", *workload.SMALL, *TINY])
-        if hasattr(config.method.config, "interval") or hasattr(config.method.config, "num_cuts"):
+        if hasattr(config.method, "interval") or hasattr(config.method, "num_cuts"):
             work = workload.workload(name, (*workload.SMALL, *TINY))
             assert len(work.updates) > 1 and work.interval > 1, name
 
@@ -177,7 +178,7 @@ def test_every_method_with_scheduled_masks_has_its_updates_found():
 @pytest.mark.parametrize("name", workload.methods())
 def test_every_method_that_trains_has_steps_to_time(name):
     config = workload.compose([f"method={name}", *workload.SMALL, *TINY])
-    phases = {workload.stem(phase) for phase in config.method.chain() if phase.hook == "train" and phase.active}
+    phases = {workload.stem(phase) for phase in build_method(config).chain() if phase.is_training and phase.active}
     works = list(workload.workloads(name, (*workload.SMALL, *TINY)))
     assert len(works) == (1 if name == "dense" else len(phases))
     for work in works:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prune_lab.compose.check import ConfigError
+from prune_lab.foundations.schema import ConfigError
 from prune_lab.training.numerics import _compiled, resolve
 from tests.helpers.runs import METHODS, TINY, assert_same_network, compose, execute
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from prune_lab import datasets
 from prune_lab.core import chain
 from prune_lab.pipeline import identity
-from prune_lab.pipeline.rehearsal import RandomImages, job_without_files
+from prune_lab.pipeline.validation import RandomImages, task_without_files
 from prune_lab.training import numerics
 from prune_lab.training.averaging import moving_average
 from prune_lab.training.loop import Training, train_step
@@ -70,11 +70,12 @@ def first_training(*overrides: str) -> Training:
     """Return the loop's state at the start of the first training phase in which the method acts."""
     config = compose(*TINY, *overrides)
     arithmetic = numerics.resolve(config.trainer)
-    planned = identity.plan(config, model=config.model, fingerprint=None, numerics=arithmetic.identity(), world_size=1)
+    inputs = {"numerics": arithmetic.identity(), "world_size": 1}
+    planned = identity.plan_phases(config, model=config.model, fingerprint=None, **inputs)
     dataset = RandomImages(datasets.describe(config.dataset), arithmetic.torch_device)
-    trains = [entry for entry in planned if entry.phase.hook == "train"]
+    trains = [entry for entry in planned if entry.phase.is_training]
     entry = next((entry for entry in trains if entry.phase.active), trains[0])
-    job = job_without_files(config, config.model, entry, dataset, arithmetic, chain.Results(()))
+    job = task_without_files(config, config.model, entry, dataset, arithmetic, chain.Results(()))
     context = open_context(job)
     training = open_training(job, context)
     job.method.setup(context)

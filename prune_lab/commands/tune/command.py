@@ -109,8 +109,8 @@ def _follow_top1(objectives: Sequence[Objective]) -> bool:
 def _prunes(pruner: str | None, objectives: Sequence[Objective], configs: Sequence[RunConfig]) -> bool:
     """Return whether to give up trials early: by default only where the same epoch means the same for all `configs`."""
     if pruner is None:
-        alike = all((config.method.config.name, config.schedule, config.trainer.limit_train_batches)
-                    == (configs[0].method.config.name, configs[0].schedule, configs[0].trainer.limit_train_batches)
+        alike = all((config.method.name, config.schedule, config.trainer.limit_train_batches)
+                    == (configs[0].method.name, configs[0].schedule, configs[0].trainer.limit_train_batches)
                     for config in configs)  # fmt: skip
         return alike and _follow_top1(objectives)
     return pruner == "median"
@@ -161,7 +161,7 @@ def _check_data(config: RunConfig) -> str:
 def _name(config: RunConfig, space: Space, objectives: Sequence[Objective]) -> str:
     """Return a name for the study that other commands do not share."""
     key = digest([space.identity(), [objective.key for objective in objectives]])
-    return f"{config.dataset.name}-{config.model.name}-{config.method.config.name}-{key[:8]}"
+    return f"{config.dataset.name}-{config.model.name}-{config.method.name}-{key[:8]}"
 
 
 def _conclude(search: Search) -> int:

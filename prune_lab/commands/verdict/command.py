@@ -7,6 +7,7 @@ import os
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from prune_lab.commands.arguments import Arguments
@@ -16,7 +17,7 @@ from prune_lab.commands.verdict.cases import REWOUND, Case, find_cases, read_ent
 from prune_lab.commands.verdict.conditions import DENSE, REINIT, SMALL, TICKET, Rules, similar_margin
 from prune_lab.commands.verdict.plan import PRESETS, Planned, check_data, is_ticket, plan, sharing, with_preset
 from prune_lab.commands.verdict.table import Judged, as_json, text
-from prune_lab.config.run import RunConfig
+from prune_lab.config.run import RunConfig, as_mapping
 from prune_lab.foundations.failure import fail
 from prune_lab.foundations.files import write_json
 from prune_lab.foundations.lazy import lazy_import
@@ -156,7 +157,7 @@ def _check_rules(planned: Sequence[Planned], options: Namespace) -> None:
     """
     for name in dict.fromkeys(entry.config.dataset.name for entry in planned):
         _rules(name, options)
-    highest = max(sparsity_of(entry.config.resolved["method"]) for entry in planned if is_ticket(entry.config))
+    highest = max(sparsity_of(asdict(entry.config.method)) for entry in planned if is_ticket(entry.config))
     if highest < options.min_sparsity - 1e-9:
         raise ConfigError(
             f"method.levels: every sparsity is trivial, the highest is {highest:.4g}; --min-sparsity is "
@@ -181,4 +182,5 @@ def _result(planned: Planned) -> RunResult:
     if (planned.directory / "status.json").exists():
         return read_runs([planned.directory])[0]
     config = planned.config
-    return RunResult(planned.directory, "not started", None, planned.directory.name, config.seed, {}, config.resolved)
+    options = as_mapping(config)
+    return RunResult(planned.directory, "not started", None, planned.directory.name, config.seed, {}, options)

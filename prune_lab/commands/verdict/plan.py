@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from prune_lab.commands.verdict.cases import REWOUND, sparsity_of
 from prune_lab.commands.verdict.conditions import DENSE, REINIT, TICKET
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
+from prune_lab.core.method import build_method
 from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
 
@@ -117,7 +118,7 @@ def _check_enough(configs: Iterable[RunConfig]) -> None:
 
 
 def is_ticket(config: RunConfig) -> bool:
-    return config.resolved["method"].get("arm") == TICKET
+    return getattr(config.method, "arm", None) == TICKET
 
 
 def _small_jobs(jobs: Sequence[RunConfig], small: Sequence[str]) -> list[list[str]]:
@@ -136,9 +137,9 @@ def small_sparsity(config: RunConfig) -> float:
     info = datasets.describe(config.dataset)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model = models.build_on_meta(config.model, **sizes)
-    layers = usable_layers.usable_layers(config.method, model, phases.layer_costs(config.model, **sizes))
+    layers = usable_layers.usable_layers(build_method(config), model, phases.layer_costs(config.model, **sizes))
     eligible = sum(layer.size for layer in layers if layer.eligible)
-    return sparsity_of(config.resolved["method"]) * eligible / accounting.count_parameters(model)
+    return sparsity_of(asdict(config.method)) * eligible / accounting.count_parameters(model)
 
 
 def _varied(jobs: Sequence[RunConfig]) -> set[str]:
@@ -158,14 +159,14 @@ def _planned(
         widths: adapted model options that are known already; found ones are added.
         contents: `Dataset.content` of each data set's options.
     """
-    info, method = datasets.describe(config.dataset), config.method
+    info, method = datasets.describe(config.dataset), build_method(config)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     key = repr((config.model, method.config, sizes))
     if key not in widths:
         widths[key] = method.adapt_model(config.model, **sizes)
     inputs = {"model": widths[key], "numerics": numerics.resolve(config.trainer).identity(), "world_size": 1}
     content = contents[repr(config.dataset)]
-    phases = identity.plan(config, fingerprint=content, **inputs)
+    phases = identity.plan_phases(config, fingerprint=content, **inputs)
     name = getattr(method.config, "arm", method.config.name)
     shown = [line for line in config.overrides if line.partition("=")[0] in varied]
     return Planned(
@@ -178,7 +179,7 @@ def _planned(
 
 def _order(planned: Planned) -> tuple[bool, float]:
     """Dense runs first, then by sparsity."""
-    method = planned.config.resolved["method"]
+    method = asdict(planned.config.method)
     dense = method["name"] == DENSE
     return (not dense, 0.0 if dense else sparsity_of(method))
 

@@ -55,7 +55,7 @@ class Runs:
         """after an epoch"""
 
     def run(self, config: RunConfig, *, observe: Callable[[StopFlag], BaseSink]) -> int:
-        alpha, index = config.method.config.alpha, len(self.alphas)
+        alpha, index = config.method.alpha, len(self.alphas)
         self.alphas.append(alpha)
         stop, code = StopFlag(), self.ending(index)
         sink = observe(stop)
@@ -83,7 +83,7 @@ def composed(conf_dir: Path, overrides: list[str], *, sweep: bool) -> list[RunCo
     others = [line for line in overrides if not line.startswith("method.alpha=")]
     (alpha,) = (line.partition("=")[2] for line in overrides if line not in others)
     config = compose_once(*others)
-    return [replace(config, method=type(config.method)(replace(config.method.config, alpha=float(alpha))))]
+    return [replace(config, method=replace(config.method, alpha=float(alpha)))]
 
 
 @pytest.fixture

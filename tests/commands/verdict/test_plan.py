@@ -20,6 +20,7 @@ from prune_lab.commands.verdict.command import main
 from prune_lab.commands.verdict.plan import PRESETS, plan, sharing, small_sparsity, with_preset
 from prune_lab.compose.choices import conf_dir
 from prune_lab.compose.overrides import compose_checked
+from prune_lab.config.run import as_mapping
 from prune_lab.foundations.schema import ConfigError
 from tests.helpers.runs import TINY, compose
 
@@ -33,7 +34,7 @@ LRS = (0.01, 0.1)
 @pytest.fixture(scope="module")
 def base():
     """Resolved options of a dense run on CIFAR-10."""
-    return compose("dataset=cifar10", "schedule=cifar_160", "logger.wandb=disabled").resolved
+    return as_mapping(compose("dataset=cifar10", "schedule=cifar_160", "logger.wandb=disabled"))
 
 
 @pytest.fixture
@@ -360,7 +361,7 @@ def test_rewinding_adds_a_ticket_with_its_control_and_leaves_the_others_alone(sm
     before = {entry.directory for entry in smallest}
     added = [entry for entry in rewound if entry.directory not in before]
     assert len(rewound) - len(added) == len(before)
-    places = Counter((arm_of(entry), entry.config.method.config.rewind_to) for entry in added)
+    places = Counter((arm_of(entry), entry.config.method.rewind_to) for entry in added)
     assert places == {("IMP-rewind", "0ep"): 4, ("IMP-rewind", "2it"): 4, ("RR-IMP", "2it"): 4}
     assert all("method.rewind_to=" in entry.label for entry in added)
 
@@ -397,7 +398,7 @@ def fake_runs(monkeypatch, planned, codes):
         if done[-1] in codes:
             return codes[done[-1]]
         entry.directory.mkdir(parents=True)
-        files = {"run.json": {"id": str(entry.directory), "config": config.resolved},
+        files = {"run.json": {"id": str(entry.directory), "config": as_mapping(config)},
                  "status.json": {"status": "finished"},
                  "summary.json": {"status": "finished", "run/id": str(entry.directory), "run/seed": config.seed,
                                   "final/top1": 50.0 + len(done) / 100, "params/nonzero": 1000}}  # fmt: skip

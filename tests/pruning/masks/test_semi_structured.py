@@ -234,7 +234,7 @@ def test_all_methods_with_budgets_per_layer_have_it() -> None:
 
 def compose(name: str, *overrides: str, conf: Path = CONF) -> typing.Any:
     (config,) = compose_checked(conf, [*TINY, f"method={name}", *overrides], sweep=False)
-    return config.method.config
+    return config.method
 
 
 def test_command_line_takes_it_as_it_is_written() -> None:

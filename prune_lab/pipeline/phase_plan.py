@@ -8,17 +8,17 @@ from typing import Any
 
 from prune_lab.accounting.training import planned_training_macs
 from prune_lab.config.run import RunConfig
-from prune_lab.core.chain import PlannedPhase, Results, in_force
+from prune_lab.core.chain import PlannedPhase, Results, resolve
 from prune_lab.core.context import Context
-from prune_lab.core.method import Method
+from prune_lab.core.method import Method, build_method
 from prune_lab.core.phase import Phase
 from prune_lab.datasets import DatasetInfo
-from prune_lab.pipeline.rehearsal import RandomImages, job_without_files, set_up
+from prune_lab.pipeline.validation import RandomImages, set_up, task_without_files
 from prune_lab.training.numerics import Numerics
 
 
 @dataclass
-class PhaseOutlook:
+class PhasePlan:
     """A phase with its method set up, nothing trained yet.
 
     `layout` and `macs` also answer for the same method with another budget, which is not set up again: which steps need
@@ -42,7 +42,7 @@ class PhaseOutlook:
 
     def macs(self, other: Method | None = None) -> int | None:
         """Return the MACs the phase will spend; None: unknown."""
-        if self.phase.hook != "train":
+        if not self.phase.is_training:
             return self._method(other).phase_cost(self.context)
         layout = self.layout(other)
         if layout is None:
@@ -55,19 +55,19 @@ class PhaseOutlook:
         return other if other is not None and self.phase.active else self.method
 
 
-def outlook(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic: Numerics) -> list[PhaseOutlook]:
+def plan_costs(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic: Numerics) -> list[PhasePlan]:
     """Return the phases of a run in order, each set up on what the ones before left without training.
 
     Raises:
         ConfigError: whatever a set-up refuses.
     """
-    chain, images = config.method.chain(), RandomImages(info, arithmetic.torch_device)
+    chain, images = build_method(config).chain(), RandomImages(info, arithmetic.torch_device)
     phases, results = [], Results(chain)
     for declared in chain:
-        phase, schedule = in_force(declared, config)
+        phase, schedule = resolve(declared, config)
         entry = PlannedPhase(phase, "", schedule, {})  # nothing is stored: no key
-        job = job_without_files(config, model_config, entry, images, arithmetic, results)
-        result, context = set_up(job)
+        task = task_without_files(config, model_config, entry, images, arithmetic, results)
+        result, context = set_up(task)
         results.add(phase, result)
-        phases.append(PhaseOutlook(phase, job.method, context, config.schedule.batch_size))
+        phases.append(PhasePlan(phase, task.method, context, config.schedule.batch_size))
     return phases

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,13 @@ from prune_lab.config.run import RunConfig
 from prune_lab.core import removal
 from prune_lab.core.chain import PlannedPhase, Results
 from prune_lab.core.context import Context
+from prune_lab.core.method import build_method
+from prune_lab.core.phase_result import PhaseResult
 from prune_lab.foundations.checkpoint import CheckpointPair
-from prune_lab.training.job import Job
 from prune_lab.training.loop import train_step
 from prune_lab.training.numerics import Numerics
-from prune_lab.training.phases import open_context, open_training, span, steps_per_epoch
+from prune_lab.training.phases import open_context, open_training, result_of, span, steps_per_epoch
+from prune_lab.training.task import PhaseTask
 
 _IMAGES = 4
 """images per micro-batch of the one step: enough for batch norm, little enough for ResNet-50 on a laptop"""
@@ -50,7 +51,7 @@ class RandomImages:
         yield self.batch(min(_IMAGES, len(batches[0])))
 
 
-def rehearse(
+def validate(
     config: RunConfig, model_config: Any, planned: Sequence[PlannedPhase], dataset: Any, arithmetic: Numerics
 ) -> list[str]:
     """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
@@ -62,34 +63,34 @@ def rehearse(
         ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short, channels
             that cannot be removed ...
     """
-    first, fresh = planned[0], replace(config, method=type(config.method)(config.method.config))
-    job = job_without_files(fresh, model_config, first, dataset, arithmetic, Results(()))
-    context, notes = open_context(job), []
-    if any(entry.phase.hook == "remove" for entry in planned):
-        cut = fresh.method.trial_cut(context)
+    method, first = build_method(config), planned[0]
+    task = task_without_files(config, model_config, first, dataset, arithmetic, Results(()))
+    context, notes = open_context(task), []
+    if method.removes_channels():
+        cut = method.trial_cut(context)
         removal.try_cut(context, cut)
         notes.append(cut.line())
-    if first.phase.hook == "train":
-        context.optimizer = job.method.build_optimizer(context.model, config.optimizer)
-    job.method.setup(context)
-    fresh.method.layout(context)
-    steps = steps_per_epoch(job)
+    if first.phase.is_training:
+        context.optimizer = task.method.build_optimizer(context.model, config.optimizer)
+    task.method.setup(context)
+    method.layout(context)
+    steps = steps_per_epoch(task)
     for entry in planned:
         span(entry, steps)
     return notes
 
 
-def job_without_files(
+def task_without_files(
     config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, arithmetic: Numerics, done: Results,
     *, report: Callable[[str], None] = lambda text: None,
-) -> Job:
+) -> PhaseTask:
     """Return a phase that reads and writes no file, on what the phases before it left in `done`.
 
     Args:
         report: takes what the method says when it is set up.
     """
     nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
-    return Job(
+    return PhaseTask(
         config=config,
         model_config=model_config,
         planned=entry,
@@ -107,46 +108,38 @@ def job_without_files(
     )
 
 
-def set_up(job: Job) -> tuple[dict[str, Any], Context]:
+def set_up(task: PhaseTask) -> tuple[PhaseResult, Context]:
     """Do everything of a phase but its training and return what the next phase starts from."""
-    context = open_context(job)
-    if job.planned.phase.hook == "train":
-        context.optimizer = job.method.build_optimizer(context.model, job.config.optimizer)
-    _prepare(job, context)
-    noted = {} if job.planned.phase.hook == "train" else getattr(job.method, job.planned.phase.hook)(context)
-    return _result(job, context) | {"noted": noted or {}}, context
+    context, figures = open_context(task), {}
+    if task.phase.is_training:
+        context.optimizer = task.method.build_optimizer(context.model, task.config.optimizer)
+    _prepare(task, context)
+    if not task.phase.is_training:
+        figures = task.phase.acts(task.method, context) or {}
+    return result_of(task, context, context.model, figures), context
 
 
-def one_step(job: Job) -> tuple[dict[str, Any], Context]:
+def one_step(task: PhaseTask) -> tuple[PhaseResult, Context]:
     """Do the first step of a phase and return what the next phase starts from."""
-    if job.planned.phase.hook != "train":
-        return set_up(job)
-    context = open_context(job)
-    training = open_training(job, context)
-    _prepare(job, context)
+    if not task.phase.is_training:
+        return set_up(task)
+    context = open_context(task)
+    training = open_training(task, context)
+    _prepare(task, context)
     context.model.train()
     if context.total_steps:
-        forward, size = training.forward, job.dataset.info.image_size
+        forward, size = training.forward, task.sizes["image_size"]
 
         def named(images: torch.Tensor) -> torch.Tensor:
-            with models.one_line(job.model_config, size):
+            with models.one_line(task.model_config, size):
                 return forward(images)
 
         training.forward = named
-        train_step(training, *job.dataset.batch(_IMAGES * job.config.trainer.accumulate))
-    return _result(job, context), context
+        train_step(training, *task.dataset.batch(_IMAGES * task.config.trainer.accumulate))
+    return result_of(task, context, context.model, {}), context
 
 
-def _prepare(job: Job, context: Context) -> None:
+def _prepare(task: PhaseTask, context: Context) -> None:
     """Set the method up; what it says later is of random images, and goes nowhere."""
-    job.method.setup(context)
+    task.method.setup(context)
     context.report = lambda text: None
-
-
-def _result(job: Job, context: Context) -> dict[str, Any]:
-    masks = None if context.masks is None else context.masks.state_dict()
-    if job.planned.phase.keeps_optimizer:
-        context.optimizer_state = context.optimizer.state_dict()
-    result = {"model": context.model.state_dict(), "masks": masks, "method": job.method.state_dict(),
-              "widths": context.widths}
-    return result if context.optimizer_state is None else result | {"optimizer": context.optimizer_state}

@@ -14,7 +14,7 @@ from prune_lab.foundations import signals
 from prune_lab.training import loop
 
 
-class Host:
+class Executor:
     """A process with one run at a time. Others, where several runs take turns, override what these share."""
 
     vectorised = False
