@@ -10,6 +10,7 @@ from prune_lab.config.optimizer import AdamConfig, SGDConfig
 from prune_lab.config.paper import PaperConfig
 from prune_lab.config.schedule import ScheduleConfig
 from prune_lab.config.trainer import TrainerConfig
+from prune_lab.foundations.home import without_home
 from prune_lab.foundations.schema import ConfigError, FilePath
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ class RunConfig:
 
 
 def as_mapping(config: RunConfig) -> dict[str, Any]:
-    """Return the options as Hydra composes them: plain containers by group, without what describes the command."""
+    """Return the options as Hydra composes them: plain containers by group, home folders as ~."""
     options = asdict(config)
     for key in ("overrides", "matched"):
         del options[key]
     target = options.pop("method_target")
-    return options | {"method": {"_target_": target} | options["method"]}
+    return without_home(options | {"method": {"_target_": target} | options["method"]})

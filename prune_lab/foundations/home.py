@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from typing import Any
 
 
 def with_home(arguments: Iterable[str]) -> list[str]:
@@ -15,3 +16,16 @@ def with_home(arguments: Iterable[str]) -> list[str]:
     """
     return [re.sub(r"""(^|[=,\["'])~(?=[/,\]"']|$)""", lambda found: found[1] + os.path.expanduser("~"), argument)
             for argument in arguments]  # fmt: skip
+
+
+def without_home(value: Any) -> Any:
+    """Return plain containers with ~ for the user's own folder at the beginning of every path, so that others fit too.
+
+    Options that are paths take the ~ back (see schema.FilePath).
+    """
+    if isinstance(value, dict):
+        return {key: without_home(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_home(entry) for entry in value]
+    home = os.path.expanduser("~")
+    return f"~{value.removeprefix(home)}" if isinstance(value, str) and value.startswith(home + os.sep) else value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,3 +190,19 @@ def test_schedules_state_the_published_lengths(name: str, epochs: int, batch_siz
 def test_rigls_cifar_milestones_are_30000_steps_apart() -> None:
     milestones = compose("schedule=cifar_250").schedule.train.milestones
     assert [round(milestone * 50_000 / 128) for milestone in milestones] == [30_000, 60_000, 90_000]
+
+
+def test_the_options_as_a_mapping_are_the_ones_composed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    composed = []
+
+    def check(node: dict) -> run.RunConfig:
+        composed.append(dict(node))
+        return configuration.check(node)
+
+    monkeypatch.setattr("prune_lab.compose.overrides.check", check)
+    for overrides in (["method=rigl"], ["method=lottery", "optimizer=adam"], ["experiment=demo_rigl", "seed=3"]):
+        config = compose(*overrides, f"output_dir={tmp_path}/out")
+        expected = composed.pop() | {"output_dir": "~/out"}
+        assert run.as_mapping(config) == expected
+        assert configuration.check(run.as_mapping(config)) == replace(config, overrides=())

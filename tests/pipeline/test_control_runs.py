@@ -64,20 +64,20 @@ def test_a_control_is_done_after_the_method_and_shown_beside_it(capsys: pytest.C
 )  # fmt: skip
 def test_the_difference_is_the_method_minus_its_control(own: float, control: float, told: str) -> None:
     costs = {"sparsity/achieved": None, "macs/inference": 10}
-    lines = control_runs.beside({"final/top1": control, **costs}, {"final/top1": own, **costs}, "shuffle")
+    lines = control_runs.comparison({"final/top1": control, **costs}, {"final/top1": own, **costs}, "shuffle")
     assert lines[0].split() == ["method", "control", "shuffle", "method", "-", "control"]
     assert lines[1] == f"top-1           {own:.2f} %".ljust(26) + f"  {control:.2f} %".ljust(17) + f"  {told}"
-    found = control_runs.figures("shuffle", control, own={"final/top1": own}, own_name="r")
+    found = control_runs.figures("shuffle", control, baseline={"final/top1": own}, baseline_name="r")
     assert found["control/method_minus_control"] == own - control
 
 
 def test_accuracies_of_a_part_of_the_images_are_marked() -> None:
     summary = {"final/top1": 9.0, "final/images": 2000, "data/num_eval": 10000}
-    told = control_runs.beside(summary, summary, "shuffle")[1]
+    told = control_runs.comparison(summary, summary, "shuffle")[1]
     assert told.endswith("+0.00 (no difference; of 2,000 of 10,000 images)")
 
 
-def test_the_own_run_is_the_one_without_the_option(capsys: pytest.CaptureFixture) -> None:
+def test_the_baseline_run_is_the_one_without_the_option(capsys: pytest.CaptureFixture) -> None:
     assert cli.main([*SNIP]) == 0
     (alone,) = summaries()
     capsys.readouterr()
@@ -113,7 +113,7 @@ def test_a_finished_control_shows_both_again(capsys: pytest.CaptureFixture) -> N
     assert printed.count("done already") == 2 and "method      control random  method - control" in printed
 
 
-def test_a_failed_own_run_ends_the_command_with_its_code(
+def test_a_failed_baseline_run_ends_the_command_with_its_code(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverge(training) -> None:
@@ -125,7 +125,7 @@ def test_a_failed_own_run_ends_the_command_with_its_code(
     assert len(list(Path("outputs").glob("*/status.json"))) == 1
 
 
-def test_an_interrupted_own_run_ends_the_command_and_the_next_one_goes_on(
+def test_an_interrupted_baseline_run_ends_the_command_and_the_next_one_goes_on(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, real = [], loop.train_step
