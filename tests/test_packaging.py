@@ -60,12 +60,13 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bin_folder
 
 
-def test_the_wheel_holds_every_module_and_option_file(built: Path) -> None:
+def test_the_wheel_holds_every_file_of_the_package_and_every_option_file(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    modules = {path.relative_to(REPO).as_posix() for path in (REPO / "prune_lab").rglob("*.py")}
+    files = {path.relative_to(REPO).as_posix() for path in (REPO / "prune_lab").rglob("*.*")
+             if path.is_file() and path.suffix != ".pyc"}  # fmt: skip
     options = {f"prune_lab/{path.relative_to(REPO).as_posix()}" for path in (REPO / "conf").rglob("*.yaml")}
-    assert modules | options <= names
+    assert files | options <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"prune_lab"}
 
 
@@ -84,8 +85,9 @@ def test_the_wheel_runs_from_an_empty_folder(installed: Path, tmp_path: Path) ->
     done = call(installed / "prune-lab", "method=static", *TINY, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(list(tmp_path.glob("outputs/*/summary.json"))) == 1
-    module = call(installed / "python", "-m", "prune_lab", "compare", "outputs", cwd=tmp_path)
+    module = call(installed / "python", "-m", "prune_lab", "compare", "outputs", "--html", "r.html", cwd=tmp_path)
     assert module.returncode == 0 and "static" in module.stdout, module.stderr
+    assert "<h2>Results</h2>" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_bash_completes_the_installed_command(installed: Path, tmp_path: Path) -> None:

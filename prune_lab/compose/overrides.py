@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
@@ -117,7 +117,15 @@ def _jobs(parsed: list[Override], *, sweep: bool) -> list[list[str]]:
     for override in parsed:
         if override.is_interval_sweep():
             raise ConfigError(f"{override.input_line} has no end of values; write a,b,c or range(start,stop,step)")
-    return [list(job) for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
+    texts = {override.get_key_element(): _texts(override) for override in parsed}  # of two of a name the last counts
+    return [list(job) for job in product(*texts.values())]
+
+
+def _texts(override: Override) -> list[str]:
+    """Return the override for each of its values, one that is no sweep among them."""
+    swept = override.is_sweep_override()
+    values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
+    return [f"{override.get_key_element()}={value}" for value in values]
 
 
 def _compose_one(conf_dir: Path, overrides: list[str]) -> RunConfig:

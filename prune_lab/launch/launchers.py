@@ -92,6 +92,7 @@ def _launch_once(
         hydra = GlobalHydra.instance().hydra
         place = f'hydra.sweep.dir="{folder.absolute()}"'
         config = hydra.compose_config("config", [*options, place], run_mode=RunMode.MULTIRUN, from_shell=False)
+        # Callbacks has no public name, and a HydraContext, which every launcher is made with, must have one.
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=run_in_worker, config=config

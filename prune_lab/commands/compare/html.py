@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from prune_lab.commands.compare import styles
-from prune_lab.commands.compare.figures import SPREAD, Figure, Figures
+from prune_lab.commands.compare.figures import SPREAD, Figures
 from prune_lab.commands.compare.groups import Row
 from prune_lab.commands.compare.table import Findings, published_table, table
 from prune_lab.foundations.files import write_text
 from prune_lab.foundations.schema import ConfigError
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
-"""the browser itself refuses every request to anywhere, whatever a run's texts may hold"""
 _UNITS = {"s": 1, "min": 60, "h": 3600, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 
 _LONG = 30
 """characters that a cell takes in one line"""
-_COURSE = (
-    f"Means over a row's runs after each epoch and each pruning, as the runs recorded them. Bands are {SPREAD}. Rows "
-    "without a mask have no line. What is counted from the beginning of a phase starts anew in the next one."
-)
 
 
 def write_report(
@@ -48,31 +40,34 @@ def page(rows: Sequence[Row], findings: Findings, figures: Figures, notes: Seque
     """Return the whole report as text."""
     from plotly.offline import get_plotlyjs
 
-    about = _about(rows)
-    body = [
-        f"<h1>Comparison of {len(rows)} {'row' if len(rows) == 1 else 'rows'} of runs</h1>",
-        *(f"<p>{escape(line)}</p>" for line in about),
-        "<h2>Results</h2>",
-        _grid(*table(rows, findings), "results"),
-        _lines([*notes, *figures.notes]),
-        _published(findings),
-        _plots(figures),
-    ]
-    return "\n".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            '<meta name="color-scheme" content="light dark">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            "<title>prune-lab: comparison of runs</title>",
-            f"<style>\n{_asset('report.css')}</style>\n</head>\n<body>\n<main>",
-            *filter(None, body),
-            "</main>",
-            f'<script type="application/json" id="data">{_json(figures)}</script>',
-            f"<script>{get_plotlyjs()}</script>",
-            f"<script>\n{_asset('report.js')}</script>\n</body>\n</html>\n",
-        ]
+    header, cells, remarks = published_table(findings.published)
+    return _render(
+        num_rows=len(rows),
+        about=_about(rows),
+        results=_grid(*table(rows, findings)),
+        notes=[*notes, *figures.notes],
+        published=_grid(header, cells) if cells else None,
+        remarks=remarks,
+        figures=figures.figures,
+        datasets=figures.datasets,
+        spread=SPREAD,
+        data=_data(figures),
+        css=_asset("report.css"),
+        script=_asset("report.js"),
+        plotly=get_plotlyjs(),
     )
+
+
+def _render(**content: Any) -> str:
+    """Return the template report.html with `content`, whose texts it escapes."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment.get_template("report.html").render(content)
 
 
 def _asset(name: str) -> str:
@@ -89,20 +84,14 @@ def _about(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _grid(header: Sequence[str], cells: Sequence[Sequence[str]], name: str) -> str:
-    """Return a table whose columns sort on a click; columns of numbers are aligned to the right."""
-    columns = list(zip(*cells, strict=True))
-    kinds = [_kind(column) for column in columns]
-    head = "".join(
-        f'<th scope="col" class="{kind}"><button type="button">{escape(text)}</button></th>'
-        for text, kind in zip(header, kinds, strict=True)
-    )
-    body = "\n".join(
-        "<tr>" + "".join(_cell(text, kind) for text, kind in zip(line, kinds, strict=True)) + "</tr>"
-        for line in cells
-    )
-    return (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(name)}">\n<table>\n<thead><tr>{head}'
-            f"</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>\n</div>")  # fmt: skip
+def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Return a table's titles with the kinds of their columns, and its cells with the numbers that they sort by."""
+    kinds = [_kind(column) for column in zip(*lines, strict=True)]
+    cells = [
+        [(text, kind, sort_value(text) if kind == "num" else None) for text, kind in zip(line, kinds, strict=True)]
+        for line in lines
+    ]
+    return {"header": list(zip(header, kinds, strict=True)), "lines": cells}
 
 
 def _kind(column: Sequence[str]) -> str:
@@ -110,14 +99,6 @@ def _kind(column: Sequence[str]) -> str:
     if all(cell == "-" or sort_value(cell) is not None for cell in column):
         return "num"
     return "long" if max(map(len, column)) > _LONG else "text"
-
-
-def _cell(text: str, kind: str) -> str:
-    if kind != "num":
-        return f'<td class="{kind}">{escape(text)}</td>'
-    value = sort_value(text)
-    known = "" if value is None else f' data-value="{value:.12g}"'
-    return f'<td class="num"{known}>{escape(text).replace("+-", "&plusmn;")}</td>'
 
 
 def sort_value(cell: str) -> float | None:
@@ -129,63 +110,8 @@ def sort_value(cell: str) -> float | None:
     return float(found[1]) * _UNITS.get(found[2], 1) if found else None
 
 
-def _lines(notes: Sequence[str]) -> str:
-    items = "\n".join(f'<li{_indent(note)}>{escape(note.strip())}</li>' for note in notes)
-    return f'<ul class="notes">\n{items}\n</ul>' if notes else ""
-
-
-def _indent(note: str) -> str:
-    return ' class="inner"' if note.startswith(" ") else ""
-
-
-def _published(findings: Findings) -> str:
-    if not findings.published:
-        return ""
-    header, cells, remarks = published_table(findings.published)
-    grid = _grid(header, cells, "published numbers")
-    return f"<h2>Published numbers beside those here</h2>\n{grid}\n{_lines(remarks)}"
-
-
-def _plots(figures: Figures) -> str:
-    """Return the places of the plots with what is said about them; a script fills them."""
-    if not figures.figures:
-        return ""
-    large = [_plot(figure) for figure in figures.figures if not figure.small]
-    small = [figure for figure in figures.figures if figure.small]
-    options = "".join(f"<option>{escape(name)}</option>" for name in figures.datasets)
-    choice = f'<p><label>Data set <select id="dataset">{options}</select></label></p>'
-    parts = ["<h2>Figures</h2>", "<noscript><p>The figures need JavaScript.</p></noscript>",
-             choice if len(figures.datasets) > 1 else "", *large]  # fmt: skip
-    if small:
-        parts += [
-            '<section class="card" data-legend>\n<h3>Sparsity and masks in the course of training</h3>',
-            '<div class="small">', *map(_small_plot, small), "</div>",
-            '<div class="legend"></div>',
-            f"<p>{escape(_COURSE)}</p>\n</section>",
-        ]  # fmt: skip
-    return "\n".join(filter(None, parts))
-
-
-def _plot(figure: Figure) -> str:
-    title = escape(figure.title)
-    return (f'<figure class="card" data-legend>\n<h3>{title}</h3>\n'
-            f'<p class="choice"><label>{escape(figure.selector)} <select data-for="{escape(figure.key)}"></select>'
-            f'</label></p>\n{_place(figure)}\n'
-            f'<div class="legend"></div>\n<figcaption>{escape(figure.caption)}</figcaption>\n</figure>')  # fmt: skip
-
-
-def _small_plot(figure: Figure) -> str:
-    title = escape(figure.title)
-    return f"<figure>\n<h4>{title}</h4>\n{_place(figure)}\n<figcaption>{escape(figure.caption)}</figcaption>\n</figure>"
-
-
-def _place(figure: Figure) -> str:
-    key, title = escape(figure.key), escape(figure.title)
-    return f'<div class="plot" data-figure="{key}" role="img" aria-label="{title}"></div>'
-
-
-def _json(figures: Figures) -> str:
-    """Return what the script draws from as JSON that cannot end the script element it stands in."""
+def _data(figures: Figures) -> dict[str, Any]:
+    """Return what the script draws from."""
     content = {
         "light": styles.LIGHT,
         "dark": styles.DARK,
@@ -193,8 +119,7 @@ def _json(figures: Figures) -> str:
         "dashes": styles.DASHES,
         "figures": [asdict(figure) for figure in figures.figures],
     }
-    text = json.dumps(_short(content), separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return _short(content)
 
 
 def _short(value: Any) -> Any:

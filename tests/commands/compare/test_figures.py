@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from html.parser import HTMLParser
 from itertools import combinations
 
 import numpy as np
@@ -325,11 +326,39 @@ def test_report_loads_nothing_and_escapes_what_runs_say(tmp_path):
     markup = re.sub(r"<script[^>]*>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(r"(?:src|href|action)\s*=\s*['\"]?(?:https?:)?//", markup) and "<img" not in markup
     assert "@import" not in markup and "url(" not in markup
-    assert "&lt;/script&gt;&lt;script&gt;" in markup and "default-src &#x27;none" not in markup
+    assert "&lt;/script&gt;&lt;script&gt;" in markup and "default-src &#39;none&#39;" in markup
     data = json.loads(scripts[0])
     assert INJECTION in data["figures"][1]["views"][0]["series"][0]["label"]
     for heading in ("<h1>", "<h2>Results</h2>", "<h3>Accuracy against cost</h3>", "not confidence intervals"):
         assert heading in markup
+
+
+class Reader(HTMLParser):
+    """Collects the elements of a page, and the texts that it shows."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.texts = set(), []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.texts += [value for _name, value in attributes if value]
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_names_with_marks_of_html_are_shown_as_they_are(tmp_path):
+    name = '<b>&"\'+-'
+    for dataset in (f"d{name}", "other"):
+        write_run(tmp_path / "runs", f"{name}-{dataset}", group=dataset, method=f"m{name}", model=f"net{name}",
+                  dataset=dataset, config={"tag": f"{name}{dataset}"}, final__top1=5.0, macs__inference=3)  # fmt: skip
+    page = Reader(write_page(tmp_path / "runs", tmp_path / "report.html"))
+    assert not page.tags & {"b", "img"}
+    assert f"d{name}" in page.texts, "to be chosen from"
+    for shown in (f"m{name}", f"net{name}", f"tag={name}other"):
+        assert any(shown in text for text in page.texts), shown
 
 
 def test_published_numbers_stand_in_a_table_of_their_own(tmp_path):
