@@ -10,12 +10,14 @@ once for that of the weights.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from prune_lab.accounting.device_counts import DeviceCounts
 from prune_lab.accounting.eligibility import Layer, layer_kind, weight_path
 from prune_lab.accounting.weight_use import observe
 
@@ -84,6 +86,14 @@ def computed_note(costs: Sequence[LayerCost]) -> str | None:
 def sparse_macs(costs: Sequence[LayerCost], kept: Mapping[str, int]) -> int:
     """Return MACs per image when the parameters in `kept` keep so many weights and all others are dense."""
     return sum(kept.get(cost.parameter, cost.weights) * cost.positions for cost in costs)
+
+
+def masked_macs(costs: Sequence[LayerCost], kept: DeviceCounts) -> int | Tensor:
+    """Return `sparse_macs` of kept weights that may still be on the device; a tensor if some are."""
+    positions = Counter()
+    for cost in costs:
+        positions[cost.parameter] += cost.positions
+    return sparse_macs(costs, dict.fromkeys(kept.names, 0)) + kept.weighted_sum(positions)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -12,17 +12,15 @@ from prune_lab.accounting.costs import LayerCost, dense_macs
 from prune_lab.accounting.eligibility import Layer
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network on square images, with the layers that its method may prune."""
+@dataclass
+class LayeredNetwork:
+    """A network with the layers that its method may prune."""
 
     model: nn.Module
     layers: Sequence[Layer]
     """eligibility of every conv and linear layer, by the method's rule"""
     costs: Sequence[LayerCost]
     """dense cost per conv and linear layer, in model order"""
-    image_size: int
-    """height and width of the images, px"""
 
     @property
     def device(self) -> torch.device:
@@ -39,3 +37,11 @@ class Network:
 
     def eligible(self) -> list[Layer]:
         return [layer for layer in self.layers if layer.eligible]
+
+
+@dataclass
+class Network(LayeredNetwork):
+    """A network on square images."""
+
+    image_size: int
+    """height and width of the images, px"""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from prune_lab.accounting.costs import LayerCost, dense_macs, sparse_macs
+from prune_lab.accounting.device_counts import DeviceCounts
 from prune_lab.config.run import RunConfig
 
 
@@ -17,31 +17,20 @@ class TrainingCost:
 
     def __init__(self) -> None:
         self.images = 0
-        self._total = 0
-        self._forward = 0
-        self._unread: Tensor | None = None
-        """int64 [2] on the device: what is still to be added to total and forward"""
+        self._macs = DeviceCounts({"total": 0, "forward": 0})
 
     @property
     def total(self) -> int:
-        self._read()
-        return self._total
+        return self._macs.read()["total"]
 
     @total.setter
     def total(self, value: int) -> None:
-        self._read()
-        self._total = value
+        self._macs.add({"total": value - self.total})
 
     @property
     def forward(self) -> int:
         """MACs of the forward passes alone."""
-        self._read()
-        return self._forward
-
-    def _read(self) -> None:
-        if self._unread is not None:
-            total, forward = self._unread.tolist()
-            self._total, self._forward, self._unread = self._total + total, self._forward + forward, None
+        return self._macs.read()["forward"]
 
     @property
     def mean_forward(self) -> float | None:
@@ -60,18 +49,14 @@ class TrainingCost:
         """
         self.images += images
         step = images * (2 * forward + (forward if dense_gradient is None else dense_gradient))
-        if isinstance(forward, Tensor):
-            unread = torch.stack([step, images * forward])
-            self._unread = unread if self._unread is None else self._unread + unread
-        else:
-            self._total, self._forward = self._total + step, self._forward + images * forward
+        self._macs.add({"total": step, "forward": images * forward})
 
     def state_dict(self) -> dict[str, int]:
-        return {"total": self.total, "images": self.images, "forward": self.forward}
+        return {"images": self.images} | self._macs.read()
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self._total, self.images, self._forward = state["total"], state["images"], state["forward"]
-        self._unread = None
+        self.images = state["images"]
+        self._macs = DeviceCounts({name: state[name] for name in self._macs.names})
 
 
 def planned_training_macs(

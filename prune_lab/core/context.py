@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from prune_lab.accounting.costs import LayerCost, dense_macs, sparse_macs
-from prune_lab.accounting.eligibility import Layer, sparsity
-from prune_lab.accounting.network import Network
+from prune_lab.accounting.costs import masked_macs
+from prune_lab.accounting.eligibility import sparsity
+from prune_lab.accounting.network import LayeredNetwork, Network
 from prune_lab.accounting.training import TrainingCost
 from prune_lab.foundations import distributed
 from prune_lab.foundations.seeding import generator
@@ -25,14 +25,9 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Context:
+class Context(LayeredNetwork):
     """One phase at work. Methods read all of it and change `model` and masks only through the functions below."""
 
-    model: nn.Module
-    costs: list[LayerCost]
-    """dense cost per conv and linear layer, in model order"""
-    layers: list[Layer]
-    """eligibility of every conv and linear layer, by the method's rule"""
     phase: str
     seed: int
     total_steps: int
@@ -74,7 +69,6 @@ class Context:
     def __post_init__(self) -> None:
         self._named: tuple[nn.Module, Mapping[str, nn.Parameter]] | None = None
         self._macs: int | Tensor | None = None
-        self._prices: tuple[MaskSet, Tensor, int] | None = None  # MACs per weight under masks, and of all others
         if self.last_step is None:
             self.last_step = self.total_steps
 
@@ -84,20 +78,15 @@ class Context:
         return Network(self.model, self.layers, self.costs, self.dataset.info.image_size)
 
     @property
-    def dense_macs(self) -> int:
-        return dense_macs(self.costs)
-
-    @property
     def forward_macs(self) -> int:
         """MACs per image of the network as it was masked at the last `commit`."""
-        self._macs = int(self.forward_macs_unread())
+        self._macs = int(self.forward_macs_without_waiting())
         return self._macs
 
-    def forward_macs_unread(self) -> int | Tensor:
+    def forward_macs_without_waiting(self) -> int | Tensor:
         """Return `forward_macs`, as an int64 tensor on the device where the host would have to wait for the number."""
         if self._macs is None:
-            counts = None if self.masks is None else self.masks.unread_counts()
-            self._macs = self._macs_on_device(counts) if counts is not None else self._macs_on_host()
+            self._macs = self.dense_macs if self.masks is None else masked_macs(self.costs, self.masks.kept)
         return self._macs
 
     @property
@@ -113,29 +102,11 @@ class Context:
         figures = self.history.figures(self.masks.masks)
         return figures if sparsity is None else {"sparsity": sparsity} | figures
 
-    def _macs_on_host(self) -> int:
-        return self.dense_macs if self.masks is None else sparse_macs(self.costs, self.masks.counts())
-
-    def _macs_on_device(self, counts: Tensor) -> Tensor:
-        if self._prices is None or self._prices[0] is not self.masks:
-            places = [sum(cost.positions for cost in self.costs if cost.parameter == name) for name in self.masks.masks]
-            unmasked = sparse_macs(self.costs, dict.fromkeys(self.masks.masks, 0))
-            self._prices = self.masks, torch.tensor(places, device=self.device), unmasked
-        _, places, unmasked = self._prices
-        return unmasked + (counts * places).sum()
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """Return the network's parameters by path; looked up once, because finding them means a walk over modules."""
         if self._named is None or self._named[0] is not self.model:
             self._named = self.model, MappingProxyType(dict(self.model.named_parameters()))
         return self._named[1]
-
-    def eligible(self) -> list[Layer]:
-        return [layer for layer in self.layers if layer.eligible]
 
     def generator(self, *keys: Any) -> torch.Generator:
         """Return a generator keyed by the seed, the phase and `keys`: the same draws on every process."""

@@ -145,7 +145,7 @@ class Method:
 
     def forward_macs(self, context: Context) -> int | torch.Tensor:
         """Return the MACs per image of a training step's forward pass, a tensor if only the device knows."""
-        return context.forward_macs_unread()
+        return context.forward_macs_without_waiting()
 
     def needs_dense_gradient(self, step: int) -> bool:
         """Return whether `after_backward` reads gradients of pruned weights at `step` (counted in the cost)."""

@@ -159,11 +159,7 @@ class InMemoryConfig(CommonConfig):
 # Options that say where data lies or how fast it is read. They cannot change a result.
 _NOT_IDENTITY = ("root", "cache_dir", "download", "workers", "check_counts")
 
-# Options that count once they are set: what was trained before they existed keeps its name.
-_IDENTITY_IF_SET = ("cached_side",)
-
 
 def identity(config: CommonConfig) -> dict[str, Any]:
     """Return the options that can change a result: no paths, workers or checks."""
-    options = {key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY}
-    return {key: value for key, value in options.items() if value is not None or key not in _IDENTITY_IF_SET}
+    return {key: value for key, value in asdict(config).items() if key not in _NOT_IDENTITY}

@@ -103,10 +103,6 @@ class GatedWeights(Method):
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN, REMOVE) if self.config.granularity == "filter" else (TRAIN,)
 
-    def phase_identity(self, phase: Phase) -> dict[str, Any]:
-        """Return the options and, for channels, a word for what is stored: the layers are never empty."""
-        return self.identity() | ({"channels": "one at least"} if self.config.granularity == "filter" else {})
-
     def check_run(self, config: RunConfig) -> None:
         """Refuse a training without steps, and an average of the weights, whose batch norm cannot be measured here."""
         config.require_training(f"method={self.config.name}: the gates are trained there")

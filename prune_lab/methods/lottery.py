@@ -196,10 +196,7 @@ class Lottery(Method):
             final = config.sparsity if phase.name == f"prune_{self.levels}" else None
             return {"lottery": options, "from": self.levels if self._at_once() else 1, "target": final}
         state = self._optimizer_state()
-        shuffled = config.arm if state == "restore" else f"{config.arm}, {state}"
-        # Not "restore" alone: what was stored under that name before may hold momentum of a later round.
-        rewound = "restore a copy" if state == "restore" else state
-        return {"lottery": {"rewind": rewound, "shuffle": shuffled}.get(place)}
+        return {"lottery": {"rewind": state, "shuffle": [config.arm, state]}.get(place)}
 
     def requested_sparsity(self) -> float | None:
         return self.config.sparsity

@@ -14,7 +14,7 @@ from prune_lab.core.method import build_method
 from prune_lab.core.phase import Phase
 from prune_lab.datasets import base
 
-FORMAT = 3
+FORMAT = 4
 """Raised when the meaning of stored results changes; older phases are then left alone and done anew."""
 
 # Resolved (`numerics`) or without effect on results; what limits an evaluation is counted in images.
@@ -65,13 +65,12 @@ def plan_phases(
 
 
 def _fields(phase: Phase) -> dict[str, Any]:
-    """Return what of a phase's description decides its result; what it leaves at its default is left out."""
+    """Return what of a phase's description decides its result; what it starts from has keys of its own."""
     acts = None if phase.acts is None else phase.acts.__name__
     fields = {"name": phase.name, "acts": acts, "schedule": phase.schedule, "active": phase.active}
     bounds = {"begin": phase.begin, "end": phase.end}
-    places = {key: {"count": place.count, "unit": place.unit} for key, place in bounds.items() if place is not None}
-    others = {key: value for key in ("order", "keeps_optimizer") if (value := getattr(phase, key))}
-    return fields | places | others
+    places = {key: place and {"count": place.count, "unit": place.unit} for key, place in bounds.items()}
+    return fields | places | {"order": phase.order, "keeps_optimizer": phase.keeps_optimizer}
 
 
 def _evaluated(config: RunConfig) -> int | None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from prune_lab import models
 from prune_lab.foundations import tied
-from prune_lab.foundations.bits import make_zeros_positive
 from prune_lab.foundations.files import read_json, write_bytes, write_json
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels import surgery
@@ -44,5 +43,4 @@ def load_model(run_dir: str | Path) -> nn.Module:
     except (RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{directory}/model.safetensors does not fit model.json: {reason}") from error
-    make_zeros_positive(model)  # files of earlier versions hold -0.0
     return model.eval()

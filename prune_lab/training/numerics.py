@@ -66,10 +66,7 @@ class Numerics:
     def identity(self) -> dict:
         """Return what can change results: the kind of device, not its number; on a CPU how sums are split."""
         threads = torch.get_num_threads() if self.torch_device.type == "cpu" else None
-        told = {**asdict(self), "device": self.torch_device.type, "threads": threads}
-        if not self.vectorised:
-            del told["vectorised"]  # it came later: results stored before keep their keys
-        return told
+        return {**asdict(self), "device": self.torch_device.type, "threads": threads}
 
 
 def resolve(config: TrainerConfig, *, local_rank: int = 0) -> Numerics:

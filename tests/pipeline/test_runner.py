@@ -20,7 +20,7 @@ from prune_lab.datasets.in_memory import InMemoryDataset
 from prune_lab.foundations import checkpoint, files, locks
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.methods.magnitude import Magnitude
-from prune_lab.pipeline import results, runner, store
+from prune_lab.pipeline import results, runner, store, stored_phases
 from prune_lab.tracking.jsonl import JsonFiles
 from prune_lab.training.evaluation import measure
 from prune_lab.training.numerics import Numerics
@@ -292,7 +292,7 @@ def test_wrong_zeros_are_refused(tmp_path):
 
 
 def test_an_unforeseen_error_is_a_failed_run_with_the_traceback_in_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "perform", lambda job: 1 / 0)
+    monkeypatch.setattr(stored_phases, "perform", lambda job: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         execute(tmp_path, *TINY)
     assert status(tmp_path) == {"status": "failed", "error": "ZeroDivisionError: division by zero"}

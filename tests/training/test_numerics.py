@@ -43,6 +43,11 @@ def test_identity_names_the_kind_of_device_not_its_number():
     assert one == other and one["device"] == "cuda"
 
 
+def test_identity_tells_runs_that_compute_together_from_single_ones():
+    alone, together = (Numerics("cpu", "fp32", False, False, vectorised).identity() for vectorised in (False, True))
+    assert alone != together
+
+
 def test_autocast_computes_in_the_format():
     image, weight = torch.ones(2, 2), torch.ones(2, 2)
     with Numerics("cpu", "bf16", False, False).autocast():

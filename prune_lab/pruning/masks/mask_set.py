@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from prune_lab.accounting.device_counts import DeviceCounts
+
 
 class MaskSet:
     """The masks of a network, True = kept, keyed by parameter path.
@@ -23,22 +25,19 @@ class MaskSet:
         """
         self._parameters = dict(parameters)
         self.masks: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
-        self._unread: Tensor | None = None
         self.replace_all(masks)
 
     def replace(self, name: str, mask: Tensor) -> None:
         """Take a new mask for parameter `name`; the weights follow at the next `apply`."""
         if name not in self._parameters:
             raise ValueError(f"no parameter {name} under masks")
-        self._counts = self.counts() | {name: int(self._put(name, mask))}
+        self.kept = DeviceCounts(self.counts() | {name: int(self._put(name, mask))})
 
     def replace_all(self, masks: Mapping[str, Tensor]) -> None:
         """Take new masks for all parameters, as `replace` does; their counts stay on the device until asked for."""
         if set(self._parameters) != set(masks):
             raise ValueError(f"masks and parameters differ: {sorted(set(self._parameters) ^ set(masks))}")
-        counts = [self._put(name, masks[name]) for name in self.masks or list(masks)]
-        self._unread = torch.stack(counts) if counts else None
+        self.kept = DeviceCounts({name: self._put(name, masks[name]) for name in self.masks or list(masks)})
 
     def _put(self, name: str, mask: Tensor) -> Tensor:
         """Take a mask and return its count, still on the device."""
@@ -62,13 +61,7 @@ class MaskSet:
 
     def counts(self) -> dict[str, int]:
         """Return kept weights per parameter; the first time after `replace_all` the host waits for the device."""
-        if self._unread is not None:
-            self._counts, self._unread = dict(zip(self.masks, self._unread.tolist(), strict=True)), None
-        return dict(self._counts)
-
-    def unread_counts(self) -> Tensor | None:
-        """Return kept weights per mask as int64 [masks] on the device, None if `counts` costs nothing."""
-        return self._unread
+        return self.kept.read()
 
     @property
     def num_kept(self) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
-from prune_lab.pipeline import runner
+from prune_lab.pipeline import runner, stored_phases
 from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pruning.channels import cut_check
 from prune_lab.pruning.channels.cut_check import TOLERANCE, check_equal
@@ -272,7 +272,7 @@ def test_a_cut_that_would_fail_is_refused_before_the_training(
         pytest.fail("trained before the cut was tried")
 
     monkeypatch.setattr(cut_check, "TOLERANCE", -1.0)
-    monkeypatch.setattr(runner, "perform", no_training)
+    monkeypatch.setattr(stored_phases, "perform", no_training)
     config = compose(*TINY, *METHODS[name], f"output_dir={tmp_path}")
     with pytest.raises(ConfigError, match="the channels of this architecture cannot be removed"):
         command(config)

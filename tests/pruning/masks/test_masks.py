@@ -253,9 +253,11 @@ def test_replacing_all_reads_nothing_and_counts_are_read_at_once(monkeypatch: py
         monkeypatch.setattr(torch.Tensor, name, lambda tensor, original=original: reads.append(1) or original(tensor))
     halved = {name: mask & (torch.arange(mask.numel()).view(mask.shape) % 2 == 0) for name, mask in masks.masks.items()}
     masks.replace_all(halved)
-    assert reads == [] and masks.unread_counts() is not None
+    total = masks.kept.weighted_sum({"0.weight": 3, "2.weight": 5})
+    assert reads == [] and total.dtype == torch.int64
     counts = masks.counts()
-    assert len(reads) == 1 and masks.unread_counts() is None
+    assert len(reads) == 1
+    assert masks.kept.weighted_sum({"0.weight": 3, "2.weight": 5}) == total.item()
     assert counts == masks.counts() == {name: int(mask.sum()) for name, mask in halved.items()}
 
 
