@@ -20,7 +20,7 @@ from prune_lab.datasets.in_memory import InMemoryDataset
 from prune_lab.foundations import checkpoint, files, locks
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.methods.magnitude import Magnitude
-from prune_lab.pipeline import results, runner, store, stored_phases
+from prune_lab.pipeline import results, store, stored_phases
 from prune_lab.tracking.jsonl import JsonFiles
 from prune_lab.training.evaluation import measure
 from prune_lab.training.numerics import Numerics
