@@ -45,7 +45,7 @@ def profile(model: nn.Module, image_size: int, *, channels: int = 3) -> list[Lay
     twice; a weight shared by two layers is one entry. Weights that are used without calling their layer, as in
     torchvision's attention, and kernels that are computed in the pass, such as mixtures, count as well.
     """
-    from prune_lab.accounting.weight_use import observe  # it defines a mode of torch's
+    from prune_lab.accounting.weight_use import observe  # its file subclasses a mode of torch
 
     uses = observe(model, image_size, channels=channels)
     kinds = {weight_path(name): layer_kind(module) for name, module in model.named_modules()}

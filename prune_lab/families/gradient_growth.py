@@ -139,7 +139,7 @@ class GradientGrowth(DropAndGrow):
     def paper_train_ratio(self, context: Context) -> float | None:
         if self.redistributes():  # the formula has one f_S
             return None
-        from prune_lab.accounting.training import rigl_training_ratio  # beside what counts on the device
+        from prune_lab.accounting.training import rigl_training_ratio  # its file imports torch
 
         return rigl_training_ratio(context.forward_macs, context.dense_macs, self.interval(context))
 

@@ -164,7 +164,9 @@ def join_batch_norm(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     if device.type == "cuda":
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    from prune_lab.foundations.joined_batch_norm import JoinedBatchNorm  # a module, which needs torch to be defined
+    from prune_lab.foundations.joined_batch_norm import (
+        JoinedBatchNorm,  # its file defines an nn.Module and so imports torch
+    )
 
     for module in model.modules():
         if isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):

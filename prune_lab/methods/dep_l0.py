@@ -213,7 +213,10 @@ class DepL0(Method):
             self._best(gated, torch.zeros(gated.num_gates))
 
     def _make_gates(self, context: Context) -> None:
-        from prune_lab.pruning.gates.generator import GateParameters, build  # modules of torch's
+        from prune_lab.pruning.gates.generator import (  # its file defines an nn.Module and so imports torch
+            GateParameters,
+            build,
+        )
 
         config, source = self.config, context.generator("gates at the start")
         made = build(config.generator, self.gated.sizes, width=config.generator_width, source=source)

@@ -100,7 +100,7 @@ class Directional(Method):
 
     def build_optimizer(self, model: nn.Module, config: SGDConfig | AdamConfig) -> GRDA:
         """Return gRDA; parameters that are not to be thresholded are a group with c = 0."""
-        from prune_lab.optim.grda import GRDA  # an optimizer of torch's
+        from prune_lab.optim.grda import GRDA  # its file defines an Optimizer and so imports torch
 
         spared = self._spared(model)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

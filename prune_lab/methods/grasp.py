@@ -91,7 +91,9 @@ class GraSP(ImageScores):
         config = self.config
         per_image = (12 if config.hvp_mode == "sum" else 9) * context.dense_macs
         if config.low_memory:
-            from prune_lab.pruning.scores.recompute import extra_macs  # beside functions and modules of torch's
+            from prune_lab.pruning.scores.recompute import (
+                extra_macs,  # its file defines an nn.Module and so imports torch
+            )
 
             per_image += extra_macs(context.model, context.costs)
         return per_image * config.rounds * self.num_images(context)

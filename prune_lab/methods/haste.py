@@ -89,7 +89,9 @@ class Haste(Method):
 
     def _reason(self, name: str, module: nn.Module) -> str:
         """Return why a layer stays as it is, empty if its input channels are merged."""
-        from prune_lab.pruning.dynamic.hashed_convolution import HashedConv2d  # a module of torch's
+        from prune_lab.pruning.dynamic.hashed_convolution import (
+            HashedConv2d,  # its file defines an nn.Module and so imports torch
+        )
 
         config = self.config
         if any(fnmatch.fnmatch(name, pattern) for pattern in config.exclude):

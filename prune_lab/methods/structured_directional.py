@@ -18,7 +18,7 @@ from prune_lab.optim import learning_rate
 from prune_lab.optim.grda_threshold import thresholds
 from prune_lab.optim.row_groups import group_sizes
 from prune_lab.pruning.batch_norm import statistics
-from prune_lab.pruning.channels import removable
+from prune_lab.pruning.channels.removable import RemovableChannels
 from prune_lab.pruning.scores import flat_directions
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
     from prune_lab.core.removal import TrialCut
-    from prune_lab.pruning.channels.removable import RemovableChannels
 
 
 _DIRECTIONAL = Phase("directional", "train", "finetune", active=True)
@@ -183,7 +182,7 @@ class StructuredDirectional(Method):
 
     def _channels(self, context: Context) -> RemovableChannels:
         config = self.config
-        return removable.RemovableChannels(context.network, residual=config.residual, exclude=config.exclude)
+        return RemovableChannels(context.network, residual=config.residual, exclude=config.exclude)
 
     def _groups(self, context: Context, channels: RemovableChannels) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
         """Return the class of each row of the grouped parameters, and s_G [num_classes]."""
@@ -199,7 +198,7 @@ class StructuredDirectional(Method):
         if context.phase not in (TRAIN.name, _DIRECTIONAL.name):
             return
         config, self.channels = self.config, self._channels(context)
-        from prune_lab.optim.group_grda import GroupGRDA  # an optimizer of torch's
+        from prune_lab.optim.group_grda import GroupGRDA  # its file defines an Optimizer and so imports torch
 
         rows, scales = self._groups(context, self.channels)
         trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]

@@ -66,7 +66,7 @@ def _usual(config: ModelConfig, image_size: int) -> str:
     if not isinstance(config, ExternalConfig):
         return ""
     with contextlib.suppress(Exception):  # not every network has one, and this is a hint only
-        from prune_lab.models.external import usual_size  # it needs the libraries
+        from prune_lab.models.external import usual_size  # its file imports torchvision
 
         size = usual_size(config)
         return f"; its usual size is {size} x {size}" if size != image_size else ""

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     config = configs[0]
     _check_split(config, objectives)
     images = _check_data(config)
-    from prune_lab.commands.tune.search import Search
+    from prune_lab.commands.tune.search import Search  # torch is imported when the options are right
     from prune_lab.commands.tune.study import open_study
     from prune_lab.pipeline import store
 

@@ -196,7 +196,7 @@ def channel_map(model: nn.Module, image_size: int) -> ChannelMap:
     Raises:
         ConfigError: the network's data flow cannot be traced.
     """
-    # Here, so that options are checked without numpy, and without torch, whose tracer the two others extend.
+    # Not above, so that options are checked without numpy and without torch, whose tracer `trace` subclasses.
     import numpy as np
 
     from prune_lab.pruning.channels.flow import follow

@@ -31,7 +31,7 @@ def remove_channels(model: nn.Module, channels: ChannelMap, alive: Tensor) -> nn
     Raises:
         ConfigError: nothing is dead, a layer would be left without channels, or `model` is compiled or wrapped.
     """
-    from prune_lab.pruning.channels.trace import check_plain  # beside a tracer of torch's
+    from prune_lab.pruning.channels.trace import check_plain  # its file subclasses torch's tracer
 
     check_plain(model)
     _check_alive(channels, alive)
@@ -131,7 +131,7 @@ def narrow(model: nn.Module, sizes: Mapping[str, list[int]]) -> None:
 
 
 def _narrow(module: nn.Module, size: list[int]) -> None:
-    from prune_lab.models.resnet_cifar import ZeroPadShortcut  # a module of torch's
+    from prune_lab.models.resnet_cifar import ZeroPadShortcut  # its file defines an nn.Module and so imports torch
 
     if isinstance(module, ZeroPadShortcut):
         module.front, module.back = size

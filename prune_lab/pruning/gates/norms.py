@@ -27,7 +27,7 @@ def find_norms(model: nn.Module, image_size: int) -> list[tuple[ChannelGroup, st
     channels that an addition ties or that pass a norm on a way of their own, and norms without scale and shift or with
     an activation in them.
     """
-    from prune_lab.pruning.channels.trace import trace  # it defines a tracer of torch's
+    from prune_lab.pruning.channels.trace import trace  # its file subclasses torch's tracer
 
     graph = trace(model, image_size).graph
     node_of = {node.target: node for node in graph.nodes if node.op == "call_module"}

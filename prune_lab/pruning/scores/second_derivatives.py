@@ -44,7 +44,7 @@ def hessian_gradient(
 
     Source: Wang et al. 2020, eq. 8, arXiv 2002.07376.
     """
-    from prune_lab.pruning.scores.recompute import blocks  # it defines functions and modules of torch's
+    from prune_lab.pruning.scores.recompute import blocks  # its file defines an nn.Module and so imports torch
 
     direction = None
     if not per_batch:

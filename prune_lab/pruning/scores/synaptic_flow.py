@@ -58,7 +58,7 @@ def flow(model: nn.Module, tensors: Mapping[str, Tensor], weights: Sequence[str]
 
     Source: Tanaka et al. 2020, eq. 2 and algorithm 1, arXiv 2006.05467.
     """
-    from prune_lab.pruning.scores.positive_linear import PositiveLinear  # a class of torch's
+    from prune_lab.pruning.scores.positive_linear import PositiveLinear  # its file subclasses a mode of torch
 
     source = image.detach().clone().requires_grad_()
     leaves = {name: tensors[name].detach().requires_grad_() for name in weights}
