@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 else:
 
     class _Torch:
-        """Stands for the module and keeps nothing of it, so that what is patched there is seen here."""
+        """Looks everything up in the module and keeps nothing of it, so that what is patched there is seen here."""
 
         __slots__ = ()
 
-        def __getattr__(self, name: str):
+        def __getattribute__(self, name: str):
             import torch
 
             return getattr(torch, name)
