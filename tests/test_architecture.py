@@ -38,7 +38,7 @@ def named(node: ast.AST) -> list[str]:
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("prune_lab."):
-        return [node.value]  # lazy imports and tables of modules
+        return [node.value]  # tables of modules
     return []
 
 
@@ -64,6 +64,16 @@ def circles(arrows: frozenset[tuple[str, str]]) -> set[str]:
         if kept == left:
             return left
         left = kept
+
+
+def test_torch_alone_is_lazy() -> None:
+    """Own modules are imported by statements, which readers and type checkers can follow, not by their names."""
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "prune_lab.foundations.lazy":
+                assert {alias.name for alias in node.names} <= {"torch", "no_grad"}, path
+            if isinstance(node, ast.Call) and "import" in ast.unparse(node.func):
+                assert [name for argument in node.args for name in named(argument)] == [], path
 
 
 def test_imports_run_down_the_list_of_rooms() -> None:

@@ -13,13 +13,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.accounting.device_counts import DeviceCounts
 from prune_lab.accounting.eligibility import Layer, layer_kind, weight_path
-from prune_lab.accounting.weight_use import observe
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ def profile(model: nn.Module, image_size: int, *, channels: int = 3) -> list[Lay
     twice; a weight shared by two layers is one entry. Weights that are used without calling their layer, as in
     torchvision's attention, and kernels that are computed in the pass, such as mixtures, count as well.
     """
+    from prune_lab.accounting.weight_use import observe  # its file subclasses a mode of torch
+
     uses = observe(model, image_size, channels=channels)
     kinds = {weight_path(name): layer_kind(module) for name, module in model.named_modules()}
     costs = []
@@ -70,6 +72,8 @@ def macs_without_weight(model: nn.Module, image_size: int) -> int:
 
     Those are attention, and layers whose matrix another layer mixes for each image (timm's CondLinear).
     """
+    from prune_lab.accounting.weight_use import observe
+
     return sum(observe(model, image_size).without_weight.values())
 
 

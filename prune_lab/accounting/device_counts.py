@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from prune_lab.foundations.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DeviceCounts:
@@ -24,7 +27,7 @@ class DeviceCounts:
     def add(self, numbers: Mapping[str, int | Tensor]) -> None:
         """Add to the numbers of these names without waiting for the device."""
         for name, number in numbers.items():
-            if isinstance(number, Tensor):
+            if isinstance(number, torch.Tensor):
                 self._unknown[name] = self._unknown[name] + number if name in self._unknown else number
             else:
                 self._known[name] += number

@@ -6,10 +6,13 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from torch import nn
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, suggestion
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NO_PARAMETER = "its weight is no parameter but computed from others"
 
@@ -36,9 +39,9 @@ class Layer:
 
 def layer_kind(module: nn.Module) -> str | None:
     """Return the kind of a layer with weights that MACs are counted for, None for every other module."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, torch.nn.Linear):
         return "linear"
-    if not isinstance(module, nn.Conv2d):
+    if not isinstance(module, torch.nn.Conv2d):
         return None
     if module.groups == 1:
         return "conv"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from prune_lab.accounting.costs import LayerCost, dense_macs
 from prune_lab.accounting.eligibility import Layer
+from prune_lab.foundations.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass

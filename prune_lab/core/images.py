@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from prune_lab.core.context import Context
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.seeding import stable_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.core.context import Context
 
 
 class DrawnImages:

@@ -6,10 +6,12 @@ import importlib
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prune_lab.accounting import eligibility
+from prune_lab.core import removal
 from prune_lab.core.card import Card
 from prune_lab.core.phase import REMOVE, TRAIN_DENSE, Phase
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError, Name
+from prune_lab.optim import optimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -22,10 +24,6 @@ if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
     from prune_lab.core.removal import TrialCut
-
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-optimizer = lazy_import("prune_lab.optim.optimizer")
-removal = lazy_import("prune_lab.core.removal")
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from prune_lab.accounting import eligibility
 from prune_lab.accounting.costs import profile
-from prune_lab.core.context import Context
 from prune_lab.foundations import distributed
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels import cut_check, surgery
 from prune_lab.pruning.channels.groups import ChannelMap, channel_map, groups_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.core.context import Context
 
 
 def remove_dead(context: Context) -> dict[str, float]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from prune_lab.core.context import Context
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.seeding import stable_hash
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from prune_lab.core.context import Context
 
 
 def train_a_little(
@@ -45,7 +47,7 @@ def train_a_little(
         for images, labels in batches:
             context.poll()
             optimizer.zero_grad(set_to_none=True)
-            loss = F.cross_entropy(model(images).float(), labels)
+            loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
             loss.backward()
             optimizer.step()
             torch._foreach_mul_(weights, kept)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from prune_lab.accounting.costs import LayerCost
 from prune_lab.accounting.eligibility import Layer
 from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from prune_lab.core.method import Method
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prune_lab.datasets.base import BatchFormat, DatasetInfo, InMemoryConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
-
-np = lazy_import("numpy")
-torch = lazy_import("torch")
 
 NUM_IMAGES = 1797
 NUM_CLASSES = 10
@@ -45,6 +42,8 @@ def load(config: Config, fmt: BatchFormat):
     Raises:
         ConfigError: scikit-learn is not installed.
     """
+    import numpy as np
+
     from prune_lab.datasets.in_memory import ImageArrays, InMemoryDataset, hash_arrays
     from prune_lab.datasets.splits import hold_out
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prune_lab.datasets.base import BatchFormat, DatasetInfo, InMemoryConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import Count, Index
-
-torch = lazy_import("torch")
 
 
 @dataclass(frozen=True)

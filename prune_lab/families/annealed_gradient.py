@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import distributed
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import Fraction, Range
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
     from prune_lab.core.context import Context
 
-torch = lazy_import("torch")
-distributed = lazy_import("prune_lab.foundations.distributed")
 
 Shape = Literal["sigmoid_cosine", "cosine", "sigmoid", "linear", "constant"]
 

@@ -6,10 +6,17 @@ import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from prune_lab.accounting import eligibility
+from prune_lab.core import removal
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Phase
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import distributed, patterns
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Count, OpenFraction, require_one
+from prune_lab.models import common
+from prune_lab.pruning.channels import selection, surgery
+from prune_lab.pruning.channels.removable import RemovableChannels
+from prune_lab.pruning.masks.sparsity_schedules import floor_product
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,16 +30,6 @@ if TYPE_CHECKING:
     from prune_lab.pruning.channels.groups import ChannelMap, Lane
     from prune_lab.pruning.channels.selection import Budget
 
-torch = lazy_import("torch")
-selection = lazy_import("prune_lab.pruning.channels.selection")
-common = lazy_import("prune_lab.models.common")
-distributed = lazy_import("prune_lab.foundations.distributed")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-patterns = lazy_import("prune_lab.foundations.patterns")
-removable_channels = lazy_import("prune_lab.pruning.channels.removable")
-removal = lazy_import("prune_lab.core.removal")
-schedules = lazy_import("prune_lab.pruning.masks.sparsity_schedules")
-surgery = lazy_import("prune_lab.pruning.channels.surgery")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 
@@ -169,7 +166,7 @@ class ChannelPruning(Method):
 
     def count(self, size: int) -> int:
         """Return how many of a layer's `size` channels channels_ratio keeps with scope=layer."""
-        return max(1, schedules.floor_product(self.config.channels_ratio * size))
+        return max(1, floor_product(self.config.channels_ratio * size))
 
     def can_rank(self, channels: ChannelMap, lane: Lane) -> bool:
         """Return whether the method can tell what the channels of a lane are worth; the others stay."""
@@ -237,7 +234,7 @@ class Problem:
 
     def __init__(self, method: ChannelPruning, context: Context) -> None:
         self._method, self._config = method, method.config
-        removable = removable_channels.RemovableChannels(
+        removable = RemovableChannels(
             context.network, residual=self._config.residual, exclude=self._config.exclude, can_rank=method.can_rank
         )
         self.channels: ChannelMap = removable.map
@@ -277,7 +274,7 @@ class Problem:
                         f"method.layer_channels: {entry!r} asks for more channels than {lane.name} has; allowed: up to "
                         f"{lane.size}"
                     )
-                wanted[index] = kept if isinstance(kept, int) else max(1, schedules.floor_product(kept * lane.size))
+                wanted[index] = kept if isinstance(kept, int) else max(1, floor_product(kept * lane.size))
         return self.fixed_counts(wanted)
 
     def _named_lanes(self, pattern: str) -> dict[int, Lane]:

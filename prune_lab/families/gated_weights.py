@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from prune_lab.accounting import eligibility
+from prune_lab.core import removal
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import REMOVE, TRAIN, Phase
 from prune_lab.families.annealed_gradient import restore
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import distributed, seeding
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Index, OpenFraction, Positive
+from prune_lab.pruning.batch_norm import statistics
+from prune_lab.pruning.gates import hard_concrete
+from prune_lab.pruning.gates.layout import FilterGates, WeightGates
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,14 +25,6 @@ if TYPE_CHECKING:
     from prune_lab.core.context import Context
     from prune_lab.pruning.gates.layout import WeightGates
 
-torch = lazy_import("torch")
-distributed = lazy_import("prune_lab.foundations.distributed")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-gate_layout = lazy_import("prune_lab.pruning.gates.layout")
-hard_concrete = lazy_import("prune_lab.pruning.gates.hard_concrete")
-statistics = lazy_import("prune_lab.pruning.batch_norm.statistics")
-removal = lazy_import("prune_lab.core.removal")
-seeding = lazy_import("prune_lab.foundations.seeding")
 
 _BATCH = 128
 """images per forward pass when batch norm measures its statistics"""
@@ -138,7 +136,7 @@ class GatedWeights(Method):
         if context.optimizer is None:
             return
         config, named = self.config, context.parameters()
-        kind = gate_layout.FilterGates if config.granularity == "filter" else gate_layout.WeightGates
+        kind = FilterGates if config.granularity == "filter" else WeightGates
         self.layout_of = kind(context.network)
         spread = torch.randn(self.layout_of.num_gates, generator=context.generator("gates at the start"))
         start = (spread * 0.01 + hard_concrete.start(config.drop_rate)).to(context.device)

@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.families.sparse_training import DropAndGrow, DropAndGrowConfig, check_dense
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
-
-training = lazy_import("prune_lab.accounting.training")
-torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting.costs")
 
 
 @dataclass(frozen=True)
@@ -143,7 +139,9 @@ class GradientGrowth(DropAndGrow):
     def paper_train_ratio(self, context: Context) -> float | None:
         if self.redistributes():  # the formula has one f_S
             return None
-        return training.rigl_training_ratio(context.forward_macs, context.dense_macs, self.interval(context))
+        from prune_lab.accounting.training import rigl_training_ratio  # its file imports torch
+
+        return rigl_training_ratio(context.forward_macs, context.dense_macs, self.interval(context))
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {

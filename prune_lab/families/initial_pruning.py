@@ -7,10 +7,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from prune_lab.core import images
 from prune_lab.core.phase import PRUNE, TRAIN, Phase
 from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import distributed
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Count, Index
+from prune_lab.pruning.masks import top_k
+from prune_lab.pruning.scores import gradients
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,12 +23,6 @@ if TYPE_CHECKING:
 
     from prune_lab.core.context import Context
     from prune_lab.core.method import MethodConfig
-
-core_images = lazy_import("prune_lab.core.images")
-top_k = lazy_import("prune_lab.pruning.masks.top_k")
-torch = lazy_import("torch")
-distributed = lazy_import("prune_lab.foundations.distributed")
-gradients = lazy_import("prune_lab.pruning.scores.gradients")
 
 
 @dataclass(frozen=True)
@@ -153,13 +151,13 @@ class InitialPruning(WeightPruning):
         Classes with few images give what they have. None: one has no image, or the norm is infinite or NaN.
         """
         config, dataset = self.config, context.dataset
-        each = core_images.most_per_class(dataset.train_labels, config.samples_per_class, dataset.info.num_classes)
+        each = images.most_per_class(dataset.train_labels, config.samples_per_class, dataset.info.num_classes)
         if not each:
             return None
-        images = itertools.islice(core_images.batches(context, per_class=each, batch_size=config.scoring_batch), 1)
+        first = itertools.islice(images.batches(context, per_class=each, batch_size=config.scoring_batch), 1)
         named, masks = context.parameters(), {} if context.masks is None else context.masks.masks
         weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
-        norm = gradients.gradient_norm(context.model, weights, masks, images, train_mode=True)
+        norm = gradients.gradient_norm(context.model, weights, masks, first, train_mode=True)
         return norm if math.isfinite(norm) else None
 
     def batches(self, context: Context, **options: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -170,7 +168,7 @@ class InitialPruning(WeightPruning):
         """
         config = self.config
         sizes = {"per_class": config.samples_per_class, "batch_size": config.scoring_batch}
-        return core_images.batches(context, **sizes, **options)
+        return images.batches(context, **sizes, **options)
 
     def scoring_cost(self, context: Context) -> int:
         """Return the MACs of `scores`; gradient norms are measurements, like evaluation, and do not count."""
@@ -194,7 +192,7 @@ class ImageScores(InitialPruning):
         super().setup(context)
         if self.config.control != "random":
             labels, num_classes = context.dataset.train_labels, context.dataset.info.num_classes
-            core_images.check_classes(labels, self.config.samples_per_class, num_classes, rounds=self.rounds)
+            images.check_classes(labels, self.config.samples_per_class, num_classes, rounds=self.rounds)
 
     @property
     def rounds(self) -> int:

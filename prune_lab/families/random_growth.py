@@ -6,14 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from prune_lab.families.sparse_training import DropAndGrow, DropAndGrowConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
-
-torch = lazy_import("torch")
 
 
 @dataclass(frozen=True)

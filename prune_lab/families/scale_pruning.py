@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from prune_lab.families.channel_pruning import ChannelPruning, ChannelPruningConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
+from prune_lab.pruning.batch_norm import masks, penalty, thresholds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,11 +15,6 @@ if TYPE_CHECKING:
     from prune_lab.families.channel_pruning import Problem
     from prune_lab.pruning.batch_norm.penalty import ScalePenalty
     from prune_lab.pruning.channels.groups import ChannelMap, Lane
-
-torch = lazy_import("torch")
-scale_masks = lazy_import("prune_lab.pruning.batch_norm.masks")
-scale_penalty = lazy_import("prune_lab.pruning.batch_norm.penalty")
-thresholds = lazy_import("prune_lab.pruning.batch_norm.thresholds")
 
 
 _SMALL = 0.1
@@ -50,14 +46,14 @@ class ScalePruning(ChannelPruning):
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         """Return what is kept; the phases under the penalty train the whole network."""
-        scale_penalty.scales(context.model)  # refuses networks without
+        penalty.scales(context.model)  # refuses networks without
         known = super().layout(context)
         return [(0, {})] if context.phase in self.sparse_phases else known
 
     def leave_out(self, context: Context, problem: Problem, alive: Tensor) -> dict[str, float]:
         """Mask the channels that are not kept; return and report what is left, and what their scales were."""
         found = thresholds.absolute_scales(context.model, problem.channels)
-        marked = torch.cat(list(scale_masks.left_out(problem.channels, alive).values()))
+        marked = torch.cat(list(masks.left_out(problem.channels, alive).values()))
         values = torch.cat(list(found.values())).cpu()
         gone, others = float(values[marked].mean()), float(values[~marked].mean())
         text = f"scales: removed ones {gone:.2g} on average, others {others:.2g}"
@@ -77,7 +73,7 @@ class ScalePruning(ChannelPruning):
             ConfigError: no batch norm, or one whose scale does not train.
         """
         if context.phase in self.sparse_phases:
-            scale_penalty.check_training(context.model)
+            penalty.check_training(context.model)
             self.penalty = self.make_penalty(context)
 
     def after_backward(self, context: Context, step: int) -> bool:

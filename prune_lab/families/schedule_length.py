@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 
 if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
 
-torch = lazy_import("torch")
 
 LONG = 10_000
 """optimizer steps from which on published values are taken. They are of trainings of 60,000 steps and more; in far

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from prune_lab.accounting import eligibility
 from prune_lab.core.method import MethodConfig
 from prune_lab.families.annealed_gradient import RawWeights, restore
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Range
+from prune_lab.optim import learning_rate
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,10 +21,6 @@ if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
 
-learning_rate = lazy_import("prune_lab.optim.learning_rate")
-torch = lazy_import("torch")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-optimizer = lazy_import("prune_lab.optim.optimizer")
 
 AWAKE = -10.0
 """below it a raw threshold prunes next to nothing, and its gradient is next to nothing: sigmoid(-10) is 4.5e-5"""

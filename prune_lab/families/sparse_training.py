@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from prune_lab.core.method import MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Count, Fraction, Index, Momentum
+from prune_lab.optim import optimizer
+from prune_lab.pruning.masks import redistribution, sparsity_schedules, top_k
 from prune_lab.pruning.masks.selection import SEMI_STRUCTURED
 
 if TYPE_CHECKING:
@@ -19,12 +21,6 @@ if TYPE_CHECKING:
 
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
-
-top_k = lazy_import("prune_lab.pruning.masks.top_k")
-torch = lazy_import("torch")
-redistribution = lazy_import("prune_lab.pruning.masks.redistribution")
-optimizer = lazy_import("prune_lab.optim.optimizer")
-schedules = lazy_import("prune_lab.pruning.masks.sparsity_schedules")
 
 
 @dataclass(frozen=True)
@@ -232,7 +228,7 @@ class DropAndGrow(SparseTraining):
 
     def _fitting(self, longest: int, total: int) -> int | None:
         count = partial(self._num_updates, total)
-        return schedules.fitting_interval(longest, count, wanted=_FEW, least=self.least_interval)
+        return sparsity_schedules.fitting_interval(longest, count, wanted=_FEW, least=self.least_interval)
 
     @property
     def least_interval(self) -> int:
@@ -241,7 +237,7 @@ class DropAndGrow(SparseTraining):
 
     def _num_updates(self, total: int, interval: int) -> int:
         begin = interval - 1 if self.config.begin is None else self.config.begin
-        return len(schedules.update_steps(begin, self._end_of(total), interval))
+        return len(sparsity_schedules.update_steps(begin, self._end_of(total), interval))
 
     def _warning(self, context: Context) -> str:
         """Return what to add where so few updates hardly differ from a fixed mask; empty if there are enough."""
@@ -259,7 +255,7 @@ class DropAndGrow(SparseTraining):
         """
         end, interval = self.end_step(context), self.interval(context)
         begin = interval - 1 if self.config.begin is None else self.config.begin
-        steps = schedules.update_steps(begin, end, interval)
+        steps = sparsity_schedules.update_steps(begin, end, interval)
         if not steps or steps[-1] == 0:
             shown = "null (one epoch)" if self.config.interval is None else interval
             first = "null" if self.config.begin is None else begin
@@ -276,22 +272,22 @@ class DropAndGrow(SparseTraining):
         return self._end_of(context.total_steps)
 
     def _end_of(self, total: int) -> int:
-        return min(schedules.floor_product(self.config.end * total), total - 1)
+        return min(sparsity_schedules.floor_product(self.config.end * total), total - 1)
 
     def moved_fraction(self, context: Context, step: int) -> float:
         config = self.config
-        return schedules.drop_fraction(
+        return sparsity_schedules.drop_fraction(
             step,
             alpha=config.alpha,
             begin=config.begin or 0,
-            end=max(schedules.floor_product(config.end * context.total_steps), 1),
+            end=max(sparsity_schedules.floor_product(config.end * context.total_steps), 1),
             shape=config.decay,
             floor=config.floor,
         )
 
     def num_dropped(self, fraction: float, count: int, shape: tuple[int, ...]) -> int:
         """Return how many of the `count` kept weights of a layer to drop."""
-        return schedules.floor_product(fraction * count)
+        return sparsity_schedules.floor_product(fraction * count)
 
     def drop_scores(self, weight: Tensor) -> Tensor:
         """Return a score per weight; the lowest are dropped."""

@@ -10,9 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from prune_lab.accounting import eligibility
 from prune_lab.core.method import Method, MethodConfig
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError, Example, FilePath, NonNegative, OpenFraction
+from prune_lab.pruning.masks import distributions, top_k
 from prune_lab.pruning.masks.selection import SEMI_STRUCTURED, check_semi_structured, selection
 
 if TYPE_CHECKING:
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
 
     from prune_lab.accounting.eligibility import Layer
     from prune_lab.core.context import Context
-
-top_k = lazy_import("prune_lab.pruning.masks.top_k")
-distributions = lazy_import("prune_lab.pruning.masks.distributions")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
 
 
 @dataclass(frozen=True)

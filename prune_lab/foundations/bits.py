@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
+
+from prune_lab.foundations.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def make_zeros_positive(model: nn.Module) -> None:

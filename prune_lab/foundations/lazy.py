@@ -1,25 +1,41 @@
-"""Modules that load on first use, so that configuration is checked without torch."""
+"""torch, imported when something of it is first used: options, help and lists are answered without it, in milliseconds.
+
+Files that are read before a run is checked (methods, and what they are made of) write
+`from prune_lab.foundations.lazy import torch`. Nothing else is lazy.
+"""
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+if TYPE_CHECKING:
+    import torch as torch
+else:
+
+    class _Torch:
+        """Looks everything up in the module and keeps nothing of it, so that what is patched there is seen here."""
+
+        __slots__ = ()
+
+        def __getattribute__(self, name: str):
+            import torch
+
+            return getattr(torch, name)
+
+    torch = _Torch()
 
 
-class _LazyModule(ModuleType):
-    def __getattr__(self, name: str):
-        module = importlib.import_module(self.__name__)
-        self.__dict__.update(module.__dict__)
-        return getattr(module, name)
+def no_grad(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate a function that is no generator as torch.no_grad() does, which would import torch at once."""
 
+    @functools.wraps(function)
+    def without_gradients(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        with torch.no_grad():
+            return function(*args, **kwargs)
 
-def lazy_import(name: str) -> ModuleType:
-    """Return a stand-in for module `name` that imports it on the first attribute access.
-
-    Method, model and data-set files carry both the options (checked in milliseconds) and the code that
-    needs torch (seconds to import). They take torch through this stand-in and keep both in one file.
-
-    Raises:
-        ImportError: on the first attribute access, if the module cannot be imported.
-    """
-    return _LazyModule(name)
+    return without_gradients

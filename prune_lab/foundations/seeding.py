@@ -4,11 +4,13 @@ A generator is made from the run's seed and a few keys ("augment", epoch, batch)
 in every process, on every platform and after a resume, and two different keys give independent streams.
 """
 
+from __future__ import annotations
+
 import hashlib
 import random
 import sys
 
-import torch
+from prune_lab.foundations.lazy import torch
 
 HASH_BITS = 63  # torch and numpy take non-negative seeds that fit a signed 64-bit integer
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, is_tensor, nn
-from torch.func import functional_call
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
@@ -66,13 +67,13 @@ def call(model: nn.Module, places: Mapping[str, str], tensors: Mapping[str, Tens
     second time are not those of the network.
     """
     exchanged = {place: tensors[name] for place, name in places.items() if name in tensors}
-    return functional_call(model, exchanged, (images,), tie_weights=False)
+    return torch.func.functional_call(model, exchanged, (images,), tie_weights=False)
 
 
 def require_tensors(model: nn.Module, name: str) -> None:
     """Raise ConfigError if the state of a network holds more than tensors, which no file of tensors takes."""
     state: dict[str, Any] = model.state_dict()
-    others = [key for key, value in state.items() if not is_tensor(value)]
+    others = [key for key, value in state.items() if not torch.is_tensor(value)]
     if others:
         raise ConfigError(f"model.name={name} cannot be saved as tensors: its state {others[0]} is a "
                           f"{type(state[others[0]]).__name__}")  # fmt: skip

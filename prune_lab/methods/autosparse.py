@@ -6,23 +6,21 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
+from prune_lab.accounting.costs import sparse_macs
 from prune_lab.core.card import Card
 from prune_lab.core.method import MethodConfig
 from prune_lab.families import schedule_length
 from prune_lab.families.annealed_gradient import AnnealingConfig, GradientAnnealing
 from prune_lab.families.soft_threshold import SoftThreshold, SoftThresholdConfig, check_decay
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import NonNegative, Range
+from prune_lab.pruning.masks import top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
-
-top_k = lazy_import("prune_lab.pruning.masks.top_k")
-torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting.costs")
 
 
 _PUBLISHED = -5.0
@@ -92,4 +90,4 @@ class AutoSparse(GradientAnnealing, SoftThreshold):
             return None
         if self.config.backward_density == 1:
             return context.dense_macs
-        return accounting.sparse_macs(context.costs, {name: self._num_trained(context, name) for name in self.raw})
+        return sparse_macs(context.costs, {name: self._num_trained(context, name) for name in self.raw})

@@ -7,20 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.core.card import Card
 from prune_lab.families.gated_weights import LOWEST, GatedWeights, GatesConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, OpenFraction, Positive, Range
+from prune_lab.pruning.channels import selection
+from prune_lab.pruning.gates import hard_concrete, multipliers
+from prune_lab.pruning.masks import distributions, top_k
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
 
-top_k = lazy_import("prune_lab.pruning.masks.top_k")
-torch = lazy_import("torch")
-selection = lazy_import("prune_lab.pruning.channels.selection")
-distributions = lazy_import("prune_lab.pruning.masks.distributions")
-hard_concrete = lazy_import("prune_lab.pruning.gates.hard_concrete")
-multipliers = lazy_import("prune_lab.pruning.gates.multipliers")
 
 TOLERANCE = 0.01
 """excess over a target, as a fraction of the dense cost, up to which it counts as met"""

@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from prune_lab.accounting import eligibility
 from prune_lab.core.card import Card
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import REMOVE, TRAIN, TRAIN_DENSE, Phase
 from prune_lab.families.annealed_gradient import restore
 from prune_lab.families.gated_weights import gate_rate
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import distributed, seeding
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Count, NonNegative, OpenFraction, Positive, Range
+from prune_lab.pruning.channels import selection
+from prune_lab.pruning.gates import budget, channels, hard_concrete, multipliers
+from prune_lab.pruning.gates.norms import GatedNorms, find_norms
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,17 +28,6 @@ if TYPE_CHECKING:
     from prune_lab.pruning.gates.channels import GatedChannels
     from prune_lab.pruning.gates.generator import GateParameters
 
-torch = lazy_import("torch")
-selection = lazy_import("prune_lab.pruning.channels.selection")
-distributed = lazy_import("prune_lab.foundations.distributed")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-budget = lazy_import("prune_lab.pruning.gates.budget")
-gate_generator = lazy_import("prune_lab.pruning.gates.generator")
-channels = lazy_import("prune_lab.pruning.gates.channels")
-gated_norms = lazy_import("prune_lab.pruning.gates.norms")
-hard_concrete = lazy_import("prune_lab.pruning.gates.hard_concrete")
-multipliers = lazy_import("prune_lab.pruning.gates.multipliers")
-seeding = lazy_import("prune_lab.foundations.seeding")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 
@@ -192,7 +186,7 @@ class DepL0(Method):
         if not self.freeze_step:
             raise ConfigError(f"method.freeze_fraction={config.freeze_fraction:g} leaves no step for the gates: there "
                               f"are {context.total_steps}")
-        self.norms = gated_norms.GatedNorms(context.network, [path for _, path in pairs], context.parameters)
+        self.norms = GatedNorms(context.network, [path for _, path in pairs], context.parameters)
         self._make_gates(context)
         self._make_prices(context)
         self.norms.fold(self.fixed_gates())
@@ -205,7 +199,7 @@ class DepL0(Method):
             ConfigError: there are none.
         """
         allowed = {layer.name for layer in context.eligible()}
-        found = gated_norms.find_norms(context.model, context.dataset.info.image_size)
+        found = find_norms(context.model, context.dataset.info.image_size)
         pairs = [(group, path) for group, path in found if group.producer in allowed]
         if not pairs:
             raise ConfigError(
@@ -219,10 +213,15 @@ class DepL0(Method):
             self._best(gated, torch.zeros(gated.num_gates))
 
     def _make_gates(self, context: Context) -> None:
+        from prune_lab.pruning.gates.generator import (  # its file defines an nn.Module and so imports torch
+            GateParameters,
+            build,
+        )
+
         config, source = self.config, context.generator("gates at the start")
-        made = gate_generator.build(config.generator, self.gated.sizes, width=config.generator_width, source=source)
+        made = build(config.generator, self.gated.sizes, width=config.generator_width, source=source)
         rate = config.gate_lr or learning_rate(config.generator, self.freeze_step)
-        self.gates = gate_generator.GateParameters(made.to(context.device), rate)
+        self.gates = GateParameters(made.to(context.device), rate)
         if context.amp_scaled:  # so that the gradient is unscaled with the others; the optimizer never sees it
             context.optimizer.add_param_group({"params": [self.gates.leaf], "weight_decay": 0.0})
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from prune_lab.accounting import eligibility
+from prune_lab.accounting.costs import sparse_macs
 from prune_lab.core.card import Card
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families import schedule_length
 from prune_lab.families.dual_averaging import check_plain_sgd, theory_note
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import NonNegative, Range
+from prune_lab.optim import learning_rate
+from prune_lab.optim.grda_threshold import steps_to_reach, thresholds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,12 +26,6 @@ if TYPE_CHECKING:
     from prune_lab.core.context import Context
     from prune_lab.optim.grda import GRDA
 
-learning_rate = lazy_import("prune_lab.optim.learning_rate")
-torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting.costs")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-grda = lazy_import("prune_lab.optim.grda")
-optimizer = lazy_import("prune_lab.optim.optimizer")
 
 _PUBLISHED = 0.001
 """c of the WRN-28-10 on CIFAR"""
@@ -102,6 +100,8 @@ class Directional(Method):
 
     def build_optimizer(self, model: nn.Module, config: SGDConfig | AdamConfig) -> GRDA:
         """Return gRDA; parameters that are not to be thresholded are a group with c = 0."""
+        from prune_lab.optim.grda import GRDA  # its file defines an Optimizer and so imports torch
+
         spared = self._spared(model)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         groups = [
@@ -110,7 +110,7 @@ class Directional(Method):
         ]
         groups = [group for group in groups if group["params"]]
         c = _PUBLISHED if self.config.c == "auto" else self.config.c  # a short training's is found in `setup`
-        return grda.GRDA(groups, lr=0.0, c=c, mu=self.config.mu)
+        return GRDA(groups, lr=0.0, c=c, mu=self.config.mu)
 
     def _spared(self, model: nn.Module) -> set[str]:
         """Return the paths of the parameters that plain SGD trains."""
@@ -137,7 +137,7 @@ class Directional(Method):
 
     def _short(self, context: Context, rates: list[float]) -> float:
         """Give the optimizer the c with which the threshold ends at a multiple of the median weight; return it."""
-        *_, end = grda.thresholds(rates, c=1.0, mu=self.config.mu)
+        *_, end = thresholds(rates, c=1.0, mu=self.config.mu)
         c = max(_PUBLISHED, _REACH * schedule_length.median_weight(context) / end)
         for group in context.optimizer.param_groups:
             if group["c"]:
@@ -146,13 +146,13 @@ class Directional(Method):
 
     def _outlook(self, context: Context, c: float, rates: list[float]) -> str:
         total, rule = len(rates), {"c": c, "mu": self.config.mu}
-        values = list(grda.thresholds(rates, **rule))
+        values = list(thresholds(rates, **rule))
         reached = next((step for step, value in enumerate(values, start=1) if value >= _TYPICAL_WEIGHT), None)
         known = f"threshold: from 0 to {values[-1]:.4g} in {total} steps (method.c={c:.4g}); a weight of "
         known += f"{_TYPICAL_WEIGHT} without gradient"
         if reached is not None:
             return f"{known} is zero after {reached}"
-        needed = grda.steps_to_reach(_TYPICAL_WEIGHT, context.schedule.lr, **rule)
+        needed = steps_to_reach(_TYPICAL_WEIGHT, context.schedule.lr, **rule)
         return (
             f"{known} stays above it (at a constant learning rate of {context.schedule.lr:g} it is zero after "
             f"{needed:.6g}); method.c={c * _TYPICAL_WEIGHT / values[-1]:.2g} would zero it at the end"
@@ -181,7 +181,7 @@ class Directional(Method):
             masked = context.history.figures(context.masks.masks)  # a call that goes on from here has masks already
         return self.figures | masked | {
             "sparsity": 1 - sum(kept.values()) / sum(layer.size for layer in layers),
-            "macs/inference": accounting.sparse_macs(context.costs, counted),
+            "macs/inference": sparse_macs(context.costs, counted),
             **{f"mask/density/{layer.name}": kept[layer.parameter] / layer.size for layer in layers},
         }
 

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from prune_lab.core.card import Card
 from prune_lab.families.gradient_growth import GradientGrowth, GradientGrowthConfig
 from prune_lab.families.sparse_training import BY_SIGN, REDISTRIBUTION
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import NonNegative, Positive
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
-
-torch = lazy_import("torch")
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from prune_lab.core.card import Card
 from prune_lab.core.phase import FINETUNE, TRAIN_DENSE, Phase
 from prune_lab.families.channel_pruning import ChannelPruning, ChannelPruningConfig, Problem
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import distributed
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Index, Momentum
+from prune_lab.pruning.channels import filter_scores, selection
+from prune_lab.pruning.masks.sparsity_schedules import floor_product
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
     from prune_lab.pruning.channels.groups import ChannelMap
-
-torch = lazy_import("torch")
-selection = lazy_import("prune_lab.pruning.channels.selection")
-distributed = lazy_import("prune_lab.foundations.distributed")
-filter_scores = lazy_import("prune_lab.pruning.channels.filter_scores")
-schedules = lazy_import("prune_lab.pruning.masks.sparsity_schedules")
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Fpgm(ChannelPruning):
     def count(self, size: int) -> int:
         """Return how many of a layer's `size` channels stay: both parts that go are rounded down, as in the code."""
         parts = self.config.by_norm, 1 - self.config.channels_ratio - self.config.by_norm
-        return max(1, size - sum(schedules.floor_product(part * size) for part in parts))
+        return max(1, size - sum(floor_product(part * size) for part in parts))
 
     def scores(self, context: Context, channels: ChannelMap) -> Tensor:
         return self._distances(context, channels)
@@ -94,7 +91,7 @@ class Fpgm(ChannelPruning):
         if self.config.by_norm == 0 or self.config.control == "random":
             return super().choose(context, problem)
         channels, counts = problem.channels, problem.counts(self.ranking(context, problem))
-        first = [max(lane.size - schedules.floor_product(self.config.by_norm * lane.size), int(count))
+        first = [max(lane.size - floor_product(self.config.by_norm * lane.size), int(count))
                  for lane, count in zip(channels.lanes, counts, strict=True)]
         norms = filter_scores.per_class(context.model, channels, filter_scores.l2_norms)
         others = selection.top(distributed.share(norms), channels, first)

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from prune_lab.accounting import eligibility
+from prune_lab.core import removal
 from prune_lab.core.card import Card
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import REMOVE, TRAIN, TRAIN_DENSE, Phase
 from prune_lab.families.annealed_gradient import restore
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import distributed
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, OpenFraction, Positive, Range
+from prune_lab.pruning.gates import budget, multipliers, polarized
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,13 +25,6 @@ if TYPE_CHECKING:
     from prune_lab.core.removal import TrialCut
     from prune_lab.pruning.gates.budget import GateBudget
 
-torch = lazy_import("torch")
-distributed = lazy_import("prune_lab.foundations.distributed")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-budget = lazy_import("prune_lab.pruning.gates.budget")
-multipliers = lazy_import("prune_lab.pruning.gates.multipliers")
-polarized = lazy_import("prune_lab.pruning.gates.polarized")
-removal = lazy_import("prune_lab.core.removal")
 
 _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from prune_lab.accounting.costs import sparse_macs
 from prune_lab.core.card import Card
 from prune_lab.core.method import MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Count, Fraction, Range
+from prune_lab.pruning.masks.sparsity_schedules import cubic_sparsity
 
 if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
-
-torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting.costs")
-schedules = lazy_import("prune_lab.pruning.masks.sparsity_schedules")
 
 
 _NUM_CUTS = 15
@@ -106,7 +104,7 @@ class GMP(WeightPruning):
             )
         steps = [first + round(index * (last - first) / num_cuts) for index in range(num_cuts + 1)]
         levels = [
-            schedules.cubic_sparsity(
+            cubic_sparsity(
                 index, begin=0, end=num_cuts, initial=config.initial_sparsity, final=config.sparsity
             )
             for index in range(num_cuts + 1)
@@ -141,7 +139,7 @@ class GMP(WeightPruning):
             return None
         ends = [start for start, _ in layout[1:]] + [context.total_steps]
         spent = sum(
-            (end - start) * accounting.sparse_macs(context.costs, kept)
+            (end - start) * sparse_macs(context.costs, kept)
             for (start, kept), end in zip(layout, ends, strict=True)
         )
         return spent / (context.total_steps * context.dense_macs)

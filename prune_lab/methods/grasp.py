@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 from prune_lab.core.card import Card
 from prune_lab.families.initial_pruning import ImageScores, ImageScoresConfig
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import Count, Positive
+from prune_lab.pruning.scores import evaluation_mode, second_derivatives
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
-
-second_derivatives = lazy_import("prune_lab.pruning.scores.second_derivatives")
-evaluation_mode = lazy_import("prune_lab.pruning.scores.evaluation_mode")
-recompute = lazy_import("prune_lab.pruning.scores.recompute")
-gradients = lazy_import("prune_lab.pruning.scores.gradients")
 
 
 @dataclass(frozen=True)
@@ -96,5 +91,9 @@ class GraSP(ImageScores):
         config = self.config
         per_image = (12 if config.hvp_mode == "sum" else 9) * context.dense_macs
         if config.low_memory:
-            per_image += recompute.extra_macs(context.model, context.costs)
+            from prune_lab.pruning.scores.recompute import (
+                extra_macs,  # its file defines an nn.Module and so imports torch
+            )
+
+            per_image += extra_macs(context.model, context.costs)
         return per_image * config.rounds * self.num_images(context)

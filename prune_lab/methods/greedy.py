@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from prune_lab.accounting import eligibility
+from prune_lab.core import removal, short_training
 from prune_lab.core.card import Card
+from prune_lab.core.images import DrawnImages, evenly
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Phase
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import distributed, patterns
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import (
     ConfigError,
     Count,
@@ -20,6 +24,10 @@ from prune_lab.foundations.schema import (
     Range,
     require_one,
 )
+from prune_lab.pruning.channels import imitation, probe
+from prune_lab.pruning.channels.budget import alike, macs
+from prune_lab.pruning.channels.groups import channel_groups, channel_map, weight_counts, weight_masks
+from prune_lab.pruning.scores import evaluation_mode
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,18 +40,6 @@ if TYPE_CHECKING:
     from prune_lab.pruning.channels.groups import ChannelGroup
     from prune_lab.pruning.channels.probe import WeighedNetwork
 
-evaluation_mode = lazy_import("prune_lab.pruning.scores.evaluation_mode")
-torch = lazy_import("torch")
-channel_budget = lazy_import("prune_lab.pruning.channels.budget")
-probe = lazy_import("prune_lab.pruning.channels.probe")
-channels = lazy_import("prune_lab.pruning.channels.groups")
-distributed = lazy_import("prune_lab.foundations.distributed")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-imitation = lazy_import("prune_lab.pruning.channels.imitation")
-patterns = lazy_import("prune_lab.foundations.patterns")
-removal = lazy_import("prune_lab.core.removal")
-scoring_images = lazy_import("prune_lab.core.images")
-short_training = lazy_import("prune_lab.core.short_training")
 
 _GLOBAL = ("global-code", "global")
 _MAY_REPEAT = ("local-uniform", "global-code")
@@ -160,7 +156,7 @@ class Greedy(Method):
         if budget is None:
             return None
         whole = {layer.parameter: layer.size for layer in context.eligible()}
-        return [(0, whole | channels.weight_counts(context.model, groups, budget))]
+        return [(0, whole | weight_counts(context.model, groups, budget))]
 
     def groups(self, context: Context) -> list[ChannelGroup]:
         """Return the channel groups to prune, from input to output.
@@ -168,7 +164,7 @@ class Greedy(Method):
         Raises:
             ConfigError: there are none, or a pattern of method.exclude matches none.
         """
-        found = channels.channel_groups(context.model, context.dataset.info.image_size)
+        found = channel_groups(context.model, context.dataset.info.image_size)
         names = [group.producer for group in found]
         patterns.check("method.exclude", self.config.exclude, names, "layer whose channels can be removed")
         groups = [group for group in found if not patterns.matches(self.config.exclude, group.producer)]
@@ -194,7 +190,7 @@ class Greedy(Method):
         if config.top1_tol is not None:
             return None
         unit = "macs" if config.params_ratio is None else "params"
-        return channel_budget.alike(context.network, groups, unit, getattr(config, f"{unit}_ratio"))
+        return alike(context.network, groups, unit, getattr(config, f"{unit}_ratio"))
 
     def prune(self, context: Context) -> dict[str, float]:
         """Select the channels of each group, write their weights into the network, train a little, go on."""
@@ -208,18 +204,18 @@ class Greedy(Method):
                 masks[group.producer] = torch.arange(group.size) < count
             else:
                 want = None if budget is None else budget[group.producer]
-                macs = channel_budget.macs(context.network, groups, counts)
-                masks[group.producer] = self._prune_group(context, group, want, macs)
+                cost = macs(context.network, groups, counts)
+                masks[group.producer] = self._prune_group(context, group, want, cost)
             kept = masks[group.producer]
             if not context.rehearsal:
                 context.report(f"{group.producer}: {int(kept.sum())} of {group.size} channels kept")
             if not bool(kept.all()) and not (context.rehearsal and number):
                 counts[group.producer] = int(kept.sum())
-                self._train_between(context, groups, masks, channel_budget.macs(context.network, groups, counts))
+                self._train_between(context, groups, masks, macs(context.network, groups, counts))
         whole = {layer.parameter: torch.ones(layer.shape, dtype=torch.bool) for layer in context.eligible()}
         whole = {name: mask.to(context.device) for name, mask in whole.items()}
-        context.install_masks(whole | channels.weight_masks(context.model, groups, masks))
-        found = channels.channel_map(context.model, context.dataset.info.image_size)
+        context.install_masks(whole | weight_masks(context.model, groups, masks))
+        found = channel_map(context.model, context.dataset.info.image_size)
         return {"prune/channels_kept": found.fraction_kept(context.masks)}
 
     def phase_cost(self, context: Context) -> int | None:
@@ -246,7 +242,7 @@ class Greedy(Method):
         self, context: Context, group: ChannelGroup, want: int | None, macs: int
     ) -> tuple[list[int], Tensor]:
         """Return (kept channels, weights a): the first `want` that come in, or as many as the accuracy needs."""
-        source = scoring_images.DrawnImages(context, group.producer, augment=self.config.augment_scoring)
+        source = DrawnImages(context, group.producer, augment=self.config.augment_scoring)
         objective = self.config.loss if self.config.variant in _GLOBAL else "cross_entropy"
         with probe.WeighedNetwork(context.model, group, objective=objective) as network:
             if self.config.variant in _GLOBAL:
@@ -321,7 +317,7 @@ class Greedy(Method):
         config = self.config
         if context.rehearsal:
             return lambda kept, weights: True
-        spread = scoring_images.evenly(context.dataset.info.num_train, config.eval_images).split(config.batch)
+        spread = evenly(context.dataset.info.num_train, config.eval_images).split(config.batch)
         first_look = list(source.stream("first look", config.batch, fresh=False, count=1))
 
         def accuracy(weights: Tensor | None) -> float:
@@ -346,11 +342,11 @@ class Greedy(Method):
         if not steps:
             return
         word = f"between {len(kept)}"
-        source = scoring_images.DrawnImages(context, word, augment=True)
+        source = DrawnImages(context, word, augment=True)
         num_images = short_training.train_a_little(
             context,
             source.stream("order", batch, fresh=True, count=1 if context.rehearsal else steps),
-            channels.weight_masks(context.model, groups, kept),
+            weight_masks(context.model, groups, kept),
             word=word,
             lr=config.between_lr,
             momentum=config.between_momentum,
@@ -375,9 +371,9 @@ class Greedy(Method):
         total, done = 0, {}
         for group in groups:
             want = budget[group.producer]
-            total += self._images_for(context, group.size, want) * channel_budget.macs(context.network, groups, done)
+            total += self._images_for(context, group.size, want) * macs(context.network, groups, done)
             done[group.producer] = want
-            total += 3 * batch * steps * channel_budget.macs(context.network, groups, done) if want < group.size else 0
+            total += 3 * batch * steps * macs(context.network, groups, done) if want < group.size else 0
         return total
 
     def _images_for(self, context: Context, size: int, want: int) -> int:

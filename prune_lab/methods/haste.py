@@ -10,10 +10,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
+from prune_lab.accounting import eligibility
+from prune_lab.accounting.costs import dense_macs, profile
 from prune_lab.core.card import Card
 from prune_lab.core.method import Measured, Method, MethodConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import seeding
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Count, Index, NonNegative, Range
+from prune_lab.pruning.dynamic import merging_cost, wall_clock
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -21,14 +25,6 @@ if TYPE_CHECKING:
     from prune_lab.accounting.eligibility import Layer
     from prune_lab.config.run import RunConfig
     from prune_lab.pruning.dynamic.merging_cost import Observation
-
-torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting.costs")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-hashed_convolution = lazy_import("prune_lab.pruning.dynamic.hashed_convolution")
-merging_cost = lazy_import("prune_lab.pruning.dynamic.merging_cost")
-seeding = lazy_import("prune_lab.foundations.seeding")
-wall_clock = lazy_import("prune_lab.pruning.dynamic.wall_clock")
 
 
 @dataclass(frozen=True)
@@ -93,12 +89,16 @@ class Haste(Method):
 
     def _reason(self, name: str, module: nn.Module) -> str:
         """Return why a layer stays as it is, empty if its input channels are merged."""
+        from prune_lab.pruning.dynamic.hashed_convolution import (
+            HashedConv2d,  # its file defines an nn.Module and so imports torch
+        )
+
         config = self.config
         if any(fnmatch.fnmatch(name, pattern) for pattern in config.exclude):
             return "left out by method.exclude"
         if isinstance(module, torch.nn.Linear):
             return "no convolution"
-        if type(module) not in (torch.nn.Conv2d, hashed_convolution.HashedConv2d):
+        if type(module) not in (torch.nn.Conv2d, HashedConv2d):
             return f"a class of its own ({type(module).__name__})"
         if module.groups > 1:
             return "grouped convolution"
@@ -110,12 +110,14 @@ class Haste(Method):
 
     def finish(self, model: nn.Module) -> nn.Module:
         """Return a copy of the network with hashed convolutions; parameters and their names are the same."""
+        from prune_lab.pruning.dynamic.hashed_convolution import HashedConv2d
+
         finished, options = copy.deepcopy(model), self._options()
         made = {}
         for layer in self.layers(finished):
             if layer.eligible:
                 conv, seed = finished.get_submodule(layer.name), self._seed(layer.name, 0)
-                made[conv] = hashed_convolution.HashedConv2d.of(conv, seed=seed, **options)
+                made[conv] = HashedConv2d.of(conv, seed=seed, **options)
         for path, module in list(finished.named_modules(remove_duplicate=False)):
             if module in made:
                 finished.set_submodule(path, made[module])
@@ -135,7 +137,7 @@ class Haste(Method):
         draws = [self._observed(model, number, score) for number in range(self.config.seeds)]
         first, rate = draws[0], self.config.addition_cost
         size = next(iter(batches()))[0].shape[-1]
-        dense = accounting.dense_macs(accounting.profile(model, size))
+        dense = dense_macs(profile(model, size))
         figures = {
             "haste/channels_left": first.channels_left,
             "haste/overhead_ratio": sum(layer.overhead(rate) for layer in first.operations.values()) / dense,
@@ -151,8 +153,10 @@ class Haste(Method):
 
     def _observed(self, model: nn.Module, draw: int, score: Callable) -> Observation:
         """Return scores and costs with one draw of the hyperplanes; draw 0 is what the network has."""
+        from prune_lab.pruning.dynamic.hashed_convolution import hashed_layers
+
         network = model if draw == 0 else copy.deepcopy(model)
-        layers = hashed_convolution.hashed_layers(network)
+        layers = hashed_layers(network)
         if draw:
             for path, layer in layers.items():
                 layer.redraw(self._seed(path, draw))
@@ -164,5 +168,7 @@ def _spread(what: str, values: list[float]) -> dict[str, float]:
 
 
 def _plain_forward(model: nn.Module, images: Tensor) -> Tensor:
-    with hashed_convolution.plain(model):
+    from prune_lab.pruning.dynamic.hashed_convolution import plain
+
+    with plain(model):
         return model(images)

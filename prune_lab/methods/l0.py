@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from prune_lab.core.card import Card
 from prune_lab.core.method import MethodConfig
 from prune_lab.families.gated_weights import GatedWeights, GatesConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import NonNegative
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
 
-torch = lazy_import("torch")
 
 _PENALTY, _HIGHEST_PRICE = 1.0, 2e-4
 """lambda, and the price of one weight (lambda / images) that it does not exceed on few images: on 1,438 of them 1

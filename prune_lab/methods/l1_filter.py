@@ -6,15 +6,13 @@ from typing import TYPE_CHECKING
 
 from prune_lab.core.card import Card
 from prune_lab.families.channel_pruning import ChannelPruning
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.pruning.channels import filter_scores
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
     from prune_lab.pruning.channels.groups import ChannelMap
-
-filter_scores = lazy_import("prune_lab.pruning.channels.filter_scores")
 
 
 class L1Filter(ChannelPruning):

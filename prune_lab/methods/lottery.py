@@ -7,13 +7,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+from prune_lab.accounting import eligibility
 from prune_lab.config.position import parse_position
 from prune_lab.core.card import Card
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import TRAIN_DENSE, Phase, prune
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Example, Index, OpenFraction
+from prune_lab.pruning.masks import distributions, top_k
 from prune_lab.pruning.masks.selection import SEMI_STRUCTURED, check_semi_structured, selection
+from prune_lab.pruning.scores import weight_overlap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,11 +25,6 @@ if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
 
-top_k = lazy_import("prune_lab.pruning.masks.top_k")
-torch = lazy_import("torch")
-distributions = lazy_import("prune_lab.pruning.masks.distributions")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-weight_overlap = lazy_import("prune_lab.pruning.scores.weight_overlap")
 
 Arm = Literal["LT-IMP", "LT-OMP", "RR-IMP", "RR-OMP", "IMP-rewind", "OMP-rewind", "LR-rewinding-IMP",
               "LR-rewinding-OMP", "fine-tune-IMP", "fine-tune-OMP", "random-layerwise", "random-global"]  # fmt: skip

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from prune_lab.core import removal
 from prune_lab.core.card import Card
 from prune_lab.core.phase import TRAIN_DENSE, Phase
 from prune_lab.families.channel_pruning import ChannelPruningConfig, Problem
 from prune_lab.families.scale_pruning import ScalePruning
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations import distributed
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, FilePath, NonNegative, OpenFraction, Positive
+from prune_lab.pruning.batch_norm import masks, penalty, thresholds
+from prune_lab.pruning.channels import filter_scores, selection
+from prune_lab.pruning.channels.groups import channel_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,15 +28,6 @@ if TYPE_CHECKING:
     from prune_lab.pruning.batch_norm.penalty import ScalePenalty
     from prune_lab.pruning.channels.groups import ChannelMap
 
-torch = lazy_import("torch")
-selection = lazy_import("prune_lab.pruning.channels.selection")
-channels_ = lazy_import("prune_lab.pruning.channels.groups")
-distributed = lazy_import("prune_lab.foundations.distributed")
-filter_scores = lazy_import("prune_lab.pruning.channels.filter_scores")
-removal = lazy_import("prune_lab.core.removal")
-scale_masks = lazy_import("prune_lab.pruning.batch_norm.masks")
-penalty = lazy_import("prune_lab.pruning.batch_norm.penalty")
-thresholds = lazy_import("prune_lab.pruning.batch_norm.thresholds")
 
 _SPARSIFY = Phase("sparsify", None, "train", active=True)
 _MASKED = Phase("masked", None, "train", active=True)
@@ -160,7 +156,7 @@ class MaskSparsity(ScalePruning):
         scales = thresholds.absolute_scales(context.model, channels)
         worth = thresholds.class_means(channels, scales)
         if self.config.mask_file is not None:
-            alive = scale_masks.load(self.config.mask_file, channels)
+            alive = masks.load(self.config.mask_file, channels)
         else:
             alive = self._voted(channels, scales, problem.free)
         counts = problem.fixed_counts({index: int(alive[lane.classes].sum()) for index, lane in enumerate(lanes)})
@@ -211,7 +207,7 @@ class MaskSparsity(ScalePruning):
         self.alive = self.choose(context, problem)
         if bool(self.alive.all()) and not context.rehearsal:
             self._refuse_nothing(context, problem)
-        marked = scale_masks.left_out(problem.channels, self.alive)
+        marked = masks.left_out(problem.channels, self.alive)
         num_marked, total = (sum(int(f(mask)) for mask in marked.values()) for f in (torch.sum, torch.numel))
         context.report(f"mask: {num_marked} of {total} scales are marked, those of "
                        f"{int((~self.alive).sum())} of {problem.channels.num_classes} channels")
@@ -232,8 +228,8 @@ class MaskSparsity(ScalePruning):
         """Return the penalty on all scales, in the second training on the marked ones."""
         marked = None
         if context.phase == _MASKED.name:
-            channels = channels_.channel_map(context.model, context.dataset.info.image_size)
-            marked = scale_masks.left_out(channels, self.alive)
+            channels = channel_map(context.model, context.dataset.info.image_size)
+            marked = masks.left_out(channels, self.alive)
         config = self.config
         return penalty.ScalePenalty(context.model, config.scale_penalty, config.regularizer, marked)
 

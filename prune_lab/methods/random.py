@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from prune_lab.core.card import Card
-from prune_lab.families.initial_pruning import InitialPruning, InitialPruningConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.families.initial_pruning import InitialPruning, InitialPruningConfig, random_scores
 from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
-
-family = lazy_import("prune_lab.families.initial_pruning")
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Random(InitialPruning):
     )
 
     def scores(self, context: Context) -> dict[str, Tensor]:
-        return family.random_scores(context)
+        return random_scores(context)
 
     def paper_train_ratio(self, context: Context) -> float:
         """Return f_S / f_D (Evci et al. 2020, appendix H, for SNIP and static masks); scoring is not in it."""

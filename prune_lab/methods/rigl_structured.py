@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, Literal
 from prune_lab.core.card import Card
 from prune_lab.families.gradient_growth import GradientGrowth, GradientGrowthConfig
 from prune_lab.families.sparse_training import check_dense
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
+from prune_lab.pruning.masks import distributions
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
     from prune_lab.accounting.eligibility import Layer
     from prune_lab.core.context import Context
-
-torch = lazy_import("torch")
-distributions = lazy_import("prune_lab.pruning.masks.distributions")
 
 
 _DENSE = "linear layers stay dense in structured RigL"

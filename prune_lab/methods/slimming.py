@@ -9,8 +9,10 @@ from prune_lab.core.card import Card
 from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families.channel_pruning import ChannelPruningConfig
 from prune_lab.families.scale_pruning import ScalePruning
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, NonNegative, Positive
+from prune_lab.pruning.batch_norm import penalty, thresholds
+from prune_lab.pruning.channels import selection
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,11 +20,6 @@ if TYPE_CHECKING:
     from prune_lab.core.context import Context
     from prune_lab.families.channel_pruning import Problem
     from prune_lab.pruning.batch_norm.penalty import ScalePenalty
-
-torch = lazy_import("torch")
-selection = lazy_import("prune_lab.pruning.channels.selection")
-penalty = lazy_import("prune_lab.pruning.batch_norm.penalty")
-thresholds = lazy_import("prune_lab.pruning.batch_norm.thresholds")
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,12 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from prune_lab import models
+from prune_lab.accounting.costs import count_parameters, dense_macs, profile
 from prune_lab.core.card import Card
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError, OpenFraction
-
-accounting = lazy_import("prune_lab.accounting.costs")
-models = lazy_import("prune_lab.models")
 
 
 @dataclass(frozen=True)
@@ -71,6 +69,6 @@ class SmallDense(Method):
     def _cost(self, config: Any, *, num_classes: int, image_size: int) -> int:
         model = models.build_on_meta(config, num_classes=num_classes, image_size=image_size)
         if self.config.match == "params":
-            return accounting.count_parameters(model)
-        return accounting.dense_macs(accounting.profile(model, image_size))
+            return count_parameters(model)
+        return dense_macs(profile(model, image_size))
 

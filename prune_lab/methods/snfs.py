@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.core.card import Card
 from prune_lab.families.sparse_training import BY_SIGN, PROPORTIONAL, DropAndGrow, DropAndGrowConfig, check_dense
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
+from prune_lab.pruning.masks import redistribution
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
-
-redistribution = lazy_import("prune_lab.pruning.masks.redistribution")
 
 
 @dataclass(frozen=True)

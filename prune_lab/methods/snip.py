@@ -7,16 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from prune_lab.core.card import Card
 from prune_lab.families.initial_pruning import ImageScores, ImageScoresConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
+from prune_lab.pruning.scores import evaluation_mode, gradients
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
-
-evaluation_mode = lazy_import("prune_lab.pruning.scores.evaluation_mode")
-torch = lazy_import("torch")
-scoring = lazy_import("prune_lab.pruning.scores.gradients")
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,8 @@ class SNIP(ImageScores):
         sums = [torch.zeros_like(weight) for weight in tensors]
         with evaluation_mode.untouched(context.model, train_mode=config.bn_mode == "train"):
             data = self.batches(context, augment=config.augment_scoring)
-            for gradients in scoring.gradients(context.model, tensors, data):
-                one_batch = torch._foreach_abs(gradients) if config.combine == "sum_of_abs" else gradients
+            for slopes in gradients.gradients(context.model, tensors, data):
+                one_batch = torch._foreach_abs(slopes) if config.combine == "sum_of_abs" else slopes
                 torch._foreach_add_(sums, one_batch, alpha=1 / self.num_images(context))
         return {
             name: (weight.detach() * total).abs() for (name, weight), total in zip(weights.items(), sums, strict=True)

@@ -17,16 +17,14 @@ from prune_lab.families.soft_threshold import (
     decayed,
     waking_start,
 )
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import NonNegative
+from prune_lab.optim import learning_rate, optimizer
 
 if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
 
-learning_rate = lazy_import("prune_lab.optim.learning_rate")
-torch = lazy_import("torch")
-optimizer = lazy_import("prune_lab.optim.optimizer")
 
 _PUBLISHED = -3200.0
 """start of the thresholds of the published ResNet-50 (90.23 %)"""

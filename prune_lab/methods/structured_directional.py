@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from prune_lab.accounting import eligibility
+from prune_lab.core import removal
 from prune_lab.core.card import Card
+from prune_lab.core.images import DrawnImages
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import FINETUNE, PRUNE, REMOVE, TRAIN, TRAIN_DENSE, Phase
 from prune_lab.families.dual_averaging import check_plain_sgd, theory_note
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Count, Index, OpenFraction, Positive, Range
+from prune_lab.optim import learning_rate
+from prune_lab.optim.grda_threshold import thresholds
+from prune_lab.optim.row_groups import group_sizes
+from prune_lab.pruning.batch_norm import statistics
+from prune_lab.pruning.channels.removable import RemovableChannels
+from prune_lab.pruning.scores import flat_directions
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -19,19 +28,7 @@ if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
     from prune_lab.core.removal import TrialCut
-    from prune_lab.pruning.channels.removable import RemovableChannels
 
-learning_rate = lazy_import("prune_lab.optim.learning_rate")
-torch = lazy_import("torch")
-eligibility = lazy_import("prune_lab.accounting.eligibility")
-flat_directions = lazy_import("prune_lab.pruning.scores.flat_directions")
-grda = lazy_import("prune_lab.optim.grda")
-group_grda = lazy_import("prune_lab.optim.group_grda")
-statistics = lazy_import("prune_lab.pruning.batch_norm.statistics")
-optim = lazy_import("prune_lab.optim.optimizer")
-removable = lazy_import("prune_lab.pruning.channels.removable")
-removal = lazy_import("prune_lab.core.removal")
-scoring_images = lazy_import("prune_lab.core.images")
 
 _DIRECTIONAL = Phase("directional", None, "finetune", active=True)
 """training with group gRDA that starts from a network trained before"""
@@ -185,12 +182,12 @@ class StructuredDirectional(Method):
 
     def _channels(self, context: Context) -> RemovableChannels:
         config = self.config
-        return removable.RemovableChannels(context.network, residual=config.residual, exclude=config.exclude)
+        return RemovableChannels(context.network, residual=config.residual, exclude=config.exclude)
 
     def _groups(self, context: Context, channels: RemovableChannels) -> tuple[dict[nn.Parameter, Tensor], Tensor]:
         """Return the class of each row of the grouped parameters, and s_G [num_classes]."""
         rows = channels.rows(context.model, norm_scales=self.config.bn_scale)
-        sizes = group_grda.group_sizes(rows, channels.map.num_classes).clamp(min=1)
+        sizes = group_sizes(rows, channels.map.num_classes).clamp(min=1)
         return rows, sizes.sqrt() if self.config.scale_by_size else torch.ones_like(sizes)
 
     def setup(self, context: Context) -> None:
@@ -201,13 +198,15 @@ class StructuredDirectional(Method):
         if context.phase not in (TRAIN.name, _DIRECTIONAL.name):
             return
         config, self.channels = self.config, self._channels(context)
+        from prune_lab.optim.group_grda import GroupGRDA  # its file defines an Optimizer and so imports torch
+
         rows, scales = self._groups(context, self.channels)
         trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
-        context.optimizer = group_grda.GroupGRDA(trained, 0.0, c=0.0, mu=config.mu, rows=rows, scales=scales)
+        context.optimizer = GroupGRDA(trained, 0.0, c=0.0, mu=config.mu, rows=rows, scales=scales)
         self._look(context)
         steps = range(context.total_steps)
         rates = (learning_rate.learning_rate(context.schedule, step, context.steps_per_epoch) for step in steps)
-        values = list(grda.thresholds(rates, c=1.0, mu=config.mu))
+        values = list(thresholds(rates, c=1.0, mu=config.mu))
         c = config.c or self._size(values)
         context.optimizer.param_groups[0]["c"] = c
         if config.macs_ratio is not None:
@@ -320,7 +319,7 @@ class StructuredDirectional(Method):
         """Shrink the groups along flat directions so far that the budget holds; return the classes to keep."""
         config = self.config
         rows, scales = self._groups(context, channels)
-        drawn = scoring_images.DrawnImages(context, "Hessian", augment=False)
+        drawn = DrawnImages(context, "Hessian", augment=False)
         positions = drawn.positions("images", config.hessian_images)
         parts = positions.tensor_split(-(-len(positions) // _BATCH))
         found = flat_directions.measure(
@@ -357,7 +356,7 @@ class StructuredDirectional(Method):
         """Let batch norm see the network without what the masked channels, whose shifts stayed, added to it."""
         if not self.config.bn_images:
             return
-        images = scoring_images.DrawnImages(context, "network", augment=True)
+        images = DrawnImages(context, "network", augment=True)
         drawn = images.positions("batch norm", self.config.bn_images)
         whole = drawn[: len(drawn) // _BATCH * _BATCH] if len(drawn) > _BATCH else drawn  # batches count alike
         batches = (batch for batch, _ in images.read("batch norm", whole.split(_BATCH)))

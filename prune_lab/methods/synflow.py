@@ -9,19 +9,15 @@ from typing import TYPE_CHECKING, Literal
 
 from prune_lab.core.card import Card
 from prune_lab.families.initial_pruning import InitialPruning, InitialPruningConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Count
+from prune_lab.pruning.scores import evaluation_mode, synaptic_flow
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prune_lab.core.context import Context
     from prune_lab.pruning.scores.synaptic_flow import Flow
-
-evaluation_mode = lazy_import("prune_lab.pruning.scores.evaluation_mode")
-torch = lazy_import("torch")
-synaptic_flow = lazy_import("prune_lab.pruning.scores.synaptic_flow")
-gradients = lazy_import("prune_lab.pruning.scores.gradients")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, parse, suggestion
 from prune_lab.models import configs
 from prune_lab.models.configs import ExternalConfig, ModelConfig
@@ -16,7 +16,6 @@ from prune_lab.models.foreign import one_line
 if TYPE_CHECKING:
     from torch import nn
 
-torch = lazy_import("torch")
 
 # Family -> names, options, module with `build`. Modules are imported on `build` only.
 _FAMILIES = (

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import TYPE_CHECKING
+
+from prune_lab.foundations.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SMALL_IMAGE_PX = 64
 """Images up to this size get the small-image form of a network (no early down-sampling)."""
@@ -24,10 +29,10 @@ def init_weights(model: nn.Module) -> None:
     Linear layers keep PyTorch's default draw. Source: He et al. 2015, arXiv 1502.01852.
     """
     for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
+                torch.nn.init.zeros_(module.bias)
+        elif isinstance(module, (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)):
+            torch.nn.init.ones_(module.weight)
+            torch.nn.init.zeros_(module.bias)

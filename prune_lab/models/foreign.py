@@ -8,14 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.models.configs import ExternalConfig, ModelConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
-torch = lazy_import("torch")
 
 _IMAGES = 2
 """images per pass: batch norm refuses a single one in training where its maps have one pixel"""
@@ -67,6 +66,8 @@ def _usual(config: ModelConfig, image_size: int) -> str:
     if not isinstance(config, ExternalConfig):
         return ""
     with contextlib.suppress(Exception):  # not every network has one, and this is a hint only
-        size = lazy_import("prune_lab.models.external").usual_size(config)
+        from prune_lab.models.external import usual_size  # its file imports torchvision
+
+        size = usual_size(config)
         return f"; its usual size is {size} x {size}" if size != image_size else ""
     return ""

@@ -12,14 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-torch = lazy_import("torch")
-numpy = lazy_import("numpy")
 
 _NESTING = 3
 """levels of mappings that are looked into"""
@@ -71,7 +69,9 @@ def read(path: Path) -> Any:
     """
     try:
         if path.suffix == ".safetensors":
-            return lazy_import("safetensors.torch").load_file(path)
+            from safetensors.torch import load_file
+
+            return load_file(path)
         with torch.serialization.safe_globals(_safe_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -83,7 +83,9 @@ def read(path: Path) -> Any:
 
 def _safe_types() -> list[Any]:
     """Return types that checkpoints hold beside weights and that nothing can be done with but hold values."""
-    arrays = lazy_import("numpy._core.multiarray" if int(numpy.__version__[0]) > 1 else "numpy.core.multiarray")
+    import numpy
+
+    arrays = (numpy._core if int(numpy.__version__[0]) > 1 else numpy.core).multiarray
     makers = {name: getattr(arrays, name) for name in ("scalar", "_reconstruct")}
     named = [(made, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name, made in makers.items()]
     kinds = {type(numpy.dtype(code)) for code in "?bBhHiIlLqQefd"}

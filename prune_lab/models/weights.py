@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.foundations import tied
 from prune_lab.foundations.files import read_json
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.models.configs import VGG_NAMES, ExternalConfig, ModelConfig, ResNetCifarConfig, WideResNetConfig
 from prune_lab.models.foreign import reason
@@ -24,8 +25,6 @@ from prune_lab.models.weight_files import Found, describe, is_computed, read, st
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-torch = lazy_import("torch")
-tied = lazy_import("prune_lab.foundations.tied")
 
 OFFICIAL_VERSION = "IMAGENET1K_V1"
 """torchvision's original recipe: the dense networks that pruning papers start from (ResNet-50: 76.13 %)."""
@@ -147,10 +146,11 @@ def official_file(config: ModelConfig) -> Path:
     Raises:
         ConfigError: no official weights for this model, or not cached and not reachable.
     """
-    models = lazy_import("torchvision.models")
+    from torchvision.models import get_model_weights
+
     name = official_name(config)
     try:
-        versions = models.get_model_weights(name)
+        versions = get_model_weights(name)
     except ValueError as error:
         raise ConfigError(_NO_OFFICIAL.format(name)) from error
     url = getattr(versions, OFFICIAL_VERSION, versions.DEFAULT).url

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from prune_lab.config.schedule import PhaseSchedule
+from prune_lab.foundations.lazy import torch
 
 
 def learning_rate(schedule: PhaseSchedule, step: int, steps_per_epoch: int) -> float:

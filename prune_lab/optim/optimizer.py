@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from prune_lab.config.optimizer import AdamConfig, SGDConfig
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:

@@ -16,7 +16,8 @@ from torch import nn
 from prune_lab.cli import command as cli
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.schedule import PhaseSchedule
-from prune_lab.optim.grda import GRDA, thresholds
+from prune_lab.optim.grda import GRDA
+from prune_lab.optim.grda_threshold import thresholds
 from prune_lab.optim.learning_rate import learning_rate
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.saved_model import load_model

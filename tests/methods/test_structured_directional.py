@@ -17,8 +17,9 @@ from prune_lab.cli import command as cli
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.schedule import PhaseSchedule
 from prune_lab.core.context import Context
-from prune_lab.optim.grda import thresholds
-from prune_lab.optim.group_grda import GroupGRDA, RowGroups, group_sizes, shrink_factors
+from prune_lab.optim.grda_threshold import thresholds
+from prune_lab.optim.group_grda import GroupGRDA, shrink_factors
+from prune_lab.optim.row_groups import RowGroups, group_sizes
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.saved_model import load_model
 from prune_lab.pruning.scores.flat_directions import direction_scores, directions, measure, order, shrunk, strength

@@ -17,7 +17,6 @@ from prune_lab.compose.overrides import compose_checked
 from prune_lab.core.context import Context
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.seeding import generator
-from prune_lab.methods import synflow
 from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.pruning.scores import synaptic_flow
 from tests.helpers.contexts import context_of
@@ -105,9 +104,9 @@ def prune(model: nn.Module, monkeypatch: pytest.MonkeyPatch, image_size: int = 1
         seen.flows.append(score(model, tensors, names, image))
         return seen.flows[-1]
 
-    monkeypatch.setattr(synflow.synaptic_flow, "flow", flow)
+    monkeypatch.setattr(synaptic_flow, "flow", flow)
     seen.kept.append(method.choose(context_for(model, image_size, seen)))
-    monkeypatch.setattr(synflow.synaptic_flow, "flow", score)
+    monkeypatch.setattr(synaptic_flow, "flow", score)
     return seen
 
 
@@ -278,7 +277,7 @@ def test_rounds_go_straight_to_the_densities_of_a_file(tmp_path, monkeypatch):
 
 def test_a_rehearsal_scores_once_and_cuts_all_at_once(monkeypatch):
     calls, score = [], synaptic_flow.flow
-    monkeypatch.setattr(synflow.synaptic_flow, "flow", lambda *args: calls.append(0) or score(*args))
+    monkeypatch.setattr(synaptic_flow, "flow", lambda *args: calls.append(0) or score(*args))
     context = context_for(small_cnn(), 8, Rounds())
     context.rehearsal = True
     assert sum(counts(make("synflow").choose(context))) == num_keep_total(672, 0.9) and len(calls) == 1

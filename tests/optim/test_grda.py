@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from prune_lab.optim.grda import GRDA, increment, steps_to_reach, thresholds
+from prune_lab.optim.grda import GRDA
+from prune_lab.optim.grda_threshold import increment, steps_to_reach, thresholds
 
 
 def parameter(*values: float) -> nn.Parameter:

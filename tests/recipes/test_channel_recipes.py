@@ -15,7 +15,8 @@ from prune_lab.compose.choices import choices, conf_dir
 from prune_lab.config.run import RunConfig
 from prune_lab.core.context import Context
 from prune_lab.families.channel_pruning import Problem
-from prune_lab.optim import grda, learning_rate
+from prune_lab.optim import learning_rate
+from prune_lab.optim.grda_threshold import thresholds
 from prune_lab.pipeline import dry_run
 from prune_lab.pruning.batch_norm.thresholds import above_quantile
 from prune_lab.pruning.channels.groups import channel_groups
@@ -185,7 +186,7 @@ def test_the_threshold_ends_where_the_published_schedule_takes_it(name: str, las
     schedule, steps = config.schedule.phase("train"), datasets.describe(config.dataset).num_train
     steps //= config.schedule.batch_size
     rates = (learning_rate.learning_rate(schedule, step, steps) for step in range(schedule.epochs * steps))
-    *_, found = grda.thresholds(rates, c=config.method.c, mu=config.method.mu)
+    *_, found = thresholds(rates, c=config.method.c, mu=config.method.mu)
     assert found == pytest.approx(last, rel=tolerance)
 
 

@@ -10,13 +10,8 @@ from typing import Annotated, Any
 from prune_lab.commands.analysis.output import ResultFolder
 from prune_lab.commands.analysis.runs import FinishedRun, data_options, read_run, require_comparable
 from prune_lab.commands.arguments import Arguments
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError, Count, Index, Momentum, Positive, Range, coerce
 from prune_lab.tracking.lines import to_ascii
-
-bench = lazy_import("prune_lab.commands.analysis.bench")
-connection = lazy_import("prune_lab.commands.analysis.connection")
-curve_training = lazy_import("prune_lab.commands.analysis.curve_training")
 
 STABLE_BELOW_POINTS = 2.0
 """a convention: the line counts as free of a barrier when the test error rises by less"""
@@ -40,7 +35,9 @@ def main(argv: list[str]) -> int:
     runs = read_run(options.run_a), read_run(options.run_b)
     require_comparable(*runs)
     data_options(*runs, options.data)
-    setting = bench.open_bench(*runs, root=options.data, device=options.device, seed=options.seed)
+    from prune_lab.commands.analysis.bench import open_bench  # torch is imported when the options are right
+
+    setting = open_bench(*runs, root=options.data, device=options.device, seed=options.seed)
     try:
         _connect(options, runs, setting)
     finally:
@@ -49,6 +46,8 @@ def main(argv: list[str]) -> int:
 
 
 def _connect(options: Namespace, runs: tuple[FinishedRun, FinishedRun], setting: Any) -> None:
+    from prune_lab.commands.analysis import connection
+
     plan = make_plan(options, setting.dataset.info.num_train)
     inputs = {
         "plan": asdict(plan),
@@ -147,17 +146,20 @@ def count_or_all(text: str, option: str, *, least: int = 1) -> int | None:
 
 def make_plan(options: Namespace, num_train: int) -> Any:
     """Return the plan for a data set of `num_train` training images."""
+    from prune_lab.commands.analysis.connection import Plan
+    from prune_lab.commands.analysis.curve_training import Recipe
+
     recipe = None
     if options.curve == "bezier":
         if options.batch_size > num_train:
             raise ConfigError(f"--batch-size must lie in [1, {num_train}] (training images), got {options.batch_size}")
-        recipe = curve_training.Recipe(options.epochs, options.lr, options.momentum, options.batch_size)
+        recipe = Recipe(options.epochs, options.lr, options.momentum, options.batch_size)
 
     def at_most(count: int | None) -> int:
         return num_train if count is None else min(count, num_train)
 
     norm_images = at_most(options.batch_norm_images) if options.batch_norm == "recompute" else None
-    return connection.Plan(options.points, at_most(options.limit_train_images), norm_images, recipe)
+    return Plan(options.points, at_most(options.limit_train_images), norm_images, recipe)
 
 
 class _Lines:

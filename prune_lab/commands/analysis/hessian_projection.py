@@ -9,12 +9,8 @@ from typing import Any
 from prune_lab.commands.analysis.output import ResultFolder
 from prune_lab.commands.analysis.runs import FinishedRun, data_options, read_run, require_comparable
 from prune_lab.commands.arguments import Arguments
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError, Count, Index, OpenFraction, coerce
 from prune_lab.tracking.lines import to_ascii
-
-bench = lazy_import("prune_lab.commands.analysis.bench")
-projection = lazy_import("prune_lab.commands.analysis.projection")
 
 _DESCRIPTION = (
     "Project d = w_sgd - w_other, over all trainable parameters, on the eigenvectors of the largest eigenvalues of the "
@@ -34,7 +30,9 @@ def main(argv: list[str]) -> int:
     data_options(*runs, options.data)
     if runs[0].digest == runs[1].digest:
         raise ConfigError(f"{runs[0].directory} and {runs[1].directory} hold the same network: nothing to project")
-    setting = bench.open_bench(*runs, root=options.data, device=options.device, seed=options.seed)
+    from prune_lab.commands.analysis.bench import open_bench  # torch is imported when the options are right
+
+    setting = open_bench(*runs, root=options.data, device=options.device, seed=options.seed)
     try:
         _project(options, runs, setting)
     finally:
@@ -43,6 +41,8 @@ def main(argv: list[str]) -> int:
 
 
 def _project(options: Namespace, runs: tuple[FinishedRun, FinishedRun], setting: Any) -> None:
+    from prune_lab.commands.analysis import projection
+
     plan = projection.Plan(
         eigenvectors=options.eigenvectors,
         images=min(options.images, setting.dataset.info.num_train),

@@ -11,10 +11,7 @@ from typing import Any
 
 from prune_lab.commands.analysis.runs import FinishedRun
 from prune_lab.foundations.files import jsonable, read_json, write_json
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
-
-store = lazy_import("prune_lab.pipeline.store")
 
 FORMAT = 1
 """raised when the meaning of stored results changes"""
@@ -79,6 +76,8 @@ class ResultFolder:
         Raises:
             ConfigError: the folder cannot be made.
         """
+        from prune_lab.pipeline import store
+
         found = self._result()
         if found is None:
             try:

@@ -11,17 +11,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prune_lab.commands.arguments import Arguments
-from prune_lab.commands.dashboard import panels
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.tracking.wandb_key import find_key, require_key
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
-
-wandb = lazy_import("wandb")
-ws = lazy_import("wandb_workspaces.workspaces")
-internal = lazy_import("wandb_workspaces.workspaces.internal")
 
 
 def build(entity: str, project: str, name: str) -> Workspace:
@@ -30,8 +24,12 @@ def build(entity: str, project: str, name: str) -> Workspace:
     Raises:
         ConfigError: W&B does not take the name.
     """
+    from wandb_workspaces.workspaces import Workspace
+
+    from prune_lab.commands.dashboard import panels
+
     try:
-        return ws.Workspace(
+        return Workspace(
             entity=entity,
             project=project,
             name=name,
@@ -70,8 +68,10 @@ def save(workspace: Workspace) -> tuple[str, bool]:
 
 def _stored_id(workspace: Workspace, identity: str) -> str | None:
     """Return W&B's id of the view, None if there is none yet."""
+    from wandb_workspaces.workspaces.internal import get_view_dict
+
     try:
-        return internal.get_view_dict(workspace.entity, workspace.project, identity)["id"]
+        return get_view_dict(workspace.entity, workspace.project, identity)["id"]
     except ValueError as error:
         if str(error).startswith("Project "):
             raise ConfigError(
@@ -83,6 +83,8 @@ def _stored_id(workspace: Workspace, identity: str) -> str | None:
 
 def _upload(workspace: Workspace) -> str:
     """Store the workspace, in the account's default entity if it names none; return the line for the reader."""
+    import wandb
+
     if key := find_key():
         os.environ["WANDB_API_KEY"] = key  # wandb-workspaces opens sessions of its own; none of them is to ask for it
     wandb.setup(settings=wandb.Settings(silent=True))

@@ -1,17 +1,15 @@
-"""What the W&B workspace shows: sections of panels over the keys that runs log. Imports wandb-workspaces when used."""
+"""What the W&B workspace shows: sections of panels over the keys that runs log."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prune_lab.foundations.lazy import lazy_import
+import wandb_workspaces.reports.v2 as wr
+import wandb_workspaces.workspaces as ws
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2.interface import Panel
     from wandb_workspaces.workspaces import RunsetSettings, Section, WorkspaceSettings
-
-ws = lazy_import("wandb_workspaces.workspaces")
-wr = lazy_import("wandb_workspaces.reports.v2")
 
 TOP1, TEST = "final/top1", "test/top1"
 _TITLES = {TOP1: "top-1 on the evaluation images (%)", TEST: "top-1 on the test images (%)"}

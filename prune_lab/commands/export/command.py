@@ -12,11 +12,8 @@ from prune_lab.commands.arguments import Arguments
 from prune_lab.commands.export import catalog, table
 from prune_lab.commands.export.latency import MIN_ROUNDS
 from prune_lab.foundations.files import read_json, write_json
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError, Count, Positive, Range, coerce
 from prune_lab.tracking.lines import quantity, to_ascii
-
-work = lazy_import("prune_lab.commands.export.work")
 
 _DESCRIPTION = """\
 Write the finished network of a run for other runtimes, check each file against the run's network, and
@@ -55,6 +52,8 @@ def main(argv: list[str]) -> int:
     run = read_run(options.run)
     out = _folder(options, run)
     _say(f"network: {_network_line(run)}")
+    from prune_lab.commands.export import work  # torch is imported when the options are right
+
     plan = work.Plan(
         out=out, formats=names, left_out=left_out, is_chosen=options.format is not None,
         precisions=options.precision, tolerances={"fp32": options.tolerance, "bf16": options.tolerance_bf16},

@@ -9,25 +9,23 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra import initialize_config_dir
 
+from prune_lab import datasets
 from prune_lab.commands.arguments import Arguments
 from prune_lab.commands.tune import objectives as goals
 from prune_lab.commands.tune.objectives import Objective
-from prune_lab.commands.tune.search import Search
-from prune_lab.commands.tune.space import Space, is_place, read
-from prune_lab.commands.tune.study import importances, open_study
 from prune_lab.compose.overrides import compose_checked, parse_overrides
 from prune_lab.config.run import RunConfig
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, Word
 from prune_lab.pipeline.identity import digest
 
-torch = lazy_import("torch")
-datasets = lazy_import("prune_lab.datasets")
-numerics = lazy_import("prune_lab.training.numerics")
-store = lazy_import("prune_lab.pipeline.store")
+if TYPE_CHECKING:
+    from prune_lab.commands.tune.search import Search
+    from prune_lab.commands.tune.space import Space
 
 _IMAGES = ("trainer.limit_eval_batches", "trainer.limit_train_batches", "trainer.eval_batch_size",
            "dataset.validation")  # fmt: skip
@@ -49,6 +47,10 @@ def main(argv: list[str]) -> int:
     config = configs[0]
     _check_split(config, objectives)
     images = _check_data(config)
+    from prune_lab.commands.tune.search import Search  # torch is imported when the options are right
+    from prune_lab.commands.tune.study import open_study
+    from prune_lab.pipeline import store
+
     name = options.study or _name(config, space, objectives)
     path = Path(config.output_dir) / "tune" / f"{name}.db"
     # One process at a time: what another one has under way would look like left over from a kill.
@@ -118,6 +120,8 @@ def _prunes(pruner: str | None, objectives: Sequence[Objective], configs: Sequen
 
 def _checked_space(conf_dir: Path, typed: list[str]) -> tuple[Space, list[RunConfig]]:
     """Return the space, all ends of which are allowed, and the options of runs that reach them."""
+    from prune_lab.commands.tune.space import is_place, read  # Optuna may be missing
+
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
         space = read(parse_overrides(typed))
     for key in space.searched:
@@ -151,6 +155,8 @@ def _check_split(config: RunConfig, objectives: Sequence[Objective]) -> None:
 
 def _check_data(config: RunConfig) -> str:
     """Refuse missing or damaged data once, instead of in every trial; return a name for what there is."""
+    from prune_lab.training import numerics
+
     arithmetic = numerics.resolve(config.trainer)
     fmt = datasets.BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
     dataset = datasets.load(config.dataset, fmt)
@@ -166,6 +172,8 @@ def _name(config: RunConfig, space: Space, objectives: Sequence[Objective]) -> s
 
 def _conclude(search: Search) -> int:
     """Print the best trials and what they depend on; return 1 if there is none."""
+    from prune_lab.commands.tune.study import importances
+
     counts = {state: len(search.trials(state)) for state in ("finished", "pruned", "failed")}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no trial yet"
     print(f"\nstudy {search.study.study_name}: {told}", flush=True)

@@ -7,7 +7,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import optuna
+from optuna import Study, Trial
+from optuna.trial import FrozenTrial
 
 from prune_lab.commands.tune.objectives import Objective, shown
 from prune_lab.commands.tune.space import Space, text
@@ -15,17 +18,10 @@ from prune_lab.commands.tune.study import DIVERGED, current, next_trial, repeat_
 from prune_lab.commands.tune.watch import TrialWatch
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.foundations.failure import fail
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.signals import STOPPED, StopFlag
+from prune_lab.pipeline import runner
 from prune_lab.pipeline.control_runs import in_order
-
-if TYPE_CHECKING:
-    from optuna import Study, Trial
-    from optuna.trial import FrozenTrial
-
-optuna = lazy_import("optuna")
-runner = lazy_import("prune_lab.pipeline.runner")
 
 _STATES = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 _CHANGING = "sparsity changes"

@@ -7,17 +7,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hydra.core.override_parser.types import ChoiceSweep, Override
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
-
-distributions = lazy_import("optuna.distributions")
 
 _PLACES = {"output_dir", "logger", "dataset.root", "dataset.cache_dir", "dataset.download", "dataset.workers",
            "dataset.check_counts", "trainer.device", "trainer.threads", "trainer.checkpoint_interval_s"}  # fmt: skip
@@ -98,14 +93,14 @@ def text(value: Any) -> str:
 
 
 def _ends(distribution: BaseDistribution) -> list[Any]:
-    if isinstance(distribution, distributions.CategoricalDistribution):
+    if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     return [distribution.low, distribution.high]
 
 
 def _count(distribution: BaseDistribution) -> float:
     """Return how many values there are; infinite for an interval of real numbers."""
-    if isinstance(distribution, distributions.CategoricalDistribution):
+    if isinstance(distribution, CategoricalDistribution):
         return len(distribution.choices)
     if distribution.single():
         return 1
@@ -115,7 +110,7 @@ def _count(distribution: BaseDistribution) -> float:
 
 
 def _values(distribution: BaseDistribution) -> list[Any]:
-    if isinstance(distribution, distributions.CategoricalDistribution):
+    if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     return [distribution.low + index * (distribution.step or 0) for index in range(_count(distribution))]
 
@@ -136,7 +131,7 @@ def _distribution(override: Override) -> BaseDistribution:
         raise ConfigError(f"{line} matches nothing")
     if isinstance(value, ChoiceSweep) and len(texts) < len(value.list):
         raise ConfigError(f"{line} names a value twice")
-    return distributions.CategoricalDistribution(texts)
+    return CategoricalDistribution(texts)
 
 
 def _numbers(line: str, low: float, high: float, *, log: bool) -> BaseDistribution:
@@ -145,8 +140,8 @@ def _numbers(line: str, low: float, high: float, *, log: bool) -> BaseDistributi
     if log and low <= 0:
         raise ConfigError(f"{line}: a logarithmic interval must start above 0, got {low:g}")
     if isinstance(low, int) and isinstance(high, int):
-        return distributions.IntDistribution(low, high, log=log)
-    return distributions.FloatDistribution(float(low), float(high), log=log)
+        return IntDistribution(low, high, log=log)
+    return FloatDistribution(float(low), float(high), log=log)
 
 
 def _steps(line: str, value: Any) -> BaseDistribution:
@@ -157,5 +152,5 @@ def _steps(line: str, value: Any) -> BaseDistribution:
     start, step = Decimal(str(value.start)), Decimal(str(value.step))  # 0.1 + 2 * 0.1 is to be 0.3
     low, high = sorted((start, start + (count - 1) * step))
     if all(isinstance(number, int) for number in (value.start, value.step)):
-        return distributions.IntDistribution(int(low), int(high), step=abs(int(step)))
-    return distributions.FloatDistribution(float(low), float(high), step=abs(float(step)))
+        return IntDistribution(int(low), int(high), step=abs(int(step)))
+    return FloatDistribution(float(low), float(high), step=abs(float(step)))

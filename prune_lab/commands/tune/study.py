@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import optuna
+from optuna import Study, Trial
+from optuna.distributions import BaseDistribution
+from optuna.pruners import BasePruner
+from optuna.trial import FrozenTrial
+
+from prune_lab.commands.tune.sampler import UntriedSampler, untried
 from prune_lab.commands.tune.space import Space
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
-
-if TYPE_CHECKING:
-    from optuna import Study, Trial
-    from optuna.distributions import BaseDistribution
-    from optuna.pruners import BasePruner
-    from optuna.trial import FrozenTrial
-
-optuna = lazy_import("optuna")
-sampler = lazy_import("prune_lab.commands.tune.sampler")
 
 _OWNER = "prune-lab"
 """the study's attribute with the options and objectives it was begun with"""
@@ -116,10 +113,10 @@ def next_trial(study: Study, space: Space, *, num_trials: int) -> Trial | None:
     unfinished = [trial for trial in trials if trial.state == states.RUNNING]
     waiting = [trial for trial in trials if trial.state == states.WAITING]
     if not unfinished and not waiting:
-        if len(trials) >= num_trials or (space.num_points and not any(sampler.untried(space, trials))):
+        if len(trials) >= num_trials or (space.num_points and not any(untried(space, trials))):
             return None
     number = (unfinished + waiting)[0].number if unfinished or waiting else len(study.trials)
-    study.sampler = sampler.UntriedSampler(space, number)
+    study.sampler = UntriedSampler(space, number)
     trial = optuna.trial.Trial(study, unfinished[0]._trial_id) if unfinished else study.ask()
     for name, distribution in space.searched.items():
         _suggest(trial, name, distribution)

@@ -20,11 +20,8 @@ from prune_lab.commands.verdict.table import Judged, as_json, text
 from prune_lab.config.run import RunConfig, as_mapping
 from prune_lab.foundations.failure import fail
 from prune_lab.foundations.files import write_json
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.signals import STOPPED
-
-runner = lazy_import("prune_lab.pipeline.runner")
 
 
 def main(argv: list[str]) -> int:
@@ -171,6 +168,8 @@ def _run(config: RunConfig, tally: Counter[str]) -> int:
     Args:
         tally: counts what was trained and what was there already.
     """
+    from prune_lab.pipeline import runner  # torch is imported when the options are right
+
     try:
         return runner.run(config, tally=tally)
     except Exception as error:

@@ -8,25 +8,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from prune_lab import datasets
+from prune_lab import datasets, models
+from prune_lab.accounting.costs import count_parameters
 from prune_lab.commands.verdict.cases import REWOUND, sparsity_of
 from prune_lab.commands.verdict.conditions import DENSE, REINIT, TICKET
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
 from prune_lab.core.method import build_method
-from prune_lab.foundations.lazy import lazy_import
+from prune_lab.core.usable_layers import usable_layers
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
-
-run_folder = lazy_import("prune_lab.pipeline.run_folder")
-usable_layers = lazy_import("prune_lab.core.usable_layers")
-torch = lazy_import("torch")
-accounting = lazy_import("prune_lab.accounting.costs")
-identity = lazy_import("prune_lab.pipeline.identity")
-models = lazy_import("prune_lab.models")
-numerics = lazy_import("prune_lab.training.numerics")
-phases = lazy_import("prune_lab.training.phases")
-results = lazy_import("prune_lab.pipeline.results")
-
+from prune_lab.pipeline import identity
+from prune_lab.pipeline.run_folder import RunFolder
 
 _CONTEXT = ("LT-OMP", "RR-OMP", "LR-rewinding-OMP")
 """one-shot pruning, and pruning the trained network and training it on: rows beside the conditions"""
@@ -134,12 +127,14 @@ def _small_jobs(jobs: Sequence[RunConfig], small: Sequence[str]) -> list[list[st
 
 def small_sparsity(config: RunConfig) -> float:
     """Return which fraction of all parameters a ticket lacks; its own sparsity counts eligible weights only."""
+    from prune_lab.training.phases import layer_costs
+
     info = datasets.describe(config.dataset)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     model = models.build_on_meta(config.model, **sizes)
-    layers = usable_layers.usable_layers(build_method(config), model, phases.layer_costs(config.model, **sizes))
+    layers = usable_layers(build_method(config), model, layer_costs(config.model, **sizes))
     eligible = sum(layer.size for layer in layers if layer.eligible)
-    return sparsity_of(asdict(config.method)) * eligible / accounting.count_parameters(model)
+    return sparsity_of(asdict(config.method)) * eligible / count_parameters(model)
 
 
 def _varied(jobs: Sequence[RunConfig]) -> set[str]:
@@ -159,6 +154,8 @@ def _planned(
         widths: adapted model options that are known already; found ones are added.
         contents: `Dataset.content` of each data set's options.
     """
+    from prune_lab.training import numerics
+
     info, method = datasets.describe(config.dataset), build_method(config)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     key = repr((config.model, method.config, sizes))
@@ -172,7 +169,7 @@ def _planned(
     return Planned(
         " ".join([name, *shown]),
         config,
-        run_folder.RunFolder.of(config, fingerprint=None, content=content, **inputs).directory,
+        RunFolder.of(config, fingerprint=None, content=content, **inputs).directory,
         tuple(entry.key for entry in phases if entry.trains),
     )
 
@@ -192,6 +189,8 @@ def sharing(planned: Sequence[Planned]) -> str:
 
 def check_data(planned: Sequence[Planned]) -> None:
     """Refuse missing or damaged data once, instead of in every run."""
+    from prune_lab.training import numerics
+
     for config in {repr(entry.config.dataset): entry.config for entry in planned}.values():
         arithmetic = numerics.resolve(config.trainer)
         fmt = datasets.BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, suggestion
 from prune_lab.pruning.channels.groups import ChannelMap
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def load(path: str, channels: ChannelMap) -> Tensor:

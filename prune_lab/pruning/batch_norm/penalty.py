@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.pruning.channels.trace import NORMS
+from prune_lab.pruning.batch_norm.kind import is_norm
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Kind = Literal["l1", "l2", "smooth_l1"]
 
@@ -20,7 +21,7 @@ def scales(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ConfigError: there is none, or one has no scale or does not train it.
     """
-    norms = {path: module for path, module in model.named_modules() if isinstance(module, NORMS)}
+    norms = {path: module for path, module in model.named_modules() if is_norm(module)}
     if not norms:
         raise ConfigError("the penalty on batch-norm scales needs batch norms; this network has none")
     for path, norm in norms.items():
@@ -36,7 +37,7 @@ def check_training(model: nn.Module) -> None:
     """Put `model` into training mode; raise ConfigError if a batch norm does not follow."""
     model.train()
     for path, module in model.named_modules():
-        if isinstance(module, NORMS) and not module.training:
+        if is_norm(module) and not module.training:
             raise ConfigError(f"the batch norm {path} stays in evaluation mode while the network trains; all have "
                               "to train for their scales to be penalised")
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
+from prune_lab.foundations.lazy import no_grad
+from prune_lab.pruning.batch_norm.kind import is_norm
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
-@torch.no_grad()
+@no_grad
 def measure_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Give every batch norm of `model` the means of its statistics over `batches`; everything else stays as it was.
 
@@ -20,7 +24,7 @@ def measure_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """
     norms = [
         module for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        if is_norm(module) and module.running_mean is not None
     ]  # fmt: skip
     if not norms:
         return 0

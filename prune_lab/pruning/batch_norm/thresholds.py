@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.pruning.channels.groups import ChannelMap, Lane
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 NEAR_ZERO = 0.01
 """|scale| up to which a channel counts as closed in what is reported (the official threshold of MaskSparsity)"""

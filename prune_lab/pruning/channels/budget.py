@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from prune_lab.accounting.costs import sparse_macs
 from prune_lab.accounting.network import Network
+from prune_lab.foundations.lazy import torch
 from prune_lab.pruning.channels.costs import ChannelCosts, Unit
 from prune_lab.pruning.channels.groups import ChannelGroup, channel_map, weight_counts
 from prune_lab.pruning.channels.selection import Budget, choose_counts, within_lanes

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from prune_lab.accounting.costs import LayerCost, count_parameters
+from prune_lab.foundations.lazy import torch
 from prune_lab.pruning.channels.groups import ChannelMap
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Unit = Literal["macs", "params", "channels"]
 

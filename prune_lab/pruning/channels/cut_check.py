@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import no_grad, torch
 from prune_lab.foundations.schema import ConfigError
+from prune_lab.pruning.batch_norm.kind import is_norm
 from prune_lab.pruning.channels.groups import ChannelMap
 from prune_lab.pruning.channels.surgery import remove_channels
-from prune_lab.pruning.channels.trace import NORMS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 TOLERANCE = 1e-8
 """largest difference between masked and smaller network in float64, as a fraction of the largest output"""
 
 
-@torch.no_grad()
+@no_grad
 def check_equal(model: nn.Module, channels: ChannelMap, alive: Tensor, image_size: int) -> float:
     """Return the largest difference between the masked and the smaller network, as a fraction of the values compared.
 
@@ -79,7 +80,7 @@ def _values(network: nn.Module, paths: Iterable[str], images: Tensor) -> dict[st
     found: dict[str, Tensor] = {}
 
     def note(module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        dim = -1 if isinstance(module, nn.Linear) else 1
+        dim = -1 if isinstance(module, torch.nn.Linear) else 1
         found[names[module]] = output.movedim(dim, 0).flatten(1).mean(1)
 
     names = {network.get_submodule(path): path for path in paths}
@@ -97,7 +98,7 @@ def _draw_parameters(model: nn.Module, source: torch.Generator) -> None:
     in [0.5, 1.5], so that most activations are alive, also where maps have one position. Shifts of batch norms: half of
     that, because a constant that joins the values in every layer wears differences of early layers away.
     """
-    shifts = {id(norm.bias) for norm in model.modules() if isinstance(norm, NORMS)}
+    shifts = {id(norm.bias) for norm in model.modules() if is_norm(norm)}
     for parameter in model.parameters():
         if not parameter.is_floating_point() or not parameter.numel():
             continue
@@ -121,7 +122,7 @@ def _measured_norms(model: nn.Module, source: torch.Generator) -> Iterator[None]
             norm.running_mean.uniform_(-0.5, 0.5, generator=source).mul_(variance.sqrt()).add_(mean)
             norm.running_var.uniform_(0.5, 1.5, generator=source).mul_(variance)
 
-    hooks = [norm.register_forward_pre_hook(measure) for norm in model.modules() if isinstance(norm, NORMS)]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in model.modules() if is_norm(norm)]
     yield
     for hook in hooks:
         hook.remove()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.pruning.channels.groups import ChannelMap
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def l1_norms(filters: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def distance_sums(filters: Tensor, distance: str) -> Tensor:
     if distance == "l1":
         return torch.cdist(filters, filters, p=1.0).sum(1, dtype=torch.float64)
     if distance == "cosine":
-        directions = F.normalize(filters.double())
+        directions = torch.nn.functional.normalize(filters.double())
         distances = 1 - directions @ directions.T
     else:
         # A matrix product is many times faster than differences; float64 and the mean taken out keep it exact enough.

@@ -17,7 +17,8 @@ import torchvision
 from torch import fx, nn
 
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
-from prune_lab.pruning.channels.trace import NORMS, TracedNetwork
+from prune_lab.pruning.batch_norm.kind import is_norm
+from prune_lab.pruning.channels.trace import TracedNetwork
 
 _POINTWISE = (
     nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout,
@@ -236,7 +237,7 @@ class _Walk:
             front, back = (self.flow.identities.fresh(count) for count in (module.front, module.back))
             self.flow.pads[node.target] = (front, back)
             return _Carried(np.concatenate([front, source.identities, back]))
-        if not isinstance(module, (*NORMS, nn.Conv2d)):
+        if not (is_norm(module) or isinstance(module, nn.Conv2d)):
             return None
         if isinstance(module, nn.Conv2d) and module.groups == 1:
             return self._mixed(node, source, last=False)

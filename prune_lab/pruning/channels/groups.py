@@ -7,15 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
 from prune_lab.accounting.eligibility import layer_kind
-from prune_lab.pruning.channels.flow import follow
-from prune_lab.pruning.channels.trace import NORMS, trace
+from prune_lab.foundations.lazy import torch
+from prune_lab.pruning.batch_norm.kind import is_norm
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from prune_lab.pruning.masks.mask_set import MaskSet
 
 
@@ -198,6 +196,12 @@ def channel_map(model: nn.Module, image_size: int) -> ChannelMap:
     Raises:
         ConfigError: the network's data flow cannot be traced.
     """
+    # Not above, so that options are checked without numpy and without torch, whose tracer `trace` subclasses.
+    import numpy as np
+
+    from prune_lab.pruning.channels.flow import follow
+    from prune_lab.pruning.channels.trace import trace
+
     flow = follow(trace(model, image_size))
     none = np.empty(0, dtype=np.int64)
     made = np.concatenate([none, *(flow.identities.roots(flow.rows[path]) for path in flow.columns)])
@@ -206,7 +210,7 @@ def channel_map(model: nn.Module, image_size: int) -> ChannelMap:
     def numbered(ids: np.ndarray) -> Tensor:
         return torch.tensor([classes.get(root, -1) for root in flow.identities.roots(ids).tolist()], dtype=torch.int64)
 
-    normed = {path for path in flow.rows if isinstance(model.get_submodule(path), NORMS)}
+    normed = {path for path in flow.rows if is_norm(model.get_submodule(path))}
     rows = {path: numbered(ids) for path, ids in flow.rows.items() if path not in normed}
     norms = {path: numbered(ids) for path, ids in flow.rows.items() if path in normed}
     columns = {path: numbered(ids) for path, ids in flow.columns.items()}

@@ -13,9 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from prune_lab.foundations.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BLOCK = 4096
 """most columns of a second-moment block: bounds the memory where a channel feeds many columns"""

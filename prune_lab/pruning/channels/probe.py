@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import no_grad, torch
 from prune_lab.pruning.channels import imitation
 from prune_lab.pruning.channels.groups import ChannelGroup
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Objective = Literal["cross_entropy", "output_distance"]
 
@@ -44,7 +44,7 @@ class WeighedNetwork:
         if self._factors is None:
             return None
         factors = self._factors.to(args[0].dtype).repeat_interleave(span)
-        return (args[0] * (factors.view(-1, 1, 1) if isinstance(module, nn.Conv2d) else factors),)
+        return (args[0] * (factors.view(-1, 1, 1) if isinstance(module, torch.nn.Conv2d) else factors),)
 
     def use(self, weights: Tensor | None) -> None:
         """Take weights a [N] from now on; None: 1 / N."""
@@ -56,14 +56,14 @@ class WeighedNetwork:
         self.num_images += len(images)
         return self.model(images).float()
 
-    @torch.no_grad()
+    @no_grad
     def see(self, images: Tensor, labels: Tensor) -> None:
         """Take the images that `loss` and `slopes` are measured on."""
         self._images, self._labels = images, labels
         if self.objective == "output_distance":
             self._reference = self.logits(images, None)
 
-    @torch.no_grad()
+    @no_grad
     def loss(self, weights: Tensor) -> float:
         """Return the mean loss with weights a."""
         return float(self._loss(self.logits(self._images, weights)))
@@ -80,9 +80,9 @@ class WeighedNetwork:
     def _loss(self, logits: Tensor) -> Tensor:
         if self.objective == "output_distance":
             return (logits - self._reference).square().sum(1).mean()
-        return F.cross_entropy(logits, self._labels)
+        return torch.nn.functional.cross_entropy(logits, self._labels)
 
-    @torch.no_grad()
+    @no_grad
     def accuracy(self, data: Iterable[tuple[Tensor, Tensor]], weights: Tensor | None) -> float:
         """Return the fraction of images whose label gets the highest logit."""
         hits, images_seen = torch.zeros((), dtype=torch.int64), 0
@@ -92,7 +92,7 @@ class WeighedNetwork:
         return int(hits) / images_seen
 
 
-@torch.no_grad()
+@no_grad
 def group_gram(
     model: nn.Module,
     group: ChannelGroup,
@@ -138,13 +138,13 @@ def read_columns(
         inputs: [images, channels, height, width] of a convolution, [images, ..., features] of a linear layer.
     """
     count = len(inputs)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, torch.nn.Linear):
         rows = inputs.reshape(count, -1, inputs.shape[-1])
         which, where = _places(count, rows.shape[1], num_positions, generator=generator, device=inputs.device)
         return rows[which, where].flatten(0, 1)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    padded = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)  # also for padding="same"
-    windows = padded
+    padding = module._reversed_padding_repeated_twice  # also for padding="same"
+    windows = torch.nn.functional.pad(inputs, padding, mode=mode)
     for dim in (0, 1):
         reach = module.dilation[dim] * (module.kernel_size[dim] - 1) + 1
         windows = windows.unfold(2 + dim, reach, module.stride[dim])
@@ -165,7 +165,7 @@ def _places(
     return torch.arange(num_images, device=device)[:, None].expand_as(where), where
 
 
-@torch.no_grad()
+@no_grad
 def fold(model: nn.Module, group: ChannelGroup, kept: Tensor, factors: Tensor) -> None:
     """Write a selection into the weights: columns times `factors`; zeros where a channel is gone.
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor, nn
 
 from prune_lab.accounting.network import Network
 from prune_lab.foundations import patterns
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels.costs import ChannelCosts
 from prune_lab.pruning.channels.groups import ChannelMap, Lane, channel_map
 from prune_lab.pruning.channels.selection import Budget, choose_counts, top
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class RemovableChannels:

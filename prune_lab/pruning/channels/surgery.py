@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.models.resnet_cifar import ZeroPadShortcut
+from prune_lab.pruning.batch_norm.kind import is_norm
 from prune_lab.pruning.channels.groups import ChannelMap, Lane
-from prune_lab.pruning.channels.trace import NORMS, check_plain
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 Widths = dict[str, list[int]]
 """module path -> [outputs, inputs] of a layer, [channels] of a batch norm, [front, back] of a padded shortcut"""
@@ -30,6 +31,8 @@ def remove_channels(model: nn.Module, channels: ChannelMap, alive: Tensor) -> nn
     Raises:
         ConfigError: nothing is dead, a layer would be left without channels, or `model` is compiled or wrapped.
     """
+    from prune_lab.pruning.channels.trace import check_plain  # its file subclasses torch's tracer
+
     check_plain(model)
     _check_alive(channels, alive)
     small = _share_parameters(model)
@@ -80,7 +83,7 @@ def _cut_layer(layer: nn.Module, rows: Tensor, columns: Tensor | None) -> None:
 def _note_size(layer: nn.Module) -> None:
     """Make a layer's own figures those of its weight."""
     outputs, inputs = layer.weight.shape[:2]
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, torch.nn.Linear):
         layer.out_features, layer.in_features = outputs, inputs
         return
     depthwise = layer.groups > 1
@@ -99,8 +102,8 @@ def _cut_norm(norm: nn.Module, kept: Tensor) -> None:
 
 def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
     before = getattr(module, name)
-    if isinstance(before, nn.Parameter):
-        tensor = nn.Parameter(tensor, requires_grad=before.requires_grad)
+    if isinstance(before, torch.nn.Parameter):
+        tensor = torch.nn.Parameter(tensor, requires_grad=before.requires_grad)
     setattr(module, name, tensor)
 
 
@@ -128,13 +131,15 @@ def narrow(model: nn.Module, sizes: Mapping[str, list[int]]) -> None:
 
 
 def _narrow(module: nn.Module, size: list[int]) -> None:
+    from prune_lab.models.resnet_cifar import ZeroPadShortcut  # its file defines an nn.Module and so imports torch
+
     if isinstance(module, ZeroPadShortcut):
         module.front, module.back = size
-    elif isinstance(module, NORMS):
+    elif is_norm(module):
         _cut_norm(module, _first(size[0], module.num_features))
     else:
         outputs, inputs = size
-        depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
+        depthwise = isinstance(module, torch.nn.Conv2d) and module.groups > 1
         columns = None if depthwise else _first(inputs, module.weight.shape[1])
         _cut_layer(module, _first(outputs, module.weight.shape[0]), columns)
 

@@ -16,8 +16,8 @@ from prune_lab.accounting.eligibility import layer_kind
 from prune_lab.accounting.weight_use import computed_weights
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
+from prune_lab.pruning.batch_norm.kind import is_norm
 
-NORMS = (nn.modules.batchnorm._BatchNorm,)
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -96,7 +96,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
-            isinstance(m, (*NORMS, *_POOLS, ZeroPadShortcut)) or module_qualified_name in self._layers
+            is_norm(m) or isinstance(m, (*_POOLS, ZeroPadShortcut)) or module_qualified_name in self._layers
             or super().is_leaf_module(m, module_qualified_name)
         )
 

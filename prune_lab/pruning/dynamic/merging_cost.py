@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from math import prod
-from typing import Any
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.foundations import distributed
+from prune_lab.foundations.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass

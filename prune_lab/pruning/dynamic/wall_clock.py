@@ -5,16 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from prune_lab.foundations.lazy import no_grad, torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _TIMED = 4
 """batches that are timed at most"""
 
 
-@torch.no_grad()
+@no_grad
 def seconds_per_image(forwards: Sequence[Callable[[Tensor], Any]], batches: Iterable[Tensor]) -> list[float]:
     """Return the mean seconds per image of each forward pass over the first few batches.
 

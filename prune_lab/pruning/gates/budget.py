@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from prune_lab.accounting.network import Network
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels.costs import Unit
 from prune_lab.pruning.channels.removable import RemovableChannels
 from prune_lab.pruning.channels.selection import Budget, choose_counts, top
 from prune_lab.pruning.gates.polarized import cost
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class GateBudget(RemovableChannels):
@@ -48,7 +50,7 @@ class GateBudget(RemovableChannels):
 
     def _leave_linear(self, model: nn.Module) -> None:
         for path, classes in self.map.columns.items():
-            if isinstance(model.get_submodule(path), nn.Linear):
+            if isinstance(model.get_submodule(path), torch.nn.Linear):
                 self.free[classes[classes >= 0]] = False
         if not bool(self.free.any()):
             raise ConfigError("method.gate_linear=false: linear layers read all channels that could have gates")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from prune_lab.accounting.network import Network
+from prune_lab.foundations.lazy import torch
 from prune_lab.pruning.channels.costs import ChannelCosts, Unit
 from prune_lab.pruning.channels.groups import ChannelGroup, channel_map
 from prune_lab.pruning.channels.selection import Budget, choose_counts, top
 from prune_lab.pruning.gates import hard_concrete
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class GatedChannels:

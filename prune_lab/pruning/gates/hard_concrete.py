@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+from prune_lab.foundations.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BETA = 2 / 3
 """temperature"""

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from prune_lab.accounting.costs import LayerCost, dense_macs
 from prune_lab.accounting.network import Network
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels.groups import ChannelGroup, channel_map, columns, groups_of
 from prune_lab.pruning.gates.channels import GatedChannels
 from prune_lab.pruning.gates.hard_concrete import Term
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, fx, nn
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.accounting.network import Network
 from prune_lab.foundations import distributed
+from prune_lab.foundations.lazy import torch
+from prune_lab.pruning.batch_norm.kind import is_norm
 from prune_lab.pruning.channels.groups import ChannelGroup, channel_groups
-from prune_lab.pruning.channels.trace import NORMS, trace
 from prune_lab.pruning.gates import hard_concrete
 
-Parameters = Mapping[str, nn.Parameter]
-"""the network's parameters by path"""
+if TYPE_CHECKING:
+    from torch import Tensor, fx, nn
+
+    Parameters = Mapping[str, nn.Parameter]
+    """the network's parameters by path"""
 
 
 def find_norms(model: nn.Module, image_size: int) -> list[tuple[ChannelGroup, str]]:
@@ -26,6 +27,8 @@ def find_norms(model: nn.Module, image_size: int) -> list[tuple[ChannelGroup, st
     channels that an addition ties or that pass a norm on a way of their own, and norms without scale and shift or with
     an activation in them.
     """
+    from prune_lab.pruning.channels.trace import trace  # its file subclasses torch's tracer
+
     graph = trace(model, image_size).graph
     node_of = {node.target: node for node in graph.nodes if node.op == "call_module"}
     found = []
@@ -51,7 +54,7 @@ def _last_norm(node: fx.Node, group: ChannelGroup) -> str | None:
 
 
 def _has_scale_and_shift(norm: nn.Module) -> bool:
-    plain = isinstance(norm, NORMS) and not any(norm.children())
+    plain = is_norm(norm) and not any(norm.children())
     return plain and norm.weight is not None and norm.bias is not None
 
 

@@ -9,11 +9,13 @@ Source: Guo, Yuan, Tan, Wang, Yang, Liu 2021, arXiv 2109.02220, whose text was n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.pruning.channels.groups import ChannelMap
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def gate(t: Tensor, eps: float) -> Tensor:

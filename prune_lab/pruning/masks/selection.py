@@ -5,11 +5,8 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from prune_lab.foundations.lazy import lazy_import
 from prune_lab.foundations.schema import ConfigError
-
-semi_structured = lazy_import("prune_lab.pruning.masks.semi_structured")
-top_k = lazy_import("prune_lab.pruning.masks.top_k")
+from prune_lab.pruning.masks import semi_structured, top_k
 
 SEMI_STRUCTURED = "2:4"
 """the distribution whose layers keep two weights in every group of four input channels"""

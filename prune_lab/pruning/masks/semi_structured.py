@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from prune_lab.accounting.eligibility import GROUP, has_groups
+from prune_lab.foundations.lazy import torch
 from prune_lab.pruning.masks import top_k
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KEPT = 2
 

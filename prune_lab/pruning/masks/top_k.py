@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from prune_lab.foundations.bits import bits_of
+from prune_lab.foundations.lazy import torch
 from prune_lab.pruning.masks.sparsity_schedules import floor_product
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) -> Tensor:

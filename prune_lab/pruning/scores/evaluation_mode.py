@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import nn
+from prune_lab.foundations.lazy import torch
+from prune_lab.pruning.batch_norm.kind import is_norm
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -25,7 +28,7 @@ def untouched(model: nn.Module, *, train_mode: bool) -> Iterator[None]:
     drawing = torch.random.fork_rng([device] if device.type == "cuda" else [])
     try:
         for module in model.modules():
-            module.training = train_mode and isinstance(module, nn.modules.batchnorm._BatchNorm)
+            module.training = train_mode and is_norm(module)
         for parameter in wanted:
             parameter.requires_grad_(True)
             parameter.grad = None
@@ -48,12 +51,12 @@ def redrawn_linear(model: nn.Module, source: Callable[[str], torch.Generator]) -
     Args:
         source: layer name -> generator of its draws.
     """
-    own = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    own = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     kept = {name: module.weight.data for name, module in own.items()}
     try:
         for name, module in own.items():
             drawn = torch.empty(module.weight.shape)
-            nn.init.xavier_normal_(drawn, generator=source(name))
+            torch.nn.init.xavier_normal_(drawn, generator=source(name))
             module.weight.data = drawn.to(kept[name])
         yield
     finally:
@@ -61,18 +64,19 @@ def redrawn_linear(model: nn.Module, source: Callable[[str], torch.Generator]) -
             module.weight.data = kept[name]
 
 
-_TWICE_DIFFERENTIABLE = {nn.Hardsigmoid: lambda x: F.relu6(x + 3) / 6}
-"""modules whose own operator has no second derivative -> the same function from operators that have one"""
-
-
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Compute inside with functions that have second derivatives where a module's own has none; values are the same."""
-    changed = [module for module in model.modules() if type(module) in _TWICE_DIFFERENTIABLE]
+    changed = [module for module in model.modules() if type(module) is torch.nn.Hardsigmoid]
     try:
         for module in changed:
-            module.forward = _TWICE_DIFFERENTIABLE[type(module)]
+            module.forward = _hard_sigmoid
         yield
     finally:
         for module in changed:
             del module.forward
+
+
+def _hard_sigmoid(x: Tensor) -> Tensor:
+    """Return hard sigmoid by operators that have a second derivative, which torch's own lacks."""
+    return torch.nn.functional.relu6(x + 3) / 6

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from prune_lab.accounting.network import Network
 from prune_lab.foundations import distributed
+from prune_lab.foundations.lazy import no_grad, torch
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.optim.group_grda import RowGroups, as_rows
+from prune_lab.optim.row_groups import RowGroups, as_rows
 from prune_lab.pruning.scores.hessian import flatten, hessian_product, unflatten
 from prune_lab.pruning.scores.lanczos import Eigenpairs, largest, projection_ratio
 
-Data = Callable[[], Iterator[tuple[Tensor, Tensor]]]
-"""returns batches of images and labels, the same in every call"""
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Data = Callable[[], Iterator[tuple[Tensor, Tensor]]]
+    """returns batches of images and labels, the same in every call"""
 
 _TOLERANCE = 0.02
 """of the eigenvalues, relative"""
@@ -186,7 +188,7 @@ def _sharpest(
     )
 
 
-@torch.no_grad()
+@no_grad
 def shrink(model: nn.Module, rows: Mapping[nn.Parameter, Tensor], found: Flatness, strength: float) -> None:
     """Multiply the groups of `model` with what the minimiser has.
 

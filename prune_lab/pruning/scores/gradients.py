@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.scores.evaluation_mode import untouched
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Data = Iterable[tuple[Tensor, Tensor]]
 
 
 def loss(model: nn.Module, images: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -27,10 +30,7 @@ def loss(model: nn.Module, images: Tensor, labels: Tensor, *, temperature: float
 def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     logits = model(images)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits / temperature, labels, reduction="sum")
-
-
-Data = Iterable[tuple[Tensor, Tensor]]
+    return torch.nn.functional.cross_entropy(logits / temperature, labels, reduction="sum")
 
 
 def gradients(model: nn.Module, weights: Sequence[Tensor], data: Data, *, temperature: float = 1.0) -> Iterator[tuple]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.scores import evaluation_mode, gradients, second_derivatives
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:

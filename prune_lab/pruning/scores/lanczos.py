@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from prune_lab.foundations.lazy import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ROUNDING = 1e-6
 """relative to the operator's size: a step that leaves less of a vector has found an invariant subspace"""

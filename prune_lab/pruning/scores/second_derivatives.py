@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.scores.evaluation_mode import twice_differentiable
-from prune_lab.pruning.scores.gradients import Data, gradients, loss
-from prune_lab.pruning.scores.recompute import blocks
+from prune_lab.pruning.scores.gradients import gradients, loss
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from prune_lab.pruning.scores.gradients import Data
 
 
 def hessian_gradient(
@@ -42,6 +44,8 @@ def hessian_gradient(
 
     Source: Wang et al. 2020, eq. 8, arXiv 2002.07376.
     """
+    from prune_lab.pruning.scores.recompute import blocks  # its file defines an nn.Module and so imports torch
+
     direction = None
     if not per_batch:
         direction = [torch.zeros_like(weight) for weight in weights]

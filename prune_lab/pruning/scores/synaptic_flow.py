@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from typing import TYPE_CHECKING
 
 from prune_lab.foundations import tied
+from prune_lab.foundations.lazy import torch
 
-ACTIVATIONS = frozenset(
-    ("relu6", "hardtanh", "hardswish", "silu", "gelu", "mish", "elu", "selu", "celu", "softplus", "tanh")
-)
-"""functions that do not scale with their input, or saturate: ReLU stands in for them"""
-GATES = frozenset(("sigmoid", "hardsigmoid"))
-"""functions whose values multiply a feature map, as in squeeze-and-excitation: 1 stands in for them"""
-_SHOWN = {"hardtanh": "relu6/hardtanh", "relu6": "relu6/hardtanh"}  # torch's ReLU6 calls hardtanh
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -66,9 +58,11 @@ def flow(model: nn.Module, tensors: Mapping[str, Tensor], weights: Sequence[str]
 
     Source: Tanaka et al. 2020, eq. 2 and algorithm 1, arXiv 2006.05467.
     """
+    from prune_lab.pruning.scores.positive_linear import PositiveLinear  # its file subclasses a mode of torch
+
     source = image.detach().clone().requires_grad_()
     leaves = {name: tensors[name].detach().requires_grad_() for name in weights}
-    with _PositiveLinear() as functions:
+    with PositiveLinear() as functions:
         total = tied.call(model, tied.places(model), {**tensors, **leaves}, source).sum()
     wanted = [source, *leaves.values()]
     into, *gradients = torch.autograd.grad(total, wanted, allow_unused=True, materialize_grads=True)
@@ -81,22 +75,3 @@ def flow(model: nn.Module, tensors: Mapping[str, Tensor], weights: Sequence[str]
         conserved=carried / value if value else float("nan"),
         replaced=functions.replaced,
     )
-
-
-class _PositiveLinear(TorchFunctionMode):
-    """Within it ReLU stands in for ACTIVATIONS and 1 for GATES, called as modules, functions or methods alike."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.replaced: Counter[str] = Counter()
-
-    def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = getattr(func, "__name__", "").rstrip("_")
-        if name not in ACTIVATIONS | GATES:
-            return func(*args, **(kwargs or {}))
-        self.replaced[_SHOWN.get(name, name)] += 1
-        values = args[0] if args else kwargs["input"]
-        # Not relu: its backward needs its output, which networks may overwrite where these functions allow that.
-        return torch.ones_like(values) if name in GATES else values.clamp(min=0)

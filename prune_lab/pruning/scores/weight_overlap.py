@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from prune_lab.foundations.lazy import torch
 from prune_lab.pruning.masks.top_k import keep_top
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def overlap_of_largest(

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from prune_lab.commands.analysis import output
 from prune_lab.commands.analysis.output import ResultFolder
 from prune_lab.foundations.schema import ConfigError
+from prune_lab.pipeline import store
 
 
 def folder_at(path: Path, **inputs: int) -> ResultFolder:
@@ -32,15 +32,15 @@ def test_work_is_done_once_and_read_afterwards(tmp_path):
 
 
 def test_a_call_that_waited_for_another_one_reads_its_result(tmp_path, monkeypatch):
-    real = output.store.lock
+    real = store.lock
 
     @contextlib.contextmanager
     def lock(*arguments, **kwargs):
-        monkeypatch.setattr(output.store, "lock", real)
+        monkeypatch.setattr(store, "lock", real)
         folder_at(tmp_path).settle([], lambda: {"rho": 0.25}, report=print)  # the other process was faster
         yield
 
-    monkeypatch.setattr(output.store, "lock", lock)
+    monkeypatch.setattr(store, "lock", lock)
     result, known = folder_at(tmp_path).settle([], unwanted, report=print)
     assert known and result["rho"] == 0.25
 

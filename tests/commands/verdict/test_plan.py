@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +21,7 @@ from prune_lab.compose.choices import conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import as_mapping
 from prune_lab.foundations.schema import ConfigError
+from prune_lab.pipeline import runner
 from tests.helpers.runs import TINY, compose
 
 LOTTERY = {"name": "lottery", "arm": "LT-IMP", "levels": 8, "sparsity": None, "fraction": 0.2, "distribution": "global",
@@ -406,7 +406,7 @@ def fake_runs(monkeypatch, planned, codes):
             (entry.directory / name).write_text(json.dumps(content))
         return 0
 
-    monkeypatch.setattr(verdict_runs, "runner", SimpleNamespace(run=run))
+    monkeypatch.setattr(runner, "run", run)
     return done
 
 
