@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from prune_lab.foundations.schema import ConfigError
 
@@ -17,9 +20,23 @@ def conf_dir() -> Path:
 
 
 def choices(conf_dir: Path, group: str) -> list[str]:
-    """Return the file names of a group without their ending; those in folders as folder/name."""
+    """Return the file names of a group without their ending; those in folders as folder/name.
+
+    Files that begin with _ hold what others inherit and are no choice.
+    """
     folder = conf_dir / group
-    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+    files = (path for path in folder.rglob("*.yaml") if not path.name.startswith("_"))
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in files)
+
+
+def options_of(path: Path) -> dict[str, Any]:
+    """Return the options of a file, with those that it inherits from others of its folder by its defaults list."""
+    own = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # reads 1e-8 as a number, which YAML 1.1 does not
+    parents = [name for name in own.pop("defaults", ()) if isinstance(name, str) and name != "_self_"]
+    inherited: dict[str, Any] = {}
+    for name in parents:
+        inherited |= options_of(path.with_name(f"{name}.yaml"))
+    return inherited | own
 
 
 def groups(conf_dir: Path) -> list[str]:

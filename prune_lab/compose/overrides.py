@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prune_lab.compose.check import check
-from prune_lab.compose.choices import choices, groups, listed
+from prune_lab.compose.choices import choices, groups, listed, options_of
 from prune_lab.config.run import RunConfig
 from prune_lab.core.method import method_class
 from prune_lab.foundations.home import with_home
@@ -150,7 +150,7 @@ def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str 
     Only a file that leaves its name open, such as model/torchvision.yaml, lets the command say it.
     """
     for group in groups(conf_dir):
-        own = _read(conf_dir / group / f"{chosen[group]}.yaml").get("name") if chosen.get(group) else None
+        own = options_of(conf_dir / group / f"{chosen[group]}.yaml").get("name") if chosen.get(group) else None
         name = node[group].get("name") if own is not None else None
         if name != own:
             near = f"{group}={name}" if name in choices(conf_dir, group) else f"{group}=NAME"
@@ -160,7 +160,7 @@ def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str 
 
 def _drop_default_goals(conf_dir: Path, node: dict[str, Any], overrides: list[str], method: str) -> None:
     """Take the goals of a method's file out of `node` where the command or a recipe chooses other ones."""
-    own, options = _read(conf_dir / "method" / f"{method}.yaml"), node["method"]
+    own, options = options_of(conf_dir / "method" / f"{method}.yaml"), node["method"]
     goals = [goal for goal in method_class(options.get("_target_")).Config.GOALS if goal in options]
     typed = {override.key_or_group for override in parse_overrides(overrides)}
     named = [goal for goal in goals if f"method.{goal}" in typed or options[goal] != own.get(goal)]
@@ -176,7 +176,7 @@ def _located(conf_dir: Path, overrides: list[str], error: ConfigError) -> Config
     for override in parsed:
         if override.key_or_group in RECIPES:
             name = f"{override.key_or_group}/{override.value()}.yaml"
-            if error.option in _keys(_read(conf_dir / name)):
+            if error.option in _keys(options_of(conf_dir / name)):
                 return ConfigError(f"{error} (set in conf/{name})", error.option)
     return error
 
@@ -208,7 +208,7 @@ def _unknown(conf_dir: Path, node: dict[str, Any], known: list[str], key: str) -
     if note:
         return f"unknown option {key}: {note}; allowed: {', '.join(siblings)}"
     if parent in groups(conf_dir) and key == f"{parent}.{last}":
-        owners = [name for name in choices(conf_dir, parent) if last in _read(conf_dir / parent / f"{name}.yaml")]
+        owners = [name for name in choices(conf_dir, parent) if last in options_of(conf_dir / parent / f"{name}.yaml")]
         if owners:
             chosen = f"{parent}={node[parent].get('name')}"
             return (
@@ -219,10 +219,6 @@ def _unknown(conf_dir: Path, node: dict[str, Any], known: list[str], key: str) -
     near = f" (did you mean {' or '.join(map(repr, same_last))}?)" if same_last and "." not in key else ""
     near = near or suggestion(key, same_last) or suggestion(key, siblings) or suggestion(key, known)
     return f"unknown option {key}{near}; allowed: {', '.join(siblings)}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
 def _keys(node: dict[str, Any], prefix: str = "") -> Iterator[str]:

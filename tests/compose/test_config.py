@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from prune_lab import datasets, models
 from prune_lab.compose import check as configuration
-from prune_lab.compose.choices import conf_dir
+from prune_lab.compose.choices import choices, conf_dir, options_of
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config import logger, run, trainer
 from prune_lab.config import schedule as config_schedule
@@ -57,10 +57,7 @@ def parsed(group: str, node: dict) -> Any:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_keys_of_every_file_are_the_fields_of_its_class(path: Path) -> None:
-    node = read(path)
-    for other in node.pop("defaults", ()):
-        if isinstance(other, str) and other != "_self_":  # a file that changes some values of another one
-            node = read(path.with_name(f"{other}.yaml")) | node
+    node = options_of(path)
     config = parsed(path.parent.name, node)
     assert set(node) == {field.name for field in fields(config)}
     assert all(field.default is MISSING and field.default_factory is MISSING for field in fields(config))
@@ -206,3 +203,18 @@ def test_the_options_as_a_mapping_are_the_ones_composed(monkeypatch: pytest.Monk
         expected = composed.pop() | {"output_dir": "~/out"}
         assert run.as_mapping(config) == expected
         assert configuration.check(run.as_mapping(config)) == replace(config, overrides=())
+
+
+@pytest.mark.parametrize("path", sorted(conf_dir().glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_file_repeats_nothing_that_it_inherits(path: Path) -> None:
+    own = read(path)
+    parents = [name for name in own.pop("defaults", ()) if isinstance(name, str) and name != "_self_"]
+    inherited = {key: value for name in parents for key, value in options_of(path.with_name(f"{name}.yaml")).items()}
+    assert [key for key, value in own.items() if key in inherited and inherited[key] == value] == []
+    assert options_of(path) == inherited | own
+
+
+def test_what_methods_inherit_is_no_choice() -> None:
+    shared = {path.stem for path in conf_dir().glob("method/_*.yaml")}
+    assert len(shared) >= 5 and not shared & set(choices(conf_dir(), "method"))
+    assert refusal("method=_weight_pruning").startswith("method=_weight_pruning is not a choice")

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
+from prune_lab.compose.choices import choices, options_of
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
 from prune_lab.core.method import Method
@@ -24,7 +24,7 @@ from prune_lab.training.loop import Training
 
 CONF = Path(__file__).parents[2] / "conf"
 
-NAMES = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
+NAMES = choices(CONF, "method")
 
 # Three steps per epoch: nine of training, six of fine-tuning.
 TINY = (
@@ -46,10 +46,8 @@ SHORT_OF = {"structured_directional": {"c": "null"}}
 
 
 def yaml_node(name: str) -> dict[str, Any]:
-    """Return conf/method/NAME.yaml without Hydra's own key."""
-    node = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())
-    node.pop("defaults", None)
-    return node
+    """Return the options of conf/method/NAME.yaml, inherited ones included."""
+    return options_of(CONF / "method" / f"{name}.yaml")
 
 
 def brings(name: str, group: str) -> bool:
