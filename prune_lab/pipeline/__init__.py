@@ -1,1 +1,1 @@
-"""One run: matched, rehearsed, its phases reused, resumed or done, its results written."""
+"""One run: matched, validated, its phases reused, resumed or done, its results written."""
