@@ -29,9 +29,14 @@ def choices(conf_dir: Path, group: str) -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in files)
 
 
+def own_options(path: Path) -> dict[str, Any]:
+    """Return what a file says itself, its defaults list among it."""
+    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # reads 1e-8 as a number, YAML 1.1 does not
+
+
 def options_of(path: Path) -> dict[str, Any]:
-    """Return the options of a file, with those that it inherits from others of its folder by its defaults list."""
-    own = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # reads 1e-8 as a number, which YAML 1.1 does not
+    """Return the options of a file that is no recipe, with those that it inherits from others of its folder."""
+    own = own_options(path)
     parents = [name for name in own.pop("defaults", ()) if isinstance(name, str) and name != "_self_"]
     inherited: dict[str, Any] = {}
     for name in parents:

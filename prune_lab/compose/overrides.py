@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from prune_lab.compose.check import check
-from prune_lab.compose.choices import choices, groups, listed, options_of
+from prune_lab.compose.choices import choices, groups, listed, options_of, own_options
 from prune_lab.config.run import RunConfig
 from prune_lab.core.method import method_class
 from prune_lab.foundations.home import with_home
@@ -150,7 +150,7 @@ def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str 
     Only a file that leaves its name open, such as model/torchvision.yaml, lets the command say it.
     """
     for group in groups(conf_dir):
-        own = options_of(conf_dir / group / f"{chosen[group]}.yaml").get("name") if chosen.get(group) else None
+        own = own_options(conf_dir / group / f"{chosen[group]}.yaml").get("name") if chosen.get(group) else None
         name = node[group].get("name") if own is not None else None
         if name != own:
             near = f"{group}={name}" if name in choices(conf_dir, group) else f"{group}=NAME"
@@ -176,7 +176,7 @@ def _located(conf_dir: Path, overrides: list[str], error: ConfigError) -> Config
     for override in parsed:
         if override.key_or_group in RECIPES:
             name = f"{override.key_or_group}/{override.value()}.yaml"
-            if error.option in _keys(options_of(conf_dir / name)):
+            if error.option in _keys(own_options(conf_dir / name)):
                 return ConfigError(f"{error} (set in conf/{name})", error.option)
     return error
 

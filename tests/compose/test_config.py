@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from prune_lab import datasets, models
 from prune_lab.compose import check as configuration
-from prune_lab.compose.choices import choices, conf_dir, options_of
+from prune_lab.compose.choices import choices, conf_dir, options_of, own_options
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config import logger, run, trainer
 from prune_lab.config import schedule as config_schedule
@@ -22,6 +22,9 @@ from prune_lab.foundations.schema import ConfigError
 FILES = sorted(
     path for path in conf_dir().glob("*/*.yaml") if path.parent.name not in ("experiment", "debug", "method")
 )
+
+
+INHERITING = [*FILES, *sorted(conf_dir().glob("method/*.yaml"))]
 
 
 def compose(*overrides: str) -> run.RunConfig:
@@ -205,9 +208,9 @@ def test_the_options_as_a_mapping_are_the_ones_composed(monkeypatch: pytest.Monk
         assert configuration.check(run.as_mapping(config)) == replace(config, overrides=())
 
 
-@pytest.mark.parametrize("path", sorted(conf_dir().glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", INHERITING, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_file_repeats_nothing_that_it_inherits(path: Path) -> None:
-    own = read(path)
+    own = own_options(path)
     parents = [name for name in own.pop("defaults", ()) if isinstance(name, str) and name != "_self_"]
     inherited = {key: value for name in parents for key, value in options_of(path.with_name(f"{name}.yaml")).items()}
     assert [key for key, value in own.items() if key in inherited and inherited[key] == value] == []
