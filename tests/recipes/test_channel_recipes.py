@@ -14,6 +14,7 @@ from prune_lab.accounting.costs import count_parameters, dense_macs
 from prune_lab.compose.choices import choices, conf_dir
 from prune_lab.config.run import RunConfig
 from prune_lab.core.context import Context
+from prune_lab.core.method import build_method
 from prune_lab.families.channel_pruning import Problem
 from prune_lab.optim import learning_rate
 from prune_lab.optim.grda_threshold import thresholds
@@ -56,7 +57,7 @@ def left(name: str, seed: int | None = None) -> tuple[int, int]:
     Args:
         seed: of the ranking; None: all are alike.
     """
-    problem = Problem(recipe(name).method, network(name))
+    problem = Problem(build_method(recipe(name)), network(name))
     scores = torch.zeros(problem.channels.num_classes, dtype=torch.float64)
     if seed is not None:
         scores = torch.rand(len(scores), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -127,7 +128,7 @@ def test_searched_widths_meet_the_published_macs(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["greedy/resnet34_imagenet", "greedy/resnet50_imagenet"])
 def test_greedy_budgets_meet_the_remembered_macs(name: str) -> None:
-    ((_, kept),) = recipe(name).method.layout(network(name))
+    ((_, kept),) = build_method(recipe(name)).layout(network(name))
     macs = sum(cost.positions * kept[cost.parameter] for cost in network(name).costs)
     assert macs == pytest.approx(recipe(name).paper.values["macs/inference"], rel=5e-3)
 
@@ -135,7 +136,7 @@ def test_greedy_budgets_meet_the_remembered_macs(name: str) -> None:
 @pytest.mark.parametrize(("name", "kept"), [("slimming/vgg19_cifar10_70", 1651), ("slimming/vgg19_cifar100_50", 2751)])
 def test_the_official_threshold_takes_one_channel_more_than_asked(name: str, kept: int) -> None:
     """slimming.md 4: int(N p) + 1 of the 5504 scales go, with p of 0.7 and 0.5."""
-    groups, config = channel_groups(network(name).model, 32), recipe(name).method.config
+    groups, config = channel_groups(network(name).model, 32), build_method(recipe(name)).config
     scales = torch.arange(sum(group.size for group in groups)).double()
     assert len(scales) == 5504 and config.official_threshold
     assert int(above_quantile(scales, config.channels_ratio).sum()) == kept
@@ -151,7 +152,7 @@ def test_the_official_threshold_takes_one_channel_more_than_asked(name: str, kep
     ("constrained_l0/resnet18_tiny_imagenet_model_50", 8, 0.9203),
 ])  # fmt: skip
 def test_gates_stand_on_the_first_layers_of_blocks_and_start_as_published(name: str, layers: int, start: float) -> None:
-    config, context = recipe(name).method.config, network(name)
+    config, context = build_method(recipe(name)).config, network(name)
     names = {group.producer for group in channel_groups(context.model, context.dataset.info.image_size)}
     assert len(names - set(config.exclude)) == layers
     ratio = torch.tensor((1 - config.drop_rate) / config.drop_rate)
@@ -162,7 +163,7 @@ def test_gates_stand_on_the_first_layers_of_blocks_and_start_as_published(name: 
                                                ("dep_l0/resnet50_imagenet", 2_354_624)])  # fmt: skip
 def test_the_network_that_makes_the_gates_has_the_published_size(name: str, weights: int) -> None:
     groups = channel_groups(network(name).model, datasets.describe(recipe(name).dataset).image_size)
-    config, source = recipe(name).method.config, torch.Generator()
+    config, source = build_method(recipe(name)).config, torch.Generator()
     backward = config.generator == "backward"
     sizes = [group.size for group in groups]
     made = GateGenerator(sizes, backward=backward, width=config.generator_width, source=source)

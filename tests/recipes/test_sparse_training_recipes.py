@@ -254,7 +254,7 @@ def test_cuts_come_where_the_papers_have_them(name: str, total: int, cuts: tuple
      ("renda/resnet50_imagenet_lr_rewinding", 0.107), ("lottery_sanity/resnet20_cifar10_lt_imp", 0.086)],
 )  # fmt: skip
 def test_rounds_of_a_fifth_end_at_the_published_density(name: str, density: float) -> None:
-    method = recipe(name).config.method
+    method = build_method(recipe(name).config)
     assert (1 - method.config.fraction) ** method.levels == pytest.approx(density, abs=5e-4)
 
 
