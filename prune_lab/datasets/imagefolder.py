@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prune_lab.datasets.base import BatchFormat, DatasetInfo
+from prune_lab.datasets.base import BatchFormat, Dataset, DatasetInfo
 from prune_lab.datasets.options import Config
 from prune_lab.foundations.schema import ConfigError
 
@@ -34,7 +34,7 @@ def describe(config: Config) -> DatasetInfo:
     return _listed(config, train, test)
 
 
-def load(config: Config, fmt: BatchFormat):
+def load(config: Config, fmt: BatchFormat) -> Dataset:
     """Return the data set, which lists the files now and reads them batch by batch.
 
     Raises:
