@@ -67,7 +67,7 @@ class JointNetworks:
             self._stacked[name].requires_grad_(parameter.requires_grad)
         self._stacked_buffers = _stack([dict(model.named_buffers()) for model in models])
         # The same tensors network by network, as the fused copies want them.
-        self._parameters = [parameter for model in models for parameter in model.parameters()]
+        self._parameters: list[Tensor] = [parameter for model in models for parameter in model.parameters()]
         self._buffers = [buffer for model in models for buffer in model.buffers()]
         self._parts = _parts(self._stacked.values(), len(models))
         self._buffer_parts = _parts(self._stacked_buffers.values(), len(models))

@@ -96,7 +96,7 @@ class _Problem:
         self.model = models.build_on_meta(model_config, **info.sizes)
         self.costs = layer_costs(model_config, **info.sizes)
         self.num_weights = sum(layer.size for layer in self._layers(self.method) if layer.eligible)
-        self._set_up: dict[tuple, list[PhasePlan]] = {}
+        self._set_up: dict[tuple[object, ...], list[PhasePlan]] = {}
 
     def _layers(self, method: Method) -> list[Layer]:
         return usable_layers(method, self.model, self.costs)
@@ -277,8 +277,8 @@ def nearest(cost: Callable[[int], int], target: int, low: int, high: int) -> int
         low, high = (middle, high) if cost(middle) <= target else (low, middle)
     found = min((low, high), key=lambda argument: abs(cost(argument) - target))
     around = range(max(least, found - _NEIGHBOURS), min(most, found + _NEIGHBOURS) + 1)
-    around = [argument for argument in around if possible(cost, argument)]
-    return min(around, key=lambda argument: (abs(cost(argument) - target), abs(argument - found)))
+    candidates = [argument for argument in around if possible(cost, argument)]
+    return min(candidates, key=lambda argument: (abs(cost(argument) - target), abs(argument - found)))
 
 
 # The length of training

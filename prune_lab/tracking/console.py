@@ -122,7 +122,8 @@ class RichConsole(_Lines):
         from rich.console import Console
 
         super().__init__()
-        self._console = Console(file=_Forgiving(stream), highlight=False, markup=False)
+        file: Any = _Forgiving(stream)  # rich wants no more of a stream than this one has
+        self._console = Console(file=file, highlight=False, markup=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._phase: str | None = None

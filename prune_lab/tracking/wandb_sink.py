@@ -117,7 +117,7 @@ def _table(rows: list[dict[str, Any]]) -> wandb.Table:
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     data = [[_cell(row.get(column)) for column in columns] for row in rows]
-    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+    return wandb.Table(columns=[*columns], data=data, allow_mixed_types=True)
 
 
 def _cell(value: Any) -> Any:

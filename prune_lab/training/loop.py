@@ -243,8 +243,8 @@ def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> Non
     for index in range(chunks):
         part = slice(index * size, (index + 1) * size)
         last = index == chunks - 1
-        wait = not last and hasattr(training.forward, "no_sync")  # processes exchange gradients once per step
-        with training.forward.no_sync() if wait else contextlib.nullcontext():
+        wait = None if last else getattr(training.forward, "no_sync", None)
+        with wait() if wait else contextlib.nullcontext():  # processes exchange gradients once per step
             loss, logits = training.differentiate(training, images[part], labels[part])
         _count(training, loss, logits, labels[part])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from prune_lab.core.context import Context
 from prune_lab.core.method import build_method
 from prune_lab.core.phase_result import PhaseResult
 from prune_lab.core.usable_layers import usable_layers
+from prune_lab.datasets.base import Sizes
 from prune_lab.foundations import distributed, tied
 from prune_lab.foundations.bits import make_zeros_positive
 from prune_lab.foundations.schema import ConfigError
@@ -187,7 +188,14 @@ def _drawn_anew(task: PhaseTask, word: str) -> nn.Module:
     return build_model(task.model_config, **task.sizes, seed=stable_hash(task.config.seed, word) % 2**31)
 
 
-def _steps(task: PhaseTask) -> dict[str, int]:
+class _Steps(TypedDict):
+    total_steps: int
+    steps_per_epoch: int
+    first_step: int
+    last_step: int
+
+
+def _steps(task: PhaseTask) -> _Steps:
     """Return where a phase lies in its schedule, in optimizer steps; all 0 for a phase without training."""
     schedule = task.planned.schedule
     per_epoch = 0 if schedule is None else steps_per_epoch(task)
@@ -236,7 +244,7 @@ def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tupl
     return costs
 
 
-def dense_note(config: RunConfig, model_config: Any, sizes: dict[str, int]) -> str | None:
+def dense_note(config: RunConfig, model_config: Any, sizes: Sizes) -> str | None:
     """Return one line on the layers that no method can prune; None: there are none, or the run prunes nothing."""
     if not any(phase.active for phase in build_method(config).chain()):
         return None
