@@ -113,9 +113,14 @@ def _group_values(override: Override, allowed: list[str]) -> list[str]:
     return ["null" if value is None else str(value)]
 
 
+def _line(override: Override) -> str:
+    """Return the text that an override was parsed from."""
+    return override.input_line or ""
+
+
 def _jobs(parsed: list[Override], *, sweep: bool) -> list[list[str]]:
     if not sweep:
-        return [[override.input_line for override in parsed]]
+        return [[_line(override) for override in parsed]]
     for override in parsed:
         if override.is_interval_sweep():
             raise ConfigError(f"{override.input_line} has no end of values; write a,b,c or range(start,stop,step)")
@@ -191,7 +196,7 @@ def _explained(conf_dir: Path, overrides: list[str], error: Exception) -> Config
     """Return the error for an override of a key that does not exist, naming the nearest one that does."""
     parsed = parse_overrides(overrides)
     values = [override for override in parsed if override.key_or_group not in groups(conf_dir)]
-    others = [override.input_line for override in parsed if override not in values]
+    others = [_line(override) for override in parsed if override not in values]
     try:
         node = plain(compose("config", others))
     except (HydraException, OmegaConfBaseException):

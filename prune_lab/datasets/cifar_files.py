@@ -139,13 +139,11 @@ def _read_checked(source: Path, published: Published) -> dict[str, bytes]:
 
 
 def _read_tar(source: Path, folder: str, names: dict[str, str]) -> dict[str, bytes]:
+    wanted = {f"{folder}/{name}" for name in names}
     try:
         with tarfile.open(source, "r|gz") as archive:
-            return {
-                member.name.rsplit("/", 1)[1]: archive.extractfile(member).read()
-                for member in archive
-                if member.isfile() and member.name in {f"{folder}/{name}" for name in names}
-            }
+            files = ((member.name, archive.extractfile(member)) for member in archive if member.name in wanted)
+            return {name.rsplit("/", 1)[1]: file.read() for name, file in files if file is not None}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ConfigError(f"{source} is damaged: {error}") from error
 

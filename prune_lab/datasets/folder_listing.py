@@ -125,7 +125,8 @@ def _annotated(
 ) -> Iterator[tuple[str, str, os.stat_result]]:
     """Tiny ImageNet's own layout: images/NAME and a table with NAME and class in its first two columns."""
     class_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.count("\t") >= 1)
-    left_out[why_left_out(annotations.name)] -= 1  # known, and not counted as left out below
+    if reason := why_left_out(annotations.name):
+        left_out[reason] -= 1  # known, and not counted as left out below
     for path, stat in _images_below(folder, left_out):
         name = os.path.basename(path)
         if name not in class_of:

@@ -109,7 +109,8 @@ def _tar_entries(source: Path, left_out: dict[str, Counter[str]]) -> Iterator[tu
         with tarfile.open(source, "r|*") as archive:
             for member in archive:
                 name = _split_name(member.name, left_out) if member.isfile() else None
-                if name is not None:
-                    yield *name, archive.extractfile(member).read()
+                file = None if name is None else archive.extractfile(member)
+                if name is not None and file is not None:
+                    yield *name, file.read()
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ConfigError(f"{source} is damaged or no tar of images ({error}); expected layout: {LAYOUT}") from error

@@ -19,7 +19,7 @@ _GRACE_S = 20
 
 def num_usable_cores() -> int:
     """Return the cores that this process may use; processes that torchrun started on this machine share them."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -114,8 +114,9 @@ def _unchanged(answer: Any) -> Any:
 
 
 def _close(pool: weakref.ref[WorkerPool]) -> None:
-    if pool() is not None:
-        pool().close()
+    alive = pool()
+    if alive is not None:
+        alive.close()
 
 
 def _leave_to_the_training(_worker: int) -> None:
