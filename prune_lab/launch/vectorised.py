@@ -86,7 +86,8 @@ class _Member:
         self._path = log_path(folder, number)
         self._log: TextIO | None = None
         self._coroutine = greenlet(lambda: run_one(config, self._tally, company))
-        self._code: int | None = None
+        self._code = 0
+        """exit code of a run that is over"""
 
     @property
     def is_over(self) -> bool:

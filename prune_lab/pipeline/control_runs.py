@@ -71,9 +71,9 @@ def _sign(off: float) -> str:
 def _row(
     name: str, baseline: dict[str, Any], control: dict[str, Any], key: str, show: Callable[[Any], str]
 ) -> tuple[str, str, str, str]:
-    values = baseline.get(key), control.get(key)
-    own, other = ("-" if value is None else show(value) for value in values)
-    if None in values:
-        return name, own, other, ""
-    off = values[0] - values[1]
-    return name, own, other, "0" if off == 0 else ("+" if off > 0 else "") + show(off)
+    own, other = baseline.get(key), control.get(key)
+    shown, other_shown = ("-" if value is None else show(value) for value in (own, other))
+    if own is None or other is None:
+        return name, shown, other_shown, ""
+    off = own - other
+    return name, shown, other_shown, "0" if off == 0 else ("+" if off > 0 else "") + show(off)

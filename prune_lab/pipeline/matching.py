@@ -55,7 +55,7 @@ def matched(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic:
         _check_nothing_is_replaced(config)
         with naming_reference(config):
             solved = _solve_density(problem)
-    if baseline is None:
+    if baseline is None or solved.matched is None:
         return solved
     outcome = replace(solved.matched, detail=f"{solved.matched.detail}, solved for the method itself")
     return replace(solved, method=replace(config.method, sparsity=solved.method.sparsity), matched=outcome)
@@ -183,8 +183,12 @@ class _Problem:
 
 def _total(costs: Iterable[int | None]) -> int | None:
     """Return the sum, None if one of them is unknown."""
-    known = list(costs)
-    return None if None in known else sum(known)
+    total = 0
+    for cost in costs:
+        if cost is None:
+            return None
+        total += cost
+    return total
 
 
 # The density
