@@ -8,6 +8,7 @@ import yaml
 
 from prune_lab.cli.completion import LISTS
 from prune_lab.compose.choices import choices
+from prune_lab.core.method import method_class
 from prune_lab.foundations.schema import ConfigError, suggestion
 
 WHAT = {name: name.removesuffix("s") for name in LISTS}
@@ -34,7 +35,5 @@ def _first_comment(path: Path) -> str:
 
 
 def _card(path: Path) -> str:
-    from hydra.utils import get_class
-
-    card = get_class(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]).card
+    card = method_class(yaml.safe_load(path.read_text(encoding="utf-8"))["_target_"]).card
     return f"{card.summary} [{card.paper}]"

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from prune_lab.compose.check import check
 from prune_lab.compose.choices import choices, groups, listed, options_of, own_options
 from prune_lab.config.run import RunConfig
-from prune_lab.core.method import method_class
+from prune_lab.core.method import MethodConfig, method_class
 from prune_lab.foundations.home import with_home
 from prune_lab.foundations.schema import ConfigError, suggestion
 
@@ -56,7 +56,9 @@ def compose_checked(conf_dir: Path, overrides: list[str], *, sweep: bool) -> Ite
 
 def plain(node: Any) -> dict[str, Any]:
     """Return a composed configuration as plain containers, without Hydra's own part."""
-    return OmegaConf.to_container(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]), resolve=True)
+    own = OmegaConf.masked_copy(node, [key for key in node if key != "hydra"])
+    containers: Any = OmegaConf.to_container(own, resolve=True)
+    return containers
 
 
 def parse_overrides(overrides: list[str]) -> list[Override]:
@@ -111,9 +113,14 @@ def _group_values(override: Override, allowed: list[str]) -> list[str]:
     return ["null" if value is None else str(value)]
 
 
+def _line(override: Override) -> str:
+    """Return the text that an override was parsed from."""
+    return override.input_line or ""
+
+
 def _jobs(parsed: list[Override], *, sweep: bool) -> list[list[str]]:
     if not sweep:
-        return [[override.input_line for override in parsed]]
+        return [[_line(override) for override in parsed]]
     for override in parsed:
         if override.is_interval_sweep():
             raise ConfigError(f"{override.input_line} has no end of values; write a,b,c or range(start,stop,step)")
@@ -161,11 +168,15 @@ def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str 
 def _drop_default_goals(conf_dir: Path, node: dict[str, Any], overrides: list[str], method: str) -> None:
     """Take the goals of a method's file out of `node` where the command or a recipe chooses other ones."""
     own, options = options_of(conf_dir / "method" / f"{method}.yaml"), node["method"]
-    goals = [goal for goal in method_class(options.get("_target_")).Config.GOALS if goal in options]
+    goals = [goal for goal in _method_options(options.get("_target_")).GOALS if goal in options]
     typed = {override.key_or_group for override in parse_overrides(overrides)}
     named = [goal for goal in goals if f"method.{goal}" in typed or options[goal] != own.get(goal)]
     if any(options[goal] not in (None, []) for goal in named):
         options.update({goal: [] if isinstance(own[goal], list) else None for goal in goals if goal not in named})
+
+
+def _method_options(target: Any) -> type[MethodConfig]:
+    return method_class(target).Config
 
 
 def _located(conf_dir: Path, overrides: list[str], error: ConfigError) -> ConfigError:
@@ -185,7 +196,7 @@ def _explained(conf_dir: Path, overrides: list[str], error: Exception) -> Config
     """Return the error for an override of a key that does not exist, naming the nearest one that does."""
     parsed = parse_overrides(overrides)
     values = [override for override in parsed if override.key_or_group not in groups(conf_dir)]
-    others = [override.input_line for override in parsed if override not in values]
+    others = [_line(override) for override in parsed if override not in values]
     try:
         node = plain(compose("config", others))
     except (HydraException, OmegaConfBaseException):
@@ -204,7 +215,7 @@ def _unknown(conf_dir: Path, node: dict[str, Any], known: list[str], key: str) -
     while parent and parent not in known:
         parent = parent.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == parent]
-    note = method_class(node["method"].get("_target_")).Config.absent(last) if parent == "method" else None
+    note = _method_options(node["method"].get("_target_")).absent(last) if parent == "method" else None
     if note:
         return f"unknown option {key}: {note}; allowed: {', '.join(siblings)}"
     if parent in groups(conf_dir) and key == f"{parent}.{last}":

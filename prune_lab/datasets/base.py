@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypedDict
 
 from prune_lab.foundations.schema import ConfigError, Count, Index, Name, Positive, Range
 
@@ -25,6 +25,14 @@ class BatchFormat:
     """Memory format of the images; their shape is [b, 3, H, W] in both cases."""
 
 
+class Sizes(TypedDict):
+    """What the data decide about a network, under the names of the functions that build one."""
+
+    num_classes: int
+    image_size: int
+    """height and width in pixels"""
+
+
 @dataclass(frozen=True)
 class DatasetInfo:
     """Sizes that the model and the plan depend on."""
@@ -41,8 +49,8 @@ class DatasetInfo:
     """One line on files and classes that are not as usual, "" if there is nothing to say."""
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """What the data decide about a network, under the names of the functions that build one."""
+    def sizes(self) -> Sizes:
+        """What the data decide about a network."""
         return {"num_classes": self.num_classes, "image_size": self.image_size}
 
     @property

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from prune_lab.foundations.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
-Decoded = dict
+Decoded = dict[str, Any]
 """{"classes": names, "train_images", "train_labels", "test_images", "test_labels": arrays, "note": text or missing}."""
 
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
@@ -116,4 +117,6 @@ def _read(entry: Path) -> ImageArrays | None:
     if damaged:
         log.warning("the cached images in %s are damaged (%s); decoding again", entry, ", ".join(damaged))
         return None
-    return ImageArrays(*arrays.values(), num_classes, content, note=note)
+    images = (arrays[name] for name in _ARRAYS)
+    train_images, train_labels, test_images, test_labels = images
+    return ImageArrays(train_images, train_labels, test_images, test_labels, num_classes, content, note=note)

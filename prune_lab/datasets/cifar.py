@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from prune_lab.datasets.base import BatchFormat, DatasetInfo, InMemoryConfig
+from prune_lab.datasets.base import BatchFormat, Dataset, DatasetInfo, InMemoryConfig
 from prune_lab.foundations.schema import ConfigError, Count, FilePath
+
+if TYPE_CHECKING:
+    from prune_lab.datasets.cache import Decoded
+    from prune_lab.datasets.in_memory import ImageArrays
 
 
 @dataclass(frozen=True)
@@ -31,15 +35,15 @@ def describe(config: Config) -> DatasetInfo:
     )
 
 
-def load(config: Config, fmt: BatchFormat):
+def load(config: Config, fmt: BatchFormat) -> Dataset:
     """Return the data set; raises as `read`."""
     from prune_lab.datasets.in_memory import InMemoryDataset
 
     return InMemoryDataset(config, read(config), fmt)
 
 
-def read(config: Config):
-    """Return the ImageArrays; the first call decodes them into `cache_dir`, later ones map them into memory.
+def read(config: Config) -> ImageArrays:
+    """Return the images; the first call decodes them into `cache_dir`, later ones map them into memory.
 
     Raises:
         ConfigError: nothing at `root`, or files that are incomplete, damaged or not as published.
@@ -48,7 +52,7 @@ def read(config: Config):
 
     source = cifar_files.find_source(config.root, config.archive, download=config.download)
 
-    def decode() -> cache.Decoded:
+    def decode() -> Decoded:
         if cifar_files.is_published(source, config.archive):
             decoded = cifar_files.read_published(source, config.archive)
         else:
@@ -74,7 +78,7 @@ def content(config: Config) -> str | None:
     return in_memory.fingerprint(config, read(config))
 
 
-def _check_counts(config: Config, decoded: dict, source: Path) -> None:
+def _check_counts(config: Config, decoded: Decoded, source: Path) -> None:
     found = {
         "num_classes": len(decoded["classes"]),
         "num_train": len(decoded["train_labels"]),

@@ -11,6 +11,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,7 +103,7 @@ def is_published(source: Path, archive: str) -> bool:
     return source.name in (published.folder, published.archive_name) or (source / next(iter(published.meta))).is_file()
 
 
-def read_published(source: Path, archive: str) -> dict:
+def read_published(source: Path, archive: str) -> dict[str, Any]:
     """Return {"classes": names, "train_images": uint8 [N, 32, 32, 3], "train_labels": int64 [N], "test_...": ...}.
 
     Raises:
@@ -110,7 +111,7 @@ def read_published(source: Path, archive: str) -> dict:
     """
     published = PUBLISHED[archive]
     files = _read_checked(source, published)
-    decoded = {}
+    decoded: dict[str, Any] = {}
     for split, table in (("train", published.train), ("test", published.test)):
         batches = [_unpickle(files[name], f"{source}/{name}") for name in table]
         pixels = np.concatenate([batch[b"data"] for batch in batches])
@@ -138,13 +139,11 @@ def _read_checked(source: Path, published: Published) -> dict[str, bytes]:
 
 
 def _read_tar(source: Path, folder: str, names: dict[str, str]) -> dict[str, bytes]:
+    wanted = {f"{folder}/{name}" for name in names}
     try:
         with tarfile.open(source, "r|gz") as archive:
-            return {
-                member.name.rsplit("/", 1)[1]: archive.extractfile(member).read()
-                for member in archive
-                if member.isfile() and member.name in {f"{folder}/{name}" for name in names}
-            }
+            files = ((member.name, archive.extractfile(member)) for member in archive if member.name in wanted)
+            return {name.rsplit("/", 1)[1]: file.read() for name, file in files if file is not None}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
         raise ConfigError(f"{source} is damaged: {error}") from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prune_lab.datasets.base import BatchFormat, DatasetInfo, InMemoryConfig
+from prune_lab.datasets.base import BatchFormat, Dataset, DatasetInfo, InMemoryConfig
 from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
 
@@ -36,7 +36,7 @@ def content(_config: Config) -> None:
     """Return None: the options fix the images."""
 
 
-def load(config: Config, fmt: BatchFormat):
+def load(config: Config, fmt: BatchFormat) -> Dataset:
     """Return the digits as an in-memory data set.
 
     Raises:

@@ -86,8 +86,8 @@ def _list_split(folder: Path, classes: list[str]) -> Listing:
             raise ConfigError(f"{folder} holds the class {class_name}, which {folder.parent / 'train'} does not")
         rows.append((index[class_name], os.fsencode(path), stat.st_size, stat.st_mtime_ns))
     rows.sort()
-    labels, paths, *numbers = zip(*rows, strict=True) if rows else ((), (), (), ())
-    labels, sizes, modified = (np.array(values, dtype=np.int64) for values in (labels, *numbers))
+    chosen, paths, *numbers = zip(*rows, strict=True) if rows else ((), (), (), ())
+    labels, sizes, modified = (np.array(values, dtype=np.int64) for values in (chosen, *numbers))
     return Listing(folder, classes, np.array(paths, dtype=np.bytes_), labels, sizes, modified, left_out)
 
 
@@ -106,7 +106,7 @@ def _by_class_folder(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str
 
 
 def _images_below(
-    folder: str | os.PathLike, left_out: Counter[str], place: str = ""
+    folder: str | os.PathLike[str], left_out: Counter[str], place: str = ""
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the images in `folder` and all folders below; `place` stands before the name of each."""
     for entry in os.scandir(folder):
@@ -125,7 +125,8 @@ def _annotated(
 ) -> Iterator[tuple[str, str, os.stat_result]]:
     """Tiny ImageNet's own layout: images/NAME and a table with NAME and class in its first two columns."""
     class_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.count("\t") >= 1)
-    left_out[why_left_out(annotations.name)] -= 1  # known, and not counted as left out below
+    if reason := why_left_out(annotations.name):
+        left_out[reason] -= 1  # known, and not counted as left out below
     for path, stat in _images_below(folder, left_out):
         name = os.path.basename(path)
         if name not in class_of:

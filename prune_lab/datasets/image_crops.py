@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
-from typing import IO
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from prune_lab.datasets.image_reading import UnreadableImage, reason
 
@@ -23,7 +24,7 @@ Decoded = Image.Image | np.ndarray
 
 
 @contextlib.contextmanager
-def opened(file: str | os.PathLike | IO[bytes]) -> Iterator[Image.Image]:
+def opened(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
     """Open an image of which Pillow has read the header only.
 
     Raises:
@@ -38,7 +39,7 @@ def opened(file: str | os.PathLike | IO[bytes]) -> Iterator[Image.Image]:
         raise UnreadableImage(reason(error)) from error
 
 
-def read_rgb(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+def read_rgb(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Return the first frame of an image as 8-bit RGB, whatever its mode.
 
     Grey, palette and 1-bit images keep their look, CMYK is converted, transparency is ignored. Of 16-bit values the
@@ -54,7 +55,7 @@ def read_rgb(file: str | os.PathLike | IO[bytes]) -> Image.Image:
             return image.convert("RGB")
         pixels = (np.asarray(image) >> shift).astype(np.uint8)
         # Tag 262, 0: white is zero. Pillow obeys it in images of 8 bits and less only.
-        is_negative = image.format == "TIFF" and image.tag_v2.get(262) == 0
+        is_negative = _tiff_tags(image).get(262) == 0
         return Image.fromarray(~pixels if is_negative else pixels).convert("RGB")
 
 
@@ -65,12 +66,17 @@ def surplus_bits(image: Image.Image) -> int | None:
         ValueError: its mode has values of unknown range.
     """
     if image.mode.startswith("I;16") and image.format not in ("FITS", "MCIDAS"):
-        return image.tag_v2.get(258, (16,))[0] - 8 if image.format == "TIFF" else 8  # tag 258: bits per sample
+        return _tiff_tags(image).get(258, (16,))[0] - 8  # tag 258: bits per sample
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, which Pillow hands out in 32
         return 8
     if image.mode[0] in "IF":
         raise ValueError(f"its pixels (mode {image.mode}) have no stated range; save it with 8 or 16 bits per pixel")
     return None
+
+
+def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of a TIFF file; none of a file in any other format."""
+    return image.tag_v2 if isinstance(image, TiffImageFile) and image.format == "TIFF" else {}
 
 
 def shape_with_shorter_side(width: int, height: int, shorter: int) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from prune_lab.foundations.schema import ConfigError
 LAYOUT = "train/CLASS/*.jpg|png and test/CLASS/*.jpg|png"
 
 
-def decode_folder_or_tar(source: Path, *, image_size: int) -> dict:
+def decode_folder_or_tar(source: Path, *, image_size: int) -> dict[str, Any]:
     """Return {"classes": names, "train_images": uint8 [N, S, S, 3], "train_labels": int64 [N], "test_...": ...,
     "note": what was left out}.
 
@@ -46,7 +47,7 @@ def decode_folder_or_tar(source: Path, *, image_size: int) -> dict:
     for split, class_name, file_name, content in entries:
         splits[split][class_name, file_name] = content
     classes = _same_classes(source, splits)
-    decoded = {"classes": classes, "note": left_out_line(left_out)}
+    decoded: dict[str, Any] = {"classes": classes, "note": left_out_line(left_out)}
     for split, contents in splits.items():
         names = sorted(contents)
         images = np.empty((len(names), image_size, image_size, 3), dtype=np.uint8)
@@ -108,7 +109,8 @@ def _tar_entries(source: Path, left_out: dict[str, Counter[str]]) -> Iterator[tu
         with tarfile.open(source, "r|*") as archive:
             for member in archive:
                 name = _split_name(member.name, left_out) if member.isfile() else None
-                if name is not None:
-                    yield *name, archive.extractfile(member).read()
+                file = None if name is None else archive.extractfile(member)
+                if name is not None and file is not None:
+                    yield *name, file.read()
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise ConfigError(f"{source} is damaged or no tar of images ({error}); expected layout: {LAYOUT}") from error

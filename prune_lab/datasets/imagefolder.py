@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prune_lab.datasets.base import BatchFormat, DatasetInfo
+from prune_lab.datasets.base import BatchFormat, Dataset, DatasetInfo
 from prune_lab.datasets.options import Config
 from prune_lab.foundations.schema import ConfigError
 
@@ -21,10 +21,10 @@ def describe(config: Config) -> DatasetInfo:
     """
     from prune_lab.datasets import folder_listing
 
-    stated = (config.num_classes, config.expect_train, config.expect_test)
-    is_stated = None not in stated
-    if is_stated and (config.check_counts or not (Path(config.root) / "train").is_dir()):
-        return _info(config, *stated)
+    num_classes, num_train, num_test = config.num_classes, config.expect_train, config.expect_test
+    if num_classes is not None and num_train is not None and num_test is not None:
+        if config.check_counts or not (Path(config.root) / "train").is_dir():
+            return _info(config, num_classes, num_train, num_test)
     try:
         train, test = folder_listing.list_splits(config)
     except ConfigError as error:
@@ -34,7 +34,7 @@ def describe(config: Config) -> DatasetInfo:
     return _listed(config, train, test)
 
 
-def load(config: Config, fmt: BatchFormat):
+def load(config: Config, fmt: BatchFormat) -> Dataset:
     """Return the data set, which lists the files now and reads them batch by batch.
 
     Raises:

@@ -39,7 +39,7 @@ def hash_arrays(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
@@ -59,7 +59,7 @@ class InMemoryDataset:
         )
         self.eval_split: Split = "val" if config.validation > 0 else "test"
         self.fingerprint = fingerprint(config, arrays)
-        self.content = None if arrays.fixed else self.fingerprint
+        self.content: str | None = None if arrays.fixed else self.fingerprint
         self._normalise = Normaliser(config.mean, config.std, fmt, image_size=config.image_size)
         self._device = fmt.device
         self._windows = Windows(
@@ -149,18 +149,20 @@ class Windows:
         shape = ((1 + flip) * self._num_images, 3, width, width)
         canvas = torch.empty(shape, dtype=torch.uint8, device=fmt.device, memory_format=memory_format).zero_()
         inner = slice(padding, padding + size)
+        window: tuple[int, ...]
+        strides: tuple[int, ...]
         canvas[: self._num_images, :, inner, inner] = pixels
         if flip:
             canvas[self._num_images :, :, inner, inner] = pixels.flip(3)
         if fmt.channels_last:
-            shape, strides = (size, size * 3), (3, 3 * width, 1)
+            window, strides = (size, size * 3), (3, 3 * width, 1)
             self._starts_per_image = width * width
         else:
-            shape, strides = (3, size, size), (1, width * width, width, 1)
+            window, strides = (3, size, size), (1, width * width, width, 1)
             self._starts_per_image = 3 * width * width
-        last = sum((extent - 1) * stride for extent, stride in zip(shape, strides[1:], strict=True))
+        last = sum((extent - 1) * stride for extent, stride in zip(window, strides[1:], strict=True))
         num_starts = (canvas.numel() - 1 - last) // strides[0] + 1
-        self._view = torch.as_strided(canvas, (num_starts, *shape), strides)
+        self._view = torch.as_strided(canvas, (num_starts, *window), strides)
 
     def draw(self, indices: Tensor, source: torch.Generator) -> Tensor:
         """Return a random window start (position in the view) for each image of `indices` [b]."""

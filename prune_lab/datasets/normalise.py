@@ -21,9 +21,8 @@ class Normaliser:
         self._dtype = fmt.dtype
         spread = (1, 1, 3) if fmt.channels_last else (3, 1, 1)
         mean_, std_ = (torch.tensor(values, dtype=torch.float64).view(spread) for values in (mean, std))
-        place = {"device": fmt.device, "dtype": fmt.dtype}
-        self._scale = (1 / (255 * std_)).expand(self._shape).reshape(-1).to(**place)
-        self._shift = (-mean_ / std_).expand(self._shape).reshape(-1).to(**place)
+        self._scale = (1 / (255 * std_)).expand(self._shape).reshape(-1).to(fmt.device, fmt.dtype)
+        self._shift = (-mean_ / std_).expand(self._shape).reshape(-1).to(fmt.device, fmt.dtype)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return [b, 3, H, W].

@@ -13,6 +13,7 @@ import zlib
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class ResizedImages:
         self._path, self._index = folder / _PIXELS, index
         self._pixels: np.ndarray | None = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_pixels": None}  # a process maps the file itself
 
     def __getitem__(self, i: int) -> np.ndarray:
@@ -66,7 +67,7 @@ class ResizedImages:
         if found != expected:
             return f"{_PIXELS} has {found} bytes instead of {expected}"
         for i in np.linspace(0, len(self._index) - 1, min(_NUM_CHECKED, len(self._index))).astype(int):
-            if zlib.crc32(self[i]) != self._index[i, CHECKSUM]:
+            if zlib.crc32(self[i].data) != self._index[i, CHECKSUM]:
                 return f"the pixels of image {i} do not match their checksum"
         return None
 
@@ -97,7 +98,7 @@ def _key(listing: Listing, side: int) -> str:
     digest = hashlib.sha256(f"{_FORMAT} {side}".encode())
     for array in (listing.paths, listing.sizes, listing.modified):
         digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
 
 
@@ -107,7 +108,7 @@ def _read(entry: Path) -> ResizedImages | None:
         return None
     try:
         index = np.load(entry / _INDEX, allow_pickle=False)
-        if hashlib.sha256(index).hexdigest() != json.loads((entry / _META).read_text())["index_sha256"]:
+        if hashlib.sha256(index.data).hexdigest() != json.loads((entry / _META).read_text())["index_sha256"]:
             raise ValueError(f"{_INDEX} does not match its checksum")
         images = ResizedImages(entry, index)
         fault = images.fault()
@@ -132,8 +133,9 @@ def _write(entry: Path, listing: Listing, side: int, workers: int) -> None:
         with open(folder / _PIXELS, "rb+") as file:
             os.fsync(file.fileno())  # what the workers wrote is on the disk before the entry gets its name
         np.save(folder / _INDEX, index)
-        meta = {"format": _FORMAT, "side": side, "images": len(index), "bytes": int(ends[-1])}
-        (folder / _META).write_text(json.dumps(meta | {"index_sha256": hashlib.sha256(index).hexdigest()}, indent=1))
+        meta: dict[str, Any] = {"format": _FORMAT, "side": side, "images": len(index), "bytes": int(ends[-1])}
+        meta["index_sha256"] = hashlib.sha256(index.data).hexdigest()
+        (folder / _META).write_text(json.dumps(meta, indent=1))
 
 
 def _reserve(path: Path, size: int, side: int, num_images: int) -> None:
@@ -189,9 +191,9 @@ def _store(listing: Listing, index: np.ndarray, path: Path, indices: np.ndarray)
                     pixels = np.ascontiguousarray(resize(read_rgb(listing.path(i)), width, height))
                 except UnreadableImage as error:
                     return unreadable(listing.path(i), error)
-                checksums[row] = zlib.crc32(pixels)
+                checksums[row] = zlib.crc32(pixels.data)
                 file.seek(offset)
-                file.write(pixels)
+                file.write(pixels.data)
     except OSError as error:
         return f"dataset.cache_dir: {path} cannot be written: {error.strerror}"
     return checksums

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,8 @@ class StreamDataset:
         )
         self.info = info
         self.eval_split: Split = "val" if config.validation > 0 else "test"
-        self.fingerprint = self.content = fingerprint(config, train, test)
+        self.fingerprint = fingerprint(config, train, test)
+        self.content: str | None = self.fingerprint
         self._config, self._fmt = config, fmt
         self._kept = kept
         self.train_labels = torch.from_numpy(train.labels)[kept]
@@ -103,7 +104,7 @@ class StreamDataset:
         self._pool.close()
 
     def _read(
-        self, split: str, batches: Sequence[Tensor], draw: tuple[int, int] | None
+        self, split: str, batches: Iterable[Tensor], draw: tuple[int, int] | None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         pieces = [batch.split(PIECE) for batch in batches]
         requests = [Request(split, piece.numpy(), draw) for batch in pieces for piece in batch]
@@ -184,7 +185,7 @@ def _checked(answer: tuple[Tensor, Tensor, str]) -> tuple[Tensor, Tensor]:
     return pixels, labels
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

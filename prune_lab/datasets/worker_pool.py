@@ -6,7 +6,7 @@ import atexit
 import os
 import signal
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ _GRACE_S = 20
 
 def num_usable_cores() -> int:
     """Return the cores that this process may use; processes that torchrun started on this machine share them."""
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
@@ -34,14 +34,14 @@ class WorkerPool:
 
     def __init__(self, answer: Callable[[Any], Any], *, workers: int, pin_memory: bool = False) -> None:
         self._answer = answer
-        self._options = {"num_workers": min(workers, num_usable_cores()), "pin_memory": pin_memory}
+        self._num_workers, self._pin_memory = min(workers, num_usable_cores()), pin_memory
         self._kept = self._loader(keep=True)
         self._is_busy = False
-        self._running: weakref.WeakSet[Iterator[Any]] = weakref.WeakSet()
+        self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
         # At exit Python ends the workers by a signal, which they leave to the training: they are to be gone before.
         atexit.register(_close, weakref.ref(self))
 
-    def map(self, requests: Sequence[Any]) -> Iterator[Any]:
+    def map(self, requests: Sequence[Any]) -> Generator[Any, None, None]:
         """Return the answers to `requests`, in order.
 
         The workers start with the first request and stay for later calls. An iteration that begins before another one
@@ -57,7 +57,7 @@ class WorkerPool:
             answers.close()
         self._kept = self._loader(keep=True)
 
-    def _answers(self, requests: Sequence[Any]) -> Iterator[Any]:
+    def _answers(self, requests: Sequence[Any]) -> Generator[Any, None, None]:
         if not requests:
             return
         if self._is_busy:
@@ -69,15 +69,16 @@ class WorkerPool:
         finally:
             self._is_busy = False
 
-    def _loader(self, *, keep: bool) -> torch.utils.data.DataLoader:
-        return torch.utils.data.DataLoader(
+    def _loader(self, *, keep: bool) -> _Loader:
+        return _Loader(
             _Answers(self._answer),
             batch_sampler=_Requests(),
             collate_fn=_unchanged,
             worker_init_fn=_leave_to_the_training,
-            persistent_workers=keep and self._options["num_workers"] > 0,
+            num_workers=self._num_workers,
+            pin_memory=self._pin_memory,
+            persistent_workers=keep and self._num_workers > 0,
             generator=torch.Generator(),  # every loader draws a number, which would move torch's global generator
-            **self._options,
         )
 
 
@@ -91,7 +92,11 @@ class _Requests:
         return iter(self.current)
 
 
-class _Answers(torch.utils.data.Dataset):
+class _Loader(torch.utils.data.DataLoader[Any]):
+    batch_sampler: _Requests
+
+
+class _Answers(torch.utils.data.Dataset[Any]):
     def __init__(self, answer: Callable[[Any], Any]) -> None:
         self._answer = answer
 
@@ -99,7 +104,7 @@ class _Answers(torch.utils.data.Dataset):
         return self._answer(request)
 
 
-def _iterate(loader: torch.utils.data.DataLoader, requests: Sequence[Any]) -> Iterator[Any]:
+def _iterate(loader: _Loader, requests: Sequence[Any]) -> Iterator[Any]:
     loader.batch_sampler.current = requests
     yield from loader
 
@@ -109,8 +114,9 @@ def _unchanged(answer: Any) -> Any:
 
 
 def _close(pool: weakref.ref[WorkerPool]) -> None:
-    if pool() is not None:
-        pool().close()
+    alive = pool()
+    if alive is not None:
+        alive.close()
 
 
 def _leave_to_the_training(_worker: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from prune_lab.accounting import eligibility
 from prune_lab.core import removal
@@ -75,7 +75,7 @@ class ChannelPruningConfig(MethodConfig):
     """random: channels drawn by chance under the same budget; scratch: the pruned architecture trained from new
     weights over the schedule's train block"""
 
-    GOALS = (*_RATIOS, "layer_channels")
+    GOALS: ClassVar[tuple[str, ...]] = (*_RATIOS, "layer_channels")
 
     def targets(self) -> dict[str, Any]:
         """Return the options of which exactly one says how much is kept; None: not set."""
@@ -115,7 +115,7 @@ def parse_kept(entry: str, path: str) -> tuple[str, float | int]:
 class ChannelPruning(Method):
     """Base of the methods that rank the channels of a trained network. Subclasses say how in `scores`."""
 
-    Config = ChannelPruningConfig
+    Config: type[ChannelPruningConfig] = ChannelPruningConfig
 
     def chain(self) -> tuple[Phase, ...]:
         """Return train -> prune -> remove -> fine-tune; for the control `scratch`, new weights and a whole training."""

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from prune_lab.accounting.eligibility import Layer
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
-    from prune_lab.pruning.gates.layout import WeightGates
 
 
 _BATCH = 128
@@ -141,10 +140,11 @@ class GatedWeights(Method):
         spread = torch.randn(self.layout_of.num_gates, generator=context.generator("gates at the start"))
         start = (spread * 0.01 + hard_concrete.start(config.drop_rate)).to(context.device)
         self.log_alpha = torch.nn.Parameter(start)
-        make = torch.optim.SGD if config.gate_optimizer == "sgd" else torch.optim.Adam
-        options = {"momentum": 0.9} if config.gate_optimizer == "sgd" else {}
         rate = config.gate_lr or gate_rate(config.gate_optimizer, context.total_steps)
-        self.optimizer = make([self.log_alpha], lr=rate, **options)
+        if config.gate_optimizer == "sgd":
+            self.optimizer = torch.optim.SGD([self.log_alpha], lr=rate, momentum=0.9)
+        else:
+            self.optimizer = torch.optim.Adam([self.log_alpha], lr=rate)
         self.raw = {path: named[path].detach().clone() for path in self.layout_of.parameters}
         if config.rescale:
             for group in self.layout_of.groups:
@@ -203,7 +203,7 @@ class GatedWeights(Method):
         squares = self.layout_of.squares(self.raw)
         return torch.cat([0.5 * decay * square for decay, square in zip(decays, squares, strict=True)])
 
-    def _decayed(self, context: Context) -> list[tuple[str, dict]]:
+    def _decayed(self, context: Context) -> list[tuple[str, dict[str, Any]]]:
         """Return each gated parameter's path with the optimizer's options for it."""
         groups = context.optimizer.param_groups  # new objects after a resume
         return [(path, groups[index]) for path, index in self.optimizer_group.items()]
@@ -272,13 +272,13 @@ class GatedWeights(Method):
 
     def _left(self, context: Context) -> dict[str, float]:
         """Return what the gates leave of the network, now that they may have been settled."""
-        if self.config.granularity == "weight":
-            return {"sparsity": context.sparsity}
-        return {"channels/kept": self.layout_of.map.fraction_kept(context.masks)}
+        if isinstance(self.layout_of, FilterGates):
+            return {"channels/kept": self.layout_of.map.fraction_kept(context.masks)}
+        return {"sparsity": context.sparsity}
 
     def settle(self, context: Context) -> None:
         """Do what is left to do to the network after the last step: a layer without channels keeps its best one."""
-        if self.config.granularity == "filter":
+        if isinstance(self.layout_of, FilterGates):
             log_alpha = self.log_alpha.detach()
             opened = hard_concrete.fixed_gate(log_alpha, self.rule) > 0
             kept = self.layout_of.removable(context.network).keep_one(opened, log_alpha)

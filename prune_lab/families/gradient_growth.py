@@ -40,7 +40,7 @@ class GradientGrowthConfig(DropAndGrowConfig):
 class GradientGrowth(DropAndGrow):
     """Moves weights to the largest |gradient|; layers keep their counts unless they are redistributed."""
 
-    Config = GradientGrowthConfig
+    Config: type[GradientGrowthConfig] = GradientGrowthConfig
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

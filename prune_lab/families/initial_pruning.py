@@ -61,7 +61,7 @@ class ImageScoresConfig(InitialPruningConfig):
 class InitialPruning(WeightPruning):
     """Subclasses give `scores`; higher is kept."""
 
-    Config = InitialPruningConfig
+    Config: type[InitialPruningConfig] = InitialPruningConfig
 
     def chain(self) -> tuple[Phase, ...]:
         return (PRUNE, TRAIN)
@@ -185,7 +185,7 @@ class InitialPruning(WeightPruning):
 class ImageScores(InitialPruning):
     """Base of the methods whose scores come from training images."""
 
-    Config = ImageScoresConfig
+    Config: type[ImageScoresConfig] = ImageScoresConfig
 
     def setup(self, context: Context) -> None:
         """Refuse more scoring images than there are, before anything is written."""

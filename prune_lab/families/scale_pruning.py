@@ -24,7 +24,7 @@ _SMALL = 0.1
 class ScalePruning(ChannelPruning):
     """Base of the methods that train under a penalty on batch-norm scales."""
 
-    Config = ChannelPruningConfig
+    Config: type[ChannelPruningConfig] = ChannelPruningConfig
     sparse_phases: tuple[str, ...]
     """names of the phases that train under the penalty"""
 

@@ -32,7 +32,7 @@ class SparseTrainingConfig(WeightPruningConfig):
 class SparseTraining(WeightPruning):
     """A network that is sparse from its first step; without updates this is static sparse training."""
 
-    Config = SparseTrainingConfig
+    Config: type[SparseTrainingConfig] = SparseTrainingConfig
 
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN,)
@@ -111,7 +111,7 @@ class DropAndGrow(SparseTraining):
     weights as it dropped.
     """
 
-    Config = DropAndGrowConfig
+    Config: type[DropAndGrowConfig] = DropAndGrowConfig
     published_interval: int | None = 100
     """what `auto` stands for on the schedules of the papers; None: one epoch"""
 

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from prune_lab.core.context import Context
 
 
+_REFERENCES: dict[str, Literal["uniform", "er", "erk"]] = {"uniform": "uniform", "er": "er", "erk": "erk"}
+"""distributions that `match_to` may name"""
+
+
 @dataclass(frozen=True)
 class WeightPruningConfig(MethodConfig):
     sparsity: OpenFraction
@@ -79,7 +83,7 @@ class WeightPruningConfig(MethodConfig):
         return replace(self, sparsity=float(1 - density), distribution=distribution, power=1.0, densities=None)
 
 
-def _parse_reference(text: str, path: str) -> tuple[Fraction, str]:
+def _parse_reference(text: str, path: str) -> tuple[Fraction, Literal["uniform", "er", "erk"]]:
     """Return the density in (0, 1] and the distribution that DENSITY:DISTRIBUTION names.
 
     Raises:
@@ -91,13 +95,13 @@ def _parse_reference(text: str, path: str) -> tuple[Fraction, str]:
             f"{path}.match_to={text} must be DENSITY:DISTRIBUTION with a density in (0, 1] and uniform, er or erk, "
             "such as 0.1:uniform"
         )
-    return Fraction(found[1]), found[2]
+    return Fraction(found[1]), _REFERENCES[found[2]]
 
 
 class WeightPruning(Method):
     """Base of the methods whose target is `method.sparsity` over single weights."""
 
-    Config = WeightPruningConfig
+    Config: type[WeightPruningConfig] = WeightPruningConfig
 
     def identity(self) -> dict[str, Any]:
         """Return the options, the file of densities by its content.

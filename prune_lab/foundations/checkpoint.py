@@ -25,7 +25,8 @@ class _Hashing:
     """A file that is hashed as it is written, so that the content is nowhere in memory as a whole."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self.hash, self.refused = file, hashlib.sha256(), None
+        self._file, self.hash = file, hashlib.sha256()
+        self.refused: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
@@ -50,7 +51,7 @@ def save(state: dict[str, Any], path: Path) -> None:
         file.write(bytes(_DIGEST_BYTES))
         hashing = _Hashing(file)
         try:
-            torch.save(state, hashing)
+            torch.save(state, hashing)  # type: ignore[arg-type]  # it uses no more of a file than write and flush
         except RuntimeError as error:  # torch answers an error of the disk with one about positions
             raise hashing.refused or error from None
         file.seek(0)

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prune_lab.foundations.lazy import torch
 
@@ -102,16 +102,16 @@ def barrier() -> None:
 
 def share(value: T) -> T:
     """Return rank 0's `value` on every rank."""
-    if not torch.distributed.is_initialized():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return on_main(lambda: value)
 
 
 def on_main(function: Callable[[], T]) -> T:
     """Return on every rank what `function` returns on rank 0, the only one that calls it."""
-    return share(function() if is_main() else None)
+    if not torch.distributed.is_initialized():
+        return function()
+    box: list[Any] = [function() if is_main() else None]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def share_masks(masks: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ def assert_same(digest: str, what: str) -> None:
     """
     if not torch.distributed.is_initialized():
         return
-    digests = [None] * torch.distributed.get_world_size()
+    digests = [digest] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(digests, digest)
     if len(set(digests)) > 1:
         raise RuntimeError(f"{what} differ between processes: {digests}")

@@ -16,7 +16,7 @@ class SaveError(OSError):
     """Nothing new could be written, for example on a full disk; older files are untouched."""
 
 
-def write_file(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Replace `path` by what `fill` writes, under a temporary name and a rename; readers see the old or the new file.
 
     Args:

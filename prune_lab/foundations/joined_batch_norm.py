@@ -24,19 +24,21 @@ class JoinedBatchNorm(nn.BatchNorm2d):
         shape = [1, -1] + [1] * (x.dim() - 2)
         centred = wide - mean.view(shape)
         variance = all_reduce(centred.square().sum(dims)) / count
-        if self.training and self.running_mean is not None:
-            self._follow(mean.detach(), variance.detach() * (count / (count - 1)))
+        if self.training:
+            self._follow(mean.detach(), variance.detach(), count)
         scale = torch.rsqrt(variance + self.eps)
         if not self.affine:
             return (centred * scale.view(shape)).to(x.dtype)
         return (centred * (self.weight * scale).view(shape) + self.bias.view(shape)).to(x.dtype)
 
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics; momentum None asks for the plain average over all batches."""
+    def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
+        """Move the running statistics, if there are any; momentum None asks for the plain average over all batches."""
+        if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
+            return
         self.num_batches_tracked.add_(1)
         fraction = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, fraction)
-        self.running_var.lerp_(variance, fraction)
+        self.running_var.lerp_(variance * (count / (count - 1)), fraction)
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Accept what BatchNorm1d and BatchNorm2d accept."""

@@ -179,7 +179,8 @@ class HeartbeatLock:
 
     def release(self) -> None:
         self._ended.set()
-        self._heart.join()
+        if self._heart is not None:
+            self._heart.join()
 
     def is_held(self) -> bool:
         """Return whether there is an owner that has not finished; one that was killed counts until it is replaced."""

@@ -11,11 +11,14 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 import yaml
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
 
 
 class ConfigError(ValueError):
@@ -123,9 +126,10 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
         raise ConfigError(f"{path or 'the configuration'} must be a group of options, got {as_typed(node)}", path)
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
+    absent = getattr(cls, "absent", None)
     for key in node:
         if key not in names:
-            note = cls.absent(str(key)) if hasattr(cls, "absent") else None
+            note = absent(str(key)) if absent else None
             raise ConfigError(
                 f"unknown option {_join(path, key)}{f': {note}' if note else suggestion(str(key), names)}; "
                 f"allowed under {path or 'the top level'}: {', '.join(names)}",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
     """Return for every name the first one under which `state` holds the same tensor, in memory or on "meta"."""
-    first: dict[tuple, str] = {}
+    first: dict[tuple[object, ...], str] = {}
     return {name: first.setdefault(_memory(tensor), name) for name, tensor in state.items()}
 
 
@@ -40,7 +40,7 @@ def written(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
 def completed(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return `tensors` with the names that a file leaves out because `model` ties them to one that it holds."""
     first = first_names(model.state_dict())
-    held = {first[name]: name for name in reversed(tensors) if name in first}
+    held = {first[name]: name for name in reversed([*tensors]) if name in first}
     absent = {name: tensors[held[other]] for name, other in first.items() if name not in tensors and other in held}
     return {**tensors, **absent}
 
@@ -79,5 +79,5 @@ def require_tensors(model: nn.Module, name: str) -> None:
                           f"{type(state[others[0]]).__name__}")  # fmt: skip
 
 
-def _memory(tensor: Tensor) -> tuple:
+def _memory(tensor: Tensor) -> tuple[object, ...]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype

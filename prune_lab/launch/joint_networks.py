@@ -67,7 +67,7 @@ class JointNetworks:
             self._stacked[name].requires_grad_(parameter.requires_grad)
         self._stacked_buffers = _stack([dict(model.named_buffers()) for model in models])
         # The same tensors network by network, as the fused copies want them.
-        self._parameters = [parameter for model in models for parameter in model.parameters()]
+        self._parameters: list[Tensor] = [parameter for model in models for parameter in model.parameters()]
         self._buffers = [buffer for model in models for buffer in model.buffers()]
         self._parts = _parts(self._stacked.values(), len(models))
         self._buffer_parts = _parts(self._stacked_buffers.values(), len(models))
@@ -106,11 +106,13 @@ class JointNetworks:
         reached = [value.grad is not None for value in self._stacked.values()]
         gradients = _parts([value.grad for value in self._stacked.values() if value.grad is not None], self._num)
         parameters = [p for p, is_reached in zip(self._parameters, reached * self._num, strict=True) if is_reached]
+        own: list[Tensor] = []
         for parameter in parameters:
             if parameter.grad is None:  # in the layout of the weights, which fused optimizers want
                 parameter.grad = torch.zeros_like(parameter)
-        if parameters:
-            torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
+            own.append(parameter.grad)
+        if own:
+            torch._foreach_add_(own, gradients)
 
     @property
     def _num(self) -> int:

@@ -90,6 +90,8 @@ def _launch_once(
 
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
         hydra = GlobalHydra.instance().hydra
+        if hydra is None:
+            raise RuntimeError("Hydra has not begun")
         place = f'hydra.sweep.dir="{folder.absolute()}"'
         config = hydra.compose_config("config", [*options, place], run_mode=RunMode.MULTIRUN, from_shell=False)
         # Callbacks has no public name, and a HydraContext, which every launcher is made with, must have one.

@@ -70,7 +70,8 @@ def slot(stopped: Callable[[], bool], folder: Path | None = None) -> Iterator[bo
     owner = "-".join([str(os.getuid()), *([os.environ["SLURM_JOB_ID"]] if "SLURM_JOB_ID" in os.environ else [])])
     folder = folder or Path(tempfile.gettempdir()) / f"prune-lab-slots-{owner}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    paths = {folder / f"{'gpu' if names else 'core'}-{name}": name for name in names or range(num_slots())}
+    owners = names or [str(core) for core in range(num_slots())]
+    paths = {folder / f"{'gpu' if names else 'core'}-{name}": name for name in owners}
     for share in range(1, runs_per_gpu() if names else 1):
         paths |= {folder / f"gpu-{name}-{share}": name for name in names}
     with contextlib.ExitStack() as stack:

@@ -86,7 +86,8 @@ class _Member:
         self._path = log_path(folder, number)
         self._log: TextIO | None = None
         self._coroutine = greenlet(lambda: run_one(config, self._tally, company))
-        self._code: int | None = None
+        self._code = 0
+        """exit code of a run that is over"""
 
     @property
     def is_over(self) -> bool:
@@ -188,9 +189,10 @@ class _Company(Executor):
         self._shown.number = self._stop.number  # all see a signal at the same step, so that they go on in step
         waiting = [member for member in members if member.is_waiting]
         ready = [member for member in members if member.said is not None]
-        got_somewhere, networks = False, {}
+        got_somewhere = False
+        networks: dict[tuple[int, ...], JointNetworks] = {}
         for group in self._groups(ready):
-            for member, answer in zip(group, self._answers([member.said for member in group], networks), strict=True):
+            for member, answer in zip(group, self._answers(group, networks), strict=True):
                 before = _training(member)
                 member.resume(answer)
                 got_somewhere |= _training(member) is not before
@@ -215,14 +217,15 @@ class _Company(Executor):
         return list(groups.values())
 
     def _answers(
-        self, batches: Sequence[Batch | _Turn], networks: dict[tuple[int, ...], JointNetworks]
-    ) -> list[tuple[Tensor, Tensor] | None]:
+        self, group: Sequence[_Member], networks: dict[tuple[int, ...], JointNetworks]
+    ) -> Sequence[tuple[Tensor, Tensor] | None]:
         """Return loss and logits of each batch; None: the run is to compute it by itself.
 
         Args:
             networks: gets the stacked networks that were used: those of earlier groups are given up.
         """
-        if len(batches) == 1:
+        batches = [member.said for member in group if isinstance(member.said, Batch)]
+        if len(group) == 1:
             return [None]
         key = tuple(id(batch.training) for batch in batches)
         try:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from prune_lab.compose.check import check
@@ -108,13 +109,14 @@ def _own_signals() -> Iterator[tuple[Callable[[], bool], Callable[[int], None]]]
     at once. Here the run is stopped first, so that its checkpoint is of this moment.
     """
     ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
-    handler, called = signal.getsignal(signal.SIGUSR2), []
+    handler = signal.getsignal(signal.SIGUSR2)
+    called: list[tuple[int, FrameType | None]] = []
 
     if callable(handler):
         signal.signal(signal.SIGUSR2, lambda number, frame: called.append((number, frame)))
 
     def requeue(code: int) -> None:
-        if called and code > STOPPED:
+        if called and code > STOPPED and callable(handler):
             handler(*called[0])
 
     try:

@@ -11,6 +11,7 @@ from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError, OpenFraction, Positive, Range
 from prune_lab.pruning.channels import selection
 from prune_lab.pruning.gates import hard_concrete, multipliers
+from prune_lab.pruning.gates.layout import FilterGates
 from prune_lab.pruning.masks import distributions, top_k
 
 if TYPE_CHECKING:
@@ -165,8 +166,8 @@ class ConstrainedL0(GatedWeights):
         self.multipliers = torch.zeros_like(self.targets)
         self.rates = torch.tensor(self._rates(context.total_steps), device=context.device)
         self._check_reach()
-        if config.exact and config.granularity == "filter":
-            self._best_channels(context)
+        if config.exact and isinstance(self.layout_of, FilterGates):
+            self._best_channels(context, self.layout_of)
         self._tell_start(context)
 
     def _rates(self, num_steps: int) -> list[float]:
@@ -259,20 +260,20 @@ class ConstrainedL0(GatedWeights):
         """Keep exactly the budget, what has the highest gates, if the options say so."""
         if not self.config.exact:
             super().settle(context)
-        elif self.config.granularity == "filter":
-            self.leave(context, self._best_channels(context))
+        elif isinstance(self.layout_of, FilterGates):
+            self.leave(context, self._best_channels(context, self.layout_of))
         else:
             num_keep = distributions.num_keep_total(self.layout_of.num_gates, self.config.sparsity)
             self.leave(context, top_k.keep_top(self.log_alpha, num_keep))
 
-    def _best_channels(self, context: Context) -> Tensor:
+    def _best_channels(self, context: Context, layout: FilterGates) -> Tensor:
         """Return the channels with the highest gates within the budget of MACs, bool [num_gates].
 
         Raises:
             ConfigError: it is out of reach.
         """
         budget = selection.Budget("macs", self.config.macs_ratio)
-        return self.layout_of.removable(context.network).best_within(self.log_alpha.detach(), budget)
+        return layout.removable(context.network).best_within(self.log_alpha.detach(), budget)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()

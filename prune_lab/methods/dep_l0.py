@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from prune_lab.accounting.eligibility import Layer
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
+    from prune_lab.pruning.channels.costs import Unit
     from prune_lab.pruning.channels.groups import ChannelGroup
     from prune_lab.pruning.gates.channels import GatedChannels
     from prune_lab.pruning.gates.generator import GateParameters
 
 
-_RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
+_RATIOS: dict[str, Unit] = {"macs_ratio": "macs", "params_ratio": "params", "channels_ratio": "channels"}
+"""option -> what it counts"""
 
 _GATES = Phase("gates", None, "finetune", active=True)
 
@@ -66,12 +68,12 @@ class DepL0Config(MethodConfig):
     exclude: list[str]
     """patterns of layers whose output channels have no gates"""
 
-    GOALS = _RATIOS
+    GOALS = tuple(_RATIOS)
 
     @property
-    def unit(self) -> Literal["macs", "params", "channels"] | None:
+    def unit(self) -> Unit | None:
         """What the target counts."""
-        return next((name.removesuffix("_ratio") for name in _RATIOS if getattr(self, name) is not None), None)
+        return next((unit for name, unit in _RATIOS.items() if getattr(self, name) is not None), None)
 
     @property
     def ratio(self) -> float:
@@ -231,7 +233,7 @@ class DepL0(Method):
         weights = gated.weights.at("macs", gated.costs.sizes)
         scale = weights / gated.dense("macs") if config.penalise == "macs" else 1.0
         self.priced = channels.ExpectedCost(gated, config.penalise, config.penalty * scale, device)
-        self.unit = config.unit or "macs"
+        self.unit: Unit = config.unit or "macs"
         self.share = channels.ExpectedCost(gated, self.unit, 1 / gated.dense(self.unit), device)
         self.multiplier = torch.zeros((), device=device)
         self.dual_lr = config.dual_lr or dual_rate(gated.num_gates, self.freeze_step)

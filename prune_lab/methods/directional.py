@@ -81,6 +81,7 @@ class Directional(Method):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.figures: dict[str, float] = {}
+        self.optimizer: GRDA | None = None
 
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN,)
@@ -104,13 +105,14 @@ class Directional(Method):
 
         spared = self._spared(model)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [parameter for name, parameter in trained.items() if name not in spared]},
             {"params": [trained[name] for name in trained if name in spared], "c": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         c = _PUBLISHED if self.config.c == "auto" else self.config.c  # a short training's is found in `setup`
-        return GRDA(groups, lr=0.0, c=c, mu=self.config.mu)
+        self.optimizer = GRDA(groups, lr=0.0, c=c, mu=self.config.mu)
+        return self.optimizer
 
     def _spared(self, model: nn.Module) -> set[str]:
         """Return the paths of the parameters that plain SGD trains."""
@@ -172,7 +174,7 @@ class Directional(Method):
         # packed attention, too
         counted = kept | {cost.parameter: nonzero[cost.parameter] for cost in context.costs if not cost.computed}
         self.figures = {
-            "threshold": context.optimizer.threshold,
+            "threshold": self.optimizer.threshold,
             "sparsity/all_parameters": 1 - sum(counts) / sum(parameter.numel() for parameter in named.values()),
         }
         masked = {}

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
     from prune_lab.core.removal import TrialCut
+    from prune_lab.pruning.channels.costs import Unit
     from prune_lab.pruning.gates.budget import GateBudget
 
 
-_RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
+_RATIOS: dict[str, Unit] = {"macs_ratio": "macs", "params_ratio": "params", "channels_ratio": "channels"}
+"""option -> what it counts"""
 
 _GATES = Phase("gates", None, "finetune", active=True)
 
@@ -80,12 +82,12 @@ class GDPConfig(MethodConfig):
                 f"{path}.eps_end={self.eps_end:g} must not exceed {path}.eps_start={self.eps_start:g}: gates sharpen"
             )
 
-    GOALS = _RATIOS
+    GOALS = tuple(_RATIOS)
 
     @property
-    def unit(self) -> str:
-        """What the target counts: macs, params or channels."""
-        return next(name for name in _RATIOS if getattr(self, name) is not None).removesuffix("_ratio")
+    def unit(self) -> Unit:
+        """What the target counts."""
+        return next(unit for name, unit in _RATIOS.items() if getattr(self, name) is not None)
 
     @property
     def ratio(self) -> float:

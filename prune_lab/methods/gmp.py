@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -61,7 +62,7 @@ class GMP(WeightPruning):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.cuts: dict[int, int | dict[str, int]] = {}
+        self.cuts: Mapping[int, int | dict[str, int]] = {}
 
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN,)
@@ -88,12 +89,24 @@ class GMP(WeightPruning):
         """Return how many cuts follow the first one in a ramp of so many steps."""
         return max(1, min(_NUM_CUTS, steps)) if self.config.num_cuts == "auto" else self.config.num_cuts
 
-    def planned_cuts(self, context: Context) -> dict[int, int | dict[str, int]]:
+    def planned_cuts(self, context: Context) -> Mapping[int, int | dict[str, int]]:
         """Return step -> weights to keep from then on: a total with distribution=global, else counts per layer.
 
         Raises:
             ConfigError: the ramp has fewer steps than cuts.
         """
+        if self.config.distribution == "global":
+            return {step: self.total(context, level) for step, level in self._levels(context).items()}
+        return self._layer_cuts(context)
+
+    def _layer_cuts(self, context: Context) -> dict[int, dict[str, int]]:
+        counts, above = {}, {layer.parameter: layer.size for layer in context.eligible()}
+        for step, level in self._levels(context).items():
+            above = counts[step] = self.allocate_nested(context, level, above)
+        return counts
+
+    def _levels(self, context: Context) -> dict[int, float]:
+        """Return the step of each cut -> the sparsity it leaves."""
         config = self.config
         first, last = self._ramp(context.total_steps)
         num_cuts = self._num_cuts(last - first)
@@ -109,13 +122,7 @@ class GMP(WeightPruning):
             )
             for index in range(num_cuts + 1)
         ]
-        if config.distribution == "global":
-            return {step: self.total(context, level) for step, level in zip(steps, levels, strict=True)}
-        counts, above = [], {layer.parameter: layer.size for layer in context.eligible()}
-        for level in levels:
-            above = self.allocate_nested(context, level, above)
-            counts.append(above)
-        return dict(zip(steps, counts, strict=True))
+        return dict(zip(steps, levels, strict=True))
 
     def after_step(self, context: Context, step: int) -> None:
         keep = self.cuts.get(step)
@@ -130,7 +137,7 @@ class GMP(WeightPruning):
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
         if super().layout(context) is None:
             return None
-        return [(0, {}), *((step + 1, kept) for step, kept in self.planned_cuts(context).items())]
+        return [(0, {}), *((step + 1, kept) for step, kept in self._layer_cuts(context).items())]
 
     def paper_train_ratio(self, context: Context) -> float | None:
         """Return the mean of f_S over the steps, relative to f_D (Evci et al. 2020, appendix H)."""

@@ -63,7 +63,7 @@ class GraSP(ImageScores):
         """Return w * (H g): the paper's S (eq. 8) with the other sign, so that the highest are kept."""
         config, named = self.config, context.parameters()
         weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
-        drawn = contextlib.nullcontext()
+        drawn: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if config.reinit_linear:
             source = partial(context.generator, "linear weights")
             drawn = evaluation_mode.redrawn_linear(context.model, source)

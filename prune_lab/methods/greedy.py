@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from prune_lab.accounting.eligibility import Layer
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
-    from prune_lab.core.images import DrawnImages
     from prune_lab.core.removal import TrialCut
+    from prune_lab.pruning.channels.costs import Unit
     from prune_lab.pruning.channels.groups import ChannelGroup
-    from prune_lab.pruning.channels.probe import WeighedNetwork
+    from prune_lab.pruning.channels.probe import Objective, WeighedNetwork
 
 
 _GLOBAL = ("global-code", "global")
@@ -189,7 +189,7 @@ class Greedy(Method):
             return {group.producer: max(1, round(config.channels_ratio * group.size)) for group in groups}
         if config.top1_tol is not None:
             return None
-        unit = "macs" if config.params_ratio is None else "params"
+        unit: Unit = "macs" if config.params_ratio is None else "params"
         return alike(context.network, groups, unit, getattr(config, f"{unit}_ratio"))
 
     def prune(self, context: Context) -> dict[str, float]:
@@ -243,7 +243,7 @@ class Greedy(Method):
     ) -> tuple[list[int], Tensor]:
         """Return (kept channels, weights a): the first `want` that come in, or as many as the accuracy needs."""
         source = DrawnImages(context, group.producer, augment=self.config.augment_scoring)
-        objective = self.config.loss if self.config.variant in _GLOBAL else "cross_entropy"
+        objective: Objective = self.config.loss if self.config.variant in _GLOBAL else "cross_entropy"
         with probe.WeighedNetwork(context.model, group, objective=objective) as network:
             if self.config.variant in _GLOBAL:
                 additions = self._global(network, source)
@@ -257,7 +257,8 @@ class Greedy(Method):
     def _grow(
         self, context: Context, additions: Iterator, enough: Callable, size: int, want: int | None
     ) -> tuple[list[int], Tensor]:
-        kept, weights = [], torch.zeros(size, dtype=torch.float64)
+        kept: list[int] = []
+        weights = torch.zeros(size, dtype=torch.float64)
         for kept, weights in imitation.growing(additions, patience=_PATIENCE * size):
             context.poll()
             if context.rehearsal or enough(kept, weights):
@@ -368,7 +369,8 @@ class Greedy(Method):
         if budget is None or repeats:
             return None
         steps, batch = self._between_steps(context)
-        total, done = 0, {}
+        done: dict[str, int] = {}
+        total = 0
         for group in groups:
             want = budget[group.producer]
             total += self._images_for(context, group.size, want) * macs(context.network, groups, done)

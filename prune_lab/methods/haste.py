@@ -98,7 +98,7 @@ class Haste(Method):
             return "left out by method.exclude"
         if isinstance(module, torch.nn.Linear):
             return "no convolution"
-        if type(module) not in (torch.nn.Conv2d, HashedConv2d):
+        if not isinstance(module, torch.nn.Conv2d) or type(module) not in (torch.nn.Conv2d, HashedConv2d):
             return f"a class of its own ({type(module).__name__})"
         if module.groups > 1:
             return "grouped convolution"
@@ -113,11 +113,11 @@ class Haste(Method):
         from prune_lab.pruning.dynamic.hashed_convolution import HashedConv2d
 
         finished, options = copy.deepcopy(model), self._options()
-        made = {}
+        made: dict[nn.Module, nn.Module] = {}
         for layer in self.layers(finished):
-            if layer.eligible:
-                conv, seed = finished.get_submodule(layer.name), self._seed(layer.name, 0)
-                made[conv] = HashedConv2d.of(conv, seed=seed, **options)
+            conv = finished.get_submodule(layer.name)
+            if layer.eligible and isinstance(conv, torch.nn.Conv2d):
+                made[conv] = HashedConv2d.of(conv, seed=self._seed(layer.name, 0), **options)
         for path, module in list(finished.named_modules(remove_duplicate=False)):
             if module in made:
                 finished.set_submodule(path, made[module])

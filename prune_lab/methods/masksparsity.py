@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from prune_lab.core import removal
 from prune_lab.core.card import Card
@@ -53,7 +53,7 @@ class MaskSparsityConfig(ChannelPruningConfig):
     start: Literal["dense", "sparsified"]
     """network with which the training under the mask starts"""
 
-    GOALS = (*ChannelPruningConfig.GOALS, *_MARKS)
+    GOALS: ClassVar[tuple[str, ...]] = (*ChannelPruningConfig.GOALS, *_MARKS)
 
     def targets(self) -> dict[str, Any]:
         return super().targets() | {name: getattr(self, name) for name in _MARKS}

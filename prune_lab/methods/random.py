@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RandomConfig(InitialPruningConfig):
-    distribution: Literal["global", "uniform", "er", "erk", "balanced", "smart_ratio", "smart_ratio_vgg", "file",
-                          "2:4"]  # fmt: skip
+    distribution: Literal[  # type: ignore[assignment]  # wider: only a type for every method's words could say so
+        "global", "uniform", "er", "erk", "balanced", "smart_ratio", "smart_ratio_vgg", "file", "2:4"
+    ]
     """global: one draw over all layers, so that a layer's count varies; otherwise exact counts per layer. balanced: the
     same number of weights in each; smart_ratio: densities that fall with depth, 0.3 in linear layers (Su et al. 2020,
     arXiv 2009.11094); smart_ratio_vgg: divided by the squared depth, too"""

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
     from prune_lab.core.removal import TrialCut
+    from prune_lab.optim.group_grda import GroupGRDA
 
 
 _DIRECTIONAL = Phase("directional", None, "finetune", active=True)
@@ -134,9 +135,11 @@ class StructuredDirectional(Method):
         self.zero: Tensor | None = None
         """which classes were zero then, bool [num_classes]"""
         self.channels: RemovableChannels | None = None
+        self.optimizer: GroupGRDA | None = None
         self._spent = 0
 
     def chain(self) -> tuple[Phase, ...]:
+        trained: tuple[Phase, ...]
         if self.config.variant == "SDP":
             trained = (TRAIN_DENSE,)
         else:
@@ -202,15 +205,16 @@ class StructuredDirectional(Method):
 
         rows, scales = self._groups(context, self.channels)
         trained = [parameter for parameter in context.model.parameters() if parameter.requires_grad]
-        context.optimizer = GroupGRDA(trained, 0.0, c=0.0, mu=config.mu, rows=rows, scales=scales)
-        self._look(context)
+        self.optimizer = GroupGRDA(trained, 0.0, c=0.0, mu=config.mu, rows=rows, scales=scales)
+        context.optimizer = self.optimizer
+        self._look()
         steps = range(context.total_steps)
         rates = (learning_rate.learning_rate(context.schedule, step, context.steps_per_epoch) for step in steps)
         values = list(thresholds(rates, c=1.0, mu=config.mu))
         c = config.c or self._size(values)
-        context.optimizer.param_groups[0]["c"] = c
+        self.optimizer.param_groups[0]["c"] = c
         if config.macs_ratio is not None:
-            self._limit(context)
+            self._limit()
         if note := theory_note(config.mu):
             context.report(note)
         if values:
@@ -241,22 +245,22 @@ class StructuredDirectional(Method):
         gone = int((norms <= end).sum())
         return f"{text}{gone} are zero at the end, half of them with method.c={c * middle / end:.2g}"
 
-    def _look(self, context: Context) -> None:
+    def _look(self) -> None:
         """Note where the channels stand."""
-        optimizer = context.optimizer
+        optimizer = self.optimizer
         self.norms = (optimizer.norms() / optimizer.scales).double().cpu()
         self.zero = (optimizer.factors() == 0).cpu() & self.channels.free
 
-    def _limit(self, context: Context) -> None:
+    def _limit(self) -> None:
         """Keep the threshold from growing beyond what meets the target."""
-        self._look(context)
-        context.optimizer.limit(self.channels.threshold(self.norms, self.config.macs_ratio))
+        self._look()
+        self.optimizer.limit(self.channels.threshold(self.norms, self.config.macs_ratio))
 
     def after_step(self, context: Context, step: int) -> None:
         if self.channels is None or self.config.macs_ratio is None:
             return
         if step % min(_CHECK_EVERY, 1 + context.total_steps // 100) == 0:
-            self._limit(context)
+            self._limit()
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return where the channels stand.
@@ -267,10 +271,10 @@ class StructuredDirectional(Method):
         """
         if self.channels is None:  # fine-tuning
             return {}
-        self._look(context)
+        self._look()
         alive, channels = ~self.zero, self.channels
         self.figures = {
-            "threshold": context.optimizer.threshold,
+            "threshold": self.optimizer.threshold,
             "groups/zero": float(self.zero.sum() / channels.free.sum()),
             "groups/norm": float(self.norms[channels.free].median()),
         }

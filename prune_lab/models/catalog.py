@@ -46,9 +46,14 @@ def parse_config(node: Mapping[str, Any]) -> ModelConfig:
     """
     if not isinstance(node, Mapping):
         raise ConfigError(f"model must be a group of options, got {node!r}")
-    if "source" in node:
-        return parse(ExternalConfig, node, "model")
     name = node.get("name")
+    if "source" in node:
+        if name is None:
+            raise ConfigError(
+                "model.name is missing: give the name of a torchvision or timm classifier, such as "
+                "model.name=resnext50_32x4d"
+            )
+        return parse(ExternalConfig, node, "model")
     if name not in _CONFIGS:
         raise ConfigError(
             f"model.name={name} is not a model{suggestion(str(name), _CONFIGS)}; allowed: {', '.join(_CONFIGS)}; "

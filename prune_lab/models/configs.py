@@ -75,15 +75,9 @@ class WideResNetConfig(ModelConfig):
 class ExternalConfig(ModelConfig):
     """Any classifier of torchvision or timm, built unmodified."""
 
-    name: str | None
     source: Literal["auto", "torchvision", "timm"]
     """Library to take the name from; auto = torchvision if it has the name, otherwise timm."""
 
     def check(self, path: str) -> None:
-        if self.name is None:
-            raise ConfigError(
-                f"{path}.name is missing: give the name of a torchvision or timm classifier, "
-                f"such as {path}.name=resnext50_32x4d"
-            )
         if self.width != 1.0:
             raise ConfigError(f"{path}.width must be 1.0 for {path}=torchvision, got {self.width:g}")

@@ -51,7 +51,10 @@ def usual_size(config: ExternalConfig) -> int:
         return torchvision.models.get_model_weights(config.name).DEFAULT.transforms().crop_size[0]
     import timm
 
-    return timm.models.get_pretrained_cfg(config.name).input_size[-1]
+    known_as = timm.models.get_pretrained_cfg(config.name)
+    if known_as is None:
+        raise LookupError(f"timm has no weights of {config.name}")
+    return known_as.input_size[-1]
 
 
 def _build_torchvision(config: ExternalConfig, *, num_classes: int, image_size: int) -> nn.Module:

@@ -72,12 +72,14 @@ class ResNetCifar(nn.Module):
         self.conv1 = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])
         self.relu = nn.ReLU(inplace=True)
+        stages = []
         for stage, out_channels in enumerate(channels):
             in_channels = channels[max(stage - 1, 0)]
             blocks = [BasicBlock(in_channels, out_channels, stride=1 if stage == 0 else 2, shortcut=shortcut)]
             for _ in range(1, num_blocks):
                 blocks.append(BasicBlock(out_channels, out_channels, stride=1, shortcut=shortcut))
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(channels[-1], num_classes)
         init_weights(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import pathlib
 import re
 from collections import Counter
@@ -85,7 +86,7 @@ def _safe_types() -> list[Any]:
     """Return types that checkpoints hold beside weights and that nothing can be done with but hold values."""
     import numpy
 
-    arrays = (numpy._core if int(numpy.__version__[0]) > 1 else numpy.core).multiarray
+    arrays = importlib.import_module(f"numpy.{'_core' if int(numpy.__version__[0]) > 1 else 'core'}.multiarray")
     makers = {name: getattr(arrays, name) for name in ("scalar", "_reconstruct")}
     named = [(made, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name, made in makers.items()]
     kinds = {type(numpy.dtype(code)) for code in "?bBhHiIlLqQefd"}

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,13 +208,19 @@ def _check_values(found: Found, model: nn.Module) -> None:
             raise _Unfit(f"cannot be a start: {wrong} of {tensor.numel()} values of {what} are NaN or infinite")
 
 
-def _with_versions(found: Found, model: nn.Module) -> OrderedDict:
+class _State(OrderedDict[str, "Tensor"]):
+    """Tensors by name, with the versions of their modules where torch looks for them."""
+
+    _metadata: Mapping[str, Any]
+
+
+def _with_versions(found: Found, model: nn.Module) -> _State:
     """Return the tensors with the versions of their modules, by which modules rename what they once called otherwise.
 
     A file without versions counts as written by the modules at hand.
     """
-    state = OrderedDict(found.tensors)
-    state._metadata = OrderedDict(found.versions) if found.versions else model.state_dict()._metadata
+    state = _State(found.tensors)
+    state._metadata = OrderedDict(found.versions) if found.versions else vars(model.state_dict())["_metadata"]
     return state
 
 

@@ -43,13 +43,15 @@ class WideResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, stem_channels, 3, padding=1, bias=False)
         channels = stem_channels
+        stages = []
         for stage, out_channels in enumerate(stage_channels):
             blocks = []
             for index in range(num_blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
                 blocks.append(PreActivationBlock(channels, out_channels, stride=stride, dropout=dropout))
                 channels = out_channels
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
         self.bn = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)
         self.avgpool = nn.AdaptiveAvgPool2d(1)

@@ -122,6 +122,6 @@ class GroupGRDA(torch.optim.Optimizer):
 
 def _descend(pairs: Sequence[tuple[Tensor, Tensor | None]], lr: float) -> None:
     """Take one SGD step on each tensor that has a gradient."""
-    pairs = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
-    if pairs:
-        torch._foreach_add_([tensor for tensor, _ in pairs], [gradient for _, gradient in pairs], alpha=-lr)
+    moved = [(tensor, gradient) for tensor, gradient in pairs if gradient is not None]
+    if moved:
+        torch._foreach_add_([tensor for tensor, _ in moved], [gradient for _, gradient in moved], alpha=-lr)

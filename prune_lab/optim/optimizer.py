@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.config.optimizer import AdamConfig, SGDConfig
 from prune_lab.foundations.lazy import torch
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
     """Return the optimizer over all parameters of `model`; vectors go undecayed if the options say so."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]]
     if config.decay_norm_and_bias:
         groups = [{"params": trained}]
     else:
@@ -24,7 +25,8 @@ def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.o
         ]
     groups = [group for group in groups if group["params"]]
     # One fused kernel per step where it exists; a loop over layers otherwise dominates small networks.
-    common = {"lr": 0.0, "weight_decay": config.weight_decay, "fused": trained[0].device.type in ("cpu", "cuda")}
+    is_fused = trained[0].device.type in ("cpu", "cuda")
+    common: dict[str, Any] = {"lr": 0.0, "weight_decay": config.weight_decay, "fused": is_fused}
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW

@@ -6,6 +6,7 @@ only beside the method's own, so that run is done first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -67,9 +68,12 @@ def _sign(off: float) -> str:
     return "no difference" if off == 0 else f"the method is {'better' if off > 0 else 'worse'}"
 
 
-def _row(name: str, baseline: dict, control: dict, key: str, show: Any) -> tuple[str, str, str, str]:
-    values = baseline.get(key), control.get(key)
-    if None in values:
-        return (name, *("-" if value is None else show(value) for value in values), "")
-    off = values[0] - values[1]
-    return name, show(values[0]), show(values[1]), "0" if off == 0 else ("+" if off > 0 else "") + show(off)
+def _row(
+    name: str, baseline: dict[str, Any], control: dict[str, Any], key: str, show: Callable[[Any], str]
+) -> tuple[str, str, str, str]:
+    own, other = baseline.get(key), control.get(key)
+    shown, other_shown = ("-" if value is None else show(value) for value in (own, other))
+    if own is None or other is None:
+        return name, shown, other_shown, ""
+    off = own - other
+    return name, shown, other_shown, "0" if off == 0 else ("+" if off > 0 else "") + show(off)

@@ -44,7 +44,9 @@ def plan_phases(
         "eval_images": _evaluated(config),
     }
     training = _without(asdict(config.trainer), _NOT_TRAINING)
-    method, planned, previous, keys = build_method(config), [], None, {}
+    method, planned = build_method(config), []
+    previous: str | None = None
+    keys: dict[str, str] = {}
     for declared in method.chain():
         phase, schedule = resolve(declared, config)
         inputs = shared | {"phase": _fields(phase), "previous": None if phase.fresh else previous}

@@ -55,7 +55,7 @@ def matched(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic:
         _check_nothing_is_replaced(config)
         with naming_reference(config):
             solved = _solve_density(problem)
-    if baseline is None:
+    if baseline is None or solved.matched is None:
         return solved
     outcome = replace(solved.matched, detail=f"{solved.matched.detail}, solved for the method itself")
     return replace(solved, method=replace(config.method, sparsity=solved.method.sparsity), matched=outcome)
@@ -96,7 +96,7 @@ class _Problem:
         self.model = models.build_on_meta(model_config, **info.sizes)
         self.costs = layer_costs(model_config, **info.sizes)
         self.num_weights = sum(layer.size for layer in self._layers(self.method) if layer.eligible)
-        self._set_up: dict[tuple, list[PhasePlan]] = {}
+        self._set_up: dict[tuple[object, ...], list[PhasePlan]] = {}
 
     def _layers(self, method: Method) -> list[Layer]:
         return usable_layers(method, self.model, self.costs)
@@ -183,8 +183,12 @@ class _Problem:
 
 def _total(costs: Iterable[int | None]) -> int | None:
     """Return the sum, None if one of them is unknown."""
-    known = list(costs)
-    return None if None in known else sum(known)
+    total = 0
+    for cost in costs:
+        if cost is None:
+            return None
+        total += cost
+    return total
 
 
 # The density
@@ -277,8 +281,8 @@ def nearest(cost: Callable[[int], int], target: int, low: int, high: int) -> int
         low, high = (middle, high) if cost(middle) <= target else (low, middle)
     found = min((low, high), key=lambda argument: abs(cost(argument) - target))
     around = range(max(least, found - _NEIGHBOURS), min(most, found + _NEIGHBOURS) + 1)
-    around = [argument for argument in around if possible(cost, argument)]
-    return min(around, key=lambda argument: (abs(cost(argument) - target), abs(argument - found)))
+    candidates = [argument for argument in around if possible(cost, argument)]
+    return min(candidates, key=lambda argument: (abs(cost(argument) - target), abs(argument - found)))
 
 
 # The length of training

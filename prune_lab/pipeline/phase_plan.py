@@ -47,9 +47,14 @@ class PhasePlan:
         layout = self.layout(other)
         if layout is None:
             return None
-        steps = {"first_step": self.context.first_step, "last_step": self.context.last_step,
-                 "dense_steps": self.dense_steps}
-        return planned_training_macs(self.context.costs, layout, batch_size=self.batch_size, **steps)
+        return planned_training_macs(
+            self.context.costs,
+            layout,
+            first_step=self.context.first_step,
+            last_step=self.context.last_step,
+            batch_size=self.batch_size,
+            dense_steps=self.dense_steps,
+        )
 
     def _method(self, other: Method | None) -> Method:
         return other if other is not None and self.phase.active else self.method

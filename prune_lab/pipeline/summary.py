@@ -109,7 +109,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
     summary |= targets.figures(method.asked(), summary)
     if config.matched:
         summary |= config.matched.figures(summary)
-    if baseline := baseline_summary(run):
+    if run.baseline and (baseline := baseline_summary(run)):
         control, top1, name = config.method.control, scores["final"]["top1"], run.baseline.directory.name
         summary |= control_runs.figures(control, top1, baseline=baseline, baseline_name=name)
     return summary
@@ -163,12 +163,12 @@ def images_seen(run: Run) -> dict[str, int | None]:
         shares = [len(eval_range(num_images, rank=rank, world_size=world)) for rank in range(world)]
         return sum(share if limit is None else min(share, limit * trainer.eval_batch_size) for share in shares)
 
-    limited = steps is not None and steps < run.dataset.num_batches(batch)
+    images = steps * batch if steps is not None and steps < run.dataset.num_batches(batch) else None
     return {
         "data/num_eval": info.num_eval,
         "final/images": evaluated(info.num_eval),
         **({"test/images": evaluated(info.num_test)} if info.num_val else {}),
-        "train/images_per_epoch": steps * batch if limited else None,
+        "train/images_per_epoch": images,
     }
 
 

@@ -110,12 +110,11 @@ def task_without_files(
 
 def set_up(task: PhaseTask) -> tuple[PhaseResult, Context]:
     """Do everything of a phase but its training and return what the next phase starts from."""
-    context, figures = open_context(task), {}
-    if task.phase.is_training:
+    context, acts = open_context(task), task.phase.acts
+    if acts is None:
         context.optimizer = task.method.build_optimizer(context.model, task.config.optimizer)
     _prepare(task, context)
-    if not task.phase.is_training:
-        figures = task.phase.acts(task.method, context) or {}
+    figures = {} if acts is None else acts(task.method, context) or {}
     return result_of(task, context, context.model, figures), context
 
 

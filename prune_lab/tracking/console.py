@@ -122,7 +122,8 @@ class RichConsole(_Lines):
         from rich.console import Console
 
         super().__init__()
-        self._console = Console(file=_Forgiving(stream), highlight=False, markup=False)
+        file: Any = _Forgiving(stream)  # rich wants no more of a stream than this one has
+        self._console = Console(file=file, highlight=False, markup=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._phase: str | None = None
@@ -146,19 +147,20 @@ class RichConsole(_Lines):
         if self._progress is None:
             return
         if self._task is None or text != self._phase:
-            self._begin(done, total, text)
+            self._task = self._begin(self._progress, done, total, text)
         task = self._progress.tasks[0]
         speed = task.speed or 0.0
         shown = f"{speed * self._batch_size:.0f} img/s" if self._batch_size else f"{speed:.1f} steps/s"
         self._progress.update(self._task, completed=done, speed=shown if speed else "")
 
-    def _begin(self, done: int, total: int, text: str) -> None:
+    def _begin(self, progress: Progress, done: int, total: int, text: str) -> TaskID:
         """Give the phase `text` a fresh bar: speed counts from `done`, where a resumed phase stands."""
         if self._task is not None:
-            self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(to_ascii(text), total=total, completed=done, speed="")
+            progress.remove_task(self._task)
+        task = progress.add_task(to_ascii(text), total=total, completed=done, speed="")
         self._phase = text
-        self._progress.start()
+        progress.start()
+        return task
 
     def summary(self, summary: dict[str, Any]) -> None:
         from rich import box

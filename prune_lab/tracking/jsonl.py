@@ -77,13 +77,16 @@ class JsonFiles(BaseSink):
         self._metrics = open(info.run_dir / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
 
     def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
-        self._metrics.write(encode(record))  # line-buffered: flushed with the newline
+        if self._metrics is not None:
+            self._metrics.write(encode(record))  # line-buffered: flushed with the newline
 
     def layers(self, rows: list[dict[str, Any]]) -> None:
-        write_json(self._dir / "layers.json", rows)
+        if self._dir is not None:
+            write_json(self._dir / "layers.json", rows)
 
     def summary(self, summary: dict[str, Any]) -> None:
-        write_json(self._dir / "summary.json", summary)
+        if self._dir is not None:
+            write_json(self._dir / "summary.json", summary)
 
     def finish(self, status: str, error: str | None) -> None:
         if self._dir is None:

@@ -94,7 +94,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("gradient norm", _change(get("prune/gradient_norm_before"), get("prune/gradient_norm_after"))),
         ("training images", _in_each_epoch(get("train/images_per_epoch"), get("data/num_train"))),
         ("training MACs", _training(get("macs/train"), get("macs/train_dense"))),
-        ("wall time", None if get("time/wall_s") is None else duration(get("time/wall_s"))),
+        ("wall time", _duration(get("time/wall_s"))),
     ]
     return [(name, text) for name, text in rows if text]
 
@@ -113,6 +113,10 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def _duration(seconds: float | None) -> str | None:
+    return None if seconds is None else duration(seconds)
+
+
 def quantity(value: float) -> str:
     """Return a count with three digits and a unit prefix: 4.09 G."""
     for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -126,7 +130,7 @@ def _percent(value: float | None) -> str | None:
 
 
 def _start(top1: float | None, zeros: float | None, evaluated: str | None) -> str | None:
-    if top1 is None:
+    if top1 is None or zeros is None:
         return None
     told = _join(f"top-1 {top1:.2f} %", evaluated, "before training")
     return f"{told}, {zeros:.2%} zeros" if zeros >= MANY_ZEROS else told
@@ -198,7 +202,7 @@ def _draws(summary: dict[str, Any]) -> str | None:
 
 
 def _times(seconds: float | None, dense: float | None) -> str | None:
-    if seconds is None:
+    if seconds is None or dense is None:
         return None
     factor = f"{seconds / dense:.1f} times as long" if seconds > dense else f"{dense / seconds:.1f} times faster"
     verdict = f"slower than dense: {factor}" if seconds > dense else factor

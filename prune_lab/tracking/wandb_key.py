@@ -27,7 +27,7 @@ _WANDB_MODES: dict[str, Mode] = {
 }
 
 
-def resolve_mode(setting: str, environ: Mapping[str, str] = os.environ) -> Mode:
+def resolve_mode(setting: Mode | Literal["auto"], environ: Mapping[str, str] = os.environ) -> Mode:
     """Return the mode that `logger.wandb=setting` means here.
 
     `auto` follows the variable WANDB_MODE if it is set; else it is online when a key is configured (WANDB_API_KEY,
@@ -36,8 +36,8 @@ def resolve_mode(setting: str, environ: Mapping[str, str] = os.environ) -> Mode:
     Raises:
         ConfigError: online is asked for and no key is configured. W&B would stop there and ask for one.
     """
-    mode = _WANDB_MODES.get(environ.get("WANDB_MODE", ""), "auto") if setting == "auto" else setting
-    if mode == "auto":
+    mode = _WANDB_MODES.get(environ.get("WANDB_MODE", "")) if setting == "auto" else setting
+    if mode is None:
         return "online" if _is_configured(environ) else "offline"
     if mode == "online" and not _is_configured(environ):
         raise ConfigError(

@@ -47,7 +47,7 @@ class WandbSink(BaseSink):
         self._report = report
         self._init_timeout_s = init_timeout_s
         self._finish_timeout_s = finish_timeout_s
-        self._run: wandb.Run | None = None
+        self._begun: wandb.Run | None = None
         self._layers: list[dict[str, Any]] = []
         self.num_present = 0
         """records the server held already when the run began"""
@@ -59,7 +59,7 @@ class WandbSink(BaseSink):
         if self._mode == "offline":
             _remove_offline_copies(info)
         wandb.setup(settings=wandb.Settings(silent=True))  # before init, which talks about keys
-        self._run = wandb.init(
+        self._begun = wandb.init(
             mode=self._mode,
             project=self._project,
             entity=self._entity,
@@ -86,6 +86,12 @@ class WandbSink(BaseSink):
         self._run.define_metric("*", step_metric="global_step")
         self.num_present = self._run.starting_step
         self._report(f"W&B: {self.url}")
+
+    @property
+    def _run(self) -> wandb.Run:
+        if self._begun is None:
+            raise RuntimeError("W&B: the run has not begun")
+        return self._begun
 
     @property
     def url(self) -> str:
@@ -117,7 +123,7 @@ def _table(rows: list[dict[str, Any]]) -> wandb.Table:
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
     data = [[_cell(row.get(column)) for column in columns] for row in rows]
-    return wandb.Table(columns=columns, data=data, allow_mixed_types=True)
+    return wandb.Table(columns=[*columns], data=data, allow_mixed_types=True)
 
 
 def _cell(value: Any) -> Any:

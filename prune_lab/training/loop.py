@@ -74,7 +74,7 @@ class Training:
     """the model, perhaps compiled and wrapped for data parallelism"""
     data_seed: int
     checkpoints: CheckpointPair
-    record: Callable[[dict], None]
+    record: Callable[[dict[str, Any]], None]
     show: Callable[[int, int, str], None]
     stop: Callable[[], bool]
     scaler: torch.amp.GradScaler
@@ -94,6 +94,12 @@ class Training:
         self.saves = Saves(self.checkpoints, self.trainer.checkpoint_interval_s, device)
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        if self.context.optimizer is None:
+            raise TypeError(f"the phase {self.context.phase} has no optimizer")
+        return self.context.optimizer
+
+    @property
     def evaluated(self) -> nn.Module:
         """The network that counts: the moving average if there is one."""
         return self.context.model if self.ema is None else self.ema.module
@@ -103,7 +109,7 @@ class Training:
         context = self.context
         return {
             "model": context.model.state_dict(),
-            "optimizer": context.optimizer.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.state_dict(),
             "masks": None if context.masks is None else context.masks.state_dict(),
@@ -123,13 +129,14 @@ class Training:
         """Resume from a checkpoint, which holds what `state_dict` returned."""
         context = self.context
         context.model.load_state_dict(state["model"])
-        context.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         if state["masks"] is not None:  # whether or not `setup` draws masks: a method may prune later
             context.install_masks(state["masks"])
-            context.history.load_state_dict(state["history"])
+            if context.history is not None:
+                context.history.load_state_dict(state["history"])
         self.method.load_state_dict(state["method"])
         self.progress = Progress(**state["progress"])
         self.sums.copy_(state["sums"] if distributed.is_main() else torch.zeros_like(self.sums))
@@ -217,16 +224,17 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
     """Do one step: forward and backward over the micro-batches, the method, the optimizer, the masks."""
     context, method, step = training.context, training.method, training.progress.step
     seed_device(training.numerics.torch_device, training.data_seed, "step", step, distributed.rank())
-    set_learning_rate(context.optimizer, learning_rate(training.schedule, step, context.steps_per_epoch))
-    context.optimizer.zero_grad(set_to_none=True)
+    optimizer = training.optimizer
+    set_learning_rate(optimizer, learning_rate(training.schedule, step, context.steps_per_epoch))
+    optimizer.zero_grad(set_to_none=True)
     forward_macs = method.forward_macs(context)
     gradient_macs = method.weight_gradient_macs(context, step)
     method.before_forward(context, step)
     _forward_backward(training, images, labels)
-    training.scaler.unscale_(context.optimizer)
+    training.scaler.unscale_(optimizer)
     if method.after_backward(context, step):
         _clip(training)
-        training.scaler.step(context.optimizer)
+        training.scaler.step(optimizer)
     training.scaler.update()
     method.after_step(context, step)
     if context.masks is not None:
@@ -243,8 +251,8 @@ def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> Non
     for index in range(chunks):
         part = slice(index * size, (index + 1) * size)
         last = index == chunks - 1
-        wait = not last and hasattr(training.forward, "no_sync")  # processes exchange gradients once per step
-        with training.forward.no_sync() if wait else contextlib.nullcontext():
+        wait = None if last else getattr(training.forward, "no_sync", None)
+        with wait() if wait else contextlib.nullcontext():  # processes exchange gradients once per step
             loss, logits = training.differentiate(training, images[part], labels[part])
         _count(training, loss, logits, labels[part])
 
@@ -325,7 +333,7 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
         "phase": context.phase,
         "epoch": progress.epoch + 1,
         "step": progress.step - context.first_step,
-        "lr": context.optimizer.param_groups[0]["lr"],
+        "lr": training.optimizer.param_groups[0]["lr"],
         "train/loss": loss / images,
         "train/top1": 100 * correct / images,
         "macs/inference": context.forward_macs,

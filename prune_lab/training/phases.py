@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -15,9 +15,10 @@ from prune_lab.accounting.costs import LayerCost, computed_note, profile
 from prune_lab.config.run import RunConfig
 from prune_lab.core.chain import PlannedPhase
 from prune_lab.core.context import Context
-from prune_lab.core.method import build_method
+from prune_lab.core.method import Method, build_method
 from prune_lab.core.phase_result import PhaseResult
 from prune_lab.core.usable_layers import usable_layers
+from prune_lab.datasets.base import Sizes
 from prune_lab.foundations import distributed, tied
 from prune_lab.foundations.bits import make_zeros_positive
 from prune_lab.foundations.schema import ConfigError
@@ -41,8 +42,8 @@ def perform(task: PhaseTask) -> tuple[PhaseResult, Effort]:
     context = open_context(task)
     begins = task.previous is None and task.model_config.weights is not None
     explained = start_weights.examine(task, context) if begins else {}
-    started = time.monotonic()
-    if task.phase.is_training:
+    started, acts = time.monotonic(), task.phase.acts
+    if acts is None:
         training = _train(task, context)
         # The moving average is a result; what training resumes from is the network itself.
         model = context.model if task.phase.keeps_optimizer else training.evaluated
@@ -50,8 +51,8 @@ def perform(task: PhaseTask) -> tuple[PhaseResult, Effort]:
         scores = training.last_scores or _exact_scores(task, model)  # none if resumed after its last epoch
     else:
         task.method.setup(context)
-        noted = task.phase.acts(task.method, context) or {}
-        context.cost.total += task.method.phase_cost(context)
+        noted = acts(task.method, context) or {}
+        context.cost.total += _known_cost(task.method, context)
         model, step, effort = context.model, 0, Effort()
         scores = _exact_scores(task, model)
         task.record(_row(context, scores) | noted)
@@ -104,7 +105,7 @@ def result_of(task: PhaseTask, context: Context, model: nn.Module, figures: dict
     Args:
         model: the network that the next phase starts from.
     """
-    if task.phase.keeps_optimizer:
+    if task.phase.keeps_optimizer and context.optimizer is not None:
         context.optimizer_state = context.optimizer.state_dict()
     masks = {} if context.masks is None else context.masks.state_dict()
     return PhaseResult(
@@ -124,8 +125,17 @@ def epochs_done(context: Context, step: int) -> float:
     return steps / per_epoch if steps % per_epoch else steps // per_epoch
 
 
+def _known_cost(method: Method, context: Context) -> int:
+    cost = method.phase_cost(context)
+    if cost is None:
+        raise TypeError(f"{type(method).__name__} does not know what the phase {context.phase} cost")
+    return cost
+
+
 def _totals(context: Context) -> dict[str, float]:
-    return {} if context.masks is None else context.history.totals(context.masks.masks)
+    if context.masks is None or context.history is None:
+        return {}
+    return context.history.totals(context.masks.masks)
 
 
 def _row(context: Context, scores: dict[str, float]) -> dict[str, Any]:
@@ -187,7 +197,14 @@ def _drawn_anew(task: PhaseTask, word: str) -> nn.Module:
     return build_model(task.model_config, **task.sizes, seed=stable_hash(task.config.seed, word) % 2**31)
 
 
-def _steps(task: PhaseTask) -> dict[str, int]:
+class _Steps(TypedDict):
+    total_steps: int
+    steps_per_epoch: int
+    first_step: int
+    last_step: int
+
+
+def _steps(task: PhaseTask) -> _Steps:
     """Return where a phase lies in its schedule, in optimizer steps; all 0 for a phase without training."""
     schedule = task.planned.schedule
     per_epoch = 0 if schedule is None else steps_per_epoch(task)
@@ -209,9 +226,9 @@ def span(planned: PlannedPhase, steps_per_epoch: int) -> tuple[int, int]:
     first, last = (default if place is None else place.step(steps_per_epoch)
                    for place, default in ((phase.begin, 0), (phase.end, total)))
     for place, step in ((phase.begin, first), (phase.end, last)):
-        if step > total:
+        if place is not None and step > total:
             raise ConfigError(f"{place.typed} lies beyond the {total} steps of schedule.{phase.schedule}")
-    if 0 < first < schedule.warmup_epochs * steps_per_epoch:
+    if phase.begin is not None and 0 < first < schedule.warmup_epochs * steps_per_epoch:
         raise ConfigError(
             f"{phase.begin.typed} lies within the warm-up "
             f"(schedule.{phase.schedule}.warmup_epochs={schedule.warmup_epochs:g}, {steps_per_epoch} steps each)"
@@ -236,7 +253,7 @@ def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tupl
     return costs
 
 
-def dense_note(config: RunConfig, model_config: Any, sizes: dict[str, int]) -> str | None:
+def dense_note(config: RunConfig, model_config: Any, sizes: Sizes) -> str | None:
     """Return one line on the layers that no method can prune; None: there are none, or the run prunes nothing."""
     if not any(phase.active for phase in build_method(config).chain()):
         return None
@@ -282,7 +299,9 @@ def steps_per_epoch(task: PhaseTask) -> int:
 
 def open_training(task: PhaseTask, context: Context) -> Training:
     """Return the loop's state for a training phase, with a fresh optimizer and no moving average yet."""
-    config, numerics, order = task.config, task.numerics, task.phase.order
+    config, numerics, order, schedule = task.config, task.numerics, task.phase.order, task.planned.schedule
+    if schedule is None:
+        raise TypeError(f"the phase {context.phase} has no schedule to train by")
     context.optimizer = task.method.build_optimizer(context.model, config.optimizer)
     if task.previous is not None and task.previous.optimizer is not None:
         context.optimizer.load_state_dict(task.previous.optimizer)
@@ -292,7 +311,7 @@ def open_training(task: PhaseTask, context: Context) -> Training:
         context=context,
         method=task.method,
         dataset=task.dataset,
-        schedule=task.planned.schedule,
+        schedule=schedule,
         batch_size=config.schedule.batch_size,
         label_smoothing=config.schedule.label_smoothing,
         trainer=config.trainer,

@@ -140,8 +140,10 @@ class Saves:
         return time.thread_time() - started
 
     def _plan(self) -> None:
-        fixed = self._interval_s != "auto"
-        self._due_s = self._last_s + self._interval_s if fixed else next_save_s(self.costs, self._last_s)
+        if self._interval_s == "auto":
+            self._due_s = next_save_s(self.costs, self._last_s)
+        else:
+            self._due_s = self._last_s + self._interval_s
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

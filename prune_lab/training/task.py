@@ -12,6 +12,7 @@ from prune_lab.core.chain import PlannedPhase
 from prune_lab.core.method import Method, MethodConfig, build_method
 from prune_lab.core.phase import Phase
 from prune_lab.core.phase_result import PhaseResult
+from prune_lab.datasets.base import Sizes
 from prune_lab.foundations import distributed
 from prune_lab.foundations.checkpoint import CheckpointPair
 from prune_lab.training.loop import Differentiate, Interrupted, differentiate
@@ -48,8 +49,8 @@ class PhaseTask:
         return self.planned.phase
 
     @property
-    def sizes(self) -> dict[str, int]:
-        """What the data set decides about the network: `num_classes` and `image_size` in pixels."""
+    def sizes(self) -> Sizes:
+        """What the data set decides about the network."""
         return self.dataset.info.sizes
 
     @cached_property

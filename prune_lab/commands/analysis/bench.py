@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab import datasets
-from prune_lab.accounting.eligibility import layer_kind
 from prune_lab.commands.analysis.runs import FinishedRun, data_options
 from prune_lab.config.trainer import TrainerConfig
 from prune_lab.datasets import BatchFormat, Dataset
@@ -112,7 +111,7 @@ def statistics(model: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
-def norm_layers(model: nn.Module) -> list[nn.Module]:
+def norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     """Return the batch-norm layers that evaluate with running statistics."""
     kind = nn.modules.batchnorm._BatchNorm
     return [module for module in model.modules() if isinstance(module, kind) and module.running_mean is not None]
@@ -158,6 +157,6 @@ def zeros(model: nn.Module) -> float:
 def _weights(model: nn.Module) -> Iterator[Tensor]:
     seen: set[int] = set()
     for module in model.modules():
-        if layer_kind(module) and id(module.weight) not in seen:
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module.weight) not in seen:
             seen.add(id(module.weight))
             yield module.weight.detach()

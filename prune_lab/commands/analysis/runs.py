@@ -109,9 +109,10 @@ def data_options(a: FinishedRun, b: FinishedRun, root: str | None) -> CommonConf
         ConfigError: the runs name different places and `root` is None, or the data set has no place on disk.
     """
     if root is not None:
-        if not hasattr(a.dataset, "root"):
-            raise ConfigError(f"--data: the data set {a.dataset.name} is not read from a folder")
-        return replace(a.dataset, root=root)
+        options: Any = a.dataset
+        if not hasattr(options, "root"):
+            raise ConfigError(f"--data: the data set {options.name} is not read from a folder")
+        return replace(options, root=root)
     one, other = (getattr(run.dataset, "root", None) for run in (a, b))
     if one != other:
         raise ConfigError(

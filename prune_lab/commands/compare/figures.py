@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 from prune_lab.commands.compare import styles
 from prune_lab.commands.compare.front import front_lines
@@ -193,7 +194,7 @@ def _accuracy_point(
 
 
 def _merge(series: Sequence[Series]) -> Series:
-    parts = {
+    parts: dict[str, Any] = {
         field: tuple(value for one in series for value in getattr(one, field))
         for field in ("x", "y", "x_std", "y_std", "n", "notes")
     }

@@ -145,7 +145,8 @@ def _methods_of_controls(groups: dict[str, list[RunResult]]) -> dict[str, str]:
 
 def _labels(run: RunResult) -> tuple[str, str, str, str]:
     keys = ("config/method", "config/model", "config/dataset", "config/schedule")
-    return tuple(str(run.summary.get(key, "?")) for key in keys)
+    method, model, dataset, schedule = (str(run.summary.get(key, "?")) for key in keys)
+    return method, model, dataset, schedule
 
 
 def _look(run: RunResult) -> tuple:

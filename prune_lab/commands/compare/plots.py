@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,10 +16,14 @@ from prune_lab.commands.compare.figures import Figure, Figures, Series, View
 from prune_lab.commands.compare.styles import LIGHT
 from prune_lab.foundations.schema import ConfigError
 
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
+
 _MARKERS = ("o", "s", "D", "^", "X", "*", "v")
 """as styles.SYMBOLS"""
 _LINES = ("-", "--", ":", "-.")
 """as styles.DASHES"""
+_SETTINGS: dict[RcKeyType, Any]
 _SETTINGS = {"svg.hashsalt": "prune-lab", "svg.fonttype": "none", "font.size": 9, "axes.grid": True,
              "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.spines.top": False,
              "axes.spines.right": False, "text.parse_math": False}  # fmt: skip
@@ -108,5 +112,5 @@ def _scale(axes: Any, view: View) -> None:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.xaxis.set_minor_formatter(NullFormatter())
-    if max(value for series in view.series for value in series.x) >= 1000:
+    if max(float(value) for series in view.series for value in series.x) >= 1000:
         axes.xaxis.set_major_formatter(EngFormatter(sep=" "))

@@ -190,7 +190,9 @@ def _latency(record: dict[str, Any]) -> dict[str, float]:
 
 def without_copies(runs: Iterable[RunResult]) -> tuple[list[RunResult], list[str]]:
     """Return the runs, each finished one once however often its directory was copied, and a note on every copy."""
-    kept, first, notes = [], {}, []
+    kept: list[RunResult] = []
+    first: dict[str, Path] = {}
+    notes: list[str] = []
     for run in runs:
         key = run.summary.get("run/id")
         if key is not None and key in first:

@@ -8,8 +8,10 @@ import wandb_workspaces.reports.v2 as wr
 import wandb_workspaces.workspaces as ws
 
 if TYPE_CHECKING:
-    from wandb_workspaces.reports.v2.interface import Panel
     from wandb_workspaces.workspaces import RunsetSettings, Section, WorkspaceSettings
+
+    Panel = (wr.LinePlot | wr.ScatterPlot | wr.BarPlot | wr.ParallelCoordinatesPlot | wr.RunComparer
+             | wr.WeavePanelSummaryTable)  # fmt: skip
 
 TOP1, TEST = "final/top1", "test/top1"
 _TITLES = {TOP1: "top-1 on the evaluation images (%)", TEST: "top-1 on the test images (%)"}
@@ -43,7 +45,7 @@ def sections() -> list[Section]:
         for number, panel in enumerate(panels):
             panel._id = f"prunelab{index}{number}"  # random otherwise, so that every call would write other panels
         layout = ws.SectionLayoutSettings(columns=3, rows=(len(panels) + 2) // 3)
-        found.append(ws.Section(name=name, panels=panels, is_open=index < 2, layout_settings=layout))
+        found.append(ws.Section(name=name, panels=[*panels], is_open=index < 2, layout_settings=layout))
     return found
 
 
@@ -123,7 +125,7 @@ def _lines(keys: list[str], title: str, *, x: str = "global_step", metric_regex:
     return wr.LinePlot(
         title=title,
         x=x,
-        y=keys,
+        y=[*keys],
         metric_regex=metric_regex,
         title_x=_AXES[x],
         groupby="Group",

@@ -40,7 +40,11 @@ def refusal(model: nn.Module) -> str | None:
 def _for_export(model: nn.Module) -> nn.Module:
     """Return `model` with every module that has a form for graphs (method `for_export`) in that form."""
     paths = [path for path, module in model.named_modules() if hasattr(module, "for_export")]
-    return replaced(model, paths, lambda module: module.for_export()) if paths else model
+    return replaced(model, paths, _form_for_export) if paths else model
+
+
+def _form_for_export(module: Any) -> nn.Module:
+    return module.for_export()
 
 
 def trace(model: nn.Module, image_size: int) -> ExportedProgram:

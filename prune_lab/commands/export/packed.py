@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prune_lab import models
-from prune_lab.accounting.eligibility import has_groups, layer_kind
+from prune_lab.accounting.eligibility import has_groups
 from prune_lab.commands.export.formats import NotExportable
 from prune_lab.commands.export.sparse import zeros
 from prune_lab.foundations import tied
@@ -41,9 +41,9 @@ def check(model: nn.Module) -> None:
         raise NotExportable("the network is not 2:4: no layer has a multiple of four input channels")
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
     for path, module in model.named_modules():
-        if layer_kind(module) and has_groups(tuple(module.weight.shape)):
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and has_groups(tuple(module.weight.shape)):
             yield path, module
 
 

@@ -6,6 +6,7 @@ import copy
 import statistics
 import warnings
 from collections.abc import Callable, Collection
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +65,9 @@ class CsrLayer(nn.Module):
 
 def can_be_csr(module: nn.Module) -> bool:
     """Return whether `module` is a kind that `CsrLayer` computes, with zeros enough to try."""
-    is_conv = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
-    return (type(module) is nn.Linear or is_conv) and zeros(module.weight) >= WORTH_TRYING
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros" and zeros(module.weight) >= WORTH_TRYING
+    return type(module) is nn.Linear and zeros(module.weight) >= WORTH_TRYING
 
 
 def zeros(weight: Tensor) -> float:
@@ -78,8 +80,8 @@ def with_csr(model: nn.Module, layers: Collection[str]) -> nn.Module:
     return replaced(model, layers, CsrLayer)
 
 
-def replaced(model: nn.Module, layers: Collection[str], make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Return a copy of `model` with `make(layer)` in place of each of `layers` (paths)."""
+def replaced(model: nn.Module, layers: Collection[str], make: Callable[[Any], nn.Module]) -> nn.Module:
+    """Return a copy of `model` with `make(layer)` in place of each of `layers` (paths of what `make` takes)."""
     model = copy.deepcopy(model)
     for path in layers:
         parent, _, name = path.rpartition(".")
@@ -92,8 +94,8 @@ def faster_layers(
     images: Tensor,
     *,
     can_be: Callable[[nn.Module], bool] = can_be_csr,
-    make: Callable[[nn.Module], nn.Module] = CsrLayer,
-    finished: Callable[[Callable], Callable] = lambda call: call,
+    make: Callable[[Any], nn.Module] = CsrLayer,
+    finished: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda call: call,
 ) -> list[str]:
     """Return the paths of the layers that are clearly faster in another form, on the inputs that `images` cause.
 

@@ -95,6 +95,7 @@ def _kernels(model: nn.Module, images: Tensor, setting: Setting) -> tuple[list[s
 def _calls(
     networks: Mapping[str, Timed], engines: Sequence[Runtime], images: Tensor, threads: int
 ) -> dict[tuple[str, str], Callable[[Tensor], Tensor]]:
+    calls: dict[tuple[str, str], Callable[[Tensor], Tensor]]
     calls = {(PYTORCH, label): network.model for label, network in networks.items()}
     for engine in engines:
         for label, network in networks.items():

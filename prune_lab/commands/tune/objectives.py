@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from prune_lab.foundations.schema import ConfigError, suggestion
+
+Direction = Literal["minimize", "maximize"]
 
 SHORT = {"top1": "final/top1", "test": "test/top1", "delta": "delta/top1", "macs": "macs/inference_ratio",
          "train": "macs/train_ratio", "params": "params/kept"}  # fmt: skip
@@ -23,7 +26,7 @@ class Objective:
     """in summary.json"""
 
     @property
-    def direction(self) -> str:
+    def direction(self) -> Direction:
         """In Optuna's word."""
         return "maximize" if self.key in _LARGER else "minimize"
 

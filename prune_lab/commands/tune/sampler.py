@@ -31,7 +31,7 @@ class UntriedSampler(optuna.samplers.BaseSampler):
         self._tpe = optuna.samplers.TPESampler(seed=int(digest(["trial", number])[:8], 16))
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._space.searched
+        return {**self._space.searched}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from hydra.core.override_parser.types import ChoiceSweep, Override
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from prune_lab.foundations.schema import ConfigError
+
+Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 
 _PLACES = {"output_dir", "logger", "dataset.root", "dataset.cache_dir", "dataset.download", "dataset.workers",
            "dataset.check_counts", "trainer.device", "trainer.threads", "trainer.checkpoint_interval_s"}  # fmt: skip
@@ -29,7 +31,7 @@ class Space:
     """as typed"""
     keys: list[str]
     """name of the option in each line, a leading + included"""
-    searched: dict[str, BaseDistribution]
+    searched: dict[str, Distribution]
     """by name of the option"""
 
     def command(self, parameters: Mapping[str, Any]) -> list[str]:
@@ -92,13 +94,13 @@ def text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _ends(distribution: BaseDistribution) -> list[Any]:
+def _ends(distribution: Distribution) -> list[Any]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     return [distribution.low, distribution.high]
 
 
-def _count(distribution: BaseDistribution) -> float:
+def _count(distribution: Distribution) -> float:
     """Return how many values there are; infinite for an interval of real numbers."""
     if isinstance(distribution, CategoricalDistribution):
         return len(distribution.choices)
@@ -109,20 +111,20 @@ def _count(distribution: BaseDistribution) -> float:
     return round((distribution.high - distribution.low) / distribution.step) + 1
 
 
-def _values(distribution: BaseDistribution) -> list[Any]:
+def _values(distribution: Distribution) -> list[Any]:
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
-    return [distribution.low + index * (distribution.step or 0) for index in range(_count(distribution))]
+    return [distribution.low + index * (distribution.step or 0) for index in range(int(_count(distribution)))]
 
 
-def _distribution(override: Override) -> BaseDistribution:
+def _distribution(override: Override) -> Distribution:
     line, value = override.input_line, override.value()
-    tags = getattr(value, "tags", set())
+    tags: set[str] = getattr(value, "tags", set())
     if tags - {"log"} or (tags and not override.is_interval_sweep()):
         raise ConfigError(f"{line}: the only tag is log, for an interval: tag(log,interval(1e-4,1e-1))")
     if getattr(value, "shuffle", False):
         raise ConfigError(f"{line}: shuffle means nothing in a search; leave it out")
-    if override.is_interval_sweep():
+    if isinstance(value, IntervalSweep):
         return _numbers(line, value.start, value.end, log=bool(tags))
     if override.is_range_sweep():
         return _steps(line, value)
@@ -134,7 +136,7 @@ def _distribution(override: Override) -> BaseDistribution:
     return CategoricalDistribution(texts)
 
 
-def _numbers(line: str, low: float, high: float, *, log: bool) -> BaseDistribution:
+def _numbers(line: str, low: float, high: float, *, log: bool) -> Distribution:
     if low > high:
         raise ConfigError(f"{line}: the interval ends before it starts")
     if log and low <= 0:
@@ -144,7 +146,7 @@ def _numbers(line: str, low: float, high: float, *, log: bool) -> BaseDistributi
     return FloatDistribution(float(low), float(high), log=log)
 
 
-def _steps(line: str, value: Any) -> BaseDistribution:
+def _steps(line: str, value: Any) -> Distribution:
     """Return start, start + step, ... below stop; Optuna's upper end belongs to the range, Hydra's does not."""
     count = len(list(value.range()))
     if not count:

@@ -8,12 +8,12 @@ from typing import Any
 
 import optuna
 from optuna import Study, Trial
-from optuna.distributions import BaseDistribution
 from optuna.pruners import BasePruner
 from optuna.trial import FrozenTrial
 
+from prune_lab.commands.tune.objectives import Direction
 from prune_lab.commands.tune.sampler import UntriedSampler, untried
-from prune_lab.commands.tune.space import Space
+from prune_lab.commands.tune.space import Distribution, Space
 from prune_lab.foundations.schema import ConfigError
 
 _OWNER = "prune-lab"
@@ -27,7 +27,7 @@ _STARTUP_TRIALS = 5
 
 
 def open_study(
-    path: Path, *, options: Sequence[str], objectives: Sequence[str], directions: Sequence[str], prune: bool
+    path: Path, *, options: Sequence[str], objectives: Sequence[str], directions: Sequence[Direction], prune: bool
 ) -> Study:
     """Return the study in the file `path`, which is begun if it is not there.
 
@@ -77,9 +77,9 @@ def _claim(study: Study, owner: dict[str, list[str]]) -> None:
         before, now = (",".join(entry["objectives"]) or "others" for entry in (there, owner))
         raise ConfigError(f"--study {study.study_name} has the objectives {before}, not {now}; give another --study")
     if there["options"] != owner["options"]:
-        before, now = set(there["options"]), set(owner["options"])
-        raise ConfigError(f"--study {study.study_name} was begun with {_only(before, now)}, this command has "
-                          f"{_only(now, before)}; give another --study")  # fmt: skip
+        old, new = set(there["options"]), set(owner["options"])
+        raise ConfigError(f"--study {study.study_name} was begun with {_only(old, new)}, this command has "
+                          f"{_only(new, old)}; give another --study")  # fmt: skip
 
 
 def _only(some: set[str], others: set[str]) -> str:
@@ -123,7 +123,7 @@ def next_trial(study: Study, space: Space, *, num_trials: int) -> Trial | None:
     return trial
 
 
-def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+def _suggest(trial: Trial, name: str, distribution: Distribution) -> None:
     """Choose a parameter; one that was chosen by an earlier call stays."""
     if isinstance(distribution, optuna.distributions.CategoricalDistribution):
         trial.suggest_categorical(name, distribution.choices)

@@ -131,7 +131,8 @@ def _judge_new(conf_dir: Path, typed: Sequence[str], options: Namespace) -> int:
             print(f"  {entry.label}: {entry.directory.name}{' (done)' if _result(entry).summary else ''}")
         return 0
     check_data(planned)
-    code, tally = 0, Counter()
+    tally: Counter[str] = Counter()
+    code = 0
     for number, entry in enumerate(planned, start=1):
         print(f"\nrun {number} of {len(planned)}: {entry.label}", flush=True)
         result = _run(entry.config, tally)
