@@ -8,12 +8,18 @@ datasets, models, config, foundations.
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from prune_lab.foundations.version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["__version__", "load"]
 
 
-def load(run_dir):
+def load(run_dir: str | Path) -> nn.Module:
     """Return the finished network of a run as a plain module in eval mode, on the CPU.
 
     Args:

@@ -94,7 +94,7 @@ def sparse_macs(costs: Sequence[LayerCost], kept: Mapping[str, int]) -> int:
 
 def masked_macs(costs: Sequence[LayerCost], kept: DeviceCounts) -> int | Tensor:
     """Return `sparse_macs` of kept weights that may still be on the device; a tensor if some are."""
-    positions = Counter()
+    positions: Counter[str] = Counter()
     for cost in costs:
         positions[cost.parameter] += cost.positions
     return sparse_macs(costs, dict.fromkeys(kept.names, 0)) + kept.weighted_sum(positions)

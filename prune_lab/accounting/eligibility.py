@@ -87,7 +87,7 @@ def select_layers(
         if path in seen:
             continue
         seen.add(path)
-        kind, shape = layer_kind(module), tuple(weight.shape)
+        kind, shape = layer_kind(module) or "", tuple(weight.shape)
         reason = _reason(name, kind, include=include, exclude=exclude, first=dense_first and index == 0)
         if id(weight) not in path_of:
             reason = NO_PARAMETER

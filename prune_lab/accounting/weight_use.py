@@ -148,9 +148,10 @@ class _Watch(TorchDispatchMode):
         self._called[path] = None
         if self._num_products == before and isinstance(output, Tensor):  # an operator of another library
             self._list([path])
-            self._add(path, tuple(module.weight.shape), output.numel() * module.weight[0].numel())
+            weight = module.get_parameter("weight")
+            self._add(path, tuple(weight.shape), output.numel() * weight[0].numel())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -174,7 +175,7 @@ class _Watch(TorchDispatchMode):
             self._alive.append(tensor)
             self._origins[_storage(tensor)] = origin
 
-    def _product(self, func: Any, args: tuple, output: Tensor, *, of_image: bool) -> bool:
+    def _product(self, func: Any, args: tuple[Any, ...], output: Tensor, *, of_image: bool) -> bool:
         """Count a convolution, or a matrix product in which an operand is a weight; return whether it is one."""
         for at in _OPERANDS[func]:
             weight = args[at]
@@ -196,7 +197,7 @@ class _Watch(TorchDispatchMode):
 
     def _add_own(self, path: str, weight: Tensor, macs: int) -> None:
         """Add the MACs of a parameter, or of a part of it."""
-        parts, part = self._parts.setdefault(path, {}), (weight.storage_offset(), _num_values(weight))
+        parts, part = self._parts.setdefault(path, {}), (int(weight.storage_offset()), _num_values(weight))
         parts[part] = parts.get(part, 0) + macs // part[1]
         self._add(path, tuple(self._parameters[path].shape), macs)
 
@@ -224,7 +225,8 @@ class _Watch(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def _num_values(weight: Tensor) -> int:
@@ -232,13 +234,15 @@ def _num_values(weight: Tensor) -> int:
     return math.prod(size for size, stride in zip(weight.shape, weight.stride(), strict=True) if stride)
 
 
-def _operator_macs(func: Any, args: tuple, output: Tensor) -> int:
+def _operator_macs(func: Any, args: tuple[Any, ...], output: Tensor) -> int:
     """Return the multiply-accumulates of a convolution or matrix product."""
+    second: Tensor = args[1]
     if func is aten._trilinear.default:  # of nn.Bilinear: each weight once for every output of its kind
-        return output.numel() * args[1][0].numel()
+        return output.numel() * second[0].numel()
     if func is aten.addbmm.default:  # adds up over the batch
-        return output.numel() * args[1].shape[0] * args[1].shape[-1]
+        return output.numel() * second.shape[0] * second.shape[-1]
     if func is not aten.convolution.default:
-        return output.numel() * args[min(_OPERANDS[func])].shape[-1]
-    transposed = args[6]
-    return (args[0] if transposed else output).numel() * args[1][0].numel()
+        left: Tensor = args[min(_OPERANDS[func])]
+        return output.numel() * left.shape[-1]
+    image: Tensor = args[0] if args[6] else output  # of a transposed convolution the input
+    return image.numel() * second[0].numel()

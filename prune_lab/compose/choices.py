@@ -31,7 +31,8 @@ def choices(conf_dir: Path, group: str) -> list[str]:
 
 def own_options(path: Path) -> dict[str, Any]:
     """Return what a file says itself, its defaults list among it."""
-    return OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # reads 1e-8 as a number, YAML 1.1 does not
+    node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # 1e-8 is a number here, not in YAML 1.1
+    return node
 
 
 def options_of(path: Path) -> dict[str, Any]:

@@ -69,4 +69,5 @@ def as_mapping(config: RunConfig) -> dict[str, Any]:
     for key in ("overrides", "matched"):
         del options[key]
     target = options.pop("method_target")
-    return without_home(options | {"method": {"_target_": target} | options["method"]})
+    mapping: dict[str, Any] = without_home(options | {"method": {"_target_": target} | options["method"]})
+    return mapping

@@ -53,4 +53,5 @@ class ScheduleConfig:
 
     def phase(self, name: str) -> PhaseSchedule:
         """Return the block `name` with the multiplier applied."""
-        return getattr(self, name).stretched(self.multiplier)
+        block: PhaseSchedule = getattr(self, name)
+        return block.stretched(self.multiplier)

@@ -40,12 +40,14 @@ class PlannedPhase:
     @property
     def length(self) -> str:
         """The training's length in words, empty for a phase without one."""
-        if not self.trains:
+        if self.schedule is None or self.epochs == 0:
             return ""
         if self.epochs is not None:
             return f"{self.epochs:g} epochs" if self.epochs != 1 else "1 epoch"
-        begin, end = self.phase.begin, self.phase.end
-        return f"to {end.count}it" if end else f"from {begin.count}it to {self.schedule.epochs}ep"
+        if self.phase.end is not None:
+            return f"to {self.phase.end.count}it"
+        assert self.phase.begin is not None  # otherwise its length is a number of epochs
+        return f"from {self.phase.begin.count}it to {self.schedule.epochs}ep"
 
 
 class Results:

@@ -98,8 +98,8 @@ class Context(LayeredNetwork):
 
     def mask_figures(self) -> dict[str, float]:
         """Return what a record tells of the masks: sparsity, where there is one, and their history."""
-        sparsity = self.sparsity
-        figures = self.history.figures(self.masks.masks)
+        assert self.masks is not None and self.history is not None
+        sparsity, figures = self.sparsity, self.history.figures(self.masks.masks)
         return figures if sparsity is None else {"sparsity": sparsity} | figures
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
@@ -131,6 +131,7 @@ class Context(LayeredNetwork):
         Raises:
             RuntimeError: masks differ between processes.
         """
+        assert self.masks is not None
         self.masks.apply()
         self._macs = None
         if self.history is None:

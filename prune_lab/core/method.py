@@ -93,7 +93,8 @@ class Method:
 
         The run is named after these numbers, so that a typed one and the same one found here share their phases.
         """
-        return self.config
+        options: MethodConfig = self.config
+        return options
 
     def chain(self) -> tuple[Phase, ...]:
         """Return the phases of a run in order."""
@@ -211,7 +212,10 @@ class Method:
         return model
 
     def measure(
-        self, model: nn.Module, score: Callable[[nn.Module], dict[str, float]], batches: Callable[[], Iterable]
+        self,
+        model: nn.Module,
+        score: Callable[[nn.Module], dict[str, float]],
+        batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]],
     ) -> Measured | None:
         """Return what only the evaluation images tell of the finished network; None: its costs do not depend on them.
 

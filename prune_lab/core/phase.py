@@ -16,12 +16,14 @@ Action = Callable[[Any, "Context"], "dict[str, float] | None"]
 
 def prune(method: Any, context: Context) -> dict[str, float] | None:
     """Let the method prune the network (see Method.prune)."""
-    return method.prune(context)
+    figures: dict[str, float] | None = method.prune(context)
+    return figures
 
 
 def remove(method: Any, context: Context) -> dict[str, float] | None:
     """Let the method remove channels from the network (see Method.remove)."""
-    return method.remove(context)
+    figures: dict[str, float] | None = method.remove(context)
+    return figures
 
 
 @dataclass(frozen=True)

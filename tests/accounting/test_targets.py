@@ -46,7 +46,7 @@ def test_a_typed_target_replaces_the_default_one(name: str, typed: list[str], le
 
 def test_targets_of_a_recipe_count_as_chosen() -> None:
     recipe = compose("experiment=constrained_l0/wrn_28_10_cifar10_model_50")
-    assert list(recipe.method.asked()) == ["gated_sparsity"]
+    assert list(build_method(recipe).asked()) == ["gated_sparsity"]
     with pytest.raises(ConfigError, match=r"exactly one of method.macs_ratio.* got method.macs_ratio=0.5 and"):
         compose("method=l1_filter", "method.macs_ratio=0.5", "method.params_ratio=0.5")
 

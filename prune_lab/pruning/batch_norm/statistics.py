@@ -29,7 +29,9 @@ def measure_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     if not norms:
         return 0
     modes = {module: module.training for module in model.modules()}
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+    counted = [counter.clone() for counter in counters]
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -41,9 +43,10 @@ def measure_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
             model(images)
             num_images += len(images)
     finally:
-        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-            norm.num_batches_tracked.copy_(tracked)
+        for counter, count in zip(counters, counted, strict=True):
+            counter.copy_(count)
         for module, mode in modes.items():
             module.training = mode
     return num_images

@@ -121,4 +121,4 @@ def lane_values(channels: ChannelMap, lane: Lane, values: Mapping[str, Tensor]) 
 
 def absolute_scales(model: nn.Module, channels: ChannelMap) -> dict[str, Tensor]:
     """Return |scale| of the batch norms that channels pass: module path -> [channels]."""
-    return {path: model.get_submodule(path).weight.detach().abs() for path in channels.norms}
+    return {path: model.get_parameter(f"{path}.weight").detach().abs() for path in channels.norms}

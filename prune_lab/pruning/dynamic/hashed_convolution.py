@@ -136,6 +136,11 @@ def tile_spans(size: int, tile: int) -> Iterator[tuple[int, int, int]]:
         yield whole * tile, rest, 1
 
 
+def _pair(values: tuple[int, ...]) -> Pair:
+    height, width = values
+    return height, width
+
+
 class HashedConv2d(nn.Conv2d):
     """A convolution for inference that merges alike input channels tile by tile; the weights stay what they are."""
 
@@ -170,7 +175,7 @@ class HashedConv2d(nn.Conv2d):
         if tile < 1:
             raise ValueError(f"tile must be at least 1, got {tile}")
         self.zero_fraction, self.tile = zero_fraction, tile
-        self.geometry = Geometry(self.kernel_size, self.stride, self.dilation)
+        self.geometry = Geometry(_pair(self.kernel_size), _pair(self.stride), _pair(self.dilation))
         window = self.geometry.window((tile, tile))
         drawn = draw_hyperplanes(num_hyperplanes, window, zero_fraction=zero_fraction, seed=seed)
         self.register_buffer("hyperplanes", drawn.to(self.weight.device))
@@ -205,8 +210,9 @@ class HashedConv2d(nn.Conv2d):
 
     def redraw(self, seed: int) -> None:
         """Draw other hyperplanes."""
+        height, width = self.hyperplanes.shape[1:]
         drawn = draw_hyperplanes(
-            self.num_hyperplanes, self.hyperplanes.shape[1:], zero_fraction=self.zero_fraction, seed=seed
+            self.num_hyperplanes, (height, width), zero_fraction=self.zero_fraction, seed=seed
         )
         self.hyperplanes.copy_(drawn)
 
@@ -216,7 +222,7 @@ class HashedConv2d(nn.Conv2d):
     def operations(self) -> Operations:
         """Return what all images since the last new `tally` took."""
         return count_operations(
-            self.tally, channels=self.in_channels, outputs=self.out_channels, kernel=self.kernel_size,
+            self.tally, channels=self.in_channels, outputs=self.out_channels, kernel=_pair(self.kernel_size),
             num_hyperplanes=self.num_hyperplanes, zero_fraction=self.zero_fraction,
         )  # fmt: skip
 

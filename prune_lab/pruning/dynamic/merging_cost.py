@@ -115,7 +115,7 @@ def observe(
     """
     num_images = 0
 
-    def note(_network: nn.Module, inputs: tuple) -> None:
+    def note(_network: nn.Module, inputs: tuple[Any, ...]) -> None:
         nonlocal num_images
         num_images += len(inputs[0])
 

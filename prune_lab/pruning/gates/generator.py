@@ -77,7 +77,10 @@ class IndependentGates(nn.Module):
         return self.log_alpha.clone()
 
 
-def build(kind: Kind, sizes: Sequence[int], *, width: int | None, source: torch.Generator) -> nn.Module:
+Generator = GateGenerator | IndependentGates
+
+
+def build(kind: Kind, sizes: Sequence[int], *, width: int | None, source: torch.Generator) -> Generator:
     """Return what makes the gates of layers with `sizes` gates, on the CPU."""
     if kind == "independent":
         return IndependentGates(sizes, source=source)
@@ -87,7 +90,7 @@ def build(kind: Kind, sizes: Sequence[int], *, width: int | None, source: torch.
 class GateParameters:
     """a of all gates as the training sees them: a leaf for gradients, which are passed on to what makes them."""
 
-    def __init__(self, generator: nn.Module, lr: float) -> None:
+    def __init__(self, generator: Generator, lr: float) -> None:
         """Move `generator`'s parameters by Adam."""
         self.generator, self._lr = generator, lr
         device = next(generator.parameters()).device

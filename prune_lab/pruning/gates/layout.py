@@ -13,6 +13,7 @@ from prune_lab.accounting.costs import LayerCost, dense_macs
 from prune_lab.accounting.network import Network
 from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
+from prune_lab.pruning.batch_norm.kind import is_norm
 from prune_lab.pruning.channels.groups import ChannelGroup, channel_map, columns, groups_of
 from prune_lab.pruning.gates.channels import GatedChannels
 from prune_lab.pruning.gates.hard_concrete import Term
@@ -154,7 +155,8 @@ class FilterGates(WeightGates):
         ]
         self._statistics = [
             (index, buffer)
-            for index, norm in norms for buffer in (norm.running_mean, norm.running_var) if buffer is not None
+            for index, norm in norms if is_norm(norm)
+            for buffer in (norm.running_mean, norm.running_var) if buffer is not None
         ]
         self._saved: list[Tensor] = []
 
@@ -193,7 +195,8 @@ class FilterGates(WeightGates):
         return GatedChannels(network, self.channels)
 
     def save_statistics(self) -> None:
-        self._saved = torch._foreach_add([buffer for _, buffer in self._statistics], 0) if self._statistics else []
+        buffers = [buffer for _, buffer in self._statistics]
+        self._saved = list(torch._foreach_add(buffers, 0)) if buffers else []
 
     def restore_statistics(self, gates: Tensor) -> None:
         closed = [part.flatten() == 0 for part in self.parts(gates)]
@@ -203,7 +206,7 @@ class FilterGates(WeightGates):
 
 
 def _filter_group(model: nn.Module, group: ChannelGroup) -> GateGroup:
-    weight = model.get_submodule(group.producer).weight
+    weight = model.get_parameter(f"{group.producer}.weight")
     return GateGroup(group.producer, group.size, (group.size, *[1] * (weight.dim() - 1)), weight.numel())
 
 

@@ -64,7 +64,9 @@ class Draw:
     def __init__(self, log_alpha: Tensor, sizes: list[int], source: Callable[[int], torch.Generator]) -> None:
         """Draw from `log_alpha` [num_gates], which gradients reach; `source` returns the generator of the n-th pass."""
         self._log_alpha, self._sizes, self._source = log_alpha, sizes, source
-        self._passes, self._parts, self._given = 0, (), set()
+        self._passes = 0
+        self._parts: tuple[Tensor, ...] = ()
+        self._given: set[int] = set()
 
     def gates(self, index: int, num_images: int) -> Tensor:
         """Return z [num_images, gates] of norm `index`; a norm that asks again begins the next forward pass.
@@ -91,7 +93,7 @@ class GatedNorms:
         self.raw = {path: named[path].detach().clone() for path in self._paths}
         self._state: dict[str, Draw | None] = {"draw": None}
         norms = [network.model.get_submodule(path) for path in paths]
-        self._sizes = [len(norm.weight) for norm in norms]
+        self._sizes = [len(named[f"{path}.weight"]) for path in paths]
         self._handles = [
             norm.register_forward_hook(_multiply(self._state, index)) for index, norm in enumerate(norms)
         ]
@@ -112,7 +114,7 @@ class GatedNorms:
     def fold(self, gates: Tensor) -> None:
         """Write the raw scales and shifts times `gates` [num_gates] into the model."""
         products = torch._foreach_mul(list(self.raw.values()), [*gates.split(self._sizes)] * 2)
-        self._copy(self._values(), products)
+        self._copy(self._values(), list(products))
 
     def remove_hooks(self) -> None:
         for handle in self._handles:

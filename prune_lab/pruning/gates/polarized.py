@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 def gate(t: Tensor, eps: float) -> Tensor:
     """Return g = t^2 / (t^2 + eps), shaped like `t`: 0 at t = 0, below 1, and 1/2 at |t| = sqrt(eps)."""
     squared = (t / eps**0.5).square_()
-    return squared / (squared + 1)
+    value: Tensor = squared / (squared + 1)
+    return value
 
 
 def slope(t: Tensor, eps: float) -> Tensor:
     """Return dg/dt = 2 t eps / (t^2 + eps)^2, shaped like `t`: 0 at t = 0, so that a gate at 0 stays there."""
     scaled = t / eps**0.5
-    return 2 * scaled / (scaled.square() + 1).square_() / eps**0.5  # eps^2 would underflow
+    value: Tensor = 2 * scaled / (scaled.square() + 1).square_() / eps**0.5  # eps^2 would underflow
+    return value
 
 
 def proximal_step(t: Tensor, gradient: Tensor, price: Tensor, lr: float) -> Tensor:
@@ -45,7 +47,7 @@ def proximal_step(t: Tensor, gradient: Tensor, price: Tensor, lr: float) -> Tens
 
 def eps_at(step: int, *, start: float, end: float, num_steps: int) -> float:
     """Return the sharpness of the gates in step `step`: geometric from `start` to `end`, which step `num_steps` has."""
-    return start * (end / start) ** min(step / max(num_steps, 1), 1.0)
+    return float(start * (end / start) ** min(step / max(num_steps, 1), 1.0))
 
 
 def keep_best(t: Tensor, before: Tensor, lanes: Tensor) -> Tensor:

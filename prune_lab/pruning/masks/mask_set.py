@@ -55,9 +55,9 @@ class MaskSet:
 
     def masked_grads(self) -> dict[str, Tensor]:
         """Return copies of the gradients with zeros at pruned positions."""
-        named = {name: mask for name, mask in self.masks.items() if self._parameters[name].grad is not None}
-        grads = torch._foreach_mul([self._parameters[name].grad for name in named], list(named.values()))
-        return dict(zip(named, grads, strict=True))
+        found = {name: grad for name in self.masks if (grad := self._parameters[name].grad) is not None}
+        grads = torch._foreach_mul(list(found.values()), [self.masks[name] for name in found])
+        return dict(zip(found, grads, strict=True))
 
     def counts(self) -> dict[str, int]:
         """Return kept weights per parameter; the first time after `replace_all` the host waits for the device."""

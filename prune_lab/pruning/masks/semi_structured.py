@@ -24,7 +24,8 @@ KEPT = 2
 
 def to_groups(values: Tensor) -> Tensor:
     """Return [out, in, ...] as [out, in / 4, ..., 4], a view."""
-    return values.unflatten(1, (-1, GROUP)).movedim(2, -1)
+    groups: Tensor = values.unflatten(1, (-1, GROUP))
+    return groups.movedim(2, -1)
 
 
 def from_groups(groups: Tensor) -> Tensor:

@@ -80,8 +80,8 @@ def keep_top_global(
     pool = None if candidates is None else torch.cat([candidates[name].reshape(-1) for name in scores])
     kept = torch.zeros_like(flat, dtype=torch.bool)
     if least:
-        where = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
-        where = where if candidates is None else candidates
+        everywhere = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
+        where = everywhere if candidates is None else candidates
         sure = [keep_top(s, min(least, int(where[n].sum())), candidates=where[n]) for n, s in scores.items()]
         kept = torch.cat([mask.reshape(-1) for mask in sure])
         pool = ~kept if pool is None else pool & ~kept

@@ -33,7 +33,9 @@ def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, temperature
     return torch.nn.functional.cross_entropy(logits / temperature, labels, reduction="sum")
 
 
-def gradients(model: nn.Module, weights: Sequence[Tensor], data: Data, *, temperature: float = 1.0) -> Iterator[tuple]:
+def gradients(
+    model: nn.Module, weights: Sequence[Tensor], data: Data, *, temperature: float = 1.0
+) -> Iterator[tuple[Tensor, ...]]:
     """Yield per batch the gradients of the summed loss, a tensor like each of `weights`."""
     for images, labels in data:
         yield torch.autograd.grad(loss(model, images, labels, temperature=temperature), weights)

@@ -26,12 +26,12 @@ class PositiveLinear(TorchFunctionMode):
         self.replaced: Counter[str] = Counter()
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "").rstrip("_")
         if name not in ACTIVATIONS | GATES:
             return func(*args, **(kwargs or {}))
         self.replaced[_SHOWN.get(name, name)] += 1
-        values = args[0] if args else kwargs["input"]
+        values = args[0] if args else (kwargs or {})["input"]
         # Not relu: its backward needs its output, which networks may overwrite where these functions allow that.
         return torch.ones_like(values) if name in GATES else values.clamp(min=0)

@@ -68,7 +68,8 @@ class _Plain(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return type(self.inner).forward(self.inner, x)
+        output: Tensor = type(self.inner).forward(self.inner, x)
+        return output
 
 
 class _Block:
@@ -87,7 +88,8 @@ class _Block:
 
     def run(self, x: Tensor, *weights: Tensor) -> Tensor:
         # A clone, because a block may begin with a function that works in place.
-        return tied.call(self.plain, self.places, dict(zip(self.weights, weights, strict=True)), x.clone())
+        output: Tensor = tied.call(self.plain, self.places, dict(zip(self.weights, weights, strict=True)), x.clone())
+        return output
 
 
 def _leaves(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -104,7 +106,7 @@ class _Forward(torch.autograd.Function):
         return run(x, *weights)
 
     @staticmethod
-    def backward(context: Any, slope: Tensor) -> tuple:
+    def backward(context: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_Backward.apply(context.run, slope, *context.saved_tensors)
 
 
@@ -121,7 +123,7 @@ class _Backward(torch.autograd.Function):
         return torch.autograd.grad(output, leaves, slope)
 
     @staticmethod
-    def backward(context: Any, *slopes: Tensor) -> tuple:
+    def backward(context: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         leaves = _leaves(context.saved_tensors)
         with torch.enable_grad():
             first = torch.autograd.grad(context.run(*leaves[1:]), leaves[1:], leaves[0], create_graph=True)

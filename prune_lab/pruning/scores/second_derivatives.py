@@ -54,8 +54,10 @@ def hessian_gradient(
     with twice_differentiable(model), blocks(model, weights) if low_memory else contextlib.nullcontext():
         for images, labels in data():
             _add_product(model, weights, images, labels, direction, temperature=temperature)
-    products = [weight.grad / num_images for weight in weights]
+    products = []
     for weight in weights:
+        assert weight.grad is not None
+        products.append(weight.grad / num_images)
         weight.grad = None
     return products
 
@@ -90,9 +92,9 @@ def _add_product(
 
 def without_second_derivative(model: nn.Module, images: Tensor) -> str | None:
     """Return the name and type of the innermost module that cannot be differentiated twice, None if all can."""
-    calls: dict[str, tuple[nn.Module, tuple, dict]] = {}
+    calls: dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]] = {}
 
-    def note(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls[name] = module, args, kwargs
 
     named = list(model.named_modules())
@@ -110,7 +112,7 @@ def without_second_derivative(model: nn.Module, images: Tensor) -> str | None:
     return None
 
 
-def _differentiable_twice(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> bool:
+def _differentiable_twice(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     def leaf(value: Any) -> Any:
         return value.detach().requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
 
@@ -125,8 +127,8 @@ def _differentiable_twice(module: nn.Module, args: tuple, kwargs: dict[str, Any]
     squares = sum(value.square().sum() for value in outputs if value.requires_grad)
     if not torch.is_tensor(squares):
         return True
-    slopes = torch.autograd.grad(squares, inputs, create_graph=True, allow_unused=True)
-    slopes = [slope for slope in slopes if slope is not None and slope.requires_grad]
+    found = torch.autograd.grad(squares, inputs, create_graph=True, allow_unused=True)
+    slopes = [slope for slope in found if slope is not None and slope.requires_grad]
     try:
         torch.autograd.backward(slopes, [slope.detach() for slope in slopes])
     except RuntimeError:

@@ -214,7 +214,7 @@ def test_a_search_finds_the_best_and_shows_how_to_repeat_it(runs: Runs, capsys: 
     assert shown in lines and f"best: {shown}" in lines
     command = lines[lines.index(f"best: {shown}") + 1].strip()
     assert command == shlex.join(["prune-lab", *RIGL, f"method.alpha={best:.6g}"])
-    assert compose(*shlex.split(command)[1:]).method.config.alpha == best
+    assert compose(*shlex.split(command)[1:]).method.alpha == best
     assert lines[-1] == "importance for top1: method.alpha 1.00"
 
 
