@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from prune_lab import models
 from prune_lab.cli import command as cli
+from prune_lab.compose.choices import own_options
 from prune_lab.families import sparse_training
 from prune_lab.foundations.schema import ConfigError, Range, parse
 from prune_lab.pipeline import runner
@@ -87,6 +88,15 @@ def awkward(name: str) -> tuple[str, ...]:
     return (*nesterov, "trainer.ema_decay=0.8", "trainer.accumulate=2", "trainer.clip_norm=1")
 
 
+def yaml_lines(file: str) -> list[str]:
+    """Return the lines that set options in conf/method/FILE.yaml and in the files that it inherits from."""
+    path = CONF / "method" / f"{file}.yaml"
+    parents = [name for name in own_options(path).get("defaults", ()) if str(name).startswith("_") and name != "_self_"]
+    own = [line for line in path.read_text().splitlines() if re.match(r"\w", line)]
+    inherited = [line for name in parents for line in yaml_lines(name)]
+    return [line for line in own if not line.startswith(("defaults:", "_target_:"))] + inherited
+
+
 # Files and declarations
 
 
@@ -94,20 +104,22 @@ def awkward(name: str) -> tuple[str, ...]:
 def test_yaml_holds_exactly_the_options(name: str) -> None:
     node = yaml_node(name)
     assert node["name"] == name
-    assert list(node)[0] == "_target_"
     assert set(node) - {"_target_"} == option_names(name)
+    own = own_options(CONF / "method" / f"{name}.yaml")
+    assert [key for key in own if key != "defaults"][:2] == ["_target_", "name"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_key_of_the_yaml_has_a_comment(name: str) -> None:
-    text = (CONF / "method" / f"{name}.yaml").read_text()
-    for line in text[text.index("_target_:"):].splitlines():  # what comes before is Hydra's
-        assert re.match(r"_target_:|\w+: .*\S\s+# \S", line), line
+def test_every_option_of_the_yaml_has_a_comment(name: str) -> None:
+    lines = yaml_lines(name)
+    assert len(lines) >= len(option_names(name))
+    for line in lines:
+        assert re.match(r"\w+: .*\S\s+# \S", line), line
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_literal_values_are_listed_in_the_comment(name: str) -> None:
-    for line in (CONF / "method" / f"{name}.yaml").read_text().splitlines():
+    for line in yaml_lines(name):
         option, _, comment = line.partition(":")
         missing = [value for value in choices(name, option) if isinstance(value, str) and value not in comment]
         assert not missing, f"{line}: {missing}"

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
+from prune_lab.compose.choices import options_of
 from prune_lab.core.context import Context
 from prune_lab.foundations.schema import ConfigError, parse
 from prune_lab.foundations.seeding import generator
@@ -26,7 +26,7 @@ CONF = Path(__file__).parents[2] / "conf" / "method"
 
 def method(cls: type, **changes: Any) -> Any:
     """Return the method of conf/method with `changes`, short of its set-up."""
-    node = OmegaConf.to_container(OmegaConf.load(CONF / f"{cls.__name__.lower()}.yaml")) | changes
+    node = options_of(CONF / f"{cls.__name__.lower()}.yaml") | changes
     del node["_target_"]
     return cls(parse(cls.Config, node, "method"))
 

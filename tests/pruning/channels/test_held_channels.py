@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prune_lab.core.method import build_method
 from prune_lab.families.channel_pruning import Problem
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline.dry_run import dry_run
@@ -87,7 +88,7 @@ def test_nothing_to_remove_names_what_holds_the_channels(layers: list[nn.Module]
 
 def test_a_budget_out_of_reach_names_what_holds_the_channels() -> None:
     context = phase(network(), 4)
-    method = compose(*TINY, "method=l1_filter", "method.macs_ratio=0.2").method
+    method = build_method(compose(*TINY, "method=l1_filter", "method.macs_ratio=0.2"))
     with pytest.raises(ConfigError, match=r"is out of reach: .* \(removable: 18 of 36 .* GroupNorm \(3\): 8\)$"):
         Problem(method, context).counts(torch.zeros(18, dtype=torch.float64))
 
