@@ -40,7 +40,7 @@ from prune_lab.config.run import RunConfig
 from prune_lab.core.context import Context
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline.phase_plan import plan_costs
-from prune_lab.training import numerics
+from prune_lab.training.device_config import resolve_device_config
 
 SIZE = 64
 """px, for networks that take any size"""
@@ -124,8 +124,8 @@ def options(source: str, name: str, size: int, *method: str) -> RunConfig:
 
 def last_context(config: RunConfig) -> Context:
     """Return the run's last phase, set up without training."""
-    info, arithmetic = datasets.describe(config.dataset), numerics.resolve(config.trainer)
-    return plan_costs(config, config.model, info, arithmetic)[-1].context
+    info, device_config = datasets.describe(config.dataset), resolve_device_config(config.trainer)
+    return plan_costs(config, config.model, info, device_config)[-1].context
 
 
 def counted(source: str, name: str, size: int) -> Finding:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prune_lab.config.position import Position
+    from prune_lab.config.time import Time
     from prune_lab.core.context import Context
 
 Action = Callable[[Any, "Context"], "dict[str, float] | None"]
@@ -42,9 +42,9 @@ class Phase:
     """True: starts from the initial network, whatever comes before it in the chain"""
     origin: str | None = None
     """name of an earlier phase whose result is read besides that of the one before"""
-    begin: Position | None = None
+    begin: Time | None = None
     """training: where in the schedule it starts; None: at the start"""
-    end: Position | None = None
+    end: Time | None = None
     """training: where in the schedule it ends; None: at the end"""
     order: str | None = None
     """training: phases with the same word see their batches in the same order; None: its name"""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from prune_lab.core.context import Context
 
 
-def train_a_little(
+def short_finetune(
     context: Context,
     batches: Iterable[tuple[Tensor, Tensor]],
     masks: Mapping[str, Tensor],

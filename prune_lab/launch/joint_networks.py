@@ -13,26 +13,26 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from prune_lab.foundations import tied
-from prune_lab.training.loop import Training
-from prune_lab.training.numerics import Numerics
+from prune_lab.training.device_config import DeviceConfig
+from prune_lab.training.loop import TrainState
 
 
 @dataclass
 class Batch:
     """A micro-batch that a run has ready."""
 
-    training: Training
+    training: TrainState
     images: Tensor
     """[b, 3, H, W]"""
     labels: Tensor
     """int64 [b]"""
 
 
-def why_alone(training: Training) -> str | None:
+def reason_not_joint(training: TrainState) -> str | None:
     """Return why a network cannot be computed together with others; None: it can."""
-    numerics = training.numerics
-    if numerics.torch_device.type == "cpu" and numerics.precision != "fp32":
-        return f"on a CPU {numerics.precision} does not reach stacked convolutions; trainer.precision=fp32 does"
+    device_config = training.device_config
+    if device_config.torch_device.type == "cpu" and device_config.precision != "fp32":
+        return f"on a CPU {device_config.precision} does not reach stacked convolutions; trainer.precision=fp32 does"
     for module in training.context.model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return "its dropout would draw other numbers than in a run of its own"
@@ -41,11 +41,12 @@ def why_alone(training: Training) -> str | None:
     return None
 
 
-def kind(training: Training) -> Hashable:
+def kind(training: TrainState) -> Hashable:
     """Return what networks must have in common to be computed together: modules and options, shapes, number format."""
     model = training.context.model
     tensors = chain(model.named_parameters(), model.named_buffers())
-    return repr(model), tuple((name, tensor.shape, tensor.requires_grad) for name, tensor in tensors), training.numerics
+    shapes = tuple((name, tensor.shape, tensor.requires_grad) for name, tensor in tensors)
+    return repr(model), shapes, training.device_config
 
 
 class JointNetworks:
@@ -58,7 +59,7 @@ class JointNetworks:
     Source: torch.func.vmap over stacked parameters, as in PyTorch's tutorial on model ensembling.
     """
 
-    def __init__(self, trainings: Sequence[Training]) -> None:
+    def __init__(self, trainings: Sequence[TrainState]) -> None:
         self.trainings = tuple(trainings)
         models = [training.context.model for training in trainings]
         one = models[0]
@@ -71,10 +72,10 @@ class JointNetworks:
         self._buffers = [buffer for model in models for buffer in model.buffers()]
         self._parts = _parts(self._stacked.values(), len(models))
         self._buffer_parts = _parts(self._stacked_buffers.values(), len(models))
-        self._numerics = trainings[0].numerics
+        self._device_config = trainings[0].device_config
         # Of `one` only: a reference to this object would keep all networks until a full garbage collection.
-        forward = partial(_forward, one, tied.places(one), self._numerics)
-        self._together = self._numerics.compiled(vmap(forward, randomness="error"))
+        forward = partial(_forward, one, tied.places(one), self._device_config)
+        self._together = self._device_config.compiled(vmap(forward, randomness="error"))
 
     def differentiate(self, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
         """Do for the batch of every network what `loop.differentiate` does; return what it returns, in order.
@@ -122,12 +123,12 @@ class JointNetworks:
 def _forward(
     one: nn.Module,
     places: dict[str, str],
-    numerics: Numerics,
+    device_config: DeviceConfig,
     parameters: dict[str, Tensor],
     buffers: dict[str, Tensor],
     images: Tensor,
 ) -> Tensor:
-    with numerics.autocast():  # inside of `vmap`, as torch.func asks for
+    with device_config.autocast():  # inside of `vmap`, as torch.func asks for
         return tied.call(one, places, parameters | buffers, images)
 
 

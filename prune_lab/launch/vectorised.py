@@ -22,7 +22,7 @@ from prune_lab.config.run import RunConfig
 from prune_lab.datasets import BatchFormat, CommonConfig
 from prune_lab.datasets.base import InMemoryConfig
 from prune_lab.foundations.signals import StopFlag, stop_flag
-from prune_lab.launch.joint_networks import Batch, JointNetworks, kind, why_alone
+from prune_lab.launch.joint_networks import Batch, JointNetworks, kind, reason_not_joint
 from prune_lab.launch.outcome import Outcome, Twice, log_path
 from prune_lab.launch.run_one import run_one
 from prune_lab.launch.slots import gpus, slot
@@ -32,7 +32,7 @@ from prune_lab.training.loop import differentiate
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from prune_lab.training.loop import Training
+    from prune_lab.training.loop import TrainState
 
 _WAIT_S = 0.5
 """seconds between looks at what other processes hold"""
@@ -46,46 +46,46 @@ def run_together(configs: Sequence[RunConfig], at_once: int, folder: Path) -> li
     """
     # A GPU is shared with nobody; without one the runs are those of one process with all its threads.
     with stop_flag() as stop, slot(stop) if gpus() else contextlib.nullcontext(True):
-        company = _Company(stop)
-        waiting = deque(_Member(number, config, company, folder) for number, config in enumerate(configs))
-        active: list[_Member] = []
+        workers = _WorkerGroup(stop)
+        waiting = deque(_Coroutine(number, config, workers, folder) for number, config in enumerate(configs))
+        active: list[_Coroutine] = []
         outcomes: list[Outcome] = []
         while active or (waiting and not stop()):
             try:
                 while waiting and len(active) < at_once and not stop():
                     active.append(waiting.popleft())
                     active[-1].resume()
-                company.advance(active)
+                workers.advance(active)
             except KeyboardInterrupt as error:  # a second Ctrl-C: each run notes that it was interrupted
-                for member in active:
-                    member.end(error)
+                for worker in active:
+                    worker.end(error)
                 raise
-            outcomes += [member.outcome() for member in active if member.is_over]
-            active = [member for member in active if not member.is_over]
-        outcomes += [Outcome(member.number, stop.exit_code, "not started") for member in waiting]
-        company.end()
+            outcomes += [worker.outcome() for worker in active if worker.is_over]
+            active = [worker for worker in active if not worker.is_over]
+        outcomes += [Outcome(worker.number, stop.exit_code, "not started") for worker in waiting]
+        workers.end()
     return sorted(outcomes, key=lambda outcome: outcome.number)
 
 
 @dataclass
-class _Turn:
+class _Computed:
     """What a run says that has computed a batch by itself."""
 
-    training: Training
+    training: TrainState
 
 
-class _Member:
+class _Coroutine:
     """A run as a coroutine: goes on when it is resumed, until it hands over or ends."""
 
-    def __init__(self, number: int, config: RunConfig, company: _Company, folder: Path) -> None:
+    def __init__(self, number: int, config: RunConfig, workers: _WorkerGroup, folder: Path) -> None:
         self.number = number
-        self.said: Batch | _Turn | None = None
+        self.yielded: Batch | _Computed | None = None
         """a batch to be computed; or that it goes on at the next step; None: it waits for another run"""
         self._tally: Counter[str] = Counter()
         self._errors = io.StringIO()
         self._path = log_path(folder, number)
         self._log: TextIO | None = None
-        self._coroutine = greenlet(lambda: run_one(config, self._tally, company))
+        self._coroutine = greenlet(lambda: run_one(config, self._tally, workers))
         self._code = 0
         """exit code of a run that is over"""
 
@@ -95,7 +95,7 @@ class _Member:
 
     @property
     def is_waiting(self) -> bool:
-        return self.said is None and not self.is_over
+        return self.yielded is None and not self.is_over
 
     def resume(self, answer: tuple[Tensor, Tensor] | None = None) -> None:
         """Let the run go on; without an answer it computes its batch by itself."""
@@ -111,10 +111,10 @@ class _Member:
         if self._log is None:  # open until the run ends: its console keeps the stream it finds at first
             self._log = open(self._path, "a", encoding="utf-8", buffering=1)
         with contextlib.redirect_stdout(self._log), contextlib.redirect_stderr(Twice(self._log, self._errors)):
-            said = switch()
-        self.said = None if self.is_over else said
+            yielded = switch()
+        self.yielded = None if self.is_over else yielded
         if self.is_over:
-            self._code = said
+            self._code = yielded
             self._log.close()
 
     def outcome(self) -> Outcome:
@@ -125,8 +125,8 @@ class _Member:
         return Outcome(self.number, self._code, error, self._tally["trained"], self._tally["reused"])
 
 
-class _Company(Executor):
-    """The runs that share this process: one copy of a data set in memory, one handler of signals, joint arithmetic."""
+class _WorkerGroup(Executor):
+    """The runs that share this process: one copy of a data set in memory, one handler of signals, joint gradients."""
 
     vectorised = True
 
@@ -157,74 +157,74 @@ class _Company(Executor):
         return contextlib.nullcontext(self._shown)
 
     def pause(self) -> None:
-        _hand_over(None, torch.device("cpu"))
+        _yield(None, torch.device("cpu"))
 
-    def differentiate(self, training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def differentiate(self, training: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Hand the batch over, or compute it here, before other runs have drawn from the random generators."""
-        device, own = training.numerics.torch_device, self._kind(training)
+        device, own = training.device_config.torch_device, self._kind(training)
         if own.reason is None:
-            answer = _hand_over(Batch(training, images, labels), device)
+            answer = _yield(Batch(training, images, labels), device)
             return differentiate(training, images, labels) if answer is None else answer
         answer = differentiate(training, images, labels)
-        _hand_over(_Turn(training), device)
+        _yield(_Computed(training), device)
         return answer
 
-    def _kind(self, training: Training) -> _Kind:
+    def _kind(self, training: TrainState) -> _Kind:
         """Return how the training's networks are computed, decided anew in every epoch: methods may change them."""
         number, epoch = id(training), training.progress.epoch
         known = self._kinds.get(number)
         if known is None or known.training is not training or known.epoch != epoch:
-            reason = why_alone(training)
+            reason = reason_not_joint(training)
             reason = reason or (known.reason if known is not None and known.training is training else None)
             self._kinds[number] = _Kind(training, epoch, reason, kind(training))
             if reason and (known is None or known.reason != reason):
                 training.context.report(f"computed alone: {reason}")
         return self._kinds[number]
 
-    def advance(self, members: Sequence[_Member]) -> None:
+    def advance(self, members: Sequence[_Coroutine]) -> None:
         """Let every run go on, with its gradients; one that waits only when another run has got somewhere, or at times.
         """
         if self._stop() and not self._shown():
             print("stopping: the runs under way write a checkpoint, the others do not start", flush=True)
         self._shown.number = self._stop.number  # all see a signal at the same step, so that they go on in step
-        waiting = [member for member in members if member.is_waiting]
-        ready = [member for member in members if member.said is not None]
+        waiting = [worker for worker in members if worker.is_waiting]
+        ready = [worker for worker in members if worker.yielded is not None]
         got_somewhere = False
         networks: dict[tuple[int, ...], JointNetworks] = {}
         for group in self._groups(ready):
-            for member, answer in zip(group, self._answers(group, networks), strict=True):
-                before = _training(member)
-                member.resume(answer)
-                got_somewhere |= _training(member) is not before
+            for worker, answer in zip(group, self._answers(group, networks), strict=True):
+                before = _training(worker)
+                worker.resume(answer)
+                got_somewhere |= _training(worker) is not before
         self._networks = networks
         now = time.monotonic()
         if not ready:
             time.sleep(_WAIT_S)  # all wait for other processes
         if got_somewhere or not ready or now - self._looked_s > _WAIT_S:
             self._looked_s = now
-            for member in waiting:
-                member.resume()
-        alive = {id(_training(member)) for member in members}
+            for worker in waiting:
+                worker.resume()
+        alive = {id(_training(worker)) for worker in members}
         self._kinds = {number: known for number, known in self._kinds.items() if number in alive}
 
-    def _groups(self, ready: Sequence[_Member]) -> list[list[_Member]]:
+    def _groups(self, ready: Sequence[_Coroutine]) -> list[list[_Coroutine]]:
         """Return the members in groups that are computed together."""
-        groups: dict[Hashable, list[_Member]] = {}
-        for member in ready:
-            batch = member.said
-            key = (self._kind(batch.training).kind, batch.images.shape) if isinstance(batch, Batch) else member.number
-            groups.setdefault(key, []).append(member)
+        groups: dict[Hashable, list[_Coroutine]] = {}
+        for worker in ready:
+            batch = worker.yielded
+            key = (self._kind(batch.training).kind, batch.images.shape) if isinstance(batch, Batch) else worker.number
+            groups.setdefault(key, []).append(worker)
         return list(groups.values())
 
     def _answers(
-        self, group: Sequence[_Member], networks: dict[tuple[int, ...], JointNetworks]
+        self, group: Sequence[_Coroutine], networks: dict[tuple[int, ...], JointNetworks]
     ) -> Sequence[tuple[Tensor, Tensor] | None]:
         """Return loss and logits of each batch; None: the run is to compute it by itself.
 
         Args:
             networks: gets the stacked networks that were used: those of earlier groups are given up.
         """
-        batches = [member.said for member in group if isinstance(member.said, Batch)]
+        batches = [worker.yielded for worker in group if isinstance(worker.yielded, Batch)]
         if len(group) == 1:
             return [None]
         key = tuple(id(batch.training) for batch in batches)
@@ -247,22 +247,22 @@ class _Company(Executor):
 class _Kind:
     """How the networks of a training are computed."""
 
-    training: Training
+    training: TrainState
     epoch: int
     reason: str | None
     """why alone; None: with others of the same kind"""
     kind: Hashable
 
 
-def _training(member: _Member) -> Training | None:
-    return None if member.said is None else member.said.training
+def _training(worker: _Coroutine) -> TrainState | None:
+    return None if worker.yielded is None else worker.yielded.training
 
 
-def _hand_over(said: Batch | _Turn | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def _yield(yielded: Batch | _Computed | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Let other runs go on and return what this one is resumed with; its random numbers go on where they were."""
     state = torch.get_rng_state()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    answer = getcurrent().parent.switch(said)
+    answer = getcurrent().parent.switch(yielded)
     torch.set_rng_state(state)
     if on_device is not None:
         torch.cuda.set_rng_state(on_device, device)

@@ -42,7 +42,7 @@ class FpgmConfig(ChannelPruningConfig):
             )
 
 
-class Fpgm(ChannelPruning):
+class FPGM(ChannelPruning):
     Config = FpgmConfig
     card = Card(
         summary="train dense, remove the filters with the smallest sum of distances to all others of their layer, "

@@ -67,7 +67,7 @@ class GraSP(ImageScores):
         if config.reinit_linear:
             source = partial(context.generator, "linear weights")
             drawn = evaluation_mode.redrawn_linear(context.model, source)
-        with evaluation_mode.untouched(context.model, train_mode=config.bn_mode == "train"), drawn:
+        with evaluation_mode.preserve_state(context.model, train_mode=config.bn_mode == "train"), drawn:
             products = second_derivatives.hessian_gradient(
                 context.model,
                 list(weights.values()),

@@ -229,7 +229,7 @@ class Greedy(Method):
 
     def _prune_group(self, context: Context, group: ChannelGroup, want: int | None, macs: int) -> Tensor:
         """Choose and re-weight the channels of one group; return the kept ones, bool [size]."""
-        with evaluation_mode.untouched(context.model, train_mode=False), torch.no_grad():
+        with evaluation_mode.preserve_state(context.model, train_mode=False), torch.no_grad():
             context.model.requires_grad_(False)  # slopes are those of the multipliers: no graph of the layers before
             kept, weights = distributed.share(self._select(context, group, want, macs))
         mask = torch.zeros(group.size, dtype=torch.bool)
@@ -344,7 +344,7 @@ class Greedy(Method):
             return
         word = f"between {len(kept)}"
         source = DrawnImages(context, word, augment=True)
-        num_images = short_training.train_a_little(
+        num_images = short_training.short_finetune(
             context,
             source.stream("order", batch, fresh=True, count=1 if context.rehearsal else steps),
             weight_masks(context.model, groups, kept),

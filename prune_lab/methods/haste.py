@@ -49,7 +49,7 @@ class HasteConfig(MethodConfig):
     """MACs that one addition of hashing and merging counts as"""
 
 
-class Haste(Method):
+class HASTE(Method):
     Config = HasteConfig
     card = Card(
         summary="train dense, then merge alike input channels at run time by hashing, tile by tile (reconstruction)",

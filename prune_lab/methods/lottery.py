@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from prune_lab.accounting import eligibility
-from prune_lab.config.position import parse_position
+from prune_lab.config.time import parse_time
 from prune_lab.core.card import Card
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import TRAIN_DENSE, Phase, prune
@@ -75,7 +75,7 @@ class LotteryConfig(MethodConfig):
         if self.distribution == SEMI_STRUCTURED and self.arm == "random-global":
             raise ConfigError(f"{path}.arm=random-global draws over all layers, {path}.distribution=2:4 in each; use "
                               "random-layerwise")
-        place = parse_position(self.rewind_to, f"{path}.rewind_to")
+        place = parse_time(self.rewind_to, f"{path}.rewind_to")
         if place.count and self.arm not in _REWINDS:
             raise ConfigError(
                 f"{path}.rewind_to={self.rewind_to}: {path}.arm={self.arm} starts at the beginning of the training; "
@@ -117,7 +117,7 @@ class Lottery(Method):
 
     def check_run(self, config: RunConfig) -> None:
         """Refuse a place beyond the training or within its warm-up."""
-        place, train = parse_position(self.config.rewind_to, "method.rewind_to"), config.schedule.train
+        place, train = parse_time(self.config.rewind_to, "method.rewind_to"), config.schedule.train
         if place.unit == "ep" and place.count > train.epochs:
             raise ConfigError(
                 f"method.rewind_to={self.config.rewind_to} lies beyond schedule.train.epochs={train.epochs}"
@@ -146,7 +146,7 @@ class Lottery(Method):
         return self.config.arm.endswith("-OMP") or self.config.arm == "OMP-rewind"
 
     def _place(self) -> Any:
-        return parse_position(self.config.rewind_to, "method.rewind_to")
+        return parse_time(self.config.rewind_to, "method.rewind_to")
 
     def _anew(self, level: int) -> tuple[Phase, ...]:
         """Return what puts the network back; unpruned, it only loses the optimizer's state."""

@@ -43,7 +43,7 @@ class SNIP(ImageScores):
         weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
         tensors = list(weights.values())
         sums = [torch.zeros_like(weight) for weight in tensors]
-        with evaluation_mode.untouched(context.model, train_mode=config.bn_mode == "train"):
+        with evaluation_mode.preserve_state(context.model, train_mode=config.bn_mode == "train"):
             data = self.batches(context, augment=config.augment_scoring)
             for slopes in gradients.gradients(context.model, tensors, data):
                 one_batch = torch._foreach_abs(slopes) if config.combine == "sum_of_abs" else slopes

@@ -50,7 +50,7 @@ class SynFlow(InitialPruning):
         if self.config.dtype == "float64" and context.device.type == "mps":
             raise ConfigError("method.dtype=float64: MPS lacks it; use trainer.device=cpu or method.dtype=float32")
         if self.config.dtype == "float32" and context.rehearsal:  # found out before anything is written
-            with evaluation_mode.untouched(context.model, train_mode=False):
+            with evaluation_mode.preserve_state(context.model, train_mode=False):
                 self._check(synaptic_flow.flow(context.model, *self._scoring_form(context)), 1)
 
     def choose(self, context: Context) -> dict[str, Tensor]:
@@ -62,7 +62,7 @@ class SynFlow(InitialPruning):
         form, names, image = self._scoring_form(context)
         rounds, started = 1 if context.rehearsal else self.config.rounds, time.monotonic()
         kept: dict[str, Tensor] | None = None
-        with evaluation_mode.untouched(context.model, train_mode=False):
+        with evaluation_mode.preserve_state(context.model, train_mode=False):
             for index in range(1, rounds + 1):
                 context.poll()
                 flow = synaptic_flow.flow(context.model, form, names, image)

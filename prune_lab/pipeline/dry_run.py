@@ -25,8 +25,7 @@ from prune_lab.pipeline.settling import SettledRun, settle, settled
 from prune_lab.pipeline.validation import RandomImages, one_step, task_without_files
 from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.tracking.lines import quantity, summary_lines
-from prune_lab.training import numerics
-from prune_lab.training.numerics import Numerics
+from prune_lab.training.device_config import DeviceConfig, resolve_device_config
 from prune_lab.training.phases import build_model, dense_note, layer_costs, open_context
 
 
@@ -38,11 +37,11 @@ def dry_run(config: RunConfig) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("dry_run=true needs one process only: start it without torchrun")
-    arithmetic = numerics.resolve(config.trainer)
+    device_config = resolve_device_config(config.trainer)
     info, content = datasets.describe(config.dataset), datasets.content(config.dataset)
-    plan = settle(settled(config, info), info, arithmetic, fingerprint=None, content=content)
-    chain = _step_through(plan, info, arithmetic)
-    rows, summary = _count(plan, chain, info, arithmetic)
+    plan = settle(settled(config, info), info, device_config, fingerprint=None, content=content)
+    chain = _step_through(plan, info, device_config)
+    rows, summary = _count(plan, chain, info, device_config)
     plan.folder.directory.mkdir(parents=True, exist_ok=True)
     write_json(plan.folder.directory / "dry_run.json", summary | {"layers": rows})
     _show(plan.folder.directory, plan.planned, rows, summary)
@@ -71,14 +70,15 @@ class _Chain:
         self.spent = None if self.spent is None or macs is None else self.spent + macs
 
 
-def _step_through(plan: SettledRun, info: datasets.DatasetInfo, arithmetic: Numerics) -> _Chain:
+def _step_through(plan: SettledRun, info: datasets.DatasetInfo, device_config: DeviceConfig) -> _Chain:
     """Do the first step of every phase, each on what the one before left."""
-    dataset, done, found = RandomImages(info, arithmetic.torch_device), Results(e.phase for e in plan.planned), _Chain()
+    dataset = RandomImages(info, device_config.torch_device)
+    done, found = Results(entry.phase for entry in plan.planned), _Chain()
     method = build_method(plan.config)
     for entry in plan.planned:
         # Later phases would speak of weights that only a training gives.
         report = found.reported.append if entry is plan.planned[0] else lambda text: None
-        task = task_without_files(plan.config, plan.model_config, entry, dataset, arithmetic, done, report=report)
+        task = task_without_files(plan.config, plan.model_config, entry, dataset, device_config, done, report=report)
         with matching.naming_reference(plan.config):
             if method.removes_channels() and found.removable is None:
                 found.removable = method.trial_cut(open_context(task)).line()
@@ -97,7 +97,7 @@ def _step_through(plan: SettledRun, info: datasets.DatasetInfo, arithmetic: Nume
 
 
 def _count(
-    plan: SettledRun, chain: _Chain, info: datasets.DatasetInfo, arithmetic: Numerics
+    plan: SettledRun, chain: _Chain, info: datasets.DatasetInfo, device_config: DeviceConfig
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the layer table and the summary of a run that is not done."""
     config, method = plan.config, build_method(plan.config)
@@ -113,7 +113,7 @@ def _count(
         counts |= dict.fromkeys(("macs/inference", "macs/inference_ratio"))
     steps = info.num_train // config.schedule.batch_size
     summary = {
-        **pipeline_summary.origin(config, plan.folder.group, arithmetic, info),
+        **pipeline_summary.origin(config, plan.folder.group, device_config, info),
         **counts,
         **method.chosen(),
         **pipeline_summary.training_cost(config, chain.spent, counts["macs/dense"], steps),

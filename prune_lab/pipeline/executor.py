@@ -1,4 +1,4 @@
-"""What a run asks of the process it works in: data, signals, the arithmetic of a batch. By default it is alone."""
+"""What a run asks of the process it works in: data, signals, gradients of a batch. By default it is alone."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ class Executor:
         """Let half a second pass, in which another process or run may give back what this run waits for."""
         time.sleep(0.5)
 
-    def differentiate(self, training: loop.Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def differentiate(self, training: loop.TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `loop.differentiate`."""
         return loop.differentiate(training, images, labels)

@@ -17,7 +17,7 @@ from prune_lab.datasets import base
 FORMAT = 4
 """Raised when the meaning of stored results changes; older phases are then left alone and done anew."""
 
-# Resolved (`numerics`) or without effect on results; what limits an evaluation is counted in images.
+# Resolved (`device_config`) or without effect on results; what limits an evaluation is counted in images.
 _NOT_TRAINING = {
     "device", "precision", "channels_last", "compile", "checkpoint_interval_s", "threads", "eval_batch_size",
     "limit_eval_batches",
@@ -25,21 +25,21 @@ _NOT_TRAINING = {
 
 
 def plan_phases(
-    config: RunConfig, *, model: Any, fingerprint: str | None, numerics: dict, world_size: int
+    config: RunConfig, *, model: Any, fingerprint: str | None, device_config: dict, world_size: int
 ) -> list[PlannedPhase]:
     """Return the phases of a run with their keys; a key covers its inputs and the key of the phase before.
 
     Args:
         model: options of the network that is built, after the method adapted them.
         fingerprint: content hash of the data set; None: keys that depend on options alone.
-        numerics: resolved precision, memory format and kind of device.
+        device_config: resolved precision, memory format and kind of device.
     """
     shared = {
         "format": FORMAT,
         "seed": config.seed,
         "model": _without(asdict(model), {"weights"}) | {"weights": models.weights_digest(model)},
         "dataset": base.identity(config.dataset) | {"fingerprint": fingerprint},
-        "numerics": numerics,
+        "device_config": device_config,
         "world_size": world_size,
         "eval_images": _evaluated(config),
     }

@@ -28,14 +28,14 @@ from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline.phase_plan import PhasePlan, plan_costs
 from prune_lab.pipeline.validation import RandomImages
 from prune_lab.pruning.masks.distributions import num_keep_total
-from prune_lab.training.numerics import Numerics
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.phases import layer_costs
 
 _NEIGHBOURS = 64
 """how far from the result of a bisection a nearer cost is looked for"""
 
 
-def matched(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic: Numerics) -> RunConfig:
+def matched(config: RunConfig, model_config: Any, info: DatasetInfo, device_config: DeviceConfig) -> RunConfig:
     """Return `config` with the sparsity, or the epochs, at which the run costs what its reference costs.
 
     Without method.match it is returned as it is. A control gets what is solved for the method itself: the two differ in
@@ -48,7 +48,7 @@ def matched(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic:
     if not is_matched(config):
         return config
     baseline = build_method(config).without_control()
-    problem = _Problem(replace(config, method=baseline or config.method), model_config, info, arithmetic)
+    problem = _Problem(replace(config, method=baseline or config.method), model_config, info, device_config)
     if problem.options.match_by == "epochs":
         solved = _solve_epochs(problem)
     else:
@@ -90,8 +90,8 @@ def naming_reference(config: RunConfig) -> Iterator[None]:
 class _Problem:
     """One run to be matched: what it and its reference cost."""
 
-    def __init__(self, config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic: Numerics) -> None:
-        self.config, self.model_config, self.info, self.arithmetic = config, model_config, info, arithmetic
+    def __init__(self, config: RunConfig, model_config: Any, info: DatasetInfo, device_config: DeviceConfig) -> None:
+        self.config, self.model_config, self.info, self.device_config = config, model_config, info, device_config
         self.method, self.options = build_method(config), config.method
         self.model = models.build_on_meta(model_config, **info.sizes)
         self.costs = layer_costs(model_config, **info.sizes)
@@ -139,7 +139,7 @@ class _Problem:
         return forward if kind == "macs" else self._training(forward)
 
     def _training(self, forward: int) -> int:
-        steps = RandomImages(self.info, self.arithmetic.torch_device).num_batches(self.config.schedule.batch_size)
+        steps = RandomImages(self.info, self.device_config.torch_device).num_batches(self.config.schedule.batch_size)
         cost = training_macs(self.config, forward, steps)
         if cost == 0:
             raise ConfigError("schedule.train has no steps whose cost could be matched")
@@ -168,7 +168,7 @@ class _Problem:
             config = replace(self.config, method=method.config)
             if epochs is not None:
                 config = replace(config, schedule=stretched(config.schedule, epochs))
-            self._set_up[key] = plan_costs(config, self.model_config, self.info, self.arithmetic)
+            self._set_up[key] = plan_costs(config, self.model_config, self.info, self.device_config)
         return self._set_up[key]
 
     def _known(self, cost: int | None) -> int:

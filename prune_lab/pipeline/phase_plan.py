@@ -14,7 +14,7 @@ from prune_lab.core.method import Method, build_method
 from prune_lab.core.phase import Phase
 from prune_lab.datasets import DatasetInfo
 from prune_lab.pipeline.validation import RandomImages, set_up, task_without_files
-from prune_lab.training.numerics import Numerics
+from prune_lab.training.device_config import DeviceConfig
 
 
 @dataclass
@@ -60,18 +60,18 @@ class PhasePlan:
         return other if other is not None and self.phase.active else self.method
 
 
-def plan_costs(config: RunConfig, model_config: Any, info: DatasetInfo, arithmetic: Numerics) -> list[PhasePlan]:
+def plan_costs(config: RunConfig, model_config: Any, info: DatasetInfo, device_config: DeviceConfig) -> list[PhasePlan]:
     """Return the phases of a run in order, each set up on what the ones before left without training.
 
     Raises:
         ConfigError: whatever a set-up refuses.
     """
-    chain, images = build_method(config).chain(), RandomImages(info, arithmetic.torch_device)
+    chain, images = build_method(config).chain(), RandomImages(info, device_config.torch_device)
     phases, results = [], Results(chain)
     for declared in chain:
         phase, schedule = resolve(declared, config)
         entry = PlannedPhase(phase, "", schedule, {})  # nothing is stored: no key
-        task = task_without_files(config, model_config, entry, images, arithmetic, results)
+        task = task_without_files(config, model_config, entry, images, device_config, results)
         result, context = set_up(task)
         results.add(phase, result)
         phases.append(PhasePlan(phase, task.method, context, config.schedule.batch_size))

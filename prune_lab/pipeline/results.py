@@ -20,8 +20,8 @@ from prune_lab.pipeline.run import Run
 from prune_lab.pipeline.saved_model import save_model
 from prune_lab.pipeline.summary import control_lines, cost_counts, observed_counts, sparsity_counts, summarise
 from prune_lab.pruning.masks.distributions import num_keep_total
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.evaluation import measure
-from prune_lab.training.numerics import Numerics
 from prune_lab.training.phases import layer_costs, restore_model
 
 
@@ -74,10 +74,10 @@ def _finish(run: Run, result: PhaseResult) -> Finished:
 
 def _measure(run: Run, done: Finished) -> tuple[dict[str, dict[str, float]], Measured | None]:
     """Return loss and accuracies per split, and what the method itself measures."""
-    exact, dataset = run.numerics.exact(), run.dataset
-    exact.placed(done.model)
+    fp32, dataset = run.device_config.in_fp32(), run.dataset
+    fp32.placed(done.model)
     splits = {"final": dataset.eval_split} | ({"test": "test"} if dataset.eval_split == "val" else {})
-    score = partial(_score, run, numerics=exact)
+    score = partial(_score, run, device_config=fp32)
     batches = partial(dataset.eval_batches, splits["final"], run.config.trainer.eval_batch_size,
                       rank=distributed.rank(), world_size=distributed.world_size())  # fmt: skip
     measured = done.method.measure(done.model, partial(score, splits["final"]), batches)
@@ -129,8 +129,9 @@ def whole_layers(
     return layers, cut | masked
 
 
-def _score(run: Run, split: str, model: nn.Module, *, numerics: Numerics) -> dict[str, float]:
-    return measure(model, run.dataset, split, numerics=numerics, trainer=run.config.trainer, poll=run.poll_alone)
+def _score(run: Run, split: str, model: nn.Module, *, device_config: DeviceConfig) -> dict[str, float]:
+    trainer = run.config.trainer
+    return measure(model, run.dataset, split, device_config=device_config, trainer=trainer, poll=run.poll_alone)
 
 
 def check_zeros(model: nn.Module, masks: dict[str, Tensor]) -> None:

@@ -16,8 +16,8 @@ from prune_lab.pipeline.executor import Executor
 from prune_lab.pipeline.run_folder import RunFolder
 from prune_lab.pipeline.settling import SettledRun
 from prune_lab.tracking import BaseSink, Sink, Tracker
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.loop import Interrupted
-from prune_lab.training.numerics import Numerics
 from prune_lab.training.phases import Effort
 
 Observe = Callable[[StopFlag], Sink]
@@ -30,7 +30,7 @@ class Run:
 
     settled: SettledRun
     dataset: Any
-    numerics: Numerics
+    device_config: DeviceConfig
     tracker: Tracker
     stop: StopFlag
     tally: Counter[str]

@@ -27,9 +27,8 @@ from prune_lab.pipeline.settling import SettledRun, settle, settled
 from prune_lab.pipeline.store import lock
 from prune_lab.pipeline.stored_phases import obtain
 from prune_lab.pipeline.validation import validate
-from prune_lab.training import numerics
+from prune_lab.training.device_config import DeviceConfig, resolve_device_config
 from prune_lab.training.loop import Interrupted
-from prune_lab.training.numerics import Numerics
 from prune_lab.training.phases import dense_note
 
 
@@ -53,31 +52,32 @@ def run(
     """
     executor, tally = executor or Executor(), Counter() if tally is None else tally
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    arithmetic = replace(numerics.resolve(configs[0].trainer, local_rank=local_rank), vectorised=executor.vectorised)
-    distributed.start(arithmetic.torch_device)
+    resolved = resolve_device_config(configs[0].trainer, local_rank=local_rank)
+    device_config = replace(resolved, vectorised=executor.vectorised)
+    distributed.start(device_config.torch_device)
     try:
-        codes = (_run(config, arithmetic, tally, observe, executor) for config in configs)
+        codes = (_run(config, device_config, tally, observe, executor) for config in configs)
         return next((code for code in codes if code), 0)
     finally:
         distributed.stop()
 
 
 def _run(
-    config: RunConfig, arithmetic: Numerics, tally: Counter[str], observe: Observe | None, executor: Executor
+    config: RunConfig, device_config: DeviceConfig, tally: Counter[str], observe: Observe | None, executor: Executor
 ) -> int:
     config = settled(config, datasets.describe(config.dataset))
     # fp32 images on every device: autocast rounds them where it pays, exact evaluation needs them unrounded.
     dataset = executor.load(
-        config.dataset, BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
+        config.dataset, BatchFormat(device_config.torch_device, torch.float32, device_config.channels_last)
     )
-    settling = partial(settle, info=dataset.info, numerics=arithmetic, fingerprint=dataset.fingerprint,
+    settling = partial(settle, info=dataset.info, device_config=device_config, fingerprint=dataset.fingerprint,
                        content=dataset.content)  # fmt: skip
     this, baseline = settling(config), control_runs.baseline_run(config)
     folder = None if baseline is None else settling(baseline).folder
     begins = distributed.on_main(lambda: not (this.folder.directory / "run.json").exists())
-    notes = _validate(this, dataset, arithmetic) if begins else []
+    notes = _validate(this, dataset, device_config) if begins else []
     with executor.stop_flag() as stop:
-        run = Run(this, dataset, arithmetic, this.folder.tracker(config), stop, tally, executor, folder, notes=notes)
+        run = Run(this, dataset, device_config, this.folder.tracker(config), stop, tally, executor, folder, notes=notes)
         try:
             with _opened(run, observe):
                 return guarded(run, _carry_out)
@@ -87,9 +87,9 @@ def _run(
             executor.close(dataset)
 
 
-def _validate(this: SettledRun, dataset: Dataset, arithmetic: Numerics) -> list[str]:
+def _validate(this: SettledRun, dataset: Dataset, device_config: DeviceConfig) -> list[str]:
     with matching.naming_reference(this.config):
-        return validate(this.config, this.model_config, this.planned, dataset, arithmetic)
+        return validate(this.config, this.model_config, this.planned, dataset, device_config)
 
 
 @contextlib.contextmanager

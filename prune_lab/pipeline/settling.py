@@ -12,7 +12,7 @@ from prune_lab.datasets import DatasetInfo
 from prune_lab.foundations import distributed
 from prune_lab.pipeline import identity, matching
 from prune_lab.pipeline.run_folder import RunFolder
-from prune_lab.training.numerics import Numerics
+from prune_lab.training.device_config import DeviceConfig
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def settled(config: RunConfig, info: DatasetInfo) -> RunConfig:
 
 
 def settle(
-    config: RunConfig, info: DatasetInfo, numerics: Numerics, *, fingerprint: str | None, content: str | None
+    config: RunConfig, info: DatasetInfo, device_config: DeviceConfig, *, fingerprint: str | None, content: str | None
 ) -> SettledRun:
     """Return the run with every option settled; `config` as `settled` returned it.
 
@@ -46,8 +46,8 @@ def settle(
         ConfigError: the method cannot adapt the network, or what method.match asks for is out of reach.
     """
     model_config = build_method(config).adapt_model(config.model, **info.sizes)
-    config = matching.matched(config, model_config, info, numerics)
-    inputs = {"model": model_config, "numerics": numerics.identity(), "world_size": distributed.world_size()}
+    config = matching.matched(config, model_config, info, device_config)
+    inputs = {"model": model_config, "device_config": device_config.identity(), "world_size": distributed.world_size()}
     planned = identity.plan_phases(config, fingerprint=fingerprint, **inputs)
     folder = RunFolder.of(config, fingerprint=fingerprint, content=content, **inputs)
     return SettledRun(config, model_config, planned, folder)

@@ -59,7 +59,7 @@ def _task(run: Run, planned: PlannedPhase, done: Results, store: PhaseStore, res
         model_config=run.model_config,
         planned=planned,
         dataset=run.dataset,
-        numerics=run.numerics,
+        device_config=run.device_config,
         previous=done.before(planned.phase),
         origin=done.origin(planned.phase),
         checkpoints=store.checkpoints,

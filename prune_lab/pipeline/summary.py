@@ -24,7 +24,7 @@ from prune_lab.datasets.splits import eval_range
 from prune_lab.foundations import distributed
 from prune_lab.foundations.version import __version__
 from prune_lab.pipeline import control_runs
-from prune_lab.training.numerics import Numerics
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.phases import layer_costs
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
     summary = {
         "status": "finished",
         "run/id": run.folder.key,
-        **origin(config, run.folder.group, run.numerics, info),
+        **origin(config, run.folder.group, run.device_config, info),
         "data/content": run.dataset.content,
         **{f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()},
         **_dense_training(run, scores["final"]["top1"]),
@@ -115,13 +115,13 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
     return summary
 
 
-def origin(config: RunConfig, group: str, numerics: Numerics, info: DatasetInfo) -> dict[str, Any]:
+def origin(config: RunConfig, group: str, device_config: DeviceConfig, info: DatasetInfo) -> dict[str, Any]:
     """Return what a run was made from, and where."""
     return {
         "run/group": group,
         "run/seed": config.seed,
         "run/command": shlex.join(["prune-lab", *config.overrides]),
-        "run/device": device_name(numerics),
+        "run/device": device_name(device_config),
         "run/versions": versions(),
         **choices(config),
         **info.figures(),
@@ -201,10 +201,10 @@ def choices(config: RunConfig) -> dict[str, str]:
     }
 
 
-def device_name(numerics: Numerics) -> str:
-    if numerics.torch_device.type == "cuda":
-        return f"{torch.cuda.get_device_name(numerics.torch_device)} ({numerics.precision})"
-    return f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads ({numerics.precision})"
+def device_name(device_config: DeviceConfig) -> str:
+    if device_config.torch_device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device_config.torch_device)} ({device_config.precision})"
+    return f"{platform.processor() or platform.machine()} {torch.get_num_threads()} threads ({device_config.precision})"
 
 
 def versions() -> dict[str, str]:

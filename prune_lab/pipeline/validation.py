@@ -17,8 +17,8 @@ from prune_lab.core.context import Context
 from prune_lab.core.method import build_method
 from prune_lab.core.phase_result import PhaseResult
 from prune_lab.foundations.checkpoint import CheckpointPair
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.loop import train_step
-from prune_lab.training.numerics import Numerics
 from prune_lab.training.phases import open_context, open_training, result_of, span, steps_per_epoch
 from prune_lab.training.task import PhaseTask
 
@@ -52,7 +52,7 @@ class RandomImages:
 
 
 def validate(
-    config: RunConfig, model_config: Any, planned: Sequence[PlannedPhase], dataset: Any, arithmetic: Numerics
+    config: RunConfig, model_config: Any, planned: Sequence[PlannedPhase], dataset: Any, device_config: DeviceConfig
 ) -> list[str]:
     """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
 
@@ -64,7 +64,7 @@ def validate(
             that cannot be removed ...
     """
     method, first = build_method(config), planned[0]
-    task = task_without_files(config, model_config, first, dataset, arithmetic, Results(()))
+    task = task_without_files(config, model_config, first, dataset, device_config, Results(()))
     context, notes = open_context(task), []
     if method.removes_channels():
         cut = method.trial_cut(context)
@@ -81,7 +81,7 @@ def validate(
 
 
 def task_without_files(
-    config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, arithmetic: Numerics, done: Results,
+    config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, device_config: DeviceConfig, done: Results,
     *, report: Callable[[str], None] = lambda text: None,
 ) -> PhaseTask:
     """Return a phase that reads and writes no file, on what the phases before it left in `done`.
@@ -95,7 +95,7 @@ def task_without_files(
         model_config=model_config,
         planned=entry,
         dataset=dataset,
-        numerics=arithmetic,
+        device_config=device_config,
         previous=done.before(entry.phase),
         origin=done.origin(entry.phase),
         checkpoints=nowhere,

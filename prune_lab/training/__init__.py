@@ -1,1 +1,1 @@
-"""One phase at work: the only training loop, the only evaluation, and the arithmetic they run in."""
+"""One phase at work: the only training loop, the only evaluation, and device and precision they run in."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from prune_lab.config.trainer import TrainerConfig
 from prune_lab.foundations import distributed
-from prune_lab.training.numerics import Numerics
+from prune_lab.training.device_config import DeviceConfig
 
 
 @torch.no_grad()
@@ -20,7 +20,7 @@ def measure(
     dataset: Any,
     split: str,
     *,
-    numerics: Numerics,
+    device_config: DeviceConfig,
     trainer: TrainerConfig,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
@@ -31,19 +31,19 @@ def measure(
     Args:
         model: maps [N, 3, H, W] to [N, classes]; put into eval mode and back.
         split: "val" or "test".
-        numerics: precision of the forward pass; logits are compared in fp32.
+        device_config: precision of the forward pass; logits are compared in fp32.
         poll: called between batches; may raise to stop.
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=numerics.torch_device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device_config.torch_device)
     batches = dataset.eval_batches(
         split, trainer.eval_batch_size, rank=distributed.rank(), world_size=distributed.world_size()
     )
     for index, (images, labels) in enumerate(batches):
         if trainer.limit_eval_batches is not None and index >= trainer.limit_eval_batches:
             break
-        with numerics.autocast():
+        with device_config.autocast():
             logits = model(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         sums[0] += F.cross_entropy(logits, labels, reduction="sum")

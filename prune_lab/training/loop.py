@@ -21,13 +21,13 @@ from prune_lab.foundations.checkpoint import CheckpointPair
 from prune_lab.foundations.seeding import seed_device
 from prune_lab.optim.learning_rate import learning_rate, set_learning_rate
 from prune_lab.training import averaging
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.evaluation import measure
-from prune_lab.training.numerics import Numerics
 from prune_lab.training.saving import Saves
 
 _NEVER = 2**62
 
-Differentiate = Callable[["Training", Tensor, Tensor], tuple[Tensor, Tensor]]
+Differentiate = Callable[["TrainState", Tensor, Tensor], tuple[Tensor, Tensor]]
 """does what the function `differentiate` does, perhaps for several runs at once"""
 
 
@@ -40,8 +40,8 @@ class NonFiniteLoss(RuntimeError):
 
 
 @dataclass
-class Progress:
-    """Position in a phase: `batch` batches of `epoch` are done, `step` steps in all."""
+class Timestamp:
+    """Time in a phase: `batch` batches of `epoch` are done, `step` steps in all."""
 
     epoch: int = 0
     batch: int = 0
@@ -49,9 +49,9 @@ class Progress:
     wall_s: float = 0.0
 
 
-def differentiate(training: Training, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def differentiate(training: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Add the gradient of a micro-batch to the parameters and return (mean loss, logits in fp32), detached."""
-    with training.numerics.autocast():
+    with training.device_config.autocast():
         logits = training.forward(images).float()
     loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
     training.scaler.scale(loss / training.trainer.accumulate).backward()
@@ -59,7 +59,7 @@ def differentiate(training: Training, images: Tensor, labels: Tensor) -> tuple[T
 
 
 @dataclass
-class Training:
+class TrainState:
     """All that one training phase moves forward; `state_dict` is what a checkpoint holds."""
 
     context: Context
@@ -69,7 +69,7 @@ class Training:
     batch_size: int
     label_smoothing: float
     trainer: TrainerConfig
-    numerics: Numerics
+    device_config: DeviceConfig
     forward: Callable[[Tensor], Tensor]
     """the model, perhaps compiled and wrapped for data parallelism"""
     data_seed: int
@@ -80,11 +80,11 @@ class Training:
     scaler: torch.amp.GradScaler
     differentiate: Differentiate = differentiate
     ema: torch.optim.swa_utils.AveragedModel | None = None
-    progress: Progress = field(default_factory=Progress)
+    progress: Timestamp = field(default_factory=Timestamp)
     clock: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
-        device = self.numerics.torch_device
+        device = self.device_config.torch_device
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
         self.first_bad = torch.tensor(_NEVER, device=device)  # step of the first non-finite loss
         self.last_scores: dict[str, float] | None = None  # of the last epoch, if it ended in this process
@@ -138,13 +138,13 @@ class Training:
             if context.history is not None:
                 context.history.load_state_dict(state["history"])
         self.method.load_state_dict(state["method"])
-        self.progress = Progress(**state["progress"])
+        self.progress = Timestamp(**state["progress"])
         self.sums.copy_(state["sums"] if distributed.is_main() else torch.zeros_like(self.sums))
         context.cost.load_state_dict(state["cost"])
         self._first_here, self.earlier_s = self.progress.step, self.progress.wall_s
 
 
-def fit(training: Training) -> None:
+def fit(training: TrainState) -> None:
     """Train to the end of the phase, which may lie within an epoch, from wherever `training.progress` stands.
 
     Nothing is being written any more when this ends, however it ends.
@@ -162,7 +162,7 @@ def fit(training: Training) -> None:
         training.saves.close()
 
 
-def _train_epochs(training: Training) -> None:
+def _train_epochs(training: TrainState) -> None:
     progress = training.progress
     context = training.context
     # An epoch may be resumed after its last step: its end is still to come.
@@ -175,16 +175,16 @@ def _train_epochs(training: Training) -> None:
         _end_epoch(training, seconds=seconds, images_per_s=images / max(seconds, 1e-9))
         progress.epoch, progress.batch = progress.epoch + 1, 0
         training.sums.zero_()
-        if distributed.any_rank(training.saves.due(), training.numerics.torch_device):
+        if distributed.any_rank(training.saves.due(), training.device_config.torch_device):
             save_checkpoint(training)
-        if distributed.any_rank(training.stop(), training.numerics.torch_device):
+        if distributed.any_rank(training.stop(), training.device_config.torch_device):
             _interrupt(training)
 
 
-def _train_epoch(training: Training) -> None:
+def _train_epoch(training: TrainState) -> None:
     progress, steps, last_step = training.progress, training.context.steps_per_epoch, training.context.last_step
     training.context.model.train()
-    sync_every = 1 if training.numerics.torch_device.type == "cpu" else 50  # reading the loss stalls a GPU
+    sync_every = 1 if training.device_config.torch_device.type == "cpu" else 50  # reading the loss stalls a GPU
     batches = iter(
         training.dataset.train_batches(
             epoch=progress.epoch,
@@ -213,17 +213,17 @@ def _train_epoch(training: Training) -> None:
     check_finite(training, weights=True)
 
 
-def _agreed(training: Training, step: int, flag: bool) -> bool:
+def _agreed(training: TrainState, step: int, flag: bool) -> bool:
     """Return whether to act on `flag` now: at once on one process, every tenth step together on several."""
     if distributed.world_size() == 1:
         return flag
-    return step % 10 == 0 and distributed.any_rank(flag, training.numerics.torch_device)
+    return step % 10 == 0 and distributed.any_rank(flag, training.device_config.torch_device)
 
 
-def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
+def train_step(training: TrainState, images: Tensor, labels: Tensor) -> None:
     """Do one step: forward and backward over the micro-batches, the method, the optimizer, the masks."""
     context, method, step = training.context, training.method, training.progress.step
-    seed_device(training.numerics.torch_device, training.data_seed, "step", step, distributed.rank())
+    seed_device(training.device_config.torch_device, training.data_seed, "step", step, distributed.rank())
     optimizer = training.optimizer
     set_learning_rate(optimizer, learning_rate(training.schedule, step, context.steps_per_epoch))
     optimizer.zero_grad(set_to_none=True)
@@ -245,7 +245,7 @@ def train_step(training: Training, images: Tensor, labels: Tensor) -> None:
     context.cost.add(len(images) * distributed.world_size(), forward_macs, gradient_macs)
 
 
-def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> None:
+def _forward_backward(training: TrainState, images: Tensor, labels: Tensor) -> None:
     chunks = training.trainer.accumulate
     size = len(images) // chunks
     for index in range(chunks):
@@ -257,7 +257,7 @@ def _forward_backward(training: Training, images: Tensor, labels: Tensor) -> Non
         _count(training, loss, logits, labels[part])
 
 
-def _count(training: Training, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+def _count(training: TrainState, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
     """Add to the epoch's sums on the device; nothing is read back here."""
     training.sums[0] += loss * len(labels)
     training.sums[1] += (logits.argmax(1) == labels).sum()
@@ -266,7 +266,7 @@ def _count(training: Training, loss: Tensor, logits: Tensor, labels: Tensor) -> 
     training.first_bad = torch.minimum(training.first_bad, here)
 
 
-def _clip(training: Training) -> None:
+def _clip(training: TrainState) -> None:
     """Scale gradients so that their norm is at most clip_norm; pruned weights count only if they are trained."""
     limit = training.trainer.clip_norm
     if limit is None:
@@ -279,7 +279,7 @@ def _clip(training: Training) -> None:
     torch.nn.utils.clip_grads_with_norm_(training.context.model.parameters(), limit, norm)
 
 
-def check_finite(training: Training, *, weights: bool = False) -> None:
+def check_finite(training: TrainState, *, weights: bool = False) -> None:
     """Raise NonFiniteLoss if any loss so far was infinite or NaN (on any process).
 
     Args:
@@ -305,7 +305,7 @@ def _all_finite(model: nn.Module) -> bool:
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in model.parameters()]).all())
 
 
-def save_checkpoint(training: Training) -> None:
+def save_checkpoint(training: TrainState) -> None:
     """Take a checkpoint, which the main process writes; it is only ever taken with finite losses and weights."""
     with training.saves.timed():
         check_finite(training, weights=True)
@@ -314,7 +314,7 @@ def save_checkpoint(training: Training) -> None:
         training.saves.save(training.state_dict())
 
 
-def _interrupt(training: Training) -> NoReturn:
+def _interrupt(training: TrainState) -> NoReturn:
     """Stop after a checkpoint.
 
     Raises:
@@ -326,7 +326,7 @@ def _interrupt(training: Training) -> NoReturn:
     raise Interrupted
 
 
-def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> None:
+def _end_epoch(training: TrainState, *, seconds: float, images_per_s: float) -> None:
     context, progress = training.context, training.progress
     loss, correct, images = distributed.total(training.sums.clone()).tolist()
     row = {
@@ -351,14 +351,14 @@ def _end_epoch(training: Training, *, seconds: float, images_per_s: float) -> No
     last = progress.step == context.last_step
     if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:
         # The last epoch is what is reported: measured in fp32, once.
-        numerics = training.numerics.exact() if last else training.numerics
-        result = evaluate(training.evaluated, training, numerics=numerics)
+        device_config = training.device_config.in_fp32() if last else training.device_config
+        result = evaluate(training.evaluated, training, device_config=device_config)
         training.last_scores = result if last else None
         row |= {f"eval/{key}": value for key, value in result.items()}
     training.record(row)
 
 
-def evaluate(model: nn.Module, training: Training, *, numerics: Numerics) -> dict[str, float]:
+def evaluate(model: nn.Module, training: TrainState, *, device_config: DeviceConfig) -> dict[str, float]:
     """Return loss and percent top-1 and top-5 of the training's evaluation split (see `measure`)."""
     def stop() -> None:
         if distributed.world_size() == 1 and training.stop():
@@ -366,4 +366,4 @@ def evaluate(model: nn.Module, training: Training, *, numerics: Numerics) -> dic
 
     distributed.share_buffers(model)
     dataset = training.dataset
-    return measure(model, dataset, dataset.eval_split, numerics=numerics, trainer=training.trainer, poll=stop)
+    return measure(model, dataset, dataset.eval_split, device_config=device_config, trainer=training.trainer, poll=stop)

@@ -28,7 +28,7 @@ from prune_lab.pruning.channels import surgery
 from prune_lab.training import start_weights
 from prune_lab.training.averaging import moving_average
 from prune_lab.training.evaluation import measure
-from prune_lab.training.loop import Progress, Training, fit
+from prune_lab.training.loop import Timestamp, TrainState, fit
 from prune_lab.training.task import PhaseTask
 
 
@@ -82,7 +82,7 @@ class Effort:
     """seconds of the processes whose checkpoint was resumed from"""
 
 
-def _train(task: PhaseTask, context: Context) -> Training:
+def _train(task: PhaseTask, context: Context) -> TrainState:
     """Train to the end of the phase, from its checkpoint if there is one."""
     training = open_training(task, context)
     task.method.setup(context)
@@ -95,8 +95,8 @@ def _train(task: PhaseTask, context: Context) -> Training:
 
 def _exact_scores(task: PhaseTask, model: nn.Module) -> dict[str, float]:
     """Return the accuracy in fp32 of a network on the split that runs are evaluated on."""
-    exact, dataset = task.numerics.exact(), task.dataset
-    return measure(model, dataset, dataset.eval_split, numerics=exact, trainer=task.config.trainer, poll=task.poll)
+    fp32, dataset = task.device_config.in_fp32(), task.dataset
+    return measure(model, dataset, dataset.eval_split, device_config=fp32, trainer=task.config.trainer, poll=task.poll)
 
 
 def result_of(task: PhaseTask, context: Context, model: nn.Module, figures: dict[str, Any]) -> PhaseResult:
@@ -153,8 +153,8 @@ def open_context(task: PhaseTask) -> Context:
     model, widths = _initial_model(task), None if previous is None else previous.widths
     costs = layer_costs(task.model_config, **task.sizes) if widths is None else profile(model, task.sizes["image_size"])
     if config.trainer.sync_bn and phase.is_training:
-        model = distributed.join_batch_norm(model, task.numerics.torch_device)
-    task.numerics.placed(model)
+        model = distributed.join_batch_norm(model, task.device_config.torch_device)
+    task.device_config.placed(model)
     run_method = build_method(config)  # also in phases in which it does nothing
     context = Context(
         model=model,
@@ -167,7 +167,7 @@ def open_context(task: PhaseTask) -> Context:
         schedule=task.planned.schedule,
         block=phase.schedule,
         report=task.report,
-        amp_scaled=task.numerics.precision == "fp16",
+        amp_scaled=task.device_config.precision == "fp16",
         dataset=task.dataset,
         widths=widths,
         removes_channels=run_method.removes_channels(),
@@ -297,9 +297,9 @@ def steps_per_epoch(task: PhaseTask) -> int:
     return steps if trainer.limit_train_batches is None else min(steps, trainer.limit_train_batches)
 
 
-def open_training(task: PhaseTask, context: Context) -> Training:
+def open_training(task: PhaseTask, context: Context) -> TrainState:
     """Return the loop's state for a training phase, with a fresh optimizer and no moving average yet."""
-    config, numerics, order, schedule = task.config, task.numerics, task.phase.order, task.planned.schedule
+    config, device_config, order, schedule = task.config, task.device_config, task.phase.order, task.planned.schedule
     if schedule is None:
         raise TypeError(f"the phase {context.phase} has no schedule to train by")
     context.optimizer = task.method.build_optimizer(context.model, config.optimizer)
@@ -307,7 +307,7 @@ def open_training(task: PhaseTask, context: Context) -> Training:
         context.optimizer.load_state_dict(task.previous.optimizer)
     forward = distributed.parallel(context.model)
     spe, first = max(context.steps_per_epoch, 1), context.first_step
-    return Training(
+    return TrainState(
         context=context,
         method=task.method,
         dataset=task.dataset,
@@ -315,14 +315,14 @@ def open_training(task: PhaseTask, context: Context) -> Training:
         batch_size=config.schedule.batch_size,
         label_smoothing=config.schedule.label_smoothing,
         trainer=config.trainer,
-        numerics=numerics,
-        forward=numerics.compiled(forward) if task.method.can_compile else forward,
+        device_config=device_config,
+        forward=device_config.compiled(forward) if task.method.can_compile else forward,
         data_seed=stable_hash(config.seed, order or context.phase) % 2**31,
         checkpoints=task.checkpoints,
         record=task.record,
         show=task.show,
         stop=task.stop,
-        progress=Progress(epoch=first // spe, batch=first % spe, step=first),
+        progress=Timestamp(epoch=first // spe, batch=first % spe, step=first),
         differentiate=task.differentiate,
-        scaler=torch.amp.GradScaler(numerics.torch_device.type, enabled=numerics.precision == "fp16"),
+        scaler=torch.amp.GradScaler(device_config.torch_device.type, enabled=device_config.precision == "fp16"),
     )

@@ -26,10 +26,11 @@ def examine(task: PhaseTask, context: Context) -> dict[str, Any]:
 
     `start/content` is the digest of what the weights came from.
     """
-    exact, split = task.numerics.exact(), task.dataset.eval_split
-    scores = measure(context.model, task.dataset, split, numerics=exact, trainer=task.config.trainer, poll=task.poll)
+    fp32, split = task.device_config.in_fp32(), task.dataset.eval_split
+    trainer = task.config.trainer
+    scores = measure(context.model, task.dataset, split, device_config=fp32, trainer=trainer, poll=task.poll)
     zeros = share_of_zeros(context.model)
-    limit = task.config.trainer.limit_eval_batches
+    limit = trainer.limit_eval_batches
     part = "" if limit is None else f" (trainer.limit_eval_batches={limit})"
     where = f"on the {split} split{part} before training"
     task.report(f"start weights: top-1 {scores['top1']:.2f} % {where}{_hint(task.config)}")

@@ -15,8 +15,8 @@ from prune_lab.core.phase_result import PhaseResult
 from prune_lab.datasets.base import Sizes
 from prune_lab.foundations import distributed
 from prune_lab.foundations.checkpoint import CheckpointPair
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.loop import Differentiate, Interrupted, differentiate
-from prune_lab.training.numerics import Numerics
 
 
 @dataclass
@@ -27,7 +27,7 @@ class PhaseTask:
     model_config: Any
     planned: PlannedPhase
     dataset: Any
-    numerics: Numerics
+    device_config: DeviceConfig
     previous: PhaseResult | None
     """result of the phase before; None: the phase starts from the initial network"""
     checkpoints: CheckpointPair

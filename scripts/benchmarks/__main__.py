@@ -66,11 +66,12 @@ def _run(argv: list[str]) -> int:
             raise ConfigError(f"section {word}{suggestion(word, SECTIONS)}; allowed: {', '.join(SECTIONS)}")
     from benchmarks.report import Report, load_warning, reason
     from benchmarks.workload import SMALL, Options, compose
-    from prune_lab.training import numerics
+    from prune_lab.training.device_config import resolve_device_config
 
     if typed.root:
         overrides.append(f"dataset.root={typed.root}")
-    numerics.resolve(compose(Options(tuple(overrides)).over(*SMALL)).trainer)  # refuses wrong options; sets threads
+    # Refuses wrong options; sets the number of threads.
+    resolve_device_config(compose(Options(tuple(overrides)).over(*SMALL)).trainer)
     options = Options(tuple(overrides), typed.rounds, typed.quick, typed.root, typed.accuracy, typed.epochs,
                       typed.batches)  # fmt: skip
     report, began = Report(), time.monotonic()

@@ -20,7 +20,7 @@ from prune_lab.config.run import RunConfig
 from prune_lab.datasets import BatchFormat, cifar, fake
 from prune_lab.datasets.in_memory import ImageArrays, InMemoryDataset
 from prune_lab.datasets.worker_pool import num_usable_cores
-from prune_lab.training import numerics
+from prune_lab.training.device_config import resolve_device_config
 
 
 def images(options: Options) -> tuple[RunConfig, ImageArrays]:
@@ -41,8 +41,8 @@ def last_batches(dataset: datasets.Dataset, batch_size: int, count: int, epoch: 
 
 def run(options: Options, report: Report) -> None:
     config, arrays = images(options)
-    arithmetic, batch_size = numerics.resolve(config.trainer), config.schedule.batch_size
-    device, count = arithmetic.torch_device, options.batches
+    device_config, batch_size = resolve_device_config(config.trainer), config.schedule.batch_size
+    device, count = device_config.torch_device, options.batches
 
     def drain(loader: DataLoader) -> None:
         deque(((x.to(device), y.to(device)) for x, y in loader), maxlen=0)

@@ -22,7 +22,8 @@ from prune_lab.foundations.files import read_json
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.optim.learning_rate import learning_rate
 from prune_lab.pipeline import runner
-from prune_lab.training import loop, numerics
+from prune_lab.training import loop
+from prune_lab.training.device_config import resolve_device_config
 from prune_lab.training.phases import build_model
 
 GOAL = Goal(2.0, at_most=False)
@@ -34,12 +35,12 @@ def run(options: Options, report: Report) -> None:
         _accuracy(options, report)
         return
     config, arrays = images(options)
-    arithmetic = numerics.resolve(config.trainer)
-    device, count, batch_size = arithmetic.torch_device, options.batches, config.schedule.batch_size
-    dataset = InMemoryDataset(config.dataset, arrays, BatchFormat(device, torch.float32, arithmetic.channels_last))
+    device_config = resolve_device_config(config.trainer)
+    device, count, batch_size = device_config.torch_device, options.batches, config.schedule.batch_size
+    dataset = InMemoryDataset(config.dataset, arrays, BatchFormat(device, torch.float32, device_config.channels_last))
     train = _plain_stretch(config, dataset.info, device)
-    train_in_ours = _plain_stretch(config, dataset.info, device, autocast=arithmetic.autocast,
-                                   memory_format=arithmetic.memory_format)  # fmt: skip
+    train_in_ours = _plain_stretch(config, dataset.info, device, autocast=device_config.autocast,
+                                   memory_format=device_config.memory_format)  # fmt: skip
     counts = plain.worker_counts(num_usable_cores())
     batches, workers = plain.fastest(
         lambda workers: plain.loader(arrays, config.dataset.mean, config.dataset.std, batch_size, num_batches=count,
@@ -50,12 +51,12 @@ def run(options: Options, report: Report) -> None:
         "ours": _stretch(workload.workload("dense", options.over(*workload.SMALL)), dataset, batch_size, count),
     }
     report.note(f"{count} batches of {batch_size} per stretch, {'real' if options.root else 'random'} images, "
-                f"ours: {arithmetic}; plain: fp32, contiguous, eager, {workers} workers (the fastest; "
+                f"ours: {device_config}; plain: fp32, contiguous, eager, {workers} workers (the fastest; "
                 f"tried: {', '.join(map(str, counts))})")  # fmt: skip
     times = in_turn(calls, options.plan(8, 240), device)
     report.compare("training throughput over the plain script", times["plain"], times["ours"], GOAL)
-    layout = "channels_last" if arithmetic.channels_last else "contiguous"
-    in_ours = f"the plain script in {arithmetic.precision}, {layout}"
+    layout = "channels_last" if device_config.channels_last else "contiguous"
+    in_ours = f"the plain script in {device_config.precision}, {layout}"
     report.compare(f"training throughput over {in_ours}", times["plain in ours"], times["ours"])
     report.compare(f"{in_ours}: over itself in fp32", times["plain"], times["plain in ours"])
 
@@ -133,7 +134,7 @@ def _our_top1(options: Options, seed: int) -> float:
 def _plain_top1(options: Options, seed: int) -> float:
     _, arrays = images(options)
     config = _run_options(options, seed, tempfile.gettempdir())
-    device, mean, std = numerics.resolve(config.trainer).torch_device, config.dataset.mean, config.dataset.std
+    device, mean, std = resolve_device_config(config.trainer).torch_device, config.dataset.mean, config.dataset.std
     info = datasets.describe(config.dataset)
     model, optimizer, scheduler = _peer(config, info, device, seed=seed, steps=options.batches)
     batches = plain.loader(arrays, mean, std, config.schedule.batch_size, num_batches=options.batches)

@@ -28,7 +28,7 @@ def run(options: Options, report: Report) -> None:
     overrides = options.over(*workload.SMALL)
     dense = workload.workload("dense", overrides)
     config, arrays = images(options)
-    fmt = BatchFormat(dense.device, torch.float32, dense.training.numerics.channels_last)
+    fmt = BatchFormat(dense.device, torch.float32, dense.training.device_config.channels_last)
     dataset = InMemoryDataset(config.dataset, arrays, fmt)
     for method in workload.methods():
         try:

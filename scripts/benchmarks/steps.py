@@ -48,7 +48,7 @@ def large(options: Options, report: Report) -> None:
 
 def _all(overrides: Sequence[str], plan: Plan, report: Report) -> None:
     dense = workload.workload("dense", overrides)
-    report.note(f"{dense.training.numerics}, batch {dense.training.batch_size}")
+    report.note(f"{dense.training.device_config}, batch {dense.training.batch_size}")
     for method in workload.methods():
         if method == "dense":
             continue

@@ -20,8 +20,9 @@ from prune_lab.core.chain import PlannedPhase, Results
 from prune_lab.core.phase import Phase
 from prune_lab.pipeline.settling import settle, settled
 from prune_lab.pipeline.validation import RandomImages, set_up, task_without_files
-from prune_lab.training import loop, numerics
-from prune_lab.training.loop import Training
+from prune_lab.training import loop
+from prune_lab.training.device_config import resolve_device_config
+from prune_lab.training.loop import TrainState
 from prune_lab.training.phases import open_context, open_training
 from prune_lab.training.task import PhaseTask
 
@@ -82,19 +83,19 @@ class Workload:
     """One training phase at a step of it."""
 
     name: str
-    training: Training
+    training: TrainState
     updates: Collection[int]
     """steps at which the method changes its masks on a schedule of its own, in order"""
     batch: tuple[Tensor, Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
-        size, numeric = self.training.batch_size, self.training.numerics
+        size, numeric = self.training.batch_size, self.training.device_config
         images, labels = self.training.dataset.batch(size)
         object.__setattr__(self, "batch", (images.to(memory_format=numeric.memory_format), labels))
 
     @property
     def device(self) -> torch.device:
-        return self.training.numerics.torch_device
+        return self.training.device_config.torch_device
 
     @property
     def interval(self) -> float:
@@ -162,17 +163,17 @@ class _Tasks:
     """The phases of a run on random images, each on what the ones before it left."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.arithmetic = numerics.resolve(config.trainer)
+        self.device_config = resolve_device_config(config.trainer)
         info = datasets.describe(config.dataset)
-        run = settle(settled(config, info), info, self.arithmetic, fingerprint=None, content=None)
+        run = settle(settled(config, info), info, self.device_config, fingerprint=None, content=None)
         self.config, self.model, self.planned = run.config, run.model_config, run.planned
-        self.dataset = RandomImages(info, self.arithmetic.torch_device)
+        self.dataset = RandomImages(info, self.device_config.torch_device)
 
     def up_to(self, last: PlannedPhase | None) -> Iterator[PhaseTask]:
         """Yield the tasks up to that of `last` (None: no one); the next one starts from what set-up alone leaves."""
         done = Results(entry.phase for entry in self.planned)
         for entry in self.planned if last is not None else ():
-            task = task_without_files(self.config, self.model, entry, self.dataset, self.arithmetic, done)
+            task = task_without_files(self.config, self.model, entry, self.dataset, self.device_config, done)
             yield task
             if entry is last:
                 return
@@ -185,7 +186,7 @@ def tasks(method: str, overrides: Sequence[str]) -> Iterator[PhaseTask]:
     yield from found.up_to(found.planned[-1])
 
 
-def _open(task: PhaseTask) -> Training:
+def _open(task: PhaseTask) -> TrainState:
     """Return the loop's state at the first step of a training phase."""
     context = open_context(task)
     training = open_training(task, context)
@@ -197,7 +198,7 @@ def _open(task: PhaseTask) -> Training:
 
 def bare_steps(work: Workload, count: int = 1) -> Callable[[], None]:
     """Return `count` steps without prune-lab: forward, loss, backward, fused SGD on a copy, in the same formats."""
-    numeric, model = work.training.numerics, copy.deepcopy(work.training.context.model)
+    numeric, model = work.training.device_config, copy.deepcopy(work.training.context.model)
     forward = numeric.compiled(model)
     options = {"lr": CALM_LR, "momentum": 0.9, "weight_decay": 5e-4, "fused": work.device.type in ("cpu", "cuda")}
     optimizer = torch.optim.SGD(model.parameters(), **options)

@@ -20,7 +20,7 @@ from prune_lab.foundations import checkpoint
 from prune_lab.foundations.schema import parse
 from prune_lab.pipeline import runner
 from prune_lab.training import loop
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -100,11 +100,11 @@ def last_result(folder: Path) -> dict[str, Any]:
     return checkpoint.load(sorted((folder / "phases").iterdir())[-1] / "result.pt")
 
 
-def watch(monkeypatch: pytest.MonkeyPatch, look: Callable[[Training, int], None]) -> None:
+def watch(monkeypatch: pytest.MonkeyPatch, look: Callable[[TrainState, int], None]) -> None:
     """Have `look(training, step)` called after every training step of the runs that follow."""
     original = loop.train_step
 
-    def step(training: Training, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def step(training: TrainState, images: torch.Tensor, labels: torch.Tensor) -> None:
         original(training, images, labels)
         look(training, training.progress.step)
 

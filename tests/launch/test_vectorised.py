@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prune_lab.cli import command as cli
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.loop import differentiate
-from prune_lab.training.numerics import Numerics
 from prune_lab.training.phases import build_model
 from tests.helpers.runs import METHODS, TINY, compose, execute, records, run_dir
 
@@ -49,7 +49,7 @@ def trainings_of(models: Sequence[nn.Module], precision: str = "fp32") -> list[S
     return [
         SimpleNamespace(
             context=SimpleNamespace(model=model), forward=model, label_smoothing=0.1 * seed,
-            trainer=SimpleNamespace(accumulate=2), numerics=Numerics("cpu", precision, False, False),
+            trainer=SimpleNamespace(accumulate=2), device_config=DeviceConfig("cpu", precision, False, False),
             scaler=torch.amp.GradScaler("cpu", enabled=False),
         )
         for seed, model in enumerate(models)
@@ -112,12 +112,12 @@ def compare_gradients(model: nn.Module, own: nn.Module, *, factor: float) -> Non
 def test_what_cannot_be_computed_together_is_told() -> None:
     plain, dropping, hooked = trainings("resnet20", 3)
     (rounded,) = trainings("resnet20", 1, precision="bf16")
-    assert "bf16 does not reach stacked convolutions" in joint_networks.why_alone(rounded)
+    assert "bf16 does not reach stacked convolutions" in joint_networks.reason_not_joint(rounded)
     dropping.context.model.add_module("drop", nn.Dropout(0.1))
     hooked.context.model.register_forward_hook(lambda *_: None)
-    assert joint_networks.why_alone(plain) is None
-    assert "dropout" in joint_networks.why_alone(dropping)
-    assert "forward pass" in joint_networks.why_alone(hooked)
+    assert joint_networks.reason_not_joint(plain) is None
+    assert "dropout" in joint_networks.reason_not_joint(dropping)
+    assert "forward pass" in joint_networks.reason_not_joint(hooked)
 
 
 def test_only_networks_of_one_kind_are_computed_together() -> None:
@@ -208,7 +208,7 @@ def test_stacked_networks_compute_in_bf16_on_a_gpu() -> None:
         exact, rounded = trainings("resnet20", 2), trainings("resnet20", 2)
         for run in (*exact, *rounded):
             run.context.model.float().cuda()
-            run.numerics = Numerics("cuda", "bf16" if run in rounded else "fp32", False, False)
+            run.device_config = DeviceConfig("cuda", "bf16" if run in rounded else "fp32", False, False)
         for runs in (exact, rounded):
             given = [joint_networks.Batch(b.training, b.images.float().cuda(), b.labels.cuda()) for b in batches(runs)]
             if together:

@@ -15,7 +15,7 @@ from prune_lab.core.context import Context
 from prune_lab.families.annealed_gradient import alpha_at, decline
 from prune_lab.families.soft_threshold import shrink, threshold_gradient
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import configure, finish, last_result, make, run_folder, summary, watch
 
@@ -377,7 +377,7 @@ def test_cost_of_the_backward_density():
 def test_run_with_a_backward_density_below_the_density(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     forward, spent = [], []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         forward.append(training.context.forward_macs)
         spent.append(training.context.cost.total)
 
@@ -471,7 +471,7 @@ def test_cost_counts_the_dense_gradient_while_alpha_is_above_zero(tmp_path: Path
     """2 f_S + f_D, then 3 f_S, with the density of each step."""
     forward, spent = [], []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         forward.append(training.context.forward_macs)
         spent.append(training.context.cost.total)
         dense.append(training.context.dense_macs)
@@ -492,7 +492,7 @@ def test_fixed_budget_is_exact_after_every_step(
 ):
     seen, moved = [], []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         zeros = sum(int((training.context.parameters()[name] == 0).sum()) for name in training.method.raw)
         seen.append((training.context.masks.num_kept, training.context.masks.num_weights - zeros))
         moved.append(training.context.masks.digest())

@@ -26,7 +26,7 @@ from prune_lab.foundations.schema import ConfigError, Range, parse
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pruning.masks.distributions import num_keep_total
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.method_runs import (
     CONF,
     NAMES,
@@ -291,7 +291,7 @@ def test_pruned_weights_are_zero_after_every_step(
 ) -> None:
     seen: list[int] = []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         context = training.context
         named = dict(training.evaluated.named_parameters()), context.parameters()
         for path, mask in ({} if context.masks is None else context.masks.masks).items():
@@ -313,7 +313,7 @@ HALF = [pytest.param(name, marks=[pytest.mark.slow] * (index % 2)) for index, na
 def test_layout_is_what_is_in_force_at_each_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[int] = []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         layout = training.method.layout(training.context)
         if layout is None:  # learned, so it must move; masks may come at the end only
             named = training.context.parameters()
@@ -365,7 +365,7 @@ def test_resumed_run_equals_an_uninterrupted_one(
     stops = set(random.Random(name).sample(range(max(steps)), 3))
     done: list[int] = []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         done.append(step)
         if len(done) - 1 in stops:
             monkeypatch.setattr(training, "stop", lambda: True)

@@ -30,7 +30,7 @@ from prune_lab.pruning.gates import hard_concrete as hc
 from prune_lab.pruning.gates.channels import ExpectedCost, GatedChannels
 from prune_lab.pruning.gates.generator import GateGenerator, IndependentGates
 from prune_lab.pruning.gates.norms import Draw, find_norms
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import CONF, configure, finish, last_result, make, summary, watch
 
@@ -502,7 +502,7 @@ def test_the_penalty_alone_closes_gates_and_a_layer_keeps_its_best(tmp_path: Pat
 def test_from_a_trained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hooks: list[int] = []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         hooks.append(sum(len(module._forward_hooks) for module in training.context.model.modules()))
 
     watch(monkeypatch, look)

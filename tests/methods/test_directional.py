@@ -22,7 +22,7 @@ from prune_lab.optim.learning_rate import learning_rate
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.saved_model import load_model
 from prune_lab.training import evaluation, loop
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import CONF, TINY, configure, finish, last_result, make, summary, watch
 
@@ -150,7 +150,7 @@ def test_no_masks_hold_zeros_in_place_while_training(tmp_path: Path, monkeypatch
     before: dict[str, torch.Tensor] = {}
     back = 0
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         nonlocal back
         assert training.context.masks is None
         for name, weight in training.context.parameters().items():
@@ -289,7 +289,7 @@ def test_other_methods_of_a_sweep_keep_their_optimizer() -> None:
 def test_a_nan_is_not_taken_for_a_small_weight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         if step == 4:
             training.context.optimizer.state[training.context.model.conv1.weight]["v"][0] = math.nan
 

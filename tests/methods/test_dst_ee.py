@@ -12,7 +12,7 @@ from torch import nn
 
 from prune_lab.cli import command as cli
 from prune_lab.core.context import Context
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import configure, finish, last_result, make, watch
 
@@ -165,7 +165,7 @@ def test_layer_rms_makes_the_gradient_scale_vanish():
 def masks_of_a_run(folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, *options: str) -> tuple[list, dict]:
     seen = []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         seen.append(training.context.masks.digest())
 
     with monkeypatch.context() as patch:

@@ -252,7 +252,7 @@ def test_blocks_store_their_input_only():
             held.add(box := Held(tensor))
             return box
 
-        with evaluation_mode.untouched(model, train_mode=True), part:
+        with evaluation_mode.preserve_state(model, train_mode=True), part:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
                 loss = gradients.loss(model, data.images, data.train_labels)
                 slopes = torch.autograd.grad(loss, weights, create_graph=True)

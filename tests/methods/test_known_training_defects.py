@@ -15,7 +15,7 @@ from prune_lab.foundations.schema import ConfigError
 from prune_lab.optim.learning_rate import learning_rate
 from prune_lab.pipeline import runner
 from prune_lab.training import evaluation, loop
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.method_runs import SHORT, configure, finish, last_result, option_names, run_folder, summary, watch
 
 # Resume
@@ -26,7 +26,7 @@ def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return the checkpoint of a RigL run stopped after five of nine steps, its initial masks beside it."""
     first: dict[str, torch.Tensor] = {}
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         if step == 0:  # the first update, at step 0, is left out by method.begin
             first.update({name: mask.clone() for name, mask in training.context.masks.masks.items()})
         if step == 4:
@@ -45,7 +45,7 @@ def resumed(stopped, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     state: dict[str, Any] = {}
     original = loop.train_step
 
-    def step(training: Training, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def step(training: TrainState, images: torch.Tensor, labels: torch.Tensor) -> None:
         if not state:
             # Through a file, so that nothing is compared with itself.
             checkpoint.save(training.state_dict(), tmp_path / "seen.pt")
@@ -193,7 +193,7 @@ def test_momentum_of_pruned_weights_is_not_masked(tmp_path: Path, monkeypatch: p
     """ITOP masks the buffers each step, so that growth by momentum only brings back what was dropped."""
     seen: list[float] = []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         context = training.context
         for name, mask in context.masks.masks.items():
             buffer = context.optimizer.state[context.parameters()[name]]["momentum_buffer"]
@@ -218,7 +218,7 @@ def test_held_out_images_are_never_augmented(tmp_path: Path, monkeypatch: pytest
     watch(monkeypatch, lambda training, step: None)
     step, measure = loop.train_step, evaluation.measure
 
-    def keep_training(training: Training, batch: torch.Tensor, labels: torch.Tensor) -> None:
+    def keep_training(training: TrainState, batch: torch.Tensor, labels: torch.Tensor) -> None:
         images["train"].append(batch.clone())
         step(training, batch, labels)
 

@@ -25,7 +25,7 @@ from prune_lab.pruning.batch_norm.statistics import measure_statistics
 from prune_lab.pruning.channels.groups import channel_groups, weight_masks
 from prune_lab.pruning.gates import hard_concrete as hc
 from prune_lab.pruning.gates.hard_concrete import BETA, GAMMA, ZETA
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import configure, finish, last_result, make, summary, watch
 
@@ -422,7 +422,7 @@ def test_channels_resume_bit_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     options = (*FILTER, "method.gate_optimizer=sgd", "method.gate_lr=30")
     straight = last_result(finish(configure(tmp_path / "straight", "l0", *options)))
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         if step == 4:
             monkeypatch.setattr(training, "stop", lambda: True)
 
@@ -536,7 +536,7 @@ def test_a_run_with_measured_batch_norm_resumes_bit_equal(tmp_path: Path, monkey
     options = ("method.bn_images=16",)
     straight = last_result(finish(configure(tmp_path / "straight", "l0", *options)))
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         if step in (3, 7):
             monkeypatch.setattr(training, "stop", lambda: True)
 

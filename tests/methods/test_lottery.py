@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from prune_lab.cli import command as cli
-from prune_lab.config.position import parse_position
+from prune_lab.config.time import parse_time
 from prune_lab.foundations import checkpoint
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.methods.lottery import ARMS
 from prune_lab.pipeline import runner, stored_phases
 from prune_lab.pruning.scores.weight_overlap import overlap_of_largest
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import configure, finish, last_result, make, run_folder, summary, watch
 
@@ -158,7 +158,7 @@ def stored(folder: Path, phase: str) -> dict:
 def test_the_early_network_is_the_dense_training_at_that_step(tmp_path: Path, monkeypatch) -> None:
     seen: dict[str, torch.Tensor] = {}
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         if training.context.phase == "train" and step == 3:  # four are done
             seen.update({name: tensor.clone() for name, tensor in training.context.model.state_dict().items()})
 
@@ -185,7 +185,7 @@ def test_every_round_restores_the_momentum_of_the_early_network(tmp_path: Path) 
 def test_a_round_starts_from_the_masked_early_network(place: str, tmp_path: Path, monkeypatch) -> None:
     first: dict[str, list] = {}
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         first.setdefault(training.context.phase, []).append(step)
 
     watch(monkeypatch, look)
@@ -236,7 +236,7 @@ def test_optimizer_state_after_rewinding(options: tuple[str, ...], tmp_path: Pat
 def test_running_means_of_pruned_weights_stay_zero(optimizer: str, tmp_path: Path, monkeypatch) -> None:
     checked = []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         context = training.context
         for name, mask in ({} if context.masks is None else context.masks.masks).items():
             state = context.optimizer.state[context.parameters()[name]]
@@ -413,7 +413,7 @@ def test_bad_options_are_named(options: list[str], message: str, tmp_path: Path,
 
 
 def test_a_loss_that_explodes_in_a_round_names_the_option(tmp_path: Path, monkeypatch, capsys) -> None:
-    def spoil(training: Training, step: int) -> None:
+    def spoil(training: TrainState, step: int) -> None:
         if training.context.phase == "finetune_1":
             training.context.parameters()["conv1.weight"].data.fill_(float("inf"))
 
@@ -432,14 +432,14 @@ def test_a_place_beyond_a_stretched_schedule_is_named_as_typed(tmp_path: Path, c
 
 @pytest.mark.parametrize(("text", "steps"), [("8ep", 80), ("0.5ep", 5), ("500it", 500), ("0ep", 0)])
 def test_positions(text: str, steps: int) -> None:
-    assert parse_position(text, "x").step(10) == steps
+    assert parse_time(text, "x").step(10) == steps
 
 
 def test_positions_in_epochs_stretch_with_the_schedule() -> None:
-    assert parse_position("8ep", "x").stretched(0.5).step(10) == 40
-    assert parse_position("500it", "x").stretched(0.5).step(10) == 500
+    assert parse_time("8ep", "x").stretched(0.5).step(10) == 40
+    assert parse_time("500it", "x").stretched(0.5).step(10) == 500
     with pytest.raises(ConfigError, match="x=-1ep"):
-        parse_position("-1ep", "x")
+        parse_time("-1ep", "x")
 
 
 @pytest.mark.parametrize("stop", [4, 6, 8])
@@ -447,7 +447,7 @@ def test_a_round_stopped_midway_goes_on_within_the_schedule(stop: int, tmp_path:
     options = ("method.levels=1", "method.arm=IMP-rewind", "method.rewind_to=4it")
     straight = finish(configure(tmp_path / "a", "lottery", *options, short={}))
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         if training.context.phase == "train_1" and step == stop:
             monkeypatch.setattr(training, "stop", lambda: True)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.method_runs import configure, finish, make, watch
 from tests.helpers.toys import GRADIENT, WEIGHT, OneLayer, example_b, mask_of, one_step, open_phase, state_of
 
@@ -161,7 +161,7 @@ def test_an_end_that_binary_numbers_miss() -> None:
 def test_multiplier_stretches_the_real_schedule(tmp_path, monkeypatch) -> None:
     lengths: dict[int, list[int]] = {}
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         lengths[training.context.total_steps] = list(training.method.updates)
 
     watch(monkeypatch, look)
@@ -224,7 +224,7 @@ def test_weight_decay_is_not_in_the_score(tmp_path, monkeypatch) -> None:
     """The same run with and without weight decay makes the same first update, on freshly drawn weights."""
     masks: dict[str, list] = {}
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         masks.setdefault(tmp_folder, []).append(training.context.masks.digest())
 
     watch(monkeypatch, look)

@@ -10,7 +10,7 @@ from torch import nn
 
 from prune_lab.cli import command as cli
 from prune_lab.pruning.masks.distributions import whole_units
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import configure, finish, make, watch
 
@@ -72,7 +72,7 @@ def test_the_plan_names_the_sparsity_that_pays_for_dense_linear_layers():
 def test_kernels_are_never_cut_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     digests = set()
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         context = training.context
         digests.add(context.masks.digest())
         for mask in context.masks.masks.values():

@@ -13,7 +13,7 @@ from prune_lab.cli import command as cli
 from prune_lab.core.context import Context
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline import runner
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import configure, finish, make, run_folder, summary, watch
 
@@ -113,7 +113,7 @@ def test_total_is_exact_after_every_step_and_layers_move(tmp_path: Path, monkeyp
     totals, layouts, absent = set(), set(), []
     spent, forwards = [0], []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         context = training.context
         spent.append(context.cost.total)
         forwards.append(context.cost.forward // 8 - sum(forwards))  # of the step, as masked while it ran
@@ -198,7 +198,7 @@ def test_momentum_after_the_first_step_will_do(tmp_path: Path):
 def test_rigl_with_redistribution_keeps_the_total_and_moves_layers(signal, tmp_path: Path, monkeypatch):
     totals, layouts = set(), set()
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         totals.add(training.context.masks.num_kept)
         layouts.add(tuple(training.context.masks.counts().values()))
 

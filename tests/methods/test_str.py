@@ -13,7 +13,7 @@ from prune_lab.cli import command as cli
 from prune_lab.families import soft_threshold
 from prune_lab.families.soft_threshold import AWAKE, decayed, wake_step, waking_decay
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.method_runs import configure, finish, make, summary, watch
 from tests.methods.test_autosparse import CHANNELS_U, CHANNELS_W, U, W, backward, layer_of, set_up
 
@@ -195,7 +195,7 @@ def test_bad_input_is_one_line(options, capsys: pytest.CaptureFixture, tmp_path:
 def test_run_is_dense_until_the_thresholds_wake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[tuple[float, float]] = []
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         lowest = min(float(t.detach().min()) for t in training.method.thresholds.values())
         seen.append((lowest, training.context.masks.density))
 

@@ -9,7 +9,7 @@ import torch
 
 from prune_lab import models
 from prune_lab.pipeline import identity
-from prune_lab.training import numerics
+from prune_lab.training.device_config import resolve_device_config
 from tests.helpers.runs import METHODS, TINY, compose
 
 BASE = (*TINY, "method=rigl")
@@ -19,8 +19,8 @@ def keys(*overrides: str, fingerprint: str | None = "data", world_size: int = 1)
     """Return the keys of the phases and of the run."""
     config = compose(*overrides)
     planned = identity.plan_phases(
-        config, model=config.model, fingerprint=fingerprint, numerics=numerics.resolve(config.trainer).identity(),
-        world_size=world_size,
+        config, model=config.model, fingerprint=fingerprint, world_size=world_size,
+        device_config=resolve_device_config(config.trainer).identity(),
     )  # fmt: skip
     return *(entry.key for entry in planned), identity.run_key(planned, config)
 
@@ -115,8 +115,8 @@ def test_a_file_of_densities_counts_by_content_not_by_path(tmp_path):
 
 def group(*overrides: str) -> str:
     config = compose(*overrides)
-    arithmetic = numerics.resolve(config.trainer).identity()
-    return identity.group_key(config, model=config.model, fingerprint="data", numerics=arithmetic, world_size=1)
+    device_config = resolve_device_config(config.trainer).identity()
+    return identity.group_key(config, model=config.model, fingerprint="data", device_config=device_config, world_size=1)
 
 
 def test_group_is_shared_by_runs_that_can_differ_by_the_seed_only():

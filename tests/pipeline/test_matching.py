@@ -18,7 +18,7 @@ from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pipeline.matching import matched, nearest, nearest_epochs, reachable, sparsity_of
 from prune_lab.pruning.masks.distributions import num_keep_total
-from prune_lab.training import numerics
+from prune_lab.training.device_config import resolve_device_config
 from tests.helpers.method_runs import watch
 from tests.helpers.runs import METHODS, TINY, assert_same_run, compose, execute, fork_pair, run_dir, summary, wait_for
 
@@ -29,8 +29,8 @@ RESNET20 = ("model=resnet20", "dataset=fake", "dataset.num_train=640", "dataset.
 
 def solve(*overrides: str) -> RunConfig:
     config = compose(*overrides)
-    arithmetic = numerics.resolve(config.trainer)
-    return matched(config, config.model, datasets.describe(config.dataset), arithmetic)
+    device_config = resolve_device_config(config.trainer)
+    return matched(config, config.model, datasets.describe(config.dataset), device_config)
 
 
 def planned(folder: Path, *overrides: str) -> dict:
@@ -389,7 +389,7 @@ def test_a_solved_sparsity_that_only_the_validation_refuses_names_its_reference(
 def test_a_typed_sparsity_is_not_replaced_without_a_word() -> None:
     options = ("method=static", "method.match=macs", "method.match_to=0.1:uniform", "method.sparsity=0.8")
     config = replace(compose(*RESNET20, *options), overrides=options)
-    information = datasets.describe(config.dataset), numerics.resolve(config.trainer)
+    information = datasets.describe(config.dataset), resolve_device_config(config.trainer)
     with pytest.raises(ConfigError, match=r"^method\.sparsity=0\.8: method\.match=macs with method\.match_by=density"):
         matched(config, config.model, *information)
     epochs = ("method=static", "method.match=train_macs", "method.match_to=1:uniform", "method.match_by=epochs",

@@ -22,8 +22,8 @@ from prune_lab.foundations.schema import ConfigError
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.pipeline import results, store, stored_phases
 from prune_lab.tracking.jsonl import JsonFiles
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.evaluation import measure
-from prune_lab.training.numerics import Numerics
 from tests.helpers.runs import (
     METHODS,
     TINY,
@@ -75,10 +75,10 @@ def test_summary_has_every_key_and_files_are_all_there(tmp_path, method):
 @pytest.mark.parametrize("method", ["dense", "rigl", "magnitude", "small_dense"])
 def test_load_rebuilds_the_network_with_exactly_the_reported_accuracy(tmp_path, method):
     assert execute(tmp_path, *TINY, *METHODS[method], "trainer.eval_batch_size=7") == 0
-    config, fp32 = compose(*TINY), Numerics("cpu", "fp32", False, False)
+    config, fp32 = compose(*TINY), DeviceConfig("cpu", "fp32", False, False)
     data = datasets.load(config.dataset, BatchFormat(torch.device("cpu"), torch.float32, False))
     model = prune_lab.load(run_dir(tmp_path))
-    scores = measure(model, data, "test", numerics=fp32, trainer=config.trainer)
+    scores = measure(model, data, "test", device_config=fp32, trainer=config.trainer)
     flat = summary(tmp_path)
     assert scores["top1"] == flat["final/top1"] and scores["top5"] == flat["final/top5"]
     assert scores["loss"] == pytest.approx(flat["final/loss"], rel=1e-5)

@@ -50,7 +50,7 @@ def test_a_typed_interval_stays_and_shares_its_phases_with_the_same_one_found() 
     assert found.method.interval == as_mapping(found)["method"]["interval"] == 14
     assert build_method(found).phase_identity(TRAIN) == build_method(typed).phase_identity(TRAIN)
     assert settle("method=rigl", "method.interval=100").method.interval == 100
-    keys = [identity.plan_phases(config, model=config.model, fingerprint="a", numerics={}, world_size=1)[-1].key
+    keys = [identity.plan_phases(config, model=config.model, fingerprint="a", device_config={}, world_size=1)[-1].key
             for config in (found, typed)]  # fmt: skip
     assert keys[0] == keys[1]
 

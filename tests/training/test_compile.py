@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.training.numerics import _compiled, resolve
+from prune_lab.training.device_config import _compiled, resolve_device_config
 from tests.helpers.runs import METHODS, TINY, assert_same_network, compose, execute
 
 NO_COMPILING = ("dep_l0", "dep_l0 dense")
@@ -45,20 +45,20 @@ def test_a_compiled_run_ends_close_to_an_eager_one(tmp_path: Path) -> None:
 
 def test_auto_compiles_on_a_gpu_only() -> None:
     assert _compiled("auto", torch.device("cuda")) is True and _compiled("auto", torch.device("cpu")) is False
-    assert resolve(compose(*TINY, "trainer.compile=auto", "trainer.device=cpu").trainer).compile is False
+    assert resolve_device_config(compose(*TINY, "trainer.compile=auto", "trainer.device=cpu").trainer).compile is False
     assert compose("dataset=imagenet").trainer.compile == "auto"
     assert compose("dataset=imagenet", "trainer=default").trainer.compile is False
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.compile=graphs needs a CUDA device, got cpu"):
-        resolve(compose(*TINY, "trainer.compile=graphs", "trainer.device=cpu").trainer)
+        resolve_device_config(compose(*TINY, "trainer.compile=graphs", "trainer.device=cpu").trainer)
     with pytest.raises(ConfigError, match=r"trainer\.compile=graphs does not go with method=dep_l0"):
         compose("method=dep_l0", "trainer.compile=graphs")
     assert compose("method=dep_l0", "dataset=imagenet").trainer.compile == "auto"
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"trainer\.compile=true needs a C\+\+ compiler"):
-        resolve(compose(*TINY, "trainer.compile=true", "trainer.device=cpu").trainer)
+        resolve_device_config(compose(*TINY, "trainer.compile=true", "trainer.device=cpu").trainer)
 
 
 @pytest.mark.gpu

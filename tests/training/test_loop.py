@@ -18,12 +18,12 @@ from prune_lab.foundations.checkpoint import CheckpointPair
 from prune_lab.optim.optimizer import build_optimizer
 from prune_lab.training import loop
 from prune_lab.training.averaging import moving_average
+from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.evaluation import measure
-from prune_lab.training.loop import Training, train_step
-from prune_lab.training.numerics import Numerics
+from prune_lab.training.loop import TrainState, train_step
 from tests.helpers.runs import TINY, compose, execute, records, run_dir, status, summary
 
-FP32 = Numerics("cpu", "fp32", False, False)
+FP32 = DeviceConfig("cpu", "fp32", False, False)
 
 
 def small_network(*, norm: bool = False) -> nn.Module:
@@ -33,18 +33,18 @@ def small_network(*, norm: bool = False) -> nn.Module:
 
 
 def training(
-    tmp_path, model: nn.Module, *overrides: str, numerics: Numerics = FP32, method: Method | None = None
-) -> Training:
+    tmp_path, model: nn.Module, *overrides: str, device_config: DeviceConfig = FP32, method: Method | None = None
+) -> TrainState:
     config = compose(*TINY, "schedule.train.policy=constant", *overrides)
     context = Context(
         model=model, costs=profile(model, 8), layers=select_layers(model), phase="train", seed=0, total_steps=8,
         steps_per_epoch=4, optimizer=build_optimizer(model, config.optimizer),
     )  # fmt: skip
-    return Training(
+    return TrainState(
         context=context, method=method or Method(MethodConfig("dense")),
         dataset=SimpleNamespace(num_batches=lambda batch_size: 4),
         schedule=config.schedule.phase("train"), batch_size=8, label_smoothing=config.schedule.label_smoothing,
-        trainer=config.trainer, numerics=numerics, forward=model, data_seed=0,
+        trainer=config.trainer, device_config=device_config, forward=model, data_seed=0,
         checkpoints=CheckpointPair(tmp_path, print), record=lambda row: None, show=lambda *_: None, stop=lambda: False,
         scaler=torch.amp.GradScaler("cpu", enabled=False), ema=moving_average(model, config.trainer.ema_decay),
     )  # fmt: skip
@@ -194,7 +194,7 @@ def test_a_step_that_a_method_leaves_out_moves_nothing_but_is_counted(tmp_path):
 
 
 def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
-    work = training(tmp_path, small_network(), numerics=Numerics("cpu", "bf16", False, False))
+    work = training(tmp_path, small_network(), device_config=DeviceConfig("cpu", "bf16", False, False))
     seen = []
     work.context.model[3].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
     exact = training(tmp_path, small_network())
@@ -210,7 +210,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(tmp_path):
 def test_channels_last_gives_the_same_step(tmp_path):
     plain = training(tmp_path, small_network())
     model = small_network().to(memory_format=torch.channels_last)
-    fast = training(tmp_path, model, numerics=Numerics("cpu", "fp32", True, False))
+    fast = training(tmp_path, model, device_config=DeviceConfig("cpu", "fp32", True, False))
     for seed in range(2):
         images, labels = batch(seed)
         train_step(plain, images, labels)
@@ -241,7 +241,7 @@ def test_evaluation_counts_every_image_once_whatever_the_batch(size):
             yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
     trainer = SimpleNamespace(eval_batch_size=size, limit_eval_batches=None)
-    scores = measure(Answers(logits), Images(), "test", numerics=FP32, trainer=trainer)
+    scores = measure(Answers(logits), Images(), "test", device_config=FP32, trainer=trainer)
     ranks = (logits > logits[torch.arange(23), labels][:, None]).sum(1)
     assert scores["top1"] == 100 * int((ranks == 0).sum()) / 23
     assert scores["top5"] == 100 * int((ranks < 5).sum()) / 23
@@ -257,7 +257,7 @@ def test_evaluation_with_fewer_than_five_classes_and_mode_restored(tmp_path):
             yield batch()
 
     trainer = SimpleNamespace(eval_batch_size=8, limit_eval_batches=None)
-    assert measure(model, Images(), "test", numerics=FP32, trainer=trainer)["top5"] == 100.0
+    assert measure(model, Images(), "test", device_config=FP32, trainer=trainer)["top5"] == 100.0
     assert model.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])

@@ -15,9 +15,9 @@ from prune_lab import datasets
 from prune_lab.core import chain
 from prune_lab.pipeline import identity
 from prune_lab.pipeline.validation import RandomImages, task_without_files
-from prune_lab.training import numerics
 from prune_lab.training.averaging import moving_average
-from prune_lab.training.loop import Training, train_step
+from prune_lab.training.device_config import resolve_device_config
+from prune_lab.training.loop import TrainState, train_step
 from prune_lab.training.phases import open_context, open_training
 from tests.helpers.runs import METHODS, TINY, compose
 
@@ -66,16 +66,16 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
         yield watch
 
 
-def first_training(*overrides: str) -> Training:
+def first_training(*overrides: str) -> TrainState:
     """Return the loop's state at the start of the first training phase in which the method acts."""
     config = compose(*TINY, *overrides)
-    arithmetic = numerics.resolve(config.trainer)
-    inputs = {"numerics": arithmetic.identity(), "world_size": 1}
+    device_config = resolve_device_config(config.trainer)
+    inputs = {"device_config": device_config.identity(), "world_size": 1}
     planned = identity.plan_phases(config, model=config.model, fingerprint=None, **inputs)
-    dataset = RandomImages(datasets.describe(config.dataset), arithmetic.torch_device)
+    dataset = RandomImages(datasets.describe(config.dataset), device_config.torch_device)
     trains = [entry for entry in planned if entry.phase.is_training]
     entry = next((entry for entry in trains if entry.phase.active), trains[0])
-    job = task_without_files(config, config.model, entry, dataset, arithmetic, chain.Results(()))
+    job = task_without_files(config, config.model, entry, dataset, device_config, chain.Results(()))
     context = open_context(job)
     training = open_training(job, context)
     job.method.setup(context)
@@ -146,16 +146,16 @@ def calls_beside_torch(method: str, model: str) -> int:
     optimizer = training.context.optimizer
     gradients = [parameter.grad for parameter in training.context.model.parameters()]
 
-    def arithmetic(*_):
+    def device_config(*_):
         for parameter, gradient in zip(training.context.model.parameters(), gradients, strict=True):
             parameter.grad = gradient
         return torch.zeros(()), torch.zeros(len(labels), 4)
 
-    training.differentiate = arithmetic
+    training.differentiate = device_config
 
     def torchs_part():
         optimizer.zero_grad(set_to_none=True)
-        arithmetic()
+        device_config()
         optimizer.step()
 
     return num_calls(lambda: train_step(training, images, labels)) - num_calls(torchs_part)

@@ -16,26 +16,25 @@ from prune_lab.datasets import BatchFormat, Dataset
 from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.seeding import generator, stable_hash
 from prune_lab.pipeline.saved_model import load_model
-from prune_lab.training import numerics
+from prune_lab.training.device_config import DeviceConfig, resolve_device_config
 from prune_lab.training.evaluation import measure
-from prune_lab.training.numerics import Numerics
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Data and arithmetic that two runs share."""
+    """Data and device that two runs share."""
 
     dataset: Dataset
-    numerics: Numerics
-    """of training; figures are measured in `numerics.exact()`"""
+    device_config: DeviceConfig
+    """of training; figures are measured in fp32"""
     trainer: TrainerConfig
     seed: int
 
     def network(self, run: FinishedRun) -> nn.Module:
         """Return the run's network in eval mode on the device."""
-        return self.numerics.placed(load_model(run.directory))
+        return self.device_config.placed(load_model(run.directory))
 
     def drawn(self, what: str, count: int | None) -> Tensor:
         """Return the positions of `count` (None: all) training images, drawn from the seed and `what`."""
@@ -60,7 +59,7 @@ class Bench:
         return self._scores(model, self.dataset, self.dataset.eval_split)
 
     def _scores(self, model: nn.Module, images: Any, split: str) -> dict[str, float]:
-        result = measure(model, images, split, numerics=self.numerics.exact(), trainer=self.trainer)
+        result = measure(model, images, split, device_config=self.device_config.in_fp32(), trainer=self.trainer)
         return {"loss": result["loss"], "error": 100 - result["top1"]}
 
 
@@ -90,15 +89,16 @@ def open_bench(a: FinishedRun, b: FinishedRun, *, root: str | None, device: str,
     )  # fmt: skip
     try:
         trainer.check("trainer")
-        arithmetic = numerics.resolve(trainer)
+        device_config = resolve_device_config(trainer)
     except ConfigError as error:
         raise ConfigError(str(error).replace("trainer.device=", "--device ")) from error
     options = data_options(a, b, root)
     try:
-        dataset = datasets.load(options, BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last))
+        fmt = BatchFormat(device_config.torch_device, torch.float32, device_config.channels_last)
+        dataset = datasets.load(options, fmt)
     except ConfigError as error:
         raise ConfigError(f"the data of {a.directory} (--data ROOT names another place): {error}") from error
-    return Bench(dataset, arithmetic, trainer, seed)
+    return Bench(dataset, device_config, trainer, seed)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

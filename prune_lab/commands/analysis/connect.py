@@ -53,7 +53,7 @@ def _connect(options: Namespace, runs: tuple[FinishedRun, FinishedRun], setting:
         "plan": asdict(plan),
         "seed": options.seed,
         "data": setting.dataset.fingerprint,
-        "numerics": setting.numerics.identity(),
+        "device_config": setting.device_config.identity(),
     }
     folder = ResultFolder.of("connect", runs, inputs, chosen=options.output)
     lines = _Lines(plan)

@@ -100,7 +100,7 @@ def _train_epoch(
     )
     num_batches = bench.dataset.num_batches(batch_size)
     drawn = torch.rand(num_batches, generator=generator(seed, "t", epoch), dtype=torch.float64).tolist()
-    sums = torch.zeros(3, dtype=torch.float64, device=bench.numerics.torch_device)
+    sums = torch.zeros(3, dtype=torch.float64, device=bench.device_config.torch_device)
     model.train()
     for index, ((x, y), t) in enumerate(zip(images, drawn, strict=True)):
         torch.manual_seed(stable_hash(seed, "step", epoch, index))  # dropout
@@ -116,7 +116,7 @@ def _step(
 ) -> tuple[Tensor, Tensor]:
     """Move the middle once and return (mean loss, number of right answers)."""
     place(model, curve.at(t))
-    with bench.numerics.autocast():
+    with bench.device_config.autocast():
         logits = model(x).float()
     loss = F.cross_entropy(logits, y)
     gradients = torch.autograd.grad(loss, list(trained(model).values()), allow_unused=True, materialize_grads=True)

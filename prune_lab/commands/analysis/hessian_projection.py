@@ -55,7 +55,7 @@ def _project(options: Namespace, runs: tuple[FinishedRun, FinishedRun], setting:
         "plan": vars(plan),
         "seed": options.seed,
         "data": setting.dataset.fingerprint,
-        "numerics": setting.numerics.exact().identity(),
+        "device_config": setting.device_config.in_fp32().identity(),
     }
     folder = ResultFolder.of("hessian-projection", runs, inputs, chosen=options.output)
     _say(f"w_sgd:   {runs[0].directory}")

@@ -155,10 +155,10 @@ def _check_split(config: RunConfig, objectives: Sequence[Objective]) -> None:
 
 def _check_data(config: RunConfig) -> str:
     """Refuse missing or damaged data once, instead of in every trial; return a name for what there is."""
-    from prune_lab.training import numerics
+    from prune_lab.training.device_config import resolve_device_config
 
-    arithmetic = numerics.resolve(config.trainer)
-    fmt = datasets.BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
+    device_config = resolve_device_config(config.trainer)
+    fmt = datasets.BatchFormat(device_config.torch_device, torch.float32, device_config.channels_last)
     dataset = datasets.load(config.dataset, fmt)
     dataset.close()
     return dataset.fingerprint[:8]

@@ -10,8 +10,8 @@ from typing import Any
 from prune_lab import datasets
 from prune_lab.commands.compare.runs import RunResult
 from prune_lab.commands.verdict.conditions import DENSE, REINIT, SMALL, TICKET, Rules, Verdict, differences, judge
-from prune_lab.config.position import parse_position
 from prune_lab.config.schedule import ScheduleConfig
+from prune_lab.config.time import parse_time
 from prune_lab.datasets import base
 from prune_lab.foundations.schema import ConfigError, parse
 
@@ -167,7 +167,7 @@ def _typed(**groups: Mapping[str, Any]) -> dict[str, Any]:
 def _rewind(method: Mapping[str, Any]) -> str:
     """Return where the weights start again, with what becomes of the momentum if that is not the default."""
     place = method["rewind_to"]
-    if parse_position(place, "method.rewind_to").count == 0:
+    if parse_time(place, "method.rewind_to").count == 0:
         return ""
     return place if method["optimizer_state"] == "restore" else f"{place}, momentum zero"
 

@@ -154,14 +154,14 @@ def _planned(
         widths: adapted model options that are known already; found ones are added.
         contents: `Dataset.content` of each data set's options.
     """
-    from prune_lab.training import numerics
+    from prune_lab.training.device_config import resolve_device_config
 
     info, method = datasets.describe(config.dataset), build_method(config)
     sizes = {"num_classes": info.num_classes, "image_size": info.image_size}
     key = repr((config.model, method.config, sizes))
     if key not in widths:
         widths[key] = method.adapt_model(config.model, **sizes)
-    inputs = {"model": widths[key], "numerics": numerics.resolve(config.trainer).identity(), "world_size": 1}
+    inputs = {"model": widths[key], "device_config": resolve_device_config(config.trainer).identity(), "world_size": 1}
     content = contents[repr(config.dataset)]
     phases = identity.plan_phases(config, fingerprint=content, **inputs)
     name = getattr(method.config, "arm", method.config.name)
@@ -189,9 +189,9 @@ def sharing(planned: Sequence[Planned]) -> str:
 
 def check_data(planned: Sequence[Planned]) -> None:
     """Refuse missing or damaged data once, instead of in every run."""
-    from prune_lab.training import numerics
+    from prune_lab.training.device_config import resolve_device_config
 
     for config in {repr(entry.config.dataset): entry.config for entry in planned}.values():
-        arithmetic = numerics.resolve(config.trainer)
-        fmt = datasets.BatchFormat(arithmetic.torch_device, torch.float32, arithmetic.channels_last)
+        device_config = resolve_device_config(config.trainer)
+        fmt = datasets.BatchFormat(device_config.torch_device, torch.float32, device_config.channels_last)
         datasets.load(config.dataset, fmt).close()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module, *, train_mode: bool) -> Iterator[None]:
+def preserve_state(model: nn.Module, *, train_mode: bool) -> Iterator[None]:
     """Score inside: gradients on for all parameters, no autocast, batch norm on batch statistics or on running ones.
 
     Everything else is in evaluation mode: dropout would make each pass score another network. Afterwards parameters'

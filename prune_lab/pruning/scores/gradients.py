@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.pruning.scores.evaluation_mode import untouched
+from prune_lab.pruning.scores.evaluation_mode import preserve_state
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,7 +50,7 @@ def gradient_norm(
     """
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     images_seen = 0
-    with untouched(model, train_mode=train_mode):
+    with preserve_state(model, train_mode=train_mode):
         for images, labels in data:
             value = _cross_entropy(model, images, labels)
             gradients = torch.autograd.grad(value, list(weights.values()))

@@ -43,7 +43,7 @@ def hessian_product(
         ConfigError: an operator of the model has no second derivative, or the loss is not finite.
     """
     directions, images_seen = unflatten(vector, weights), 0
-    with evaluation_mode.untouched(model, train_mode=False), evaluation_mode.twice_differentiable(model):
+    with evaluation_mode.preserve_state(model, train_mode=False), evaluation_mode.twice_differentiable(model):
         for images, labels in data():
             _add_product(model, weights, images, labels, directions)
             images_seen += len(images)

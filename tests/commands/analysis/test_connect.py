@@ -22,7 +22,7 @@ from prune_lab.commands.analysis.curve_training import Recipe, lr_factor, train_
 from prune_lab.commands.analysis.curves import Curve, barrier, coefficients, distance, positions
 from prune_lab.foundations.checkpoint import CheckpointPair
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.training.numerics import Numerics
+from prune_lab.training.device_config import DeviceConfig
 from tests.helpers.analysis_runs import contents, make_run, only_result
 
 LINE = ("--points", "3", "--device", "cpu")
@@ -122,7 +122,7 @@ def ring_bench() -> Bench:
         return ((torch.zeros(batch_size, 1), torch.zeros(batch_size, dtype=torch.int64)) for _ in range(20))
 
     dataset = SimpleNamespace(train_batches=train_batches, num_batches=lambda _: 20)
-    return Bench(dataset, Numerics("cpu", "fp32", False, False), None, seed=0)
+    return Bench(dataset, DeviceConfig("cpu", "fp32", False, False), None, seed=0)
 
 
 def train_ring(folder: Path, epochs: int, *, stop_after: int | None = None) -> Curve:

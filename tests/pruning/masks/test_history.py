@@ -10,7 +10,7 @@ import torch
 
 from prune_lab.cli import command as cli
 from prune_lab.pruning.masks.history import MaskHistory
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.method_runs import configure, finish, make, summary, watch
 
 
@@ -59,7 +59,7 @@ def rows(folder: Path) -> list[dict]:
 def test_dynamic_methods_log_what_explains_them(name, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     seen: dict[str, list] = {"first": [], "ever": [], "counts": []}
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         flat = torch.cat([m.flatten() for m in training.context.masks.masks.values()])
         seen["ever"].append(flat if not seen["ever"] else seen["ever"][-1] | flat)
         seen["counts"].append(int(flat.sum()))

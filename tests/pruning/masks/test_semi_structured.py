@@ -32,7 +32,7 @@ from prune_lab.pruning.masks.semi_structured import (
     to_groups,
     unpack,
 )
-from prune_lab.training.loop import Training
+from prune_lab.training.loop import TrainState
 from tests.helpers.method_runs import (
     CONF,
     NAMES,
@@ -318,7 +318,7 @@ def awkward(name: str) -> tuple[str, ...]:
     return (*options, *extra.get(name, []))
 
 
-def assert_two_of_four(training: Training, *, exactly: bool) -> None:
+def assert_two_of_four(training: TrainState, *, exactly: bool) -> None:
     context = training.context
     assert context.masks is not None or not exactly
     for path, mask in ({} if context.masks is None else context.masks.masks).items():
@@ -338,7 +338,7 @@ def test_two_of_four_stay_in_every_step_and_a_resumed_run_is_the_same(
     steps: list[int] = []
     stops: set[int] = set()
 
-    def look(training: Training, step: int) -> None:
+    def look(training: TrainState, step: int) -> None:
         waits = name in GRADUAL or training.context.phase == "train" and not training.method.chain()[0].active
         assert_two_of_four(training, exactly=not waits)
         steps.append(step)

@@ -118,7 +118,7 @@ def test_a_scored_network_is_untouched():
     model[1].eval()
     with torch.no_grad():
         model[3].weight[0, 0, 0, 0] = -0.0
-    with unchanged(model), evaluation_mode.untouched(model, train_mode=True):
+    with unchanged(model), evaluation_mode.preserve_state(model, train_mode=True):
         assert all(parameter.requires_grad for parameter in model.parameters())
         gradients.loss(model, torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 2, 0])).backward()
         assert model[1].running_mean.any() and torch.rand(1) is not None
@@ -128,7 +128,7 @@ def test_it_is_untouched_after_an_error_too():
     model = Net().eval()
     with unchanged(model), pytest.raises(RuntimeError, match="on the way"):
         redrawn = evaluation_mode.redrawn_linear(model, lambda name: torch.Generator())
-        with evaluation_mode.untouched(model, train_mode=True), redrawn:
+        with evaluation_mode.preserve_state(model, train_mode=True), redrawn:
             model(torch.randn(4, 3, 6, 6))
             raise RuntimeError("on the way")
 
@@ -136,7 +136,7 @@ def test_it_is_untouched_after_an_error_too():
 @pytest.mark.parametrize("train_mode", [True, False])
 def test_only_batch_norm_is_in_training_mode(train_mode):
     model = Net().train(not train_mode)
-    with evaluation_mode.untouched(model, train_mode=train_mode):
+    with evaluation_mode.preserve_state(model, train_mode=train_mode):
         modes = {type(module).__name__: module.training for module in model}
         assert modes["BatchNorm2d"] is train_mode and modes["Dropout"] is False
         images = torch.randn(4, 3, 6, 6)
@@ -145,7 +145,7 @@ def test_only_batch_norm_is_in_training_mode(train_mode):
 
 def test_no_autocast_reaches_the_scores():
     model = Net()
-    with torch.autocast("cpu", torch.bfloat16), evaluation_mode.untouched(model, train_mode=True):
+    with torch.autocast("cpu", torch.bfloat16), evaluation_mode.preserve_state(model, train_mode=True):
         assert model(torch.randn(4, 3, 6, 6)).dtype == torch.float32
 
 
@@ -226,7 +226,7 @@ def test_a_module_without_second_derivative_is_named():
     model = Net()
     model[6] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.ReLU(inplace=True), Doubling())
     weights, data = [model[0].weight], noise_images()
-    with unchanged(model), evaluation_mode.untouched(model, train_mode=True), pytest.raises(ConfigError) as caught:
+    with unchanged(model), evaluation_mode.preserve_state(model, train_mode=True), pytest.raises(ConfigError) as caught:
         second_derivatives.hessian_gradient(
             model, weights, lambda: [(data.images, data.train_labels)], num_images=len(data.images)
         )
