@@ -25,7 +25,7 @@ TORCH_FREE = [
     "cli", "cli.command", "cli.listing", "cli.completion", "compose.check", "compose.overrides", "config.run",
     "foundations.schema", "foundations.files", "foundations.lazy", "launch.sweep", "launch.worker",
     "launch.launchers", "launch.slots", "pipeline.identity", "core.method", "core.phase", "core.card", "core.chain",
-    "config.position", "pruning.masks.selection", "commands.verdict.conditions", "commands.verdict.cases",
+    "config.time", "pruning.masks.selection", "commands.verdict.conditions", "commands.verdict.cases",
     "commands.compare.command", "commands.compare.figures", "commands.compare.html",
     "commands.dashboard.wandb_sync", "tracking", "models", "datasets",
 ]  # fmt: skip

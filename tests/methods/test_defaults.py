@@ -11,6 +11,7 @@ import pytest
 from prune_lab import datasets
 from prune_lab.cli import command as cli
 from prune_lab.config.run import as_mapping
+from prune_lab.core.method import build_method
 from prune_lab.core.phase import TRAIN
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.dry_run import dry_run
@@ -111,8 +112,8 @@ def test_a_handful_of_steps_starts_awake() -> None:
 
 def test_a_typed_value_shares_its_phases_with_the_same_one_found() -> None:
     config = compose(*DEMO, "method=str")
-    found = settled(config, datasets.describe(config.dataset)).method
-    typed = compose(*DEMO, "method=str", "method.threshold_init=-100", "method.threshold_decay=0.036").method
+    found = build_method(settled(config, datasets.describe(config.dataset)))
+    typed = build_method(compose(*DEMO, "method=str", "method.threshold_init=-100", "method.threshold_decay=0.036"))
     assert found.phase_identity(TRAIN) == typed.phase_identity(TRAIN)
 
 
