@@ -54,17 +54,18 @@ class ChannelCosts:
         self._channels, self._lane_of = channels, channels.lane_of()
         self.sizes = np.array([lane.size for lane in channels.lanes], dtype=np.int64)
         positions = {cost.parameter: cost.positions for cost in costs}
-        self._parts = [self._layer(model.get_submodule(path), path, positions) for path in channels.rows]
+        self._parts = [self._layer(model, path, positions) for path in channels.rows]
         self._parts += [self._norm(model.get_submodule(path), rows) for path, rows in channels.norms.items()]
         self._other_params = count_parameters(model) - self._params(self.sizes)
         self._other_macs = sum(cost.macs for cost in costs) - self._macs(self.sizes)
 
-    def _layer(self, layer: nn.Module, path: str, positions: dict[str, int]) -> _Part:
+    def _layer(self, model: nn.Module, path: str, positions: dict[str, int]) -> _Part:
         columns = self._channels.columns.get(path)
         reads = _Extent(1, np.zeros_like(self.sizes)) if columns is None else self._extent(columns)
-        kernel = int(np.prod(layer.weight.shape[2:], dtype=np.int64))
+        kernel = int(np.prod(model.get_parameter(f"{path}.weight").shape[2:], dtype=np.int64))
         places = positions.get(f"{path}.weight", 0)
-        return _Part(self._extent(self._channels.rows[path]), reads, kernel, places, int(layer.bias is not None))
+        biases = int(model.get_submodule(path).bias is not None)
+        return _Part(self._extent(self._channels.rows[path]), reads, kernel, places, biases)
 
     def _norm(self, norm: nn.Module, rows: Tensor) -> _Part:
         affine = sum(parameter is not None for parameter in (norm.weight, norm.bias))

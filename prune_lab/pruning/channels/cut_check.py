@@ -116,7 +116,7 @@ def _measured_norms(model: nn.Module, source: torch.Generator) -> Iterator[None]
     Mean and variance are taken over all channels at once: those of one channel may be of a single position, whose
     variance is 0 and would blow up rounding.
     """
-    def measure(norm: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def measure(norm: Any, inputs: tuple[Any, ...]) -> None:
         if norm.running_mean is not None:
             variance, mean = torch.var_mean(inputs[0], correction=0)
             norm.running_mean.uniform_(-0.5, 0.5, generator=source).mul_(variance.sqrt()).add_(mean)

@@ -25,7 +25,8 @@ def l1_norms(filters: Tensor) -> Tensor:
 
 def l2_norms(filters: Tensor) -> Tensor:
     """Return the Euclidean norms [filters] of filters [filters, weights]."""
-    return filters.norm(dim=1)
+    norms: Tensor = filters.norm(dim=1)
+    return norms
 
 
 def distance_sums(filters: Tensor, distance: str) -> Tensor:
@@ -64,7 +65,7 @@ def per_class(
     among = torch.ones(channels.num_classes, dtype=torch.bool) if among is None else among
     sums, counts = (torch.zeros(channels.num_classes, dtype=torch.float64) for _ in range(2))
     for path in channels.producers():
-        rows, filters = channels.rows[path], model.get_submodule(path).weight.detach().flatten(1)
+        rows, filters = channels.rows[path], model.get_parameter(f"{path}.weight").detach().flatten(1)
         present = channels.kept(rows, among).nonzero().flatten()
         worth = measure(filters.index_select(0, present.to(filters.device))).double().cpu()
         rows = rows[present]

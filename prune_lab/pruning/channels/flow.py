@@ -181,8 +181,8 @@ class _Walk:
         if node.op in _ENDS:
             return _ENDS[node.op]
         if node.op == "call_module":
-            words, place = type(self._network.modules[node.target]).__name__, node.target
-            groups = getattr(self._network.modules[node.target], "groups", 1)
+            module, place = self._network.modules[_path(node)], _path(node)
+            words, groups = type(module).__name__, getattr(module, "groups", 1)
             words += f" of {groups} groups" if groups > 1 else ""
             words += " used more than once" if node.target in self._network.uncut else ""
         else:
@@ -197,7 +197,7 @@ class _Walk:
         if node.op in ("placeholder", "get_attr"):
             return None
         if node.op == "call_module":
-            module = self._network.modules[node.target]
+            module = self._network.modules[_path(node)]
             known = None if node.target in self._network.uncut else self._module(node, module)
         elif node.op == "output":
             known = None
@@ -215,9 +215,9 @@ class _Walk:
             if source in self._carried:
                 self.flow.identities.hold(self._carried[source].identities, holder)
             elif source.op == "get_attr":
-                self.flow.opaque.setdefault(source.target.rpartition(".")[0], holder)
+                self.flow.opaque.setdefault(_path(source).rpartition(".")[0], holder)
         if node.op == "call_module":
-            self.flow.opaque.setdefault(node.target, holder)
+            self.flow.opaque.setdefault(_path(node), holder)
 
     def _module(self, node: fx.Node, module: nn.Module) -> _Carried | None:
         source = self._carried.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
@@ -226,7 +226,7 @@ class _Walk:
         if isinstance(module, _POINTWISE):
             return source
         if isinstance(module, nn.Linear):
-            return self._linear(node, source)
+            return self._linear(node, module, source)
         if source.last:
             return None
         if isinstance(module, _POOLS):
@@ -235,7 +235,7 @@ class _Walk:
             return self._reshaped(node, source)
         if isinstance(module, ZeroPadShortcut):
             front, back = (self.flow.identities.fresh(count) for count in (module.front, module.back))
-            self.flow.pads[node.target] = (front, back)
+            self.flow.pads[_path(node)] = (front, back)
             return _Carried(np.concatenate([front, source.identities, back]))
         if not (is_norm(module) or isinstance(module, nn.Conv2d)):
             return None
@@ -243,26 +243,26 @@ class _Walk:
             return self._mixed(node, source, last=False)
         if isinstance(module, nn.Conv2d) and not 1 < module.groups == module.in_channels == module.out_channels:
             return None
-        self.flow.rows[node.target] = source.identities
+        self.flow.rows[_path(node)] = source.identities
         return source
 
-    def _linear(self, node: fx.Node, source: _Carried) -> _Carried | None:
+    def _linear(self, node: fx.Node, layer: nn.Linear, source: _Carried) -> _Carried | None:
         many = len(self._shape(node)) > 2
         if many and not source.last:  # the last dimension is not the channels'
             self.flow.identities.hold(source.identities, self._holder(node))
-            module = self._network.modules[node.target]
-            return self._mixed(node, self._held(module.in_features, node), last=True)
+            return self._mixed(node, self._held(layer.in_features, node), last=True)
         return self._mixed(node, source, last=many)
 
     def _mixed(self, node: fx.Node, source: _Carried, *, last: bool) -> _Carried:
-        made = self.flow.identities.fresh(self._network.modules[node.target].weight.shape[0])
-        self.flow.columns[node.target], self.flow.rows[node.target] = source.identities, made
+        path = _path(node)
+        made = self.flow.identities.fresh(len(self._network.modules[path].get_parameter("weight")))
+        self.flow.columns[path], self.flow.rows[path] = source.identities, made
         return _Carried(made, last)
 
     def _call(self, node: fx.Node) -> _Carried | None:
         tensors = [source for source in node.all_input_nodes if source in self._network.shapes]
-        sources = [self._carried.get(source) for source in tensors]
-        if not sources or None in sources:
+        sources = [self._carried[source] for source in tensors if source in self._carried]
+        if not sources or len(sources) < len(tensors):
             return None
         first = sources[0]
         if node.target in _POINTWISE_FUNCTIONS or (node.op == "call_method" and node.target in _POINTWISE_METHODS):
@@ -277,14 +277,14 @@ class _Walk:
         return self._rearranged(node, first)
 
     def _rearranged(self, node: fx.Node, source: _Carried) -> _Carried | None:
-        shape = self._network.shapes.get(node.all_input_nodes[0])
+        rank = len(self._shape(node.all_input_nodes[0]))
         if node.target in _POOL_FUNCTIONS or _is_spatial_mean(node):
-            return source if len(shape) == 4 else None
+            return source if rank == 4 else None
         if node.target in _RESHAPES:
             return self._reshaped(node, source)
         if node.target is F.pad:
-            sides = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
-            return source if len(shape) == 4 and len(sides) <= 4 else None
+            sides: Any = node.args[1] if len(node.args) > 1 else node.kwargs["pad"]
+            return source if rank == 4 and len(sides) <= 4 else None
         if node.target is operator.getitem:
             return source if _keeps_channels(node.args[1]) else None
         return None
@@ -305,8 +305,8 @@ class _Walk:
         return first
 
     def _joined(self, node: fx.Node) -> _Carried | None:
-        parts = node.args[0] if node.args else node.kwargs["tensors"]
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        parts: Any = node.args[0] if node.args else node.kwargs["tensors"]
+        dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         if dim % len(self._shape(node)) != 1:
             return None
         return _Carried(np.concatenate([self._carried[part].identities for part in parts]))
@@ -326,11 +326,17 @@ class _Walk:
         return self._network.shapes.get(node, ())
 
 
+def _path(node: fx.Node) -> str:
+    """Return the name of the module or attribute that a node uses."""
+    return str(node.target)
+
+
 def _sizes(node: fx.Node) -> tuple[Any, ...]:
     """Return the sizes that a reshape is given; a flatten's are dimensions."""
     if node.target in (torch.flatten, "flatten"):
         return ()
-    given = node.args[1:] if len(node.args) > 1 else tuple(node.kwargs.get("shape", ()))
+    shape: Any = node.kwargs.get("shape", ())
+    given = node.args[1:] if len(node.args) > 1 else tuple(shape)
     return tuple(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
 
 

@@ -146,7 +146,7 @@ class ChannelMap:
         """
         masks = {}
         for path, rows in self.rows.items():
-            weight = model.get_submodule(path).weight
+            weight = model.get_parameter(f"{path}.weight")
             mask = self.kept(rows, alive).view(-1, *[1] * (weight.dim() - 1)).expand(weight.shape)
             if path in self.columns:
                 mask = mask & self.kept(self.columns[path], alive).view(1, -1, *[1] * (weight.dim() - 2))
@@ -231,7 +231,8 @@ def _lanes(rows: dict[str, Tensor], columns: dict[str, Tensor], summed: Tensor) 
     signatures, lane_of = torch.unique(torch.stack([*counts, summed.long()], 1), dim=0, return_inverse=True)
     members = [(lane_of == index).nonzero().flatten() for index in range(len(signatures))]
     members.sort(key=lambda classes: int(classes[0]))
-    lanes, names = [], {}
+    lanes: list[Lane] = []
+    names: dict[str, int] = {}
     for classes in members:
         producers = tuple(path for path in columns if bool((rows[path] == classes[0]).any()))
         names[producers[0]] = names.get(producers[0], 0) + 1
@@ -297,7 +298,7 @@ def weight_masks(
     """
     device = next(model.parameters()).device
     paths = dict.fromkeys(path for group in groups for path in group.layers())
-    masks = {path: torch.ones_like(model.get_submodule(path).weight, dtype=torch.bool) for path in paths}
+    masks = {path: torch.ones_like(model.get_parameter(f"{path}.weight"), dtype=torch.bool) for path in paths}
     for group in groups:
         if group.producer not in kept:
             continue
@@ -312,7 +313,7 @@ def weight_masks(
 def weight_counts(model: nn.Module, groups: Sequence[ChannelGroup], kept: Mapping[str, int]) -> dict[str, int]:
     """Return the weights that `weight_masks` keeps per parameter when each producer keeps so many channels."""
     paths = dict.fromkeys(path for group in groups for path in group.layers())
-    counts = {path: model.get_submodule(path).weight.numel() for path in paths}
+    counts = {path: model.get_parameter(f"{path}.weight").numel() for path in paths}
     for group in groups:
         for path in group.layers():  # a layer's rows and columns belong to one group each
             counts[path] = counts[path] // group.size * kept.get(group.producer, group.size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.foundations.lazy import no_grad, torch
 from prune_lab.pruning.channels import imitation
@@ -48,13 +48,17 @@ class WeighedNetwork:
 
     def use(self, weights: Tensor | None) -> None:
         """Take weights a [N] from now on; None: 1 / N."""
-        device = next(self.model.parameters()).device
-        self._factors = None if weights is None else (self.group.size * weights).to(device, torch.float32)
+        self._factors = None if weights is None else self._scaled(weights)
+
+    def _scaled(self, weights: Tensor) -> Tensor:
+        """Return N a, float32 on the device of the network."""
+        return (self.group.size * weights).to(next(self.model.parameters()).device, torch.float32)
 
     def logits(self, images: Tensor, weights: Tensor | None) -> Tensor:
         self.use(weights)
         self.num_images += len(images)
-        return self.model(images).float()
+        logits: Tensor = self.model(images).float()
+        return logits
 
     @no_grad
     def see(self, images: Tensor, labels: Tensor) -> None:
@@ -71,8 +75,7 @@ class WeighedNetwork:
     def slopes(self, weights: Tensor) -> Tensor:
         """Return dL/da_i, float64 [N], on the CPU."""
         with torch.enable_grad():
-            self.use(weights)
-            factors = self._factors = self._factors.requires_grad_()
+            factors = self._factors = self._scaled(weights).requires_grad_()
             self.num_images += 2 * len(self._images)
             (gradient,) = torch.autograd.grad(self._loss(self.model(self._images).float()), factors)
         return self.group.size * gradient.double().cpu()
@@ -110,7 +113,7 @@ def group_gram(
     """
     total, images_seen = torch.zeros(group.size, group.size, dtype=torch.float64), 0
 
-    def measure(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def measure(module: Any, args: tuple[Tensor, ...]) -> None:
         nonlocal total
         read = read_columns(module, args[0], num_positions=num_positions, generator=generator)
         part = imitation.gram(read, module.weight.flatten(1), group.size)
@@ -127,7 +130,7 @@ def group_gram(
 
 
 def read_columns(
-    module: nn.Module, inputs: Tensor, *, num_positions: int, generator: torch.Generator
+    module: Any, inputs: Tensor, *, num_positions: int, generator: torch.Generator
 ) -> Tensor:
     """Return what `module` reads at some places of its output: [images * places, input columns].
 
@@ -135,6 +138,7 @@ def read_columns(
     output at those places, without the bias.
 
     Args:
+        module: a convolution or a linear layer.
         inputs: [images, channels, height, width] of a convolution, [images, ..., features] of a linear layer.
     """
     count = len(inputs)
@@ -177,8 +181,8 @@ def fold(model: nn.Module, group: ChannelGroup, kept: Tensor, factors: Tensor) -
     kept = kept.to(device)
     scale = torch.where(kept, factors.to(device), 0.0)
     for path in (group.producer, *group.followers):
-        model.get_submodule(path).weight[~kept] = 0
+        model.get_parameter(f"{path}.weight")[~kept] = 0
     for consumer in group.consumers:
-        weight = model.get_submodule(consumer.path).weight
+        weight = model.get_parameter(f"{consumer.path}.weight")
         wide = scale.repeat_interleave(consumer.span).view(1, -1, *[1] * (weight.dim() - 2))
         weight.copy_(weight.double() * wide)

@@ -11,7 +11,7 @@ from prune_lab.accounting.network import Network
 from prune_lab.foundations import patterns
 from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
-from prune_lab.pruning.channels.costs import ChannelCosts
+from prune_lab.pruning.channels.costs import ChannelCosts, Unit
 from prune_lab.pruning.channels.groups import ChannelMap, Lane, channel_map
 from prune_lab.pruning.channels.selection import Budget, choose_counts, top
 
@@ -66,15 +66,15 @@ class RemovableChannels:
         """
         places = {path: classes for path, classes in self.map.rows.items()}
         places |= self.map.norms if norm_scales else {}
-        found = {}
+        found: dict[nn.Parameter, Tensor] = {}
         for path, classes in places.items():
-            weight = model.get_submodule(path).weight
+            weight = dict(model.get_submodule(path).named_parameters(recurse=False)).get("weight")
             ours = self.map.kept(classes, self.free) & (classes >= 0)
             if weight is not None and weight.requires_grad and bool(ours.any()):
                 found[weight] = torch.where(ours, classes, -1)
         return found
 
-    def at(self, unit: str, alive: Tensor) -> float:
+    def at(self, unit: Unit, alive: Tensor) -> float:
         """Return which fraction of its MACs, parameters or channels the network has with these classes alone.
 
         Args:

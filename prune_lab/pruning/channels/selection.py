@@ -104,13 +104,15 @@ class _Search:
 
     def _rounded(self, counts: np.ndarray) -> np.ndarray:
         step = self._budget.round_to
-        return np.minimum(-(-counts // step) * step, self._costs.sizes)
+        rounded: np.ndarray = np.minimum(-(-counts // step) * step, self._costs.sizes)
+        return rounded
 
     def _after(self, num_removed: int) -> np.ndarray:
         """Return the counts when the last classes of the order go, as far as their lanes may lose them."""
         kept = len(self._order) - num_removed
         removed = np.bincount(self._order[kept:], minlength=len(self._costs.sizes))
-        return np.maximum(self._rounded(self._costs.sizes - removed), self._least)
+        counts: np.ndarray = np.maximum(self._rounded(self._costs.sizes - removed), self._least)
+        return counts
 
     def _fits(self, counts: np.ndarray) -> bool:
         return self._costs.at(self._budget.unit, counts) <= self._limit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prune_lab.foundations.lazy import torch
 from prune_lab.foundations.schema import ConfigError
@@ -43,7 +43,7 @@ def remove_channels(model: nn.Module, channels: ChannelMap, alive: Tensor) -> nn
     for path, rows in channels.norms.items():
         _cut_norm(small.get_submodule(path), channels.kept(rows, alive))
     for path, (front, back) in channels.pads.items():
-        shortcut = small.get_submodule(path)
+        shortcut: Any = small.get_submodule(path)
         shortcut.front, shortcut.back = (int(channels.kept(part, alive).sum()) for part in (front, back))
     return copy.deepcopy(small)  # whatever was not cut is still shared
 
@@ -64,7 +64,7 @@ def _share_parameters(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
 
 
-def _cut_layer(layer: nn.Module, rows: Tensor, columns: Tensor | None) -> None:
+def _cut_layer(layer: Any, rows: Tensor, columns: Tensor | None) -> None:
     """Keep the chosen rows and columns (bool masks) of a convolution or linear layer.
 
     Args:
@@ -80,7 +80,7 @@ def _cut_layer(layer: nn.Module, rows: Tensor, columns: Tensor | None) -> None:
     _note_size(layer)
 
 
-def _note_size(layer: nn.Module) -> None:
+def _note_size(layer: Any) -> None:
     """Make a layer's own figures those of its weight."""
     outputs, inputs = layer.weight.shape[:2]
     if isinstance(layer, torch.nn.Linear):
@@ -91,7 +91,7 @@ def _note_size(layer: nn.Module) -> None:
     layer.groups = outputs if depthwise else 1
 
 
-def _cut_norm(norm: nn.Module, kept: Tensor) -> None:
+def _cut_norm(norm: Any, kept: Tensor) -> None:
     kept = kept.nonzero().flatten()
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(norm, name)
@@ -109,9 +109,10 @@ def _set(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def widths(model: nn.Module, channels: ChannelMap) -> Widths:
     """Return the sizes of everything that `remove_channels` may cut in networks with this channel map."""
-    sizes = {path: list(model.get_submodule(path).weight.shape[:2]) for path in channels.rows}
-    sizes |= {path: [model.get_submodule(path).num_features] for path in channels.norms}
-    shortcuts = {path: model.get_submodule(path) for path in channels.pads}
+    sizes = {path: list(model.get_parameter(f"{path}.weight").shape[:2]) for path in channels.rows}
+    norms: dict[str, Any] = {path: model.get_submodule(path) for path in channels.norms}
+    shortcuts: dict[str, Any] = {path: model.get_submodule(path) for path in channels.pads}
+    sizes |= {path: [norm.num_features] for path, norm in norms.items()}
     return sizes | {path: [shortcut.front, shortcut.back] for path, shortcut in shortcuts.items()}
 
 
@@ -130,7 +131,7 @@ def narrow(model: nn.Module, sizes: Mapping[str, list[int]]) -> None:
             raise ConfigError(f"channels: the widths {size} of {path!r} are not this network's: {error}") from error
 
 
-def _narrow(module: nn.Module, size: list[int]) -> None:
+def _narrow(module: Any, size: list[int]) -> None:
     from prune_lab.models.resnet_cifar import ZeroPadShortcut  # its file defines an nn.Module and so imports torch
 
     if isinstance(module, ZeroPadShortcut):
