@@ -210,7 +210,7 @@ def _coerce_union(options: tuple, value: Any, path: str) -> Any:
     if refused and bool not in kept and typing.get_origin(last) is Literal:  # a number, or a word
         return _number_or_word(last, value, path, refused[0])
     if bool in kept and typing.get_origin(last) is Literal:  # one list of everything allowed
-        last = Literal["true", "false", *typing.get_args(last)]  # type: ignore[valid-type]
+        last = Literal["true", "false", *typing.get_args(last)]
         if value in ("true", "false"):
             raise ConfigError(f"{path} must be written without quotes, got the text {value!r}", path)
     return coerce(last, value, path)
