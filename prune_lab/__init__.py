@@ -26,7 +26,7 @@ def load(run_dir: str | Path) -> nn.Module:
         run_dir: directory of a finished run (holds model.json and model.safetensors).
 
     Raises:
-        ConfigError: no finished model there, or the files do not fit together.
+        UserError: no finished model there, or the files do not fit together.
     """
     from prune_lab.pipeline.saved_model import load_model
 

@@ -38,7 +38,7 @@ from prune_lab.compose.choices import conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
 from prune_lab.core.context import Context
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline.phase_plan import plan_costs
 from prune_lab.training.device_config import resolve_device_config
 
@@ -73,7 +73,7 @@ class Finding:
 
     text: str
     kind: str
-    """right, refused, or wrong: a mismatch or an exception that is no ConfigError"""
+    """right, refused, or wrong: a mismatch or an exception that is no UserError"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,7 +106,7 @@ def survey(name: str) -> list[Finding]:
 def guarded(look: Callable[[str, str, int], Finding], network: tuple[str, str, int]) -> Finding:
     try:
         return look(*network)
-    except ConfigError as error:
+    except UserError as error:
         return Finding(str(error), "refused" if "\n" not in str(error) else "wrong")
     except Exception as error:
         traceback.print_exc()

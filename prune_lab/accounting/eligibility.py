@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.schema import suggestion
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +71,7 @@ def select_layers(
         grouped: keep layers dense whose input channels do not come in the groups of 2:4 sparsity.
 
     Raises:
-        ConfigError: a pattern matches no layer, or nothing is left to prune.
+        UserError: a pattern matches no layer, or nothing is left to prune.
     """
     found = [(name, module) for name, module in model.named_modules() if layer_kind(module)]
     names = [name for name, _ in found]
@@ -78,7 +79,7 @@ def select_layers(
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
                 near = suggestion(pattern, names)
-                raise ConfigError(f"{option}: {pattern!r} matches no layer{near}; see dry_run=true")
+                raise UserError(f"{option}: {pattern!r} matches no layer{near}; see dry_run=true")
     path_of = {id(parameter): path for path, parameter in model.named_parameters()}  # one path per shared weight
     layers, seen = [], set()
     for index, (name, module) in enumerate(found):
@@ -95,7 +96,7 @@ def select_layers(
             reason = f"{shape[1]} input channels are no multiple of {GROUP} (2:4)"
         layers.append(Layer(name, path, kind, shape, not reason, reason))
     if not any(layer.eligible for layer in layers):
-        raise ConfigError(_nothing_left(layers, grouped))
+        raise UserError(_nothing_left(layers, grouped))
     return layers
 
 

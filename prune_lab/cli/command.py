@@ -11,9 +11,10 @@ from pathlib import Path
 
 from prune_lab.cli.completion import COMMANDS, completions, without_run
 from prune_lab.compose.choices import conf_dir
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.failure import fail
 from prune_lab.foundations.home import with_home
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.schema import suggestion
 from prune_lab.foundations.signals import STOPPED, leave_in_peace
 from prune_lab.foundations.version import __version__
 
@@ -90,7 +91,7 @@ def _dispatch(arguments: list[str]) -> int:
         return _command(first, arguments[1:])
     if first.startswith(("-", "+", "~")) or "=" in first:
         return _command("run", arguments)
-    raise ConfigError(
+    raise UserError(
         f"unknown command {first!r}{suggestion(first, COMMANDS)}; allowed: {', '.join(COMMANDS)}, "
         "or options such as method=rigl"
     )
@@ -134,7 +135,7 @@ def _run(arguments: list[str]) -> int:
     sweep = any(flag in SWEEP_FLAGS for flag in flags)
     launcher, overrides = launcher_options(typed)
     if launcher and not sweep:
-        raise ConfigError(f"{launcher[0]} is for sweeps: add -m")
+        raise UserError(f"{launcher[0]} is for sweeps: add -m")
     configs = list(compose_checked(conf_dir(), overrides, sweep=sweep))  # all, before the first one starts
     if flags and not sweep:
         return hydra_main(conf_dir(), arguments)
@@ -175,7 +176,7 @@ def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Return (flags, overrides) of a `run` command line.
 
     Raises:
-        ConfigError: unknown flag, or a flag whose value is missing or wrong.
+        UserError: unknown flag, or a flag whose value is missing or wrong.
     """
     flags, overrides, rest = [], [], list(arguments)
     while rest:
@@ -186,15 +187,15 @@ def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
         name, equals, value = argument.partition("=")
         if name not in FLAGS or name in _COMPLETION_FLAGS or (equals and name not in _FLAGS_WITH_VALUE):
             near = suggestion(name, (*FLAGS, "--help", "--version"))
-            raise ConfigError(f"unknown flag {argument}{near}; allowed: -m, --cfg job, --version, --help")
+            raise UserError(f"unknown flag {argument}{near}; allowed: -m, --cfg job, --version, --help")
         if name in _FLAGS_WITH_VALUE:
             value = value if equals else rest.pop(0) if rest else ""
             allowed = _FLAGS_WITH_VALUE[name]
             if not value or (allowed and value not in allowed):
-                raise ConfigError(f"{name} needs one of {', '.join(allowed)}" if allowed else f"{name} needs a name")
+                raise UserError(f"{name} needs one of {', '.join(allowed)}" if allowed else f"{name} needs a name")
         flags.append(name)
     if not {"-c", "--cfg"} & set(flags) and (alone := [flag for flag in flags if flag in _PRINT_FLAGS]):
-        raise ConfigError(f"{alone[0]} goes with --cfg job")
+        raise UserError(f"{alone[0]} goes with --cfg job")
     if {"-c", "--cfg"} & set(flags) and set(SWEEP_FLAGS) & set(flags):
-        raise ConfigError("--cfg shows one run; leave -m and lists of values out")
+        raise UserError("--cfg shows one run; leave -m and lists of values out")
     return flags, overrides

@@ -9,7 +9,8 @@ import yaml
 from prune_lab.cli.completion import LISTS
 from prune_lab.compose.choices import choices
 from prune_lab.core.method import method_class
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import suggestion
 
 WHAT = {name: name.removesuffix("s") for name in LISTS}
 
@@ -19,7 +20,7 @@ def show(conf_dir: Path, arguments: list[str]) -> int:
     if len(arguments) != 1 or arguments[0] not in WHAT:
         typed = arguments[0] if arguments else ""
         near = "" if typed in WHAT else suggestion(typed, WHAT)
-        raise ConfigError(f"{' '.join(['prune-lab list', *arguments])}: give one of {', '.join(WHAT)}{near}")
+        raise UserError(f"{' '.join(['prune-lab list', *arguments])}: give one of {', '.join(WHAT)}{near}")
     group = WHAT[arguments[0]]
     names = choices(conf_dir, group)
     width = max(22, *map(len, names))

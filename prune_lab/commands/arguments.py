@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.home import with_home
-from prune_lab.foundations.schema import ConfigError
 
 
 class Arguments(argparse.ArgumentParser):
-    """An argument parser that raises ConfigError and never leaves the process on a wrong option."""
+    """An argument parser that raises UserError and never leaves the process on a wrong option."""
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"prune-lab {command}", description=description, allow_abbrev=False)
@@ -19,4 +19,4 @@ class Arguments(argparse.ArgumentParser):
         return super().parse_known_args(None if args is None else with_home(args), namespace)
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
+        raise UserError(f"{self.prog}: {message}")

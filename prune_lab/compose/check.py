@@ -16,7 +16,8 @@ from prune_lab.config.run import RunConfig
 from prune_lab.config.schedule import ScheduleConfig
 from prune_lab.config.trainer import TrainerConfig
 from prune_lab.core.method import MethodConfig, build_method, method_class
-from prune_lab.foundations.schema import ConfigError, FilePath, Index, parse
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import FilePath, Index, parse
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def check(node: Mapping[str, Any]) -> RunConfig:
         node: the composed configuration as plain containers, interpolations resolved.
 
     Raises:
-        ConfigError: the first wrong option, in one line.
+        UserError: the first wrong option, in one line.
     """
     root = parse(_Root, node, "")
     _check_output_dir(root.output_dir)
@@ -66,18 +67,18 @@ def check(node: Mapping[str, Any]) -> RunConfig:
 def _check_output_dir(name: str) -> None:
     """Refuse a place where no directory can be made, before the minutes of a run are spent."""
     if not name.strip():
-        raise ConfigError("output_dir must name a folder, got an empty text", "output_dir")
+        raise UserError("output_dir must name a folder, got an empty text", "output_dir")
     path = Path(name).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir():
-        raise ConfigError(f"output_dir={name}: {there} is a file, no folder", "output_dir")
+        raise UserError(f"output_dir={name}: {there} is a file, no folder", "output_dir")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"output_dir={name}: no permission to write to {there}", "output_dir")
+        raise UserError(f"output_dir={name}: no permission to write to {there}", "output_dir")
 
 
 def _optimizer(node: Mapping[str, Any]) -> SGDConfig | AdamConfig:
     if node.get("name") not in OPTIMIZERS:
-        raise ConfigError(
+        raise UserError(
             f"optimizer.name={node.get('name')} is not allowed; allowed: {', '.join(OPTIMIZERS)}", "optimizer.name"
         )
     return parse(OPTIMIZERS[node["name"]], node, "optimizer")

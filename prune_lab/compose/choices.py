@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 
 def conf_dir() -> Path:
@@ -16,7 +16,7 @@ def conf_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").exists():
             return folder
-    raise ConfigError(f"no conf/config.yaml in {package} or beside it; install prune-lab again")
+    raise UserError(f"no conf/config.yaml in {package} or beside it; install prune-lab again")
 
 
 def choices(conf_dir: Path, group: str) -> list[str]:

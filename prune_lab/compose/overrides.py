@@ -21,8 +21,9 @@ from prune_lab.compose.check import check
 from prune_lab.compose.choices import choices, groups, listed, options_of, own_options
 from prune_lab.config.run import RunConfig
 from prune_lab.core.method import MethodConfig, method_class
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.home import with_home
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.schema import suggestion
 
 RECIPES = ("experiment", "debug")
 """groups whose files set options of other groups"""
@@ -42,13 +43,13 @@ def compose_checked(conf_dir: Path, overrides: list[str], *, sweep: bool) -> Ite
     """Yield the checked options of every run that `overrides` ask for (several only with `sweep`).
 
     Raises:
-        ConfigError: naming the option as typed, the nearest valid name and what is allowed.
+        UserError: naming the option as typed, the nearest valid name and what is allowed.
     """
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
         parsed = parse_overrides(overrides)
         for override in parsed:
             if override.is_sweep_override() and not sweep:
-                raise ConfigError(f"{override.input_line} gives several values: add -m to run them all, or choose one")
+                raise UserError(f"{override.input_line} gives several values: add -m to run them all, or choose one")
             _check_name(conf_dir, override)
         for job in _jobs(parsed, sweep=sweep):
             yield _compose_one(conf_dir, job)
@@ -69,8 +70,8 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
     except OverrideParseException as error:
         name, equals, value = error.override.partition("=")
         if not equals or not name or not value:
-            raise ConfigError(f"cannot read {error.override!r}; options are written as name=value") from error
-        raise ConfigError(
+            raise UserError(f"cannot read {error.override!r}; options are written as name=value") from error
+        raise UserError(
             f"cannot read {error.override!r}; a text with special characters needs quotes of its own: "
             f"""'{name}="{value.strip("'" + '"')}"'"""
         ) from error
@@ -80,23 +81,23 @@ def _check_name(conf_dir: Path, override: Override) -> None:
     """Refuse what is wrong with an override by itself, whatever the other ones are."""
     key, line = override.key_or_group, override.input_line
     if not key:
-        raise ConfigError(f"{line}: the name before = is missing")
+        raise UserError(f"{line}: the name before = is missing")
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        raise ConfigError(f"{line}: Hydra's own options are fixed, but for {LAUNCHER} and hydra.launcher.*; use -m "
+        raise UserError(f"{line}: Hydra's own options are fixed, but for {LAUNCHER} and hydra.launcher.*; use -m "
                           "for a sweep and output_dir for the place")
     if key not in groups(conf_dir):
         return
     allowed = choices(conf_dir, key)
     if override.is_delete():
-        raise ConfigError(f"{line}: a run needs {key}=...; allowed: {', '.join(allowed)}")
+        raise UserError(f"{line}: a run needs {key}=...; allowed: {', '.join(allowed)}")
     if override.is_add() or override.is_force_add() or override.package is not None:
-        raise ConfigError(f"{line}: a choice is written {key}=NAME; allowed: {', '.join(allowed)}")
+        raise UserError(f"{line}: a choice is written {key}=NAME; allowed: {', '.join(allowed)}")
     for value in _group_values(override, allowed):
         if value in ("", "null") and key in RECIPES:
-            raise ConfigError(f"{line}: leave {key}=... out to have none; allowed: {', '.join(allowed)}")
+            raise UserError(f"{line}: leave {key}=... out to have none; allowed: {', '.join(allowed)}")
         if value not in allowed:
             near = suggestion(value, allowed)
-            raise ConfigError(f"{key}={value} is not a choice{near}; allowed: {listed(key, allowed)}")
+            raise UserError(f"{key}={value} is not a choice{near}; allowed: {listed(key, allowed)}")
 
 
 def _group_values(override: Override, allowed: list[str]) -> list[str]:
@@ -104,12 +105,12 @@ def _group_values(override: Override, allowed: list[str]) -> list[str]:
     if isinstance(value, Glob):
         found = value.filter(allowed)
         if not found:
-            raise ConfigError(f"{override.input_line} matches nothing; allowed: {', '.join(allowed)}")
+            raise UserError(f"{override.input_line} matches nothing; allowed: {', '.join(allowed)}")
         return found
     if override.is_sweep_override():
         return [str(entry) for entry in override.sweep_string_iterator()]
     if isinstance(value, (list, dict)):
-        raise ConfigError(f"{override.input_line}: one choice at a time; allowed: {', '.join(allowed)}")
+        raise UserError(f"{override.input_line}: one choice at a time; allowed: {', '.join(allowed)}")
     return ["null" if value is None else str(value)]
 
 
@@ -123,7 +124,7 @@ def _jobs(parsed: list[Override], *, sweep: bool) -> list[list[str]]:
         return [[_line(override) for override in parsed]]
     for override in parsed:
         if override.is_interval_sweep():
-            raise ConfigError(f"{override.input_line} has no end of values; write a,b,c or range(start,stop,step)")
+            raise UserError(f"{override.input_line} has no end of values; write a,b,c or range(start,stop,step)")
     texts = {override.get_key_element(): _texts(override) for override in parsed}  # of two of a name the last counts
     return [list(job) for job in product(*texts.values())]
 
@@ -143,16 +144,16 @@ def _compose_one(conf_dir: Path, overrides: list[str]) -> RunConfig:
         _check_names(conf_dir, node, chosen)
         _drop_default_goals(conf_dir, node, overrides, chosen["method"])
         return replace(check(node), overrides=tuple(overrides))
-    except ConfigError as error:
+    except UserError as error:
         raise _located(conf_dir, overrides, error) from error
     except yaml.YAMLError as error:
-        raise ConfigError(_one_line(error)) from error
+        raise UserError(_one_line(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise _explained(conf_dir, overrides, error) from error
 
 
 def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str | None]) -> None:
-    """Raise ConfigError for a choice that is given the name of another one: the name stands in every table.
+    """Raise UserError for a choice that is given the name of another one: the name stands in every table.
 
     Only a file that leaves its name open, such as model/torchvision.yaml, lets the command say it.
     """
@@ -161,7 +162,7 @@ def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str 
         name = node[group].get("name") if own is not None else None
         if name != own:
             near = f"{group}={name}" if name in choices(conf_dir, group) else f"{group}=NAME"
-            raise ConfigError(f"{group}.name={name}: the name of {group}={chosen[group]} is no option; choose another "
+            raise UserError(f"{group}.name={name}: the name of {group}={chosen[group]} is no option; choose another "
                               f"{group} with {near}", f"{group}.name")  # fmt: skip
 
 
@@ -179,7 +180,7 @@ def _method_options(target: Any) -> type[MethodConfig]:
     return method_class(target).Config
 
 
-def _located(conf_dir: Path, overrides: list[str], error: ConfigError) -> ConfigError:
+def _located(conf_dir: Path, overrides: list[str], error: UserError) -> UserError:
     """Return `error` with the recipe file that sets its option, unless the command line sets it itself."""
     parsed = parse_overrides(overrides)
     if error.option is None or any(override.key_or_group == error.option for override in parsed):
@@ -188,11 +189,11 @@ def _located(conf_dir: Path, overrides: list[str], error: ConfigError) -> Config
         if override.key_or_group in RECIPES:
             name = f"{override.key_or_group}/{override.value()}.yaml"
             if error.option in _keys(own_options(conf_dir / name)):
-                return ConfigError(f"{error} (set in conf/{name})", error.option)
+                return UserError(f"{error} (set in conf/{name})", error.option)
     return error
 
 
-def _explained(conf_dir: Path, overrides: list[str], error: Exception) -> ConfigError:
+def _explained(conf_dir: Path, overrides: list[str], error: Exception) -> UserError:
     """Return the error for an override of a key that does not exist, naming the nearest one that does."""
     parsed = parse_overrides(overrides)
     values = [override for override in parsed if override.key_or_group not in groups(conf_dir)]
@@ -200,13 +201,13 @@ def _explained(conf_dir: Path, overrides: list[str], error: Exception) -> Config
     try:
         node = plain(compose("config", others))
     except (HydraException, OmegaConfBaseException):
-        return ConfigError(_one_line(error))
+        return UserError(_one_line(error))
     known = [key for key in _keys(node) if not key.endswith("_target_")]
     for override in values:
         key = override.key_or_group
         if key not in known and not override.is_add():
-            return ConfigError(_unknown(conf_dir, node, known, key))
-    return ConfigError(_one_line(error))
+            return UserError(_unknown(conf_dir, node, known, key))
+    return UserError(_one_line(error))
 
 
 def _unknown(conf_dir: Path, node: dict[str, Any], known: list[str], key: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prune_lab.foundations.schema import ConfigError, Momentum, NonNegative, Positive
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Momentum, NonNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class SGDConfig:
 
     def check(self, path: str) -> None:
         if self.nesterov and self.momentum == 0:
-            raise ConfigError(f"{path}.nesterov=true needs {path}.momentum > 0")
+            raise UserError(f"{path}.nesterov=true needs {path}.momentum > 0")
 
 
 @dataclass(frozen=True)

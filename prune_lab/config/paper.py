@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import suggestion
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class PaperConfig:
         for name, numbers in (("values", self.values), ("std", self.std)):
             for key in numbers:
                 if key not in PAPER_KEYS:
-                    raise ConfigError(f"unknown key {path}.{name}.{key}{suggestion(key, PAPER_KEYS)}; "
+                    raise UserError(f"unknown key {path}.{name}.{key}{suggestion(key, PAPER_KEYS)}; "
                                       f"allowed: {', '.join(PAPER_KEYS)}", path)  # fmt: skip
         for key, value in self.std.items():
             if key not in self.values or value < 0:
-                raise ConfigError(f"{path}.std.{key} must be 0 or more, of a number that {path}.values has", path)
+                raise UserError(f"{path}.std.{key} must be 0 or more, of a number that {path}.values has", path)
 
 
 PAPER_KEYS = ("final/top1", "final/top5", "test/top1", "test/top5", "dense/top1", "delta/top1", "sparsity/achieved",

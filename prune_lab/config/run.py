@@ -10,8 +10,9 @@ from prune_lab.config.optimizer import AdamConfig, SGDConfig
 from prune_lab.config.paper import PaperConfig
 from prune_lab.config.schedule import ScheduleConfig
 from prune_lab.config.trainer import TrainerConfig
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.home import without_home
-from prune_lab.foundations.schema import ConfigError, FilePath
+from prune_lab.foundations.schema import FilePath
 
 if TYPE_CHECKING:
     from prune_lab.config.matched import Matched
@@ -48,16 +49,16 @@ class RunConfig:
             what: what needs them, as typed, and why.
 
         Raises:
-            ConfigError: `what` does not go with schedule.train.epochs=0.
+            UserError: `what` does not go with schedule.train.epochs=0.
         """
         if self.schedule.train.epochs == 0:
-            raise ConfigError(f"schedule.train.epochs=0 does not go with {what}", "schedule.train.epochs")
+            raise UserError(f"schedule.train.epochs=0 does not go with {what}", "schedule.train.epochs")
 
     def require_trained(self, option: str) -> None:
         """Refuse to prune an untrained network: no epochs in the block `train`, and no start weights.
 
         Raises:
-            ConfigError: naming `option`, as typed.
+            UserError: naming `option`, as typed.
         """
         if self.model.weights is None:
             self.require_training(f"{option}, which needs a trained network; train it, or give model.weights")

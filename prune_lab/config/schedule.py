@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from prune_lab.foundations.schema import ConfigError, Count, Index, Momentum, Name, NonNegative, Positive
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Count, Index, Momentum, Name, NonNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,15 @@ class PhaseSchedule:
 
     def check(self, path: str) -> None:
         if self.milestones != sorted(self.milestones):
-            raise ConfigError(f"{path}.milestones must rise, got {self.milestones}")
+            raise UserError(f"{path}.milestones must rise, got {self.milestones}")
         if self.policy == "step" and self.epochs and any(m >= self.epochs for m in self.milestones):
-            raise ConfigError(f"{path}.milestones must lie before epoch {self.epochs}, got {self.milestones}")
+            raise UserError(f"{path}.milestones must lie before epoch {self.epochs}, got {self.milestones}")
         if self.epochs and self.warmup_epochs >= self.epochs:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.warmup_epochs must be below {path}.epochs={self.epochs}, got {self.warmup_epochs:g}"
             )
         if self.final_lr > self.lr:
-            raise ConfigError(f"{path}.final_lr must not exceed {path}.lr={self.lr:g}, got {self.final_lr:g}")
+            raise UserError(f"{path}.final_lr must not exceed {path}.lr={self.lr:g}, got {self.final_lr:g}")
 
     def stretched(self, factor: float) -> PhaseSchedule:
         """Return the schedule `factor` times as long; epochs are rounded, a phase that is there keeps at least one."""

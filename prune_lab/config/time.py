@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ def parse_time(text: str, option: str) -> Time:
     """Return the time that `text` names, such as 8ep or 500it.
 
     Raises:
-        ConfigError: anything else; `option` is the name to show.
+        UserError: anything else; `option` is the name to show.
     """
     found = re.fullmatch(r"(\d+)it|(\d+(?:\.\d+)?)ep", text)
     if not found:
-        raise ConfigError(f"{option}={text} is no place in the training; write epochs as 8ep or steps as 500it", option)
+        raise UserError(f"{option}={text} is no place in the training; write epochs as 8ep or steps as 500it", option)
     steps, epochs = found.groups()
     typed = f"{option}={text}"
     if steps and int(steps):  # 0it and 0ep are the same time

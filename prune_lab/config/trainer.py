@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from prune_lab.foundations.schema import ConfigError, Count, OpenFraction, Positive, as_typed, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Count, OpenFraction, Positive, as_typed, suggestion
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,9 @@ class TrainerConfig:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             near = suggestion(self.device, ("auto", "cpu", "cuda", "mps"))
             allowed = "auto, cpu, cuda, cuda:N, mps"
-            raise ConfigError(f"{path}.device={self.device} is not allowed{near}; allowed: {allowed}", f"{path}.device")
+            raise UserError(f"{path}.device={self.device} is not allowed{near}; allowed: {allowed}", f"{path}.device")
         interval, name = self.checkpoint_interval_s, f"{path}.checkpoint_interval_s"
         is_number = isinstance(interval, (int, float)) and not isinstance(interval, bool)
         if interval != "auto" and not (is_number and 0 < interval < math.inf):
             allowed = "auto, a number of seconds above 0"
-            raise ConfigError(f"{name}={as_typed(interval)} is not allowed; allowed: {allowed}", name)
+            raise UserError(f"{name}={as_typed(interval)} is not allowed; allowed: {allowed}", name)

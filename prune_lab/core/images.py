@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.seeding import stable_hash
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def batches(
         rounds: this many times `per_class` images of every class, each round others, none shared by two batches.
 
     Raises:
-        ConfigError: a class has fewer images.
+        UserError: a class has fewer images.
     """
     source, num_classes = context.generator("scoring images"), context.dataset.info.num_classes
     check_classes(context.dataset.train_labels, per_class, num_classes, rounds=rounds)
@@ -121,11 +121,11 @@ def _ordered(rows: Tensor, order: Order, source: torch.Generator) -> Tensor:
 
 
 def check_classes(labels: Tensor, per_class: int, num_classes: int, *, rounds: int = 1) -> None:
-    """Raise ConfigError if a class has fewer than `per_class` x `rounds` of `labels`."""
+    """Raise UserError if a class has fewer than `per_class` x `rounds` of `labels`."""
     for label, count in enumerate(torch.bincount(labels, minlength=num_classes).tolist()):
         if count < per_class * rounds:
             times = f" x method.rounds={rounds}" if rounds > 1 else ""
-            raise ConfigError(
+            raise UserError(
                 f"method.samples_per_class={per_class}{times} exceeds the {count} training images of class {label}"
             )
 

@@ -10,7 +10,8 @@ from prune_lab.accounting import eligibility
 from prune_lab.core import removal
 from prune_lab.core.card import Card
 from prune_lab.core.phase import REMOVE, TRAIN_DENSE, Phase
-from prune_lab.foundations.schema import ConfigError, Name
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Name
 from prune_lab.optim import optimizer
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Method:
         """Refuse options of other groups, such as an optimizer, that do not go with the method.
 
         Raises:
-            ConfigError: naming the option as typed.
+            UserError: naming the option as typed.
         """
 
     def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> MethodConfig:
@@ -256,16 +257,16 @@ def method_class(target: Any) -> type[Method]:
     """Return the class of a dotted name, as `_target_` in a method's file gives it.
 
     Raises:
-        ConfigError: there is none, or it is no Method.
+        UserError: there is none, or it is no Method.
     """
     option = "method._target_"
     if not isinstance(target, str) or "." not in target:
-        raise ConfigError(f"{option} must name a class such as prune_lab.methods.rigl.RigL, got {target}", option)
+        raise UserError(f"{option} must name a class such as prune_lab.methods.rigl.RigL, got {target}", option)
     module_name, _, class_name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ConfigError(f"{option}={target} cannot be imported: {error}", option) from error
+        raise UserError(f"{option}={target} cannot be imported: {error}", option) from error
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise ConfigError(f"{option}={target} is not a prune_lab.core.method.Method", option)
+        raise UserError(f"{option}={target} is not a prune_lab.core.method.Method", option)
     return found

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from prune_lab.accounting import eligibility
 from prune_lab.accounting.costs import profile
 from prune_lab.foundations import distributed
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels import cut_check, surgery
 from prune_lab.pruning.channels.groups import ChannelMap, channel_map, groups_of
 
@@ -30,11 +30,11 @@ def remove_dead(context: Context) -> dict[str, float]:
     between the masked and the smaller network, relative, measured in float64 with random weights.
 
     Raises:
-        ConfigError: no channel is dead, a layer would be empty, the network is wrapped, an optimizer holds its
+        UserError: no channel is dead, a layer would be empty, the network is wrapped, an optimizer holds its
             parameters, or the two networks differ.
     """
     if context.optimizer is not None:
-        raise ConfigError("channels are removed between phases: the optimizer of this one holds the old parameters")
+        raise UserError("channels are removed between phases: the optimizer of this one holds the old parameters")
     image_size = context.dataset.info.image_size
     channels = channel_map(context.model, image_size)
     masks = {} if context.masks is None else context.masks.masks
@@ -42,13 +42,13 @@ def remove_dead(context: Context) -> dict[str, float]:
     if bool(alive.all()):
         if context.rehearsal:
             return {}  # what closes is an outcome of the training
-        raise ConfigError(
+        raise UserError(
             "nothing to remove: no channel has all of its weights at zero; prune more, or train longer so that "
             "channels close"
         )
     if lanes := surgery.emptied(channels, alive):
         names = ", ".join(lane.name for lane in lanes)
-        raise ConfigError(f"layers would be left without channels: {names}; prune less, or exclude them")
+        raise UserError(f"layers would be left without channels: {names}; prune less, or exclude them")
     difference = cut_check.check_equal(context.model, channels, alive, image_size)
     _replace(context, channels, alive, masks)
     if distributed.world_size() > 1:
@@ -82,7 +82,7 @@ def try_cut(context: Context, cut: TrialCut) -> None:
     """Check a cut that has not been made.
 
     Raises:
-        ConfigError: the smaller network differs from the masked one.
+        UserError: the smaller network differs from the masked one.
     """
     if not bool(cut.alive.all()):
         cut_check.check_equal(context.model, cut.channels, cut.alive, context.dataset.info.image_size)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.seeding import stable_hash
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def short_finetune(
         word: part of the key of the dropout draws.
 
     Raises:
-        ConfigError: the loss became infinite or NaN.
+        UserError: the loss became infinite or NaN.
     """
     model, named = context.model, context.parameters()
     weights, kept = [named[name].data for name in masks], list(masks.values())
@@ -55,7 +55,7 @@ def short_finetune(
         model.eval()
     optimizer.zero_grad(set_to_none=True)
     if not bool(torch.isfinite(loss)):
-        raise ConfigError(f"the loss between layers became {loss.item()}: lower method.between_lr={lr:g}")
+        raise UserError(f"the loss between layers became {loss.item()}: lower method.between_lr={lr:g}")
     if torch.distributed.is_initialized():
         for tensor in model.state_dict().values():
             torch.distributed.broadcast(tensor, src=0)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prune_lab.accounting.costs import LayerCost
 from prune_lab.accounting.eligibility import Layer
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,7 +23,7 @@ def usable_layers(method: Method, model: nn.Module, costs: Sequence[LayerCost]) 
     dense, with the reason that `costs` give.
 
     Raises:
-        ConfigError: a pattern of the method matches no layer, or nothing is left that the method could prune.
+        UserError: a pattern of the method matches no layer, or nothing is left that the method could prune.
     """
     computed = {cost.parameter: cost.computed for cost in costs if cost.computed}
     layers = [
@@ -35,5 +35,5 @@ def usable_layers(method: Method, model: nn.Module, costs: Sequence[LayerCost]) 
     if prunes and not any(layer.eligible for layer in layers):
         reasons = dict.fromkeys(layer.reason for layer in layers)
         name = method.config.name
-        raise ConfigError(f"method={name}: the network has no layer that can be pruned: {'; '.join(reasons)}")
+        raise UserError(f"method={name}: the network has no layer that can be pruned: {'; '.join(reasons)}")
     return layers

@@ -8,7 +8,8 @@ from types import ModuleType
 from typing import Any
 
 from prune_lab.datasets.base import BatchFormat, CommonConfig, Dataset, DatasetInfo, Split, identity
-from prune_lab.foundations.schema import ConfigError, parse, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import parse, suggestion
 
 __all__ = [
     "BatchFormat",
@@ -36,11 +37,11 @@ def parse_config(node: Mapping[str, Any]) -> CommonConfig:
     """Return the checked options of the group `dataset`.
 
     Raises:
-        ConfigError: unknown `dataset.kind`, or a missing, unknown or wrong option.
+        UserError: unknown `dataset.kind`, or a missing, unknown or wrong option.
     """
     kind = node.get("kind")
     if kind not in _KINDS:
-        raise ConfigError(
+        raise UserError(
             f"dataset.kind={kind} is not allowed{suggestion(str(kind), _KINDS)}; allowed: {', '.join(_KINDS)}"
         )
     return parse(_module(kind).Config, node, "dataset")
@@ -50,7 +51,7 @@ def describe(config: CommonConfig) -> DatasetInfo:
     """Return the sizes of the data set, from the options alone wherever they state them.
 
     Raises:
-        ConfigError: an image folder whose options leave sizes open is not on disk.
+        UserError: an image folder whose options leave sizes open is not on disk.
     """
     return _module(config.kind).describe(config)
 
@@ -59,7 +60,7 @@ def content(config: CommonConfig) -> str | None:
     """Return `Dataset.content` without loading; None too where the data are not there, or not as they should be."""
     try:
         return _module(config.kind).content(config)
-    except ConfigError:
+    except UserError:
         return None
 
 
@@ -67,7 +68,7 @@ def load(config: CommonConfig, fmt: BatchFormat) -> Dataset:
     """Return the data set, ready to hand out batches.
 
     Raises:
-        ConfigError: data missing, incomplete or damaged; the line says which file and how to mend it.
+        UserError: data missing, incomplete or damaged; the line says which file and how to mend it.
     """
     return _module(config.kind).load(config, fmt)
 

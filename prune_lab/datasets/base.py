@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypedDict
 
-from prune_lab.foundations.schema import ConfigError, Count, Index, Name, Positive, Range
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Count, Index, Name, Positive, Range
 
 if TYPE_CHECKING:
     import torch
@@ -98,7 +99,7 @@ class Dataset(Protocol):
         of all ranks put together are the batch of a single process.
 
         Raises:
-            ConfigError: `batch_size` exceeds the training images or is no multiple of `world_size`.
+            UserError: `batch_size` exceeds the training images or is no multiple of `world_size`.
         """
 
     def eval_batches(
@@ -107,7 +108,7 @@ class Dataset(Protocol):
         """Yield every image of `split` exactly once over all ranks, in a fixed order, not augmented.
 
         Raises:
-            ConfigError: `split` is "val" and no training images are held out.
+            UserError: `split` is "val" and no training images are held out.
         """
 
     def train_subset(
@@ -144,7 +145,7 @@ class CommonConfig:
         for option in ("mean", "std"):
             values = getattr(self, option)
             if len(values) != 3:
-                raise ConfigError(f"{path}.{option} must hold 3 numbers (one per channel), got {values}")
+                raise UserError(f"{path}.{option} must hold 3 numbers (one per channel), got {values}")
 
     def info(
         self, *, num_classes: int, num_train_images: int, num_test_images: int, note: str = ""

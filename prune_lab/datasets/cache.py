@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from prune_lab.datasets.in_memory import ImageArrays, hash_arrays
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.locks import lock
-from prune_lab.foundations.schema import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def cached(source: Path, cache_dir: Path, *, name: str, decode: Callable[[], Dec
         decode: called at most once. Processes that want the same entry wait for the first one.
 
     Raises:
-        ConfigError: `cache_dir` cannot be written, or from `decode`.
+        UserError: `cache_dir` cannot be written, or from `decode`.
     """
     entry = cache_dir / f"{name}-{_source_key(source)}"
     with locked(entry):
@@ -47,7 +47,7 @@ def cached(source: Path, cache_dir: Path, *, name: str, decode: Callable[[], Dec
             _write(entry, decode())
             arrays = _read(entry)
     if arrays is None:
-        raise ConfigError(f"dataset.cache_dir={cache_dir}: {entry.name} differs from what was just written")
+        raise UserError(f"dataset.cache_dir={cache_dir}: {entry.name} differs from what was just written")
     return arrays
 
 
@@ -64,7 +64,7 @@ def locked(entry: Path) -> AbstractContextManager[None]:
     """Return what holds the lock of a cache entry; it falls if the process dies.
 
     Raises:
-        ConfigError: on entering, the folder of the entry cannot be made or written.
+        UserError: on entering, the folder of the entry cannot be made or written.
     """
     path, what = entry.with_name(f"{entry.name}.lock"), f"the images of {entry.name}"
     return lock(path, what=what, report=log.info, option="dataset.cache_dir", with_children=True)
@@ -77,7 +77,7 @@ def replaced(entry: Path) -> Iterator[Path]:
     What a killed process left is removed first, what a failing one wrote at once.
 
     Raises:
-        ConfigError: the disk refused.
+        UserError: the disk refused.
     """
     unfinished = entry.with_name(entry.name + ".tmp")
     try:
@@ -90,7 +90,7 @@ def replaced(entry: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise ConfigError(f"dataset.cache_dir={entry.parent} cannot be written: {error.strerror}") from error
+        raise UserError(f"dataset.cache_dir={entry.parent} cannot be written: {error.strerror}") from error
 
 
 def _write(entry: Path, decoded: Decoded) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from prune_lab.datasets.base import BatchFormat, Dataset, DatasetInfo, InMemoryConfig
-from prune_lab.foundations.schema import ConfigError, Count, FilePath
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Count, FilePath
 
 if TYPE_CHECKING:
     from prune_lab.datasets.cache import Decoded
@@ -46,7 +47,7 @@ def read(config: Config) -> ImageArrays:
     """Return the images; the first call decodes them into `cache_dir`, later ones map them into memory.
 
     Raises:
-        ConfigError: nothing at `root`, or files that are incomplete, damaged or not as published.
+        UserError: nothing at `root`, or files that are incomplete, damaged or not as published.
     """
     from prune_lab.datasets import cache, cifar_files, image_files
 
@@ -68,7 +69,7 @@ def content(config: Config) -> str | None:
     """Return the data set's `content`; images of one's own are decoded, if they never were.
 
     Raises:
-        ConfigError: as `read`; nothing is downloaded.
+        UserError: as `read`; nothing is downloaded.
     """
     from prune_lab.datasets import cifar_files, in_memory
 
@@ -87,10 +88,10 @@ def _check_counts(config: Config, decoded: Decoded, source: Path) -> None:
     for option, count in found.items():
         expected = getattr(config, option)
         if count != expected:
-            raise ConfigError(
+            raise UserError(
                 f"{source} holds {option} = {count}, but dataset.{option} is {expected}; "
                 "expected layout: train/CLASS/*.jpg|png and test/CLASS/*.jpg|png, and a tar that is not cut short"
             )
     size = decoded["train_images"].shape[1]
     if size != config.image_size:
-        raise ConfigError(f"{source} holds images of {size} pixels, but dataset.image_size is {config.image_size}")
+        raise UserError(f"{source} holds images of {size} pixels, but dataset.image_size is {config.image_size}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def find_source(root: str, archive: str, *, download: bool) -> Path:
         download: fetch the published tar.gz into the folder `root` if nothing is there.
 
     Raises:
-        ConfigError: nothing found (and no download asked for), or the download failed.
+        UserError: nothing found (and no download asked for), or the download failed.
     """
     published = PUBLISHED[archive]
     path = Path(root)
@@ -90,7 +90,7 @@ def find_source(root: str, archive: str, *, download: bool) -> Path:
         return path
     if download:
         return _download(published, path)
-    raise ConfigError(
+    raise UserError(
         f"dataset.root={root} holds no {archive}; add dataset.download=true, or dataset.root=/path/to/"
         f"{published.archive_name}, or dataset.root=/path/to/{archive}.tar.xz "
         "(a folder or tar with train/CLASS/*.jpg|png and test/CLASS/*.jpg|png)"
@@ -107,7 +107,7 @@ def read_published(source: Path, archive: str) -> dict[str, Any]:
     """Return {"classes": names, "train_images": uint8 [N, 32, 32, 3], "train_labels": int64 [N], "test_...": ...}.
 
     Raises:
-        ConfigError: a file is missing, differs from the published one, or holds anything but plain data.
+        UserError: a file is missing, differs from the published one, or holds anything but plain data.
     """
     published = PUBLISHED[archive]
     files = _read_checked(source, published)
@@ -133,7 +133,7 @@ def _read_checked(source: Path, published: Published) -> dict[str, bytes]:
         files = _read_tar(source, published.folder, expected)
     for name, md5 in expected.items():
         if name not in files:
-            raise ConfigError(f"{source} holds no file {name}; expected: {', '.join(expected)}")
+            raise UserError(f"{source} holds no file {name}; expected: {', '.join(expected)}")
         _check_md5(files[name], md5, source / name)
     return files
 
@@ -145,13 +145,13 @@ def _read_tar(source: Path, folder: str, names: dict[str, str]) -> dict[str, byt
             files = ((member.name, archive.extractfile(member)) for member in archive if member.name in wanted)
             return {name.rsplit("/", 1)[1]: file.read() for name, file in files if file is not None}
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ConfigError(f"{source} is damaged: {error}") from error
+        raise UserError(f"{source} is damaged: {error}") from error
 
 
 def _check_md5(content: bytes, expected: str, path: Path) -> None:
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != expected:
-        raise ConfigError(f"{path} is damaged or not the published file: md5 {found}, expected {expected}")
+        raise UserError(f"{path} is damaged or not the published file: md5 {found}, expected {expected}")
 
 
 class _PlainDataUnpickler(pickle.Unpickler):
@@ -176,7 +176,7 @@ def _unpickle(content: bytes, name: str) -> dict:
     try:
         return _PlainDataUnpickler(io.BytesIO(content), encoding="bytes").load()
     except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, IndexError) as error:
-        raise ConfigError(f"{name} is no plain data file: {error}") from error
+        raise UserError(f"{name} is no plain data file: {error}") from error
 
 
 def _download(published: Published, folder: Path) -> Path:
@@ -191,5 +191,5 @@ def _download(published: Published, folder: Path) -> Path:
         partial.write_bytes(content)
         partial.replace(target)
     except OSError as error:
-        raise ConfigError(f"cannot download {published.url} ({error}); put the file at {target}") from error
+        raise UserError(f"cannot download {published.url} ({error}); put the file at {target}") from error
     return target

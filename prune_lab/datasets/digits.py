@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prune_lab.datasets.base import BatchFormat, Dataset, DatasetInfo, InMemoryConfig
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 
 NUM_IMAGES = 1797
 NUM_CLASSES = 10
@@ -23,7 +23,7 @@ class Config(InMemoryConfig):
     def check(self, path: str) -> None:
         super().check(path)
         if self.image_size % SOURCE_SIZE:
-            raise ConfigError(f"{path}.image_size must be a multiple of {SOURCE_SIZE}, got {self.image_size}")
+            raise UserError(f"{path}.image_size must be a multiple of {SOURCE_SIZE}, got {self.image_size}")
 
 
 def describe(config: Config) -> DatasetInfo:
@@ -40,7 +40,7 @@ def load(config: Config, fmt: BatchFormat) -> Dataset:
     """Return the digits as an in-memory data set.
 
     Raises:
-        ConfigError: scikit-learn is not installed.
+        UserError: scikit-learn is not installed.
     """
     import numpy as np
 
@@ -50,7 +50,7 @@ def load(config: Config, fmt: BatchFormat) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ConfigError("dataset=digits needs scikit-learn: pip install scikit-learn") from error
+        raise UserError("dataset=digits needs scikit-learn: pip install scikit-learn") from error
     source = load_digits()
     # 17 grey levels 0..16; 255 / 16 uses the whole uint8 range.
     grey = np.round(source.images * (255 / 16)).astype(np.uint8)

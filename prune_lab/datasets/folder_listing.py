@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from prune_lab.datasets.image_reading import is_hidden, left_out_line, some, why_left_out
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 if TYPE_CHECKING:
     from prune_lab.datasets.options import Config
@@ -47,13 +47,13 @@ def list_splits(config: Config) -> tuple[Listing, Listing]:
     """Return the training and test images.
 
     Raises:
-        ConfigError: no such folder, images without class folders, an empty class, a class that training does
+        UserError: no such folder, images without class folders, an empty class, a class that training does
             not know, or other counts than `config` states.
     """
     root = Path(config.root)
     if not (root / "train").is_dir():
         what = "is a file (unpack it first)" if root.is_file() else "holds no folder train"
-        raise ConfigError(
+        raise UserError(
             f"dataset.root={config.root} {what}; expected layout: train/CLASS/*.jpg|png and "
             f"{config.test_folder or 'val'}/CLASS/*.jpg|png, then dataset.root=/path/to/folder"
         )
@@ -69,7 +69,7 @@ def _test_folder(config: Config, root: Path) -> Path:
     for name in names:
         if (root / name).is_dir():
             return root / name
-    raise ConfigError(f"dataset.root={config.root} holds no folder {' or '.join(names)} (CLASS/*.jpg|png) to test on")
+    raise UserError(f"dataset.root={config.root} holds no folder {' or '.join(names)} (CLASS/*.jpg|png) to test on")
 
 
 def _list_split(folder: Path, classes: list[str]) -> Listing:
@@ -83,7 +83,7 @@ def _list_split(folder: Path, classes: list[str]) -> Listing:
     rows = []
     for class_name, path, stat in found:
         if class_name not in index:
-            raise ConfigError(f"{folder} holds the class {class_name}, which {folder.parent / 'train'} does not")
+            raise UserError(f"{folder} holds the class {class_name}, which {folder.parent / 'train'} does not")
         rows.append((index[class_name], os.fsencode(path), stat.st_size, stat.st_mtime_ns))
     rows.sort()
     chosen, paths, *numbers = zip(*rows, strict=True) if rows else ((), (), (), ())
@@ -99,7 +99,7 @@ def _by_class_folder(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str
         elif reason := why_left_out(entry.name):
             left_out[reason] += 1
         else:
-            raise ConfigError(
+            raise UserError(
                 f"{folder} holds images without class folders ({entry.name}); "
                 f"sort them into {folder}/CLASS/, with the class names of the folder train"
             )
@@ -130,7 +130,7 @@ def _annotated(
     for path, stat in _images_below(folder, left_out):
         name = os.path.basename(path)
         if name not in class_of:
-            raise ConfigError(f"{annotations} does not name the class of {folder / path}")
+            raise UserError(f"{annotations} does not name the class of {folder / path}")
         yield class_of[name], path, stat
 
 
@@ -138,12 +138,12 @@ def _check(config: Config, train: Listing, test: Listing) -> None:
     counts = np.bincount(train.labels, minlength=len(train.classes))
     for name, count in zip(train.classes, counts, strict=True):
         if not count:
-            raise ConfigError(f"the class folder {train.folder / name} holds no image")
+            raise UserError(f"the class folder {train.folder / name} holds no image")
     if not len(train.labels) or not len(test.labels):
         empty = test if len(train.labels) else train
-        raise ConfigError(f"{empty.folder} holds no image; expected layout: CLASS/*.jpg|png")
+        raise UserError(f"{empty.folder} holds no image; expected layout: CLASS/*.jpg|png")
     if config.num_classes not in (None, len(train.classes)):
-        raise ConfigError(
+        raise UserError(
             f"{train.folder} holds {len(train.classes)} classes, but dataset.num_classes is {config.num_classes}; "
             f"for this subset: dataset.num_classes={len(train.classes)} dataset.check_counts=false"
         )
@@ -152,12 +152,12 @@ def _check(config: Config, train: Listing, test: Listing) -> None:
     for option, listing in (("expect_train", train), ("expect_test", test)):
         expected, found = getattr(config, option), len(listing.labels)
         if expected not in (None, found):
-            raise ConfigError(
+            raise UserError(
                 f"{listing.folder} holds {found} images, but dataset.{option} is {expected}; "
                 "for a subset: dataset.check_counts=false"
             )
     if untested := _untested(train, test):
-        raise ConfigError(
+        raise UserError(
             f"{test.folder} holds {len(train.classes) - len(untested)} of the {len(train.classes)} classes; "
             f"for a subset: dataset.check_counts=false (no image of {some(untested)})"
         )

@@ -23,7 +23,7 @@ from prune_lab.datasets.image_reading import (
     unreadable,
     why_left_out,
 )
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 LAYOUT = "train/CLASS/*.jpg|png and test/CLASS/*.jpg|png"
 
@@ -38,7 +38,7 @@ def decode_folder_or_tar(source: Path, *, image_size: int) -> dict[str, Any]:
         image_size: the height and width S that every image must have.
 
     Raises:
-        ConfigError: no image in one of the splits, different classes in them, a truncated tar, or a broken
+        UserError: no image in one of the splits, different classes in them, a truncated tar, or a broken
             image; the line names the file.
     """
     left_out: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
@@ -62,10 +62,10 @@ def _decode(content: bytes, name: str, image_size: int) -> np.ndarray:
     try:
         pixels = np.asarray(read_rgb(io.BytesIO(content)))
     except UnreadableImage as error:
-        raise ConfigError(unreadable(name, error)) from error
+        raise UserError(unreadable(name, error)) from error
     if pixels.shape[:2] != (image_size, image_size):
         height, width = pixels.shape[:2]
-        raise ConfigError(f"{name} must be {image_size}x{image_size} pixels (dataset.image_size), got {width}x{height}")
+        raise UserError(f"{name} must be {image_size}x{image_size} pixels (dataset.image_size), got {width}x{height}")
     return pixels
 
 
@@ -75,7 +75,7 @@ def _same_classes(source: Path, splits: dict[str, dict[tuple[str, str], bytes]])
     if not train or train != test:
         lacks = {"train": test - train, "test": train - test}
         missing = "; ".join(f"{split} lacks {some(sorted(names))}" for split, names in lacks.items() if names)
-        raise ConfigError(
+        raise UserError(
             f"{source} must hold the same classes in train and test, got {len(train)} classes in train and "
             f"{len(test)} in test{missing and f' ({missing})'}; expected layout: {LAYOUT}, and a tar that is not "
             "cut short"
@@ -113,4 +113,4 @@ def _tar_entries(source: Path, left_out: dict[str, Counter[str]]) -> Iterator[tu
                 if name is not None and file is not None:
                     yield *name, file.read()
     except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        raise ConfigError(f"{source} is damaged or no tar of images ({error}); expected layout: {LAYOUT}") from error
+        raise UserError(f"{source} is damaged or no tar of images ({error}); expected layout: {LAYOUT}") from error

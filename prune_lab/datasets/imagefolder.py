@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from prune_lab.datasets.base import BatchFormat, Dataset, DatasetInfo
 from prune_lab.datasets.options import Config
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 if TYPE_CHECKING:
     from prune_lab.datasets.folder_listing import Listing
@@ -17,7 +17,7 @@ def describe(config: Config) -> DatasetInfo:
     """Return the sizes from the options if they state all three, otherwise from the folders.
 
     Raises:
-        ConfigError: the options leave a size open and the folders are not there.
+        UserError: the options leave a size open and the folders are not there.
     """
     from prune_lab.datasets import folder_listing
 
@@ -27,8 +27,8 @@ def describe(config: Config) -> DatasetInfo:
             return _info(config, num_classes, num_train, num_test)
     try:
         train, test = folder_listing.list_splits(config)
-    except ConfigError as error:
-        raise ConfigError(
+    except UserError as error:
+        raise UserError(
             f"{error}; without the images state dataset.num_classes, dataset.expect_train and dataset.expect_test"
         ) from error
     return _listed(config, train, test)
@@ -38,7 +38,7 @@ def load(config: Config, fmt: BatchFormat) -> Dataset:
     """Return the data set, which lists the files now and reads them batch by batch.
 
     Raises:
-        ConfigError: folders missing or not laid out as expected, or other counts than the options state.
+        UserError: folders missing or not laid out as expected, or other counts than the options state.
     """
     from prune_lab.datasets.folder_listing import list_splits
     from prune_lab.datasets.stream import StreamDataset
@@ -51,7 +51,7 @@ def content(config: Config) -> str:
     """Return the data set's `content`, from the names and sizes of the files.
 
     Raises:
-        ConfigError: as `load`.
+        UserError: as `load`.
     """
     from prune_lab.datasets.folder_listing import list_splits
     from prune_lab.datasets.stream import fingerprint

@@ -14,7 +14,7 @@ from torch import Tensor
 from prune_lab.datasets import splits
 from prune_lab.datasets.base import BatchFormat, InMemoryConfig, Split
 from prune_lab.datasets.normalise import Normaliser
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator
 
 
@@ -109,7 +109,7 @@ class InMemoryDataset:
         self, split: Split, batch_size: int, *, rank: int, world_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if split not in self._eval:
-            raise ConfigError(f"there is no split {split!r} to evaluate on: dataset.validation is 0")
+            raise UserError(f"there is no split {split!r} to evaluate on: dataset.validation is 0")
         images, labels = self._eval[split]
         mine = splits.eval_range(len(labels), rank=rank, world_size=world_size)
         for first in range(mine.start, mine.stop, batch_size):

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from prune_lab.datasets.base import CommonConfig
-from prune_lab.foundations.schema import ConfigError, Count, FilePath, Index, Range
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Count, FilePath, Index, Range
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Config(CommonConfig):
         super().check(path)
         least = round(self.image_size / self.crop_ratio)
         if self.cached_side is not None and self.cached_side < least:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.cached_side must be null or at least {least} (image_size / crop_ratio, the side that "
                 f"evaluation resizes to), got {self.cached_side}"
             )

@@ -22,7 +22,7 @@ from prune_lab.datasets.folder_listing import Listing
 from prune_lab.datasets.image_crops import opened, read_rgb, resize, shape_with_shorter_side
 from prune_lab.datasets.image_reading import UnreadableImage, unreadable
 from prune_lab.datasets.worker_pool import WorkerPool
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def open_resized(listing: Listing, *, side: int, cache_dir: Path, name: str, wor
         workers: processes that decode. Other processes that want the same entry wait for the first one.
 
     Raises:
-        ConfigError: an image cannot be read, the disk is too small, or `cache_dir` cannot be written.
+        UserError: an image cannot be read, the disk is too small, or `cache_dir` cannot be written.
     """
     entry = cache_dir / f"{name}-{side}px-{_key(listing, side)}"
     with cache.locked(entry):
@@ -90,7 +90,7 @@ def open_resized(listing: Listing, *, side: int, cache_dir: Path, name: str, wor
             _write(entry, listing, side, workers)
             images = _read(entry)
     if images is None:
-        raise ConfigError(f"dataset.cache_dir={cache_dir}: {entry.name} differs from what was just written")
+        raise UserError(f"dataset.cache_dir={cache_dir}: {entry.name} differs from what was just written")
     return images
 
 
@@ -142,13 +142,13 @@ def _reserve(path: Path, size: int, side: int, num_images: int) -> None:
     """Make the file, after saying what it takes.
 
     Raises:
-        ConfigError: the disk has less space left.
+        UserError: the disk has less space left.
     """
     entry = path.parent.with_suffix("")
     free = shutil.disk_usage(path.parent).free
     what = f"{num_images} images at dataset.cached_side={side} take {size / 1e9:.2f} GB"
     if size > free:
-        raise ConfigError(f"{what}, but dataset.cache_dir={entry.parent} has {free / 1e9:.2f} GB left")
+        raise UserError(f"{what}, but dataset.cache_dir={entry.parent} has {free / 1e9:.2f} GB left")
     print(f"{what} ({free / 1e9:.2f} GB are free): resizing them once into {entry}", file=sys.stderr, flush=True)
     with open(path, "wb") as file:
         file.truncate(size)
@@ -160,7 +160,7 @@ def _collect(answer: partial, requests: list[np.ndarray], workers: int) -> np.nd
     with closing(WorkerPool(answer, workers=workers)) as pool:
         for found in pool.map(requests):
             if isinstance(found, str):
-                raise ConfigError(found)
+                raise UserError(found)
             rows.append(found)
     return np.concatenate(rows)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator
 
 
@@ -34,7 +34,7 @@ def hold_out(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, Ten
         seed: chooses the images within each class.
 
     Raises:
-        ConfigError: the fraction is so small that no image, or so large that every image, is held out.
+        UserError: the fraction is so small that no image, or so large that every image, is held out.
     """
     is_held_out = torch.zeros(len(labels), dtype=torch.bool)
     if fraction > 0:
@@ -45,7 +45,7 @@ def hold_out(labels: Tensor, fraction: float, *, seed: int) -> tuple[Tensor, Ten
             is_held_out[members[chosen]] = True
         num = int(is_held_out.sum())
         if num in (0, len(labels)):
-            raise ConfigError(f"dataset.validation={fraction} holds out {num} of {len(labels)} training images")
+            raise UserError(f"dataset.validation={fraction} holds out {num} of {len(labels)} training images")
     return (~is_held_out).nonzero().flatten(), is_held_out.nonzero().flatten()
 
 
@@ -58,10 +58,10 @@ def count_batches(num_images: int, batch_size: int) -> int:
     """Return the full batches of an epoch.
 
     Raises:
-        ConfigError: not even one batch is full.
+        UserError: not even one batch is full.
     """
     if not 1 <= batch_size <= num_images:
-        raise ConfigError(f"schedule.batch_size must lie in [1, {num_images}] (training images), got {batch_size}")
+        raise UserError(f"schedule.batch_size must lie in [1, {num_images}] (training images), got {batch_size}")
     return num_images // batch_size
 
 
@@ -69,10 +69,10 @@ def batch_shard(batch_size: int, *, rank: int, world_size: int) -> slice:
     """Return the part of every global batch that `rank` trains on.
 
     Raises:
-        ConfigError: ranks would get shards of different size, and their averaged gradients a wrong weight.
+        UserError: ranks would get shards of different size, and their averaged gradients a wrong weight.
     """
     if batch_size % world_size:
-        raise ConfigError(f"schedule.batch_size must be a multiple of the {world_size} processes, got {batch_size}")
+        raise UserError(f"schedule.batch_size must be a multiple of the {world_size} processes, got {batch_size}")
     size = batch_size // world_size
     return slice(rank * size, (rank + 1) * size)
 

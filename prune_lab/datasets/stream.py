@@ -22,7 +22,7 @@ from prune_lab.datasets.normalise import Normaliser
 from prune_lab.datasets.prefetch import on_device
 from prune_lab.datasets.resized_images import ResizedImages, open_resized
 from prune_lab.datasets.worker_pool import WorkerPool
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class StreamDataset:
         self, split: Split, batch_size: int, *, rank: int, world_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         if split not in self._eval:
-            raise ConfigError(f"there is no split {split!r} to evaluate on: dataset.validation is 0")
+            raise UserError(f"there is no split {split!r} to evaluate on: dataset.validation is 0")
         source, indices = self._eval[split]
         mine = splits.eval_range(len(indices), rank=rank, world_size=world_size)
         batches = indices[mine.start : mine.stop].split(batch_size) if mine else []
@@ -165,7 +165,7 @@ class _Reader:
 
 
 def _require_readable(listing: Listing) -> None:
-    """Raise ConfigError if the header of each class's first image tells already that it cannot be read.
+    """Raise UserError if the header of each class's first image tells already that it cannot be read.
 
     Folders are mostly of one kind: this names floating-point images before the training, not in its first batch.
     """
@@ -174,14 +174,14 @@ def _require_readable(listing: Listing) -> None:
             with image_crops.opened(listing.path(index)) as image:
                 image_crops.surplus_bits(image)
         except UnreadableImage as error:
-            raise ConfigError(unreadable(listing.path(index), error)) from error
+            raise UserError(unreadable(listing.path(index), error)) from error
 
 
 def _checked(answer: tuple[Tensor, Tensor, str]) -> tuple[Tensor, Tensor]:
     """Return pixels and labels of a worker's answer."""
     pixels, labels, broken = answer
     if broken:
-        raise ConfigError(broken)
+        raise UserError(broken)
     return pixels, labels
 
 

@@ -11,8 +11,9 @@ from prune_lab.core import removal
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Phase
 from prune_lab.foundations import distributed, patterns
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Count, OpenFraction, require_one
+from prune_lab.foundations.schema import Count, OpenFraction, require_one
 from prune_lab.models import common
 from prune_lab.pruning.channels import selection, surgery
 from prune_lab.pruning.channels.removable import RemovableChannels
@@ -90,14 +91,14 @@ class ChannelPruningConfig(MethodConfig):
         for entry in self.layer_channels:
             parse_kept(entry, f"{path}.layer_channels")
         if self.layer_channels and self.scope == "global":
-            raise ConfigError(f"{path}.layer_channels goes with {path}.scope=layer, got global")
+            raise UserError(f"{path}.layer_channels goes with {path}.scope=layer, got global")
 
 
 def parse_kept(entry: str, path: str) -> tuple[str, float | int]:
     """Return (pattern, kept) of PATTERN:KEPT; a whole number of 1 or more counts channels.
 
     Raises:
-        ConfigError: another form.
+        UserError: another form.
     """
     pattern, _, text = entry.rpartition(":")
     try:
@@ -105,7 +106,7 @@ def parse_kept(entry: str, path: str) -> tuple[str, float | int]:
     except ValueError:
         kept = -1
     if not pattern or not (kept >= 1 if isinstance(kept, int) else 0 < kept < 1):
-        raise ConfigError(
+        raise UserError(
             f"{path}: {entry!r} must be PATTERN:KEPT with a fraction in (0, 1) or a count of at least 1, such as "
             "layer1.*:0.5"
         )
@@ -176,7 +177,7 @@ class ChannelPruning(Method):
         """Choose the channels and mask all others; return the target and what came of it.
 
         Raises:
-            ConfigError: a budget out of reach, a pattern that matches nothing, nothing to prune.
+            UserError: a budget out of reach, a pattern that matches nothing, nothing to prune.
         """
         problem = Problem(self, context)
         return self.leave_out(context, problem, self.choose(context, problem))
@@ -190,7 +191,7 @@ class ChannelPruning(Method):
         """Return the scores that decide, alike on all processes, float64 [num_classes]: drawn for the control random.
 
         Raises:
-            ConfigError: a score is infinite or NaN.
+            UserError: a score is infinite or NaN.
         """
         if self.config.control == "random":
             drawn = context.generator("random channels")
@@ -198,7 +199,7 @@ class ChannelPruning(Method):
         else:
             scores = self.scores(context, problem.channels).double().cpu()
         if not bool(torch.isfinite(scores).all()):
-            raise ConfigError("scores of channels are infinite or NaN: look at the trained weights")
+            raise UserError("scores of channels are infinite or NaN: look at the trained weights")
         return distributed.share(scores)
 
     def leave_out(self, context: Context, problem: Problem, alive: Tensor) -> dict[str, float]:
@@ -270,7 +271,7 @@ class Problem:
             pattern, kept = parse_kept(entry, "method.layer_channels")
             for index, lane in self._named_lanes(pattern).items():
                 if kept > lane.size:
-                    raise ConfigError(
+                    raise UserError(
                         f"method.layer_channels: {entry!r} asks for more channels than {lane.name} has; allowed: up to "
                         f"{lane.size}"
                     )
@@ -284,7 +285,7 @@ class Problem:
         named = {index: lane for index, lane in enumerate(lanes)
                  if self.free[index] and patterns.matches([pattern], *lane.producers)}
         if not named:
-            raise ConfigError(
+            raise UserError(
                 f"{option}: the channels of {pattern!r} have to stay; under method.exclude and method.residual there "
                 f"may go those of {', '.join(lane.name for lane, free in zip(lanes, self.free, strict=True) if free)}"
             )
@@ -300,9 +301,9 @@ class Problem:
         return counts
 
     def check_removes(self, counts: np.ndarray) -> None:
-        """Raise ConfigError if no lane loses a channel."""
+        """Raise UserError if no lane loses a channel."""
         if (counts == self.costs.sizes).all():
-            raise ConfigError(f"{self.asked}: nothing to remove, all layers keep all of their channels; keep less")
+            raise UserError(f"{self.asked}: nothing to remove, all layers keep all of their channels; keep less")
 
     @property
     def asked(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 if TYPE_CHECKING:
     from prune_lab.config.run import RunConfig
@@ -14,7 +14,7 @@ def check_plain_sgd(config: RunConfig) -> None:
     """Refuse an optimizer that is anything else than plain SGD.
 
     Raises:
-        ConfigError: naming the option as typed.
+        UserError: naming the option as typed.
     """
     chosen = config.optimizer
     wrong = None
@@ -24,7 +24,7 @@ def check_plain_sgd(config: RunConfig) -> None:
         option = "momentum" if chosen.momentum else "weight_decay"
         wrong = f"optimizer.{option}={getattr(chosen, option):g}"
     if wrong:
-        raise ConfigError(
+        raise UserError(
             f"{wrong} does not go with method={config.method.name}: gRDA is SGD without momentum and weight "
             "decay; use optimizer=sgd_plain, which sets both to 0",
             wrong.partition("=")[0],

@@ -11,8 +11,9 @@ from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import REMOVE, TRAIN, Phase
 from prune_lab.families.annealed_gradient import restore
 from prune_lab.foundations import distributed, seeding
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Index, OpenFraction, Positive
+from prune_lab.foundations.schema import Index, OpenFraction, Positive
 from prune_lab.pruning.batch_norm import statistics
 from prune_lab.pruning.gates import hard_concrete
 from prune_lab.pruning.gates.layout import FilterGates, WeightGates
@@ -58,12 +59,12 @@ class GatesConfig(MethodConfig):
 
     def check(self, path: str) -> None:
         if self.include and self.granularity == "filter":
-            raise ConfigError(
+            raise UserError(
                 f"{path}.include={','.join(self.include)} goes with {path}.granularity=weight: with filter a depthwise "
                 "convolution follows the channels it gets"
             )
         if self.bn_images == 1:
-            raise ConfigError(f"{path}.bn_images=1: one image has no variance; allowed: 0 (off), or 2 and more")
+            raise UserError(f"{path}.bn_images=1: one image has no variance; allowed: 0 (off), or 2 and more")
 
 
 def gate_rate(optimizer: str, num_steps: int) -> float:
@@ -104,7 +105,7 @@ class GatedWeights(Method):
         """Refuse a training without steps, and an average of the weights, whose batch norm cannot be measured here."""
         config.require_training(f"method={self.config.name}: the gates are trained there")
         if self.config.bn_images and config.trainer.ema_decay is not None:
-            raise ConfigError(
+            raise UserError(
                 f"trainer.ema_decay={config.trainer.ema_decay:g} needs method.bn_images=0: batch norm is measured on "
                 "the network itself, not on its moving average",
                 "trainer.ema_decay",
@@ -130,7 +131,7 @@ class GatedWeights(Method):
         """Make gates and raw weights; what is left after the training needs none.
 
         Raises:
-            ConfigError: a network without channels to gate.
+            UserError: a network without channels to gate.
         """
         if context.optimizer is None:
             return

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.families.sparse_training import DropAndGrow, DropAndGrowConfig, check_dense
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Count
+from prune_lab.foundations.schema import Count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +31,9 @@ class GradientGrowthConfig(DropAndGrowConfig):
             self.check_window(path, self.interval)
 
     def check_window(self, path: str, interval: int) -> None:
-        """Raise ConfigError if the batches of two updates would overlap."""
+        """Raise UserError if the batches of two updates would overlap."""
         if self.grow_batches > interval:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.grow_batches must not exceed {path}.interval={interval}, got {self.grow_batches}"
             )
 

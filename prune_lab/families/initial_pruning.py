@@ -11,8 +11,9 @@ from prune_lab.core import images
 from prune_lab.core.phase import PRUNE, TRAIN, Phase
 from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
 from prune_lab.foundations import distributed
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Count, Index
+from prune_lab.foundations.schema import Count, Index
 from prune_lab.pruning.masks import top_k
 from prune_lab.pruning.scores import gradients
 
@@ -41,7 +42,7 @@ class InitialPruningConfig(WeightPruningConfig):
     def check(self, path: str) -> None:
         super().check(path)
         if self.min_per_layer and self.distribution != "global":
-            raise ConfigError(
+            raise UserError(
                 f"{path}.min_per_layer={self.min_per_layer} is for distribution=global; with {self.distribution} every "
                 "layer has a budget"
             )
@@ -75,7 +76,7 @@ class InitialPruning(WeightPruning):
         floor = sum(min(least, layer.size) for layer in context.eligible())
         total = self.total(context, self.config.sparsity)
         if floor > total:
-            raise ConfigError(
+            raise UserError(
                 f"method.min_per_layer={least} keeps {floor} weights, method.sparsity={self.config.sparsity:g} only "
                 f"{total}; lower one of them"
             )
@@ -101,11 +102,11 @@ class InitialPruning(WeightPruning):
             candidates: weights that may be kept, bool; None: all.
 
         Raises:
-            ConfigError: a score is infinite or NaN.
+            UserError: a score is infinite or NaN.
         """
         bad = [name for name, score in scores.items() if not bool(torch.isfinite(score).all())]
         if bad:
-            raise ConfigError(
+            raise UserError(
                 f"scores of {', '.join(bad[:3])} are infinite or NaN ({len(bad)} of {len(scores)} layers): look at the "
                 "start weights and the images"
             )

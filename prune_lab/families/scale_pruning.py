@@ -70,7 +70,7 @@ class ScalePruning(ChannelPruning):
         """Make the penalty of a phase that trains under one.
 
         Raises:
-            ConfigError: no batch norm, or one whose scale does not train.
+            UserError: no batch norm, or one whose scale does not train.
         """
         if context.phase in self.sparse_phases:
             penalty.check_training(context.model)

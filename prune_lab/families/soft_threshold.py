@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from prune_lab.accounting import eligibility
 from prune_lab.core.method import MethodConfig
 from prune_lab.families.annealed_gradient import RawWeights, restore
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Range
+from prune_lab.foundations.schema import Range
 from prune_lab.optim import learning_rate
 
 if TYPE_CHECKING:
@@ -55,9 +56,9 @@ class SoftThresholdConfig(MethodConfig):
 
 
 def check_decay(path: str, *, init: float, decay: float) -> None:
-    """Raise ConfigError if a threshold that is awake from the start would be pushed towards 0 by its decay as well."""
+    """Raise UserError if a threshold that is awake from the start would be pushed towards 0 by its decay as well."""
     if decay > 0 and init > AWAKE:
-        raise ConfigError(
+        raise UserError(
             f"{path}.threshold_decay={decay:g} pushes T towards 0, where weights up to 0.5 are pruned; with "
             f"{path}.threshold_init={init:g}, above {AWAKE:g}, it must be 0"
         )
@@ -189,7 +190,7 @@ class SoftThreshold(RawWeights):
         """Make the thresholds, tell the optimizer, and refuse those that would sleep through the training.
 
         Raises:
-            ConfigError: decay and start of the thresholds do not fit each other or the schedule.
+            UserError: decay and start of the thresholds do not fit each other or the schedule.
         """
         config, named, init = self.config, context.parameters(), self.start(context)
         for layer in context.eligible():
@@ -214,7 +215,7 @@ class SoftThreshold(RawWeights):
         """Return words about the step at which the decay alone has brought T to where pruning begins.
 
         Raises:
-            ConfigError: never, or it takes T past 0.
+            UserError: never, or it takes T past 0.
         """
         total = context.total_steps
         if init >= AWAKE and not decay:
@@ -225,7 +226,7 @@ class SoftThreshold(RawWeights):
         values = list(decayed(init, decay, rates, group))
         past = next((step for step, value in enumerate(values, start=1) if value > 0), None)
         if past is not None:
-            raise ConfigError(
+            raise UserError(
                 f"{setting} takes T past 0, where weights up to 0.5 act as zero, at step {past} of {total}; "
                 f"{'lower method.threshold_decay' if init >= AWAKE else _advice(init, rates, group)}"
             )
@@ -233,7 +234,7 @@ class SoftThreshold(RawWeights):
             return ""
         step = next((step for step, value in enumerate(values, start=1) if value >= AWAKE), None)
         if step is None:
-            raise ConfigError(
+            raise UserError(
                 f"{setting} never brings T to {AWAKE:g}, where pruning begins, in {total} steps; "
                 f"{_advice(init, rates, group)}"
             )
@@ -263,11 +264,11 @@ class SoftThreshold(RawWeights):
         return masks
 
     def check_alive(self, context: Context, when: str) -> None:
-        """Raise ConfigError if a layer has no weight left."""
+        """Raise UserError if a layer has no weight left."""
         dead = next((name for name, count in context.masks.counts().items() if count == 0), None)
         if dead is not None:
             limit = float(torch.sigmoid(self.thresholds[dead].detach()).min())
-            raise ConfigError(
+            raise UserError(
                 f"{dead.removesuffix('.weight')} has no weight left {when}: all are below its threshold {limit:.3g}; "
                 "lower method.threshold_init or method.threshold_decay"
             )
@@ -281,7 +282,7 @@ class SoftThreshold(RawWeights):
         """Return the mean threshold of each layer as weights are compared with it; say if nothing was pruned.
 
         Raises:
-            ConfigError: a layer has no weight left.
+            UserError: a layer has no weight left.
         """
         self.check_alive(context, f"after epoch {epoch + 1}")
         if (epoch + 1) * context.steps_per_epoch == context.total_steps and context.masks.density == 1:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from prune_lab.core.method import MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Count, Fraction, Index, Momentum
+from prune_lab.foundations.schema import Count, Fraction, Index, Momentum
 from prune_lab.optim import optimizer
 from prune_lab.pruning.masks import redistribution, sparsity_schedules, top_k
 from prune_lab.pruning.masks.selection import SEMI_STRUCTURED
@@ -95,9 +96,9 @@ class DropAndGrowConfig(SparseTrainingConfig):
     def check(self, path: str) -> None:
         super().check(path)
         if self.decay != "constant" and self.end == 0:
-            raise ConfigError(f"{path}.end must be above 0, got {self.end:g}")
+            raise UserError(f"{path}.end must be above 0, got {self.end:g}")
         if self.floor > self.alpha:
-            raise ConfigError(f"{path}.floor must not exceed {path}.alpha={self.alpha:g}, got {self.floor:g}")
+            raise UserError(f"{path}.floor must not exceed {path}.alpha={self.alpha:g}, got {self.floor:g}")
 
 
 _FEW = 10
@@ -123,7 +124,7 @@ class DropAndGrow(SparseTraining):
     def check_run(self, config: RunConfig) -> None:
         """Refuse to move weights between layers that all keep half."""
         if self.redistributes() and self.config.distribution == SEMI_STRUCTURED:
-            raise ConfigError(
+            raise UserError(
                 "method.redistribution must be none with method.distribution=2:4: every layer keeps half of its weights"
             )
 
@@ -166,10 +167,10 @@ class DropAndGrow(SparseTraining):
             self.update(context, step)
 
     def require_momentum(self, context: Context, who: str) -> None:
-        """Raise ConfigError if there is no momentum at the first update."""
+        """Raise UserError if there is no momentum at the first update."""
         optimizer.require_momentum(context.optimizer, who)
         if self.config.skip_step_on_update and self.updates.start == 0:
-            raise ConfigError(
+            raise UserError(
                 f"{who}: there is no momentum at step 0; method.begin must be null or above 0, "
                 "or method.skip_step_on_update false"
             )
@@ -193,7 +194,7 @@ class DropAndGrow(SparseTraining):
         """Say which layers keep so few weights that no update moves one.
 
         Raises:
-            ConfigError: none of them moves although `alpha` is above 0.
+            UserError: none of them moves although `alpha` is above 0.
         """
         if self.config.drop != "magnitude" or self.config.alpha == 0:
             return
@@ -201,7 +202,7 @@ class DropAndGrow(SparseTraining):
         movable = {n: count for n, count in context.masks.counts().items() if 0 < count < masked[n].numel()}
         fixed = [n for n, count in movable.items() if not self.num_dropped(self.config.alpha, count, masked[n].shape)]
         if fixed and len(fixed) == len(movable):
-            raise ConfigError(
+            raise UserError(
                 f"method.alpha={self.config.alpha:g} moves no weight in any layer, because too few are kept; raise it "
                 "or lower method.sparsity"
             )
@@ -251,7 +252,7 @@ class DropAndGrow(SparseTraining):
         """Return the steps at which masks move: begin, begin + interval, ... below end (RigL alg. 1).
 
         Raises:
-            ConfigError: no update after step 0.
+            UserError: no update after step 0.
         """
         end, interval = self.end_step(context), self.interval(context)
         begin = interval - 1 if self.config.begin is None else self.config.begin
@@ -260,7 +261,7 @@ class DropAndGrow(SparseTraining):
             shown = "null (one epoch)" if self.config.interval is None else interval
             first = "null" if self.config.begin is None else begin
             after = begin + interval if steps else begin
-            raise ConfigError(
+            raise UserError(
                 f"method.interval={shown} with method.begin={first} leaves no mask update after step 0: it would come "
                 f"at step {after}, updates end at step {max(end, 0)} of {context.total_steps}; lower them or lengthen "
                 "the schedule"
@@ -364,9 +365,9 @@ class DropAndGrow(SparseTraining):
 
 
 def check_dense(scores: dict[str, Tensor], active: dict[str, Tensor], what: str) -> None:
-    """Raise ConfigError if the scores of all pruned positions are zero: nothing could be chosen to grow."""
+    """Raise UserError if the scores of all pruned positions are zero: nothing could be chosen to grow."""
     if scores and not any(bool(score[~active[name]].any()) for name, score in scores.items()):
-        raise ConfigError(
+        raise UserError(
             f"all {what} are zero at pruned weights, so none can be chosen to grow: no signal passes a network as "
             "sparse as this (a lower method.sparsity leaves it a way), or something masks gradients"
         )

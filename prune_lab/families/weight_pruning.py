@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.accounting import eligibility
 from prune_lab.core.method import Method, MethodConfig
-from prune_lab.foundations.schema import ConfigError, Example, FilePath, NonNegative, OpenFraction
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Example, FilePath, NonNegative, OpenFraction
 from prune_lab.pruning.masks import distributions, top_k
 from prune_lab.pruning.masks.selection import SEMI_STRUCTURED, check_semi_structured, selection
 
@@ -54,26 +55,26 @@ class WeightPruningConfig(MethodConfig):
 
     def check(self, path: str) -> None:
         if (self.distribution == "file") != (self.densities is not None):
-            raise ConfigError(f"{path}.densities=FILE goes with {path}.distribution=file, got {self.distribution}")
+            raise UserError(f"{path}.densities=FILE goes with {path}.distribution=file, got {self.distribution}")
         if self.power != 1 and self.distribution not in ("er", "erk"):
-            raise ConfigError(f"{path}.power={self.power:g} is for er and erk; with {self.distribution} it must be 1")
+            raise UserError(f"{path}.power={self.power:g} is for er and erk; with {self.distribution} it must be 1")
         if self.distribution == "file" and self.first_layer == "dense_compensated":
-            raise ConfigError(f"{path}.first_layer=dense_compensated: give density 1 in {path}.densities instead")
+            raise UserError(f"{path}.first_layer=dense_compensated: give density 1 in {path}.densities instead")
         if self.distribution == "global" and self.first_layer.startswith("dense"):
-            raise ConfigError(f"{path}.first_layer={self.first_layer} needs a budget per layer; use {path}.exclude")
+            raise UserError(f"{path}.first_layer={self.first_layer} needs a budget per layer; use {path}.exclude")
         check_semi_structured(self, path)
         self._check_match(path)
 
     def _check_match(self, path: str) -> None:
         if (self.match == "none") != (self.match_to is None):
-            raise ConfigError(
+            raise UserError(
                 f"{path}.match=params, macs or train_macs goes with {path}.match_to=DENSITY:DISTRIBUTION, "
                 f"got match={self.match} and match_to={'null' if self.match_to is None else self.match_to}"
             )
         if self.match_by == "epochs" and self.match != "train_macs":
-            raise ConfigError(f"{path}.match_by=epochs goes with {path}.match=train_macs, got match={self.match}")
+            raise UserError(f"{path}.match_by=epochs goes with {path}.match=train_macs, got match={self.match}")
         if self.match != "none" and self.match_by == "density" and self.distribution in ("file", SEMI_STRUCTURED):
-            raise ConfigError(f"{path}.match_by=density: {path}.distribution={self.distribution} fixes the densities")
+            raise UserError(f"{path}.match_by=density: {path}.distribution={self.distribution} fixes the densities")
         if self.match_to is not None:
             _parse_reference(self.match_to, path)
 
@@ -87,11 +88,11 @@ def _parse_reference(text: str, path: str) -> tuple[Fraction, Literal["uniform",
     """Return the density in (0, 1] and the distribution that DENSITY:DISTRIBUTION names.
 
     Raises:
-        ConfigError: another form, or a value that is not allowed.
+        UserError: another form, or a value that is not allowed.
     """
     found = re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?|\d+\.):(uniform|er|erk)", text)
     if found is None or not 0 < Fraction(found[1]) <= 1:
-        raise ConfigError(
+        raise UserError(
             f"{path}.match_to={text} must be DENSITY:DISTRIBUTION with a density in (0, 1] and uniform, er or erk, "
             "such as 0.1:uniform"
         )
@@ -109,7 +110,7 @@ class WeightPruning(Method):
         How a cost was matched is left out: what it was solved to decides the results.
 
         Raises:
-            ConfigError: the file cannot be read.
+            UserError: the file cannot be read.
         """
         options = {key: value for key, value in super().identity().items() if not key.startswith("match")}
         path = self.config.densities
@@ -118,7 +119,7 @@ class WeightPruning(Method):
         try:
             content = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         except OSError as error:
-            raise ConfigError(f"method.densities={path} cannot be read: {error.strerror}") from error
+            raise UserError(f"method.densities={path} cannot be read: {error.strerror}") from error
         return options | {"densities": content}
 
     def requested_sparsity(self) -> float:
@@ -144,13 +145,13 @@ class WeightPruning(Method):
         """Return the kept weights over all eligible layers at `sparsity`.
 
         Raises:
-            ConfigError: a global cut that leaves fewer weights than there are layers.
+            UserError: a global cut that leaves fewer weights than there are layers.
         """
         layers = context.eligible()
         num_weights = sum(layer.size for layer in layers)
         keep = distributions.num_keep_total(num_weights, sparsity)
         if self.config.distribution == "global" and keep < len(layers):  # the others are refused by `allocate`
-            raise ConfigError(
+            raise UserError(
                 f"method.sparsity={sparsity} leaves {keep} weights for {len(layers)} layers; the reachable maximum is "
                 f"about {1 - len(layers) / num_weights:.6g}"
             )
@@ -169,7 +170,7 @@ class WeightPruning(Method):
         With distribution=file layers go straight from dense to the file's densities at method.sparsity.
 
         Raises:
-            ConfigError: no such layout exists; the message gives the reachable maximum.
+            UserError: no such layout exists; the message gives the reachable maximum.
         """
         config = self.config
         layers = [distributions.LayerSize(layer.parameter, layer.shape) for layer in context.eligible()]
@@ -180,7 +181,7 @@ class WeightPruning(Method):
         compensated = config.first_layer == "dense_compensated"
         if compensated and not context.layers[0].eligible:
             first = context.layers[0]
-            raise ConfigError(f"method.first_layer=dense_compensated: {first.name} has no budget, {first.reason}")
+            raise UserError(f"method.first_layer=dense_compensated: {first.name} has no budget, {first.reason}")
         first_layer = "dense_compensated" if compensated else "sparse"
         return distributions.allocate(
             config.distribution, layers, self.total(context, sparsity), first_layer=first_layer, power=config.power

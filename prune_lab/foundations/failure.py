@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import traceback
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 
 def lost_decoder(error: BaseException) -> str | None:
@@ -20,7 +20,7 @@ def lost_decoder(error: BaseException) -> str | None:
 
 def fail(error: Exception) -> int:
     """Say in one line what went wrong and return the exit code; a defect's traceback goes before it or into a log."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, UserError):
         line = str(error)
     elif isinstance(error, OSError):
         line = f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")

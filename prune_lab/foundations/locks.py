@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_bytes
-from prune_lab.foundations.schema import ConfigError
 
 STALE_S = 60.0
 """an owner without a heartbeat for so long is taken for dead"""
@@ -53,13 +53,13 @@ def lock(
             `leave_to_parent`.
 
     Raises:
-        ConfigError: the directory cannot be made or written, or the lock cannot be asked for.
+        UserError: the directory cannot be made or written, or the lock cannot be asked for.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")
     except OSError as error:
-        raise ConfigError(f"{option}: cannot write {path}: {error.strerror}") from error
+        raise UserError(f"{option}: cannot write {path}: {error.strerror}") from error
     with file:
         claim, waited = _claim(file, path, report), False
         while not _attempt(claim, path, option):
@@ -120,7 +120,7 @@ def _attempt(claim: SystemLock | HeartbeatLock, path: Path, option: str) -> bool
     try:
         return claim.attempt()
     except OSError as error:
-        raise ConfigError(f"{option}: cannot lock {path}: {error.strerror}") from error
+        raise UserError(f"{option}: cannot lock {path}: {error.strerror}") from error
 
 
 class SystemLock:

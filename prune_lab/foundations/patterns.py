@@ -5,7 +5,8 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable, Sequence
 
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import suggestion
 
 
 def matches(patterns: Iterable[str], *names: str) -> bool:
@@ -14,7 +15,7 @@ def matches(patterns: Iterable[str], *names: str) -> bool:
 
 
 def check(option: str, patterns: Iterable[str], names: Sequence[str], what: str) -> None:
-    """Raise ConfigError if a pattern matches none of the names.
+    """Raise UserError if a pattern matches none of the names.
 
     Args:
         option: as the user types it.
@@ -22,7 +23,7 @@ def check(option: str, patterns: Iterable[str], names: Sequence[str], what: str)
     """
     for pattern in patterns:
         if not matches([pattern], *names):
-            raise ConfigError(
+            raise UserError(
                 f"{option}: {pattern!r} matches no {what}{suggestion(pattern, names)}; there are "
                 f"{', '.join(names) or 'none'}"
             )

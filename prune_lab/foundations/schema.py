@@ -15,19 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 import yaml
 
+from prune_lab.foundations.errors import UserError
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
-
-
-class ConfigError(ValueError):
-    """A wrong option or input of the user. The message is one line and needs no traceback."""
-
-    def __init__(self, message: str, option: str | None = None) -> None:
-        super().__init__(message)
-        self.option = option
-        """dotted name of the option, where the error is about a single one"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ def suggestion(name: str, allowed: Iterable[str]) -> str:
 
 
 def require_one(path: str, options: Mapping[str, Any], *, unset: str = "null") -> None:
-    """Raise ConfigError unless exactly one of the options is set.
+    """Raise UserError unless exactly one of the options is set.
 
     Args:
         path: dotted name of their group as the user types it.
@@ -102,7 +95,7 @@ def require_one(path: str, options: Mapping[str, Any], *, unset: str = "null") -
     given = [f"{path}.{name}={value:g}" if isinstance(value, float) else f"{path}.{name}"
              for name, value in options.items() if value is not None]
     if len(given) != 1:
-        raise ConfigError(
+        raise UserError(
             f"exactly one of {', '.join(names[:-1])} and {names[-1]} must be set, the others {unset}; got "
             f"{' and '.join(given) or 'none'}"
         )
@@ -114,23 +107,23 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
     Args:
         cls: a dataclass. Every field must be in `node`: YAML files hold the values, dataclasses the rules.
             A nested dataclass is parsed likewise. If `cls` has a method `check(path)`, it is called last and
-            may raise ConfigError for rules across fields. If it has a function `absent(key)`, what that returns
+            may raise UserError for rules across fields. If it has a function `absent(key)`, what that returns
             about an unknown key (None: nothing) replaces the nearest name.
         node: plain mapping, such as OmegaConf.to_container(cfg, resolve=True).
         path: dotted name of the node as the user types it, "" at the root.
 
     Raises:
-        ConfigError: unknown or missing key, wrong type, NaN, value out of range.
+        UserError: unknown or missing key, wrong type, NaN, value out of range.
     """
     if not isinstance(node, Mapping):
-        raise ConfigError(f"{path or 'the configuration'} must be a group of options, got {as_typed(node)}", path)
+        raise UserError(f"{path or 'the configuration'} must be a group of options, got {as_typed(node)}", path)
     hints = typing.get_type_hints(cls, include_extras=True)
     names = [field.name for field in fields(cls)]
     absent = getattr(cls, "absent", None)
     for key in node:
         if key not in names:
             note = absent(str(key)) if absent else None
-            raise ConfigError(
+            raise UserError(
                 f"unknown option {_join(path, key)}{f': {note}' if note else suggestion(str(key), names)}; "
                 f"allowed under {path or 'the top level'}: {', '.join(names)}",
                 _join(path, key),
@@ -140,7 +133,7 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
         if field.name in node:
             values[field.name] = coerce(hints[field.name], node[field.name], _join(path, field.name))
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise ConfigError(f"missing option {_join(path, field.name)}", _join(path, field.name))
+            raise UserError(f"missing option {_join(path, field.name)}", _join(path, field.name))
     config = cls(**values)
     if hasattr(config, "check"):
         config.check(path)
@@ -148,21 +141,21 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
 
 
 def coerce(hint: Any, value: Any, path: str) -> Any:
-    """Return `value` as the type `hint` asks for, or raise ConfigError naming `path`."""
+    """Return `value` as the type `hint` asks for, or raise UserError naming `path`."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         base, *rules = typing.get_args(hint)
         for rule in rules:
             if isinstance(rule, Example) and not isinstance(value, str):
-                raise ConfigError(f"{path} must be a text such as {rule.text}, got {as_typed(value)}", path)
+                raise UserError(f"{path} must be a text such as {rule.text}, got {as_typed(value)}", path)
         result = coerce(base, value, path)
         for rule in rules:
             if isinstance(rule, Range) and not rule.contains(result):
-                raise ConfigError(f"{path} must lie in {rule}, got {value}", path)
+                raise UserError(f"{path} must lie in {rule}, got {value}", path)
             if isinstance(rule, Home):
                 result = os.path.expanduser(result)
             if isinstance(rule, Word) and not rule.contains(result):
-                raise ConfigError(f"{path} must consist of {rule}, got {as_typed(value)}", path)
+                raise UserError(f"{path} must consist of {rule}, got {as_typed(value)}", path)
         return result
     if origin in (Union, types.UnionType):
         return _coerce_union(typing.get_args(hint), value, path)
@@ -173,13 +166,13 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
                 return choice
         names = [str(choice) for choice in allowed]
         near = suggestion(value, names) if isinstance(value, str) else _misread(value, allowed)
-        raise ConfigError(f"{path}={as_typed(value)} is not allowed{near}; allowed: {', '.join(names)}", path)
+        raise UserError(f"{path}={as_typed(value)} is not allowed{near}; allowed: {', '.join(names)}", path)
     if origin in (list, tuple):
         return _coerce_list(typing.get_args(hint)[0], value, path)
     if origin is dict:
         item = typing.get_args(hint)[1]
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{path} must be a group of options, got {as_typed(value)}", path)
+            raise UserError(f"{path} must be a group of options, got {as_typed(value)}", path)
         return {key: coerce(item, entry, _join(path, key)) for key, entry in value.items()}
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         return parse(hint, value, path)
@@ -205,29 +198,29 @@ def _coerce_union(options: tuple, value: Any, path: str) -> Any:
     for option in kept[:-1]:
         try:
             return coerce(option, value, path)
-        except ConfigError as error:
+        except UserError as error:
             refused.append(error)
     if refused and bool not in kept and typing.get_origin(last) is Literal:  # a number, or a word
         return _number_or_word(last, value, path, refused[0])
     if bool in kept and typing.get_origin(last) is Literal:  # one list of everything allowed
         last = Literal["true", "false", *typing.get_args(last)]
         if value in ("true", "false"):
-            raise ConfigError(f"{path} must be written without quotes, got the text {value!r}", path)
+            raise UserError(f"{path} must be written without quotes, got the text {value!r}", path)
     return coerce(last, value, path)
 
 
-def _number_or_word(words: Any, value: Any, path: str, refused: ConfigError) -> str:
-    """Return `value` if it is among `words`; else raise ConfigError that names them after what `refused` says."""
+def _number_or_word(words: Any, value: Any, path: str, refused: UserError) -> str:
+    """Return `value` if it is among `words`; else raise UserError that names them after what `refused` says."""
     choices = typing.get_args(words)
     if value in choices:
         return value
     near = suggestion(value, choices) if isinstance(value, str) else ""
-    raise ConfigError(f"{refused}{near}; or {', '.join(choices)}", path)
+    raise UserError(f"{refused}{near}; or {', '.join(choices)}", path)
 
 
 def _coerce_list(item: Any, value: Any, path: str) -> list:
     if not isinstance(value, (list, tuple)):
-        raise ConfigError(f"{path} must be a list such as [a,b], got {as_typed(value)}", path)
+        raise UserError(f"{path} must be a list such as [a,b], got {as_typed(value)}", path)
     return [coerce(item, entry, f"{path}[{index}]") for index, entry in enumerate(value)]
 
 
@@ -240,12 +233,12 @@ def _coerce_scalar(hint: Any, value: Any, path: str) -> Any:
         return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not abs(value) <= sys.float_info.max:  # NaN too
-            raise ConfigError(f"{path} must be a finite number, got {str(value)[:20]}", path)
+            raise UserError(f"{path} must be a finite number, got {str(value)[:20]}", path)
         return float(value)
     if hint is str and isinstance(value, str):
         return value
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    raise ConfigError(f"{path} must be {words.get(hint, hint)}, got {as_typed(value)}", path)
+    raise UserError(f"{path} must be {words.get(hint, hint)}, got {as_typed(value)}", path)
 
 
 def as_typed(value: Any) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,11 +71,11 @@ def call(model: nn.Module, places: Mapping[str, str], tensors: Mapping[str, Tens
 
 
 def require_tensors(model: nn.Module, name: str) -> None:
-    """Raise ConfigError if the state of a network holds more than tensors, which no file of tensors takes."""
+    """Raise UserError if the state of a network holds more than tensors, which no file of tensors takes."""
     state: dict[str, Any] = model.state_dict()
     others = [key for key, value in state.items() if not torch.is_tensor(value)]
     if others:
-        raise ConfigError(f"model.name={name} cannot be saved as tensors: its state {others[0]} is a "
+        raise UserError(f"model.name={name} cannot be saved as tensors: its state {others[0]} is a "
                           f"{type(state[others[0]]).__name__}")  # fmt: skip
 
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from prune_lab.compose.overrides import LAUNCHER
 from prune_lab.config.run import RunConfig
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import write_text
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.schema import suggestion
 from prune_lab.launch.outcome import STOP, Outcome, log_path, read_outcome
 from prune_lab.launch.slots import num_gpus, num_slots
 from prune_lab.launch.worker import note_launcher, run_in_worker
@@ -36,7 +37,7 @@ def launch(
         folder: of this sweep: what each run prints, and its outcome.
 
     Raises:
-        ConfigError: the launcher's package is not installed, or it refuses its options.
+        UserError: the launcher's package is not installed, or it refuses its options.
     """
     _register_resolvers()
     chosen = _checked_choice(conf_dir, options)
@@ -133,17 +134,17 @@ def _runs_at_once(chosen: Mapping[str, Any], configs: Sequence[RunConfig]) -> in
     """Return the option of conf/hydra/launcher/vectorised.yaml.
 
     Raises:
-        ConfigError: a wrong value, runs that cannot share a process, torchrun, or greenlet is not installed.
+        UserError: a wrong value, runs that cannot share a process, torchrun, or greenlet is not installed.
     """
     at_once = chosen["at_once"]
     if isinstance(at_once, bool) or not isinstance(at_once, int) or at_once < 1:
-        raise ConfigError(f"hydra.launcher.at_once must be a whole number of at least 1, got {at_once}")
+        raise UserError(f"hydra.launcher.at_once must be a whole number of at least 1, got {at_once}")
     if len({config.trainer.threads for config in configs}) > 1:
-        raise ConfigError(f"trainer.threads must be the same for all runs of {LAUNCHER}=vectorised")
+        raise UserError(f"trainer.threads must be the same for all runs of {LAUNCHER}=vectorised")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(f"{LAUNCHER}=vectorised shares one process among runs; start it without torchrun")
+        raise UserError(f"{LAUNCHER}=vectorised shares one process among runs; start it without torchrun")
     if importlib.util.find_spec("greenlet") is None:
-        raise ConfigError(f"{LAUNCHER}=vectorised: it needs a package: pip install greenlet")
+        raise UserError(f"{LAUNCHER}=vectorised: it needs a package: pip install greenlet")
     return at_once
 
 
@@ -151,7 +152,7 @@ def _checked_choice(conf_dir: Path, options: Sequence[str]) -> Mapping[str, Any]
     """Return the launcher's own options.
 
     Raises:
-        ConfigError: none is chosen, its package is not installed, or it does not have one of the options.
+        UserError: none is chosen, its package is not installed, or it does not have one of the options.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -160,16 +161,16 @@ def _checked_choice(conf_dir: Path, options: Sequence[str]) -> Mapping[str, Any]
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
         allowed = GlobalHydra.instance().config_loader().get_group_options(LAUNCHER)
         if not named:
-            raise ConfigError(f"{options[0]}: choose a launcher too, {LAUNCHER}={'|'.join(allowed)}")
+            raise UserError(f"{options[0]}: choose a launcher too, {LAUNCHER}={'|'.join(allowed)}")
         if named[-1] not in allowed:
             near = suggestion(named[-1], allowed)
-            raise ConfigError(f"{LAUNCHER}={named[-1]} is not a choice{near}; allowed: {', '.join(allowed)}")
+            raise UserError(f"{LAUNCHER}={named[-1]} is not a choice{near}; allowed: {', '.join(allowed)}")
         try:
             return compose("config", list(options), return_hydra_config=True).hydra.launcher
         except Exception as error:  # of Hydra's many kinds
             missing = re.search(r"Could not load '(?:\w+/)*([a-z]+)", str(error))
             hint = f"it needs a package: pip install hydra-{missing[1]}-launcher" if missing else _reason(error)
-            raise ConfigError(f"{' '.join(options)}: {hint}") from error
+            raise UserError(f"{' '.join(options)}: {hint}") from error
 
 
 def _register_resolvers() -> None:

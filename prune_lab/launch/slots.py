@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 _POLL_S = 0.3
 
@@ -37,11 +37,11 @@ def runs_per_gpu() -> int:
     """Return how many processes share a GPU: 1, or PRUNE_LAB_RUNS_PER_GPU from the environment.
 
     Raises:
-        ConfigError: that is no whole number of at least 1.
+        UserError: that is no whole number of at least 1.
     """
     text = os.environ.get("PRUNE_LAB_RUNS_PER_GPU", "1")
     if not re.fullmatch(r"[1-9]\d*", text):
-        raise ConfigError(f"PRUNE_LAB_RUNS_PER_GPU must be a whole number of at least 1, got {text!r}")
+        raise UserError(f"PRUNE_LAB_RUNS_PER_GPU must be a whole number of at least 1, got {text!r}")
     return int(text)
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from prune_lab.core.card import Card
 from prune_lab.families.gated_weights import LOWEST, GatedWeights, GatesConfig
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, OpenFraction, Positive, Range
+from prune_lab.foundations.schema import OpenFraction, Positive, Range
 from prune_lab.pruning.channels import selection
 from prune_lab.pruning.gates import hard_concrete, multipliers
 from prune_lab.pruning.gates.layout import FilterGates
@@ -62,11 +63,11 @@ class ConstrainedL0Config(GatesConfig):
     def check(self, path: str) -> None:
         super().check(path)
         if self.sparsity is None and self.macs_ratio is None:
-            raise ConfigError(f"{path}.sparsity and {path}.macs_ratio are both null; give at least one target")
+            raise UserError(f"{path}.sparsity and {path}.macs_ratio are both null; give at least one target")
         if self.layer_sparsities and self.constrain != "layer":
-            raise ConfigError(f"{path}.layer_sparsities goes with {path}.constrain=layer, got {self.constrain}")
+            raise UserError(f"{path}.layer_sparsities goes with {path}.constrain=layer, got {self.constrain}")
         if self.sparsity is None and self.constrain == "layer":
-            raise ConfigError(f"{path}.constrain=layer needs {path}.sparsity, got null")
+            raise UserError(f"{path}.constrain=layer needs {path}.sparsity, got null")
         if self.rounding == "exact":
             self._check_exact(path)
         self._check_floor(path)
@@ -74,13 +75,13 @@ class ConstrainedL0Config(GatesConfig):
     def _check_exact(self, path: str) -> None:
         sparsity = "null" if self.sparsity is None else f"{self.sparsity:g}"
         if self.granularity == "weight" and (self.sparsity is None or self.constrain != "model"):
-            raise ConfigError(
+            raise UserError(
                 f"{path}.rounding=exact with {path}.granularity=weight needs {path}.sparsity and "
                 f"{path}.constrain=model, got {sparsity} and {self.constrain}"
             )
         if self.granularity == "filter" and (self.macs_ratio is None or self.sparsity is not None):
             macs = "null" if self.macs_ratio is None else f"{self.macs_ratio:g}"
-            raise ConfigError(
+            raise UserError(
                 f"{path}.rounding=exact with {path}.granularity=filter meets {path}.macs_ratio alone: set it, and "
                 f"{path}.sparsity=null; got {macs} and {sparsity}"
             )
@@ -90,7 +91,7 @@ class ConstrainedL0Config(GatesConfig):
         targets |= {f"{path}.layer_sparsities[{index}]": value for index, value in enumerate(self.layer_sparsities)}
         for option, value in targets.items():
             if self.clamp_gates and 1 - value < LOWEST:
-                raise ConfigError(
+                raise UserError(
                     f"{option}={value:g}: clamped gates are open with a probability of {LOWEST} at least; a target "
                     f"above {1 - LOWEST:.5g} needs {path}.clamp_gates=false"
                 )
@@ -142,14 +143,14 @@ class ConstrainedL0(GatedWeights):
         """Set up gates, targets and multipliers.
 
         Raises:
-            ConfigError: as many targets as layers are needed; MACs that gates cannot reach.
+            UserError: as many targets as layers are needed; MACs that gates cannot reach.
         """
         super().setup(context)
         if self.log_alpha is None:
             return
         config, groups = self.config, self.layout_of.groups
         if config.layer_sparsities and len(config.layer_sparsities) != len(groups):
-            raise ConfigError(
+            raise UserError(
                 f"method.layer_sparsities has {len(config.layer_sparsities)} targets for {len(groups)} gated layers: "
                 f"{', '.join(group.name for group in groups)}"
             )
@@ -192,7 +193,7 @@ class ConstrainedL0(GatedWeights):
         lowest = LOWEST if self.config.clamp_gates else 0.0
         values, _ = self._constrained(torch.full((len(self.layout_of.groups),), lowest, device=self.targets.device))
         if self.config.macs_ratio is not None and float(values[-1]) > self.config.macs_ratio:
-            raise ConfigError(
+            raise UserError(
                 f"method.macs_ratio={self.config.macs_ratio:g} is out of reach: {float(values[-1]):.4g} of the MACs "
                 "are in layers without gates or behind gates that cannot shut further"
             )
@@ -270,7 +271,7 @@ class ConstrainedL0(GatedWeights):
         """Return the channels with the highest gates within the budget of MACs, bool [num_gates].
 
         Raises:
-            ConfigError: it is out of reach.
+            UserError: it is out of reach.
         """
         budget = selection.Budget("macs", self.config.macs_ratio)
         return layout.removable(context.network).best_within(self.log_alpha.detach(), budget)

@@ -12,8 +12,9 @@ from prune_lab.core.phase import REMOVE, TRAIN, TRAIN_DENSE, Phase
 from prune_lab.families.annealed_gradient import restore
 from prune_lab.families.gated_weights import gate_rate
 from prune_lab.foundations import distributed, seeding
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Count, NonNegative, OpenFraction, Positive, Range
+from prune_lab.foundations.schema import Count, NonNegative, OpenFraction, Positive, Range
 from prune_lab.pruning.channels import selection
 from prune_lab.pruning.gates import budget, channels, hard_concrete, multipliers
 from prune_lab.pruning.gates.norms import GatedNorms, find_norms
@@ -83,11 +84,11 @@ class DepL0Config(MethodConfig):
         given = [f"{path}.{name}={value:g}" for name in _RATIOS if (value := getattr(self, name)) is not None]
         names = ", ".join(f"{path}.{name}" for name in _RATIOS)
         if len(given) > 1:
-            raise ConfigError(f"at most one of {names} may be set, the others null; got {' and '.join(given)}")
+            raise UserError(f"at most one of {names} may be set, the others null; got {' and '.join(given)}")
         if not given and not self.penalty:
-            raise ConfigError(f"{path}.penalty=0 without one of {names} asks for nothing; set one of them")
+            raise UserError(f"{path}.penalty=0 without one of {names} asks for nothing; set one of them")
         if self.generator == "independent" and self.generator_width is not None:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.generator_width={self.generator_width} goes with {path}.generator=forward or backward, got "
                 "independent"
             )
@@ -151,13 +152,13 @@ class DepL0(Method):
         block = "train" if self.config.start == "scratch" else "finetune"
         wanted = config.trainer.compile
         if wanted not in (False, "auto"):
-            raise ConfigError(
+            raise UserError(
                 f"trainer.compile={str(wanted).lower()} does not go with method={self.config.name}, whose gates "
                 "change in every step",
                 "trainer.compile",
             )
         if config.schedule.phase(block).epochs == 0:
-            raise ConfigError(
+            raise UserError(
                 f"schedule.{block}.epochs=0 does not go with method.start={self.config.start}: gates are trained there",
                 f"schedule.{block}.epochs",
             )
@@ -177,7 +178,7 @@ class DepL0(Method):
         """Make gates, raw scales and shifts and what open gates cost.
 
         Raises:
-            ConfigError: no channels to gate, a target out of reach, no step for the gates.
+            UserError: no channels to gate, a target out of reach, no step for the gates.
         """
         if context.optimizer is None:
             return
@@ -186,7 +187,7 @@ class DepL0(Method):
         self._check_reach(self.gated)
         self.freeze_step = round((1 - config.freeze_fraction) * context.total_steps)
         if not self.freeze_step:
-            raise ConfigError(f"method.freeze_fraction={config.freeze_fraction:g} leaves no step for the gates: there "
+            raise UserError(f"method.freeze_fraction={config.freeze_fraction:g} leaves no step for the gates: there "
                               f"are {context.total_steps}")
         self.norms = GatedNorms(context.network, [path for _, path in pairs], context.parameters)
         self._make_gates(context)
@@ -198,13 +199,13 @@ class DepL0(Method):
         """Return the channels with gates and the path of the batch norm behind which they stand.
 
         Raises:
-            ConfigError: there are none.
+            UserError: there are none.
         """
         allowed = {layer.name for layer in context.eligible()}
         found = find_norms(context.model, context.dataset.info.image_size)
         pairs = [(group, path) for group, path in found if group.producer in allowed]
         if not pairs:
-            raise ConfigError(
+            raise UserError(
                 f"method={self.config.name}: {type(context.model).__name__} has no channels of their own behind a "
                 "batch norm among the layers that method.exclude leaves"
             )
@@ -242,7 +243,7 @@ class DepL0(Method):
         """Return the highest gates within the target, bool [num_gates].
 
         Raises:
-            ConfigError: it is out of reach.
+            UserError: it is out of reach.
         """
         return gated.best_within(ranking, selection.Budget(self.config.unit, self.config.ratio))
 

@@ -10,8 +10,9 @@ from prune_lab.core.card import Card
 from prune_lab.core.phase import FINETUNE, TRAIN_DENSE, Phase
 from prune_lab.families.channel_pruning import ChannelPruning, ChannelPruningConfig, Problem
 from prune_lab.foundations import distributed
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Index, Momentum
+from prune_lab.foundations.schema import Index, Momentum
 from prune_lab.pruning.channels import filter_scores, selection
 from prune_lab.pruning.masks.sparsity_schedules import floor_product
 
@@ -36,7 +37,7 @@ class FpgmConfig(ChannelPruningConfig):
     def check(self, path: str) -> None:
         super().check(path)
         if self.channels_ratio is not None and self.by_norm > 1 - self.channels_ratio + 1e-9:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.by_norm={self.by_norm:g} removes more than {path}.channels_ratio={self.channels_ratio:g} "
                 f"allows; allowed: up to {1 - self.channels_ratio:g}"
             )

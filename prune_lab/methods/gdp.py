@@ -12,8 +12,9 @@ from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import REMOVE, TRAIN, TRAIN_DENSE, Phase
 from prune_lab.families.annealed_gradient import restore
 from prune_lab.foundations import distributed
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, OpenFraction, Positive, Range
+from prune_lab.foundations.schema import OpenFraction, Positive, Range
 from prune_lab.pruning.gates import budget, multipliers, polarized
 
 if TYPE_CHECKING:
@@ -74,11 +75,11 @@ class GDPConfig(MethodConfig):
         given = [f"{path}.{name}={value:g}" for name in _RATIOS if (value := getattr(self, name)) is not None]
         if len(given) != 1:
             names = ", ".join(f"{path}.{name}" for name in _RATIOS)
-            raise ConfigError(
+            raise UserError(
                 f"exactly one of {names} must be set, the others null; got {' and '.join(given) or 'none'}"
             )
         if self.eps_end > self.eps_start:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.eps_end={self.eps_end:g} must not exceed {path}.eps_start={self.eps_start:g}: gates sharpen"
             )
 
@@ -151,7 +152,7 @@ class GDP(Method):
         """Refuse schedules without steps for the gates, and an untrained network where a trained one is asked for."""
         block = "train" if self.config.start == "scratch" else "finetune"
         if config.schedule.phase(block).epochs == 0:
-            raise ConfigError(
+            raise UserError(
                 f"schedule.{block}.epochs=0 does not go with method.start={self.config.start}: gates are trained there",
                 f"schedule.{block}.epochs",
             )
@@ -174,7 +175,7 @@ class GDP(Method):
         """Make gates, raw weights and the cost.
 
         Raises:
-            ConfigError: no channels to gate, a pattern without a match, a target out of reach, no step for the gates.
+            UserError: no channels to gate, a pattern without a match, a target out of reach, no step for the gates.
         """
         if context.schedule is None:
             return
@@ -190,7 +191,7 @@ class GDP(Method):
         self.multiplier = torch.zeros((), device=device)
         self.last_gate_step = round((1 - config.freeze_fraction) * context.total_steps)
         if not self.last_gate_step:
-            raise ConfigError(f"method.freeze_fraction={config.freeze_fraction:g} leaves no step for the gates: there "
+            raise UserError(f"method.freeze_fraction={config.freeze_fraction:g} leaves no step for the gates: there "
                               f"are {context.total_steps}")
         self.gate_lr = config.gate_lr or gate_rate(context.total_steps)
         price = float(problem.prices().mean())

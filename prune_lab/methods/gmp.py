@@ -11,8 +11,9 @@ from prune_lab.core.card import Card
 from prune_lab.core.method import MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Count, Fraction, Range
+from prune_lab.foundations.schema import Count, Fraction, Range
 from prune_lab.pruning.masks.sparsity_schedules import cubic_sparsity
 
 if TYPE_CHECKING:
@@ -39,9 +40,9 @@ class GMPConfig(WeightPruningConfig):
     def check(self, path: str) -> None:
         super().check(path)
         if self.end <= self.begin:
-            raise ConfigError(f"{path}.end must exceed {path}.begin={self.begin:g}, got {self.end:g}")
+            raise UserError(f"{path}.end must exceed {path}.begin={self.begin:g}, got {self.end:g}")
         if self.initial_sparsity >= self.sparsity:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.initial_sparsity must be below {path}.sparsity={self.sparsity:g}, "
                 f"got {self.initial_sparsity:g}"
             )
@@ -93,7 +94,7 @@ class GMP(WeightPruning):
         """Return step -> weights to keep from then on: a total with distribution=global, else counts per layer.
 
         Raises:
-            ConfigError: the ramp has fewer steps than cuts.
+            UserError: the ramp has fewer steps than cuts.
         """
         if self.config.distribution == "global":
             return {step: self.total(context, level) for step, level in self._levels(context).items()}
@@ -111,7 +112,7 @@ class GMP(WeightPruning):
         first, last = self._ramp(context.total_steps)
         num_cuts = self._num_cuts(last - first)
         if last - first < num_cuts:
-            raise ConfigError(
+            raise UserError(
                 f"method.num_cuts={num_cuts} does not fit the ramp of {max(last - first, 0)} steps "
                 f"(method.begin to method.end of {context.total_steps} steps); lower it or lengthen the schedule"
             )

@@ -13,17 +13,9 @@ from prune_lab.core.images import DrawnImages, evenly
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import FINETUNE, PRUNE, REMOVE, TRAIN_DENSE, Phase
 from prune_lab.foundations import distributed, patterns
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import (
-    ConfigError,
-    Count,
-    Momentum,
-    NonNegative,
-    OpenFraction,
-    Positive,
-    Range,
-    require_one,
-)
+from prune_lab.foundations.schema import Count, Momentum, NonNegative, OpenFraction, Positive, Range, require_one
 from prune_lab.pruning.channels import imitation, probe
 from prune_lab.pruning.channels.budget import alike, macs
 from prune_lab.pruning.channels.groups import channel_groups, channel_map, weight_counts, weight_masks
@@ -95,13 +87,13 @@ class GreedyConfig(MethodConfig):
     def check(self, path: str) -> None:
         require_one(path, {name: getattr(self, name) for name in self.GOALS})
         if self.repeat and self.variant not in _MAY_REPEAT:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.repeat=true is for {path}.variant={' or '.join(_MAY_REPEAT)}; {self.variant} has a rule of "
                 "its own"
             )
         for option, usual in (("loss", "cross_entropy"), ("candidates", "taylor")):
             if getattr(self, option) != usual and self.variant not in _GLOBAL:
-                raise ConfigError(
+                raise UserError(
                     f"{path}.{option}={getattr(self, option)} is for {path}.variant={' or '.join(_GLOBAL)}; "
                     f"{self.variant} does without a loss"
                 )
@@ -162,7 +154,7 @@ class Greedy(Method):
         """Return the channel groups to prune, from input to output.
 
         Raises:
-            ConfigError: there are none, or a pattern of method.exclude matches none.
+            UserError: there are none, or a pattern of method.exclude matches none.
         """
         found = channel_groups(context.model, context.dataset.info.image_size)
         names = [group.producer for group in found]
@@ -170,8 +162,8 @@ class Greedy(Method):
         groups = [group for group in found if not patterns.matches(self.config.exclude, group.producer)]
         if not groups:
             if found:
-                raise ConfigError("method.exclude leaves no layer to prune")
-            raise ConfigError("method=greedy: no hidden channels of this network can be removed on their own")
+                raise UserError("method.exclude leaves no layer to prune")
+            raise UserError("method=greedy: no hidden channels of this network can be removed on their own")
         return groups
 
     def trial_cut(self, context: Context) -> TrialCut:
@@ -182,7 +174,7 @@ class Greedy(Method):
         """Return the channels each producer keeps; None: the accuracy decides.
 
         Raises:
-            ConfigError: a target below what one channel per layer costs.
+            UserError: a target below what one channel per layer costs.
         """
         config = self.config
         if config.channels_ratio is not None:
@@ -275,7 +267,7 @@ class Greedy(Method):
         places = {"num_positions": config.positions, "generator": context.generator("positions", group.producer)}
         gram = probe.group_gram(context.model, group, data, **places)
         if not bool(torch.isfinite(gram).all()):
-            raise ConfigError(
+            raise UserError(
                 f"outputs of {group.producer} are infinite or NaN: look at the trained weights, or lower "
                 "method.between_lr"
             )

@@ -15,8 +15,9 @@ from prune_lab.accounting.costs import dense_macs, profile
 from prune_lab.core.card import Card
 from prune_lab.core.method import Measured, Method, MethodConfig
 from prune_lab.foundations import seeding
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Count, Index, NonNegative, Range
+from prune_lab.foundations.schema import Count, Index, NonNegative, Range
 from prune_lab.pruning.dynamic import merging_cost, wall_clock
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class HASTE(Method):
         """Return all layers; eligible are the convolutions whose input channels are merged.
 
         Raises:
-            ConfigError: there are none, or a pattern of method.exclude matches no layer.
+            UserError: there are none, or a pattern of method.exclude matches no layer.
         """
         layers = []
         for layer in eligibility.select_layers(model, exclude=self.config.exclude):
@@ -84,7 +85,7 @@ class HASTE(Method):
             layers.append(replace(layer, eligible=not reason, reason=reason))
         if not any(layer.eligible for layer in layers):
             reasons = dict.fromkeys(layer.reason for layer in layers)
-            raise ConfigError(f"method={self.config.name} takes no layer of this network: {', '.join(reasons)}")
+            raise UserError(f"method={self.config.name} takes no layer of this network: {', '.join(reasons)}")
         return layers
 
     def _reason(self, name: str, module: nn.Module) -> str:

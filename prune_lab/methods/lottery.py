@@ -12,8 +12,9 @@ from prune_lab.config.time import parse_time
 from prune_lab.core.card import Card
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import TRAIN_DENSE, Phase, prune
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Example, Index, OpenFraction
+from prune_lab.foundations.schema import Example, Index, OpenFraction
 from prune_lab.pruning.masks import distributions, top_k
 from prune_lab.pruning.masks.selection import SEMI_STRUCTURED, check_semi_structured, selection
 from prune_lab.pruning.scores import weight_overlap
@@ -67,22 +68,22 @@ class LotteryConfig(MethodConfig):
 
     def check(self, path: str) -> None:
         if self.levels is not None and self.sparsity is not None:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.levels={self.levels} and {path}.sparsity={self.sparsity:g}: give one of them; levels of "
                 f"{path}.fraction={self.fraction:g} end at sparsity {1 - (1 - self.fraction) ** self.levels:.6g}"
             )
         check_semi_structured(self, path)
         if self.distribution == SEMI_STRUCTURED and self.arm == "random-global":
-            raise ConfigError(f"{path}.arm=random-global draws over all layers, {path}.distribution=2:4 in each; use "
+            raise UserError(f"{path}.arm=random-global draws over all layers, {path}.distribution=2:4 in each; use "
                               "random-layerwise")
         place = parse_time(self.rewind_to, f"{path}.rewind_to")
         if place.count and self.arm not in _REWINDS:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.rewind_to={self.rewind_to}: {path}.arm={self.arm} starts at the beginning of the training; "
                 f"arms that rewind: {', '.join(_REWINDS)}"
             )
         if self.levels == 0 and self.arm not in ("LT-IMP", "IMP-rewind"):
-            raise ConfigError(f"{path}.levels=0 prunes nothing; it goes with {path}.arm=LT-IMP or IMP-rewind")
+            raise UserError(f"{path}.levels=0 prunes nothing; it goes with {path}.arm=LT-IMP or IMP-rewind")
 
 
 class Lottery(Method):
@@ -119,11 +120,11 @@ class Lottery(Method):
         """Refuse a place beyond the training or within its warm-up."""
         place, train = parse_time(self.config.rewind_to, "method.rewind_to"), config.schedule.train
         if place.unit == "ep" and place.count > train.epochs:
-            raise ConfigError(
+            raise UserError(
                 f"method.rewind_to={self.config.rewind_to} lies beyond schedule.train.epochs={train.epochs}"
             )
         if place.unit == "ep" and 0 < place.count < train.warmup_epochs:
-            raise ConfigError(
+            raise UserError(
                 f"method.rewind_to={self.config.rewind_to} lies within the warm-up "
                 f"(schedule.train.warmup_epochs={train.warmup_epochs:g})"
             )
@@ -209,7 +210,7 @@ class Lottery(Method):
         target = self.config.sparsity
         keep = distributions.num_keep_total(sum(sizes.values()), target)
         if keep > sum(counts.values()):
-            raise ConfigError(f"method.sparsity={target:g} is what {self.levels - 1} rounds leave but for rounding; "
+            raise UserError(f"method.sparsity={target:g} is what {self.levels - 1} rounds leave but for rounding; "
                               f"use method.levels={self.levels - 1}")
         if len(sizes) == 1:
             return dict.fromkeys(sizes, keep)

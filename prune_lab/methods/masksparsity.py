@@ -13,8 +13,9 @@ from prune_lab.core.phase import TRAIN_DENSE, Phase
 from prune_lab.families.channel_pruning import ChannelPruningConfig, Problem
 from prune_lab.families.scale_pruning import ScalePruning
 from prune_lab.foundations import distributed
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, FilePath, NonNegative, OpenFraction, Positive
+from prune_lab.foundations.schema import FilePath, NonNegative, OpenFraction, Positive
 from prune_lab.pruning.batch_norm import masks, penalty, thresholds
 from prune_lab.pruning.channels import filter_scores, selection
 from prune_lab.pruning.channels.groups import channel_map
@@ -62,11 +63,11 @@ class MaskSparsityConfig(ChannelPruningConfig):
         super().check(path)
         target = self.target()
         if target in _MARKS and self.scope != "global":
-            raise ConfigError(f"{path}.{target} goes with {path}.scope=global, got {self.scope}")
+            raise UserError(f"{path}.{target} goes with {path}.scope=global, got {self.scope}")
         if target in _MARKS and self.criterion != "sparsified":
-            raise ConfigError(f"{path}.{target} goes with {path}.criterion=sparsified, got {self.criterion}")
+            raise UserError(f"{path}.{target} goes with {path}.criterion=sparsified, got {self.criterion}")
         if self.start == "sparsified" and not self.sparsifies:
-            raise ConfigError(f"{path}.start=sparsified needs the training under the penalty on all scales, which "
+            raise UserError(f"{path}.start=sparsified needs the training under the penalty on all scales, which "
                               f"{path}.mask_file and {path}.criterion=l1_norm save")
 
     @property
@@ -110,7 +111,7 @@ class MaskSparsity(ScalePruning):
         """Return the options, the file of masks by its content.
 
         Raises:
-            ConfigError: the file cannot be read.
+            UserError: the file cannot be read.
         """
         options, path = super().identity(), self.config.mask_file
         if path is None:
@@ -118,7 +119,7 @@ class MaskSparsity(ScalePruning):
         try:
             return options | {"mask_file": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
         except OSError as error:
-            raise ConfigError(f"method.mask_file={path} cannot be read: {error.strerror}") from error
+            raise UserError(f"method.mask_file={path} cannot be read: {error.strerror}") from error
 
     def phase_identity(self, phase: Phase) -> dict[str, Any]:
         """Return the options; the training under the penalty on all scales is shared by all targets."""
@@ -201,7 +202,7 @@ class MaskSparsity(ScalePruning):
         """Decide which channels go; hand on the network that the training under the mask starts with.
 
         Raises:
-            ConfigError: a budget out of reach, or no scale small enough.
+            UserError: a budget out of reach, or no scale small enough.
         """
         problem = self._problem(context)
         self.alive = self.choose(context, problem)
@@ -218,10 +219,10 @@ class MaskSparsity(ScalePruning):
     def _refuse_nothing(self, context: Context, problem: Problem) -> None:
         option = f"method.{self.config.target()}"
         if self.config.mask_file is not None:
-            raise ConfigError(f"{option} marks no channel that may go")
+            raise UserError(f"{option} marks no channel that may go")
         scales = thresholds.absolute_scales(context.model, problem.channels)
         smallest = min(float(values.min()) for values in scales.values())
-        raise ConfigError(f"{option} marks no channel (the smallest scale is {smallest:.3g}): train longer, raise it "
+        raise UserError(f"{option} marks no channel (the smallest scale is {smallest:.3g}): train longer, raise it "
                           "or method.scale_penalty, or set a ratio")
 
     def make_penalty(self, context: Context) -> ScalePenalty:

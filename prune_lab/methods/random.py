@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from prune_lab.core.card import Card
 from prune_lab.families.initial_pruning import InitialPruning, InitialPruningConfig, random_scores
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class RandomConfig(InitialPruningConfig):
     def check(self, path: str) -> None:
         super().check(path)
         if self.distribution.startswith("smart_ratio") and self.first_layer == "dense_compensated":
-            raise ConfigError(
+            raise UserError(
                 f"{path}.first_layer=dense_compensated: {self.distribution} says what the first layer keeps"
             )
 

@@ -9,8 +9,9 @@ from prune_lab.core.card import Card
 from prune_lab.core.phase import TRAIN, Phase
 from prune_lab.families.channel_pruning import ChannelPruningConfig
 from prune_lab.families.scale_pruning import ScalePruning
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, NonNegative, Positive
+from prune_lab.foundations.schema import NonNegative, Positive
 from prune_lab.pruning.batch_norm import penalty, thresholds
 from prune_lab.pruning.channels import selection
 
@@ -34,7 +35,7 @@ class SlimmingConfig(ChannelPruningConfig):
     def check(self, path: str) -> None:
         super().check(path)
         if self.official_threshold and (self.channels_ratio is None or self.scope != "global"):
-            raise ConfigError(f"{path}.official_threshold=true goes with {path}.channels_ratio and {path}.scope=global")
+            raise UserError(f"{path}.official_threshold=true goes with {path}.channels_ratio and {path}.scope=global")
 
 
 class Slimming(ScalePruning):

@@ -11,7 +11,8 @@ from prune_lab.accounting.costs import count_parameters, dense_macs, profile
 from prune_lab.core.card import Card
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import TRAIN, Phase
-from prune_lab.foundations.schema import ConfigError, OpenFraction
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import OpenFraction
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class SmallDense(Method):
         """Return `config` with the width whose real cost comes nearest to the wanted one.
 
         Raises:
-            ConfigError: the model's widths are fixed, or none comes within method.tolerance.
+            UserError: the model's widths are fixed, or none comes within method.tolerance.
         """
         @functools.cache
         def cost(width: float) -> int:
@@ -60,7 +61,7 @@ class SmallDense(Method):
         width = min((low, high), key=lambda factor: abs(cost(factor) - wanted))
         reached = cost(width) / wanted
         if abs(reached - 1) > self.config.tolerance:
-            raise ConfigError(
+            raise UserError(
                 f"method.sparsity={self.config.sparsity:g}: the nearest width of {config.name} ({width:g}) has "
                 f"{reached:.3f} times the wanted {self.config.match}; method.tolerance={self.config.tolerance:g}"
             )

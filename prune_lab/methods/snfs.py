@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from prune_lab.core.card import Card
 from prune_lab.families.sparse_training import BY_SIGN, PROPORTIONAL, DropAndGrow, DropAndGrowConfig, check_dense
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.masks import redistribution
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class SNFSConfig(DropAndGrowConfig):
     def check(self, path: str) -> None:
         super().check(path)
         if self.redistribution == "none" and self.apportion == "official":
-            raise ConfigError(f"{path}.apportion=official divides what {path}.redistribution=momentum frees; got none")
+            raise UserError(f"{path}.apportion=official divides what {path}.redistribution=momentum frees; got none")
 
 
 class SNFS(DropAndGrow):

@@ -12,8 +12,9 @@ from prune_lab.core.images import DrawnImages
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.phase import FINETUNE, PRUNE, REMOVE, TRAIN, TRAIN_DENSE, Phase
 from prune_lab.families.dual_averaging import check_plain_sgd, theory_note
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Count, Index, OpenFraction, Positive, Range
+from prune_lab.foundations.schema import Count, Index, OpenFraction, Positive, Range
 from prune_lab.optim import learning_rate
 from prune_lab.optim.grda_threshold import thresholds
 from prune_lab.optim.row_groups import group_sizes
@@ -91,18 +92,18 @@ class StructuredDirectionalConfig(MethodConfig):
 
     def check(self, path: str) -> None:
         if self.variant == "SDP" and self.macs_ratio is None:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.variant=SDP needs {path}.macs_ratio, which decides how strongly it shrinks; got null"
             )
         if self.variant == "SDP" and self.c is not None:
-            raise ConfigError(f"{path}.c={self.c:g} goes with {path}.variant=AltSDP, got SDP, which has no threshold")
+            raise UserError(f"{path}.c={self.c:g} goes with {path}.variant=AltSDP, got SDP, which has no threshold")
         if self.variant == "AltSDP" and self.start == "dense" and self.finetune:
-            raise ConfigError(
+            raise UserError(
                 f"{path}.finetune=true needs {path}.start=scratch: with dense the schedule's finetune block is the "
                 "training with the threshold"
             )
         if self.bn_images == 1:
-            raise ConfigError(f"{path}.bn_images=1: one image has no variance; allowed: 0 (off), or 2 and more")
+            raise UserError(f"{path}.bn_images=1: one image has no variance; allowed: 0 (off), or 2 and more")
 
 
 class StructuredDirectional(Method):
@@ -152,7 +153,7 @@ class StructuredDirectional(Method):
             check_plain_sgd(config)
             block = "train" if self.config.start == "scratch" else "finetune"
             if config.schedule.phase(block).epochs == 0:
-                raise ConfigError(
+                raise UserError(
                     f"schedule.{block}.epochs=0 does not go with method.start={self.config.start}: the threshold grows "
                     "there",
                     f"schedule.{block}.epochs",
@@ -170,7 +171,7 @@ class StructuredDirectional(Method):
         """Return None: which channels become zero is an outcome of the training.
 
         Raises:
-            ConfigError: MACs out of reach, a pattern that matches nothing, no channel may be removed.
+            UserError: MACs out of reach, a pattern that matches nothing, no channel may be removed.
         """
         if context.widths is None:
             channels = self._channels(context)
@@ -285,7 +286,7 @@ class StructuredDirectional(Method):
         """Mask the channels that are zero, or zero by the one projection; return what is left.
 
         Raises:
-            ConfigError: no channel is zero and there is no budget.
+            UserError: no channel is zero and there is no budget.
         """
         channels = self._channels(context)
         alive = self._project(context, channels) if self.config.variant == "SDP" else self._left(context, channels)
@@ -350,7 +351,7 @@ class StructuredDirectional(Method):
     def _refuse_nothing(self, context: Context) -> dict[str, float]:
         if context.rehearsal:
             return {}  # what becomes zero is an outcome of the training
-        raise ConfigError(
+        raise UserError(
             f"no channel became zero: the threshold reached {self.figures['threshold']:.4g}, the smallest norm is "
             f"{float(self.norms.min()):.4g}; raise method.c or method.mu, or set method.macs_ratio",
             "method.c",

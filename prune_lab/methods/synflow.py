@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 
 from prune_lab.core.card import Card
 from prune_lab.families.initial_pruning import InitialPruning, InitialPruningConfig
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Count
+from prune_lab.foundations.schema import Count
 from prune_lab.pruning.scores import evaluation_mode, synaptic_flow
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class SynFlow(InitialPruning):
     def setup(self, context: Context) -> None:
         super().setup(context)
         if self.config.dtype == "float64" and context.device.type == "mps":
-            raise ConfigError("method.dtype=float64: MPS lacks it; use trainer.device=cpu or method.dtype=float32")
+            raise UserError("method.dtype=float64: MPS lacks it; use trainer.device=cpu or method.dtype=float32")
         if self.config.dtype == "float32" and context.rehearsal:  # found out before anything is written
             with evaluation_mode.preserve_state(context.model, train_mode=False):
                 self._check(synaptic_flow.flow(context.model, *self._scoring_form(context)), 1)
@@ -57,7 +58,7 @@ class SynFlow(InitialPruning):
         """Score and cut in rounds, each among the weights of the one before; a rehearsal does one round.
 
         Raises:
-            ConfigError: the flow leaves the range of the number format.
+            UserError: the flow leaves the range of the number format.
         """
         form, names, image = self._scoring_form(context)
         rounds, started = 1 if context.rehearsal else self.config.rounds, time.monotonic()
@@ -106,7 +107,7 @@ class SynFlow(InitialPruning):
         advice = "use method.dtype=float64"
         if self.config.dtype == "float64":
             advice = "look for weights that are not finite, or start from another initialisation"
-        raise ConfigError(
+        raise UserError(
             f"method.dtype={self.config.dtype}: the flow in round {index} is not finite (sum of outputs "
             f"{flow.total:g}); {advice}"
         )

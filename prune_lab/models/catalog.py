@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, parse, suggestion
+from prune_lab.foundations.schema import parse, suggestion
 from prune_lab.models import configs
 from prune_lab.models.configs import ExternalConfig, ModelConfig
 from prune_lab.models.foreign import one_line
@@ -42,20 +43,20 @@ def parse_config(node: Mapping[str, Any]) -> ModelConfig:
     checked in `build`.
 
     Raises:
-        ConfigError: unknown model, unknown or missing option, value out of range.
+        UserError: unknown model, unknown or missing option, value out of range.
     """
     if not isinstance(node, Mapping):
-        raise ConfigError(f"model must be a group of options, got {node!r}")
+        raise UserError(f"model must be a group of options, got {node!r}")
     name = node.get("name")
     if "source" in node:
         if name is None:
-            raise ConfigError(
+            raise UserError(
                 "model.name is missing: give the name of a torchvision or timm classifier, such as "
                 "model.name=resnext50_32x4d"
             )
         return parse(ExternalConfig, node, "model")
     if name not in _CONFIGS:
-        raise ConfigError(
+        raise UserError(
             f"model.name={name} is not a model{suggestion(str(name), _CONFIGS)}; allowed: {', '.join(_CONFIGS)}; "
             "any torchvision or timm classifier: model=torchvision model.name=..."
         )
@@ -74,7 +75,7 @@ def build(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Modul
         Module from images [N, 3, image_size, image_size] to logits [N, num_classes].
 
     Raises:
-        ConfigError: a torchvision or timm name that does not exist there, or that cannot be built for these images.
+        UserError: a torchvision or timm name that does not exist there, or that cannot be built for these images.
     """
     with one_line(config, image_size):
         return _build(config, num_classes=num_classes, image_size=image_size)
@@ -91,7 +92,7 @@ def build_on_meta(config: ModelConfig, *, num_classes: int, image_size: int) -> 
     try:
         with torch.device("meta"):
             return _build(config, **sizes)
-    except ConfigError:
+    except UserError:
         raise
     except Exception:
         # torch raises NotImplementedError or RuntimeError on the meta device where a network, as torchvision's RegNet,
@@ -113,10 +114,10 @@ def from_description(description: Mapping[str, Any]) -> nn.Module:
     """Return the network of a `describe` dict with fresh weights.
 
     Raises:
-        ConfigError: the description is incomplete or holds options that do not exist.
+        UserError: the description is incomplete or holds options that do not exist.
     """
     missing = [key for key in ("model", "num_classes", "image_size") if key not in description]
     if missing:
-        raise ConfigError(f"the model description lacks {', '.join(missing)}")
+        raise UserError(f"the model description lacks {', '.join(missing)}")
     config = parse_config(description["model"])
     return build(config, num_classes=description["num_classes"], image_size=description["image_size"])

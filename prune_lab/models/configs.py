@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from prune_lab.foundations.schema import ConfigError, FilePath, Positive, Range
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import FilePath, Positive, Range
 
 RESNET_CIFAR_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 RESNET_NAMES = ("resnet18", "resnet34", "resnet50")
@@ -80,4 +81,4 @@ class ExternalConfig(ModelConfig):
 
     def check(self, path: str) -> None:
         if self.width != 1.0:
-            raise ConfigError(f"{path}.width must be 1.0 for {path}=torchvision, got {self.width:g}")
+            raise UserError(f"{path}.width must be 1.0 for {path}=torchvision, got {self.width:g}")

@@ -9,7 +9,7 @@ from types import ModuleType
 import torchvision
 from torch import nn
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.models.configs import ExternalConfig
 
 _NUM_NEAREST = 3
@@ -23,19 +23,19 @@ def build(config: ExternalConfig, *, num_classes: int, image_size: int) -> nn.Mo
     """Return the network with fresh weights; one that works for a single image size is built for `image_size`.
 
     Raises:
-        ConfigError: the library does not have the name, or timm is asked for and not installed.
+        UserError: the library does not have the name, or timm is asked for and not installed.
     """
     available = torchvision.models.list_models(module=torchvision.models)
     if config.source != "timm" and config.name in available:
         return _build_torchvision(config, num_classes=num_classes, image_size=image_size)
     if config.source == "torchvision":
-        raise ConfigError(f"model.name={config.name} is not a torchvision classifier{_nearest(config.name, available)}")
+        raise UserError(f"model.name={config.name} is not a torchvision classifier{_nearest(config.name, available)}")
     timm = _import_timm(config, available)
     known = timm.list_models()
     if config.name not in known and not timm.is_model(config.name):
         library = "timm" if config.source == "timm" else "torchvision or timm"
         names = known if config.source == "timm" else available + known
-        raise ConfigError(f"model.name={config.name} is not a {library} classifier{_nearest(config.name, names)}")
+        raise UserError(f"model.name={config.name} is not a {library} classifier{_nearest(config.name, names)}")
     known_as = timm.models.get_pretrained_cfg(config.name)
     extra = {"img_size": image_size} if known_as is not None and known_as.fixed_input_size else {}
     return timm.create_model(config.name, pretrained=False, num_classes=num_classes, **extra)
@@ -72,8 +72,8 @@ def _import_timm(config: ExternalConfig, available: list[str]) -> ModuleType:
         import timm
     except ImportError as error:
         if config.source == "timm":
-            raise ConfigError("model.source=timm needs the package timm: pip install timm") from error
-        raise ConfigError(
+            raise UserError("model.source=timm needs the package timm: pip install timm") from error
+        raise UserError(
             f"model.name={config.name} is not a torchvision classifier{_nearest(config.name, available)}; "
             "for timm's models install the package timm: pip install timm"
         ) from error

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.models.configs import ExternalConfig, ModelConfig
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ _IMAGES = 2
 
 @contextlib.contextmanager
 def one_line(config: ModelConfig, image_size: int) -> Iterator[None]:
-    """Turn what building or using a network raises into a ConfigError with its name and the image size."""
+    """Turn what building or using a network raises into a UserError with its name and the image size."""
     try:
         yield
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:  # code of other libraries may raise anything
-        raise ConfigError(
+        raise UserError(
             f"model.name={config.name} does not work with images of {image_size} x {image_size} px "
             f"(dataset.image_size): {reason(error)}{_usual(config, image_size)}"
         ) from error
@@ -50,14 +50,14 @@ def check_training_pass(model: nn.Module, config: ModelConfig, *, num_classes: i
         model: without memory ("meta" device).
 
     Raises:
-        ConfigError: naming what it returns instead.
+        UserError: naming what it returns instead.
     """
     with one_line(config, image_size), torch.no_grad():
         scores = model.train()(torch.zeros(_IMAGES, 3, image_size, image_size, device="meta"))
     model.eval()
     if not torch.is_tensor(scores) or scores.shape != (_IMAGES, num_classes):
         got = f"a tensor of shape {tuple(scores.shape)}" if torch.is_tensor(scores) else f"a {type(scores).__name__}"
-        raise ConfigError(f"model.name={config.name} returns {got} in training for {_IMAGES} images, where "
+        raise UserError(f"model.name={config.name} returns {got} in training for {_IMAGES} images, where "
                           f"({_IMAGES}, {num_classes}) class scores are needed")  # fmt: skip
 
 

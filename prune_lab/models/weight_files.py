@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,7 +66,7 @@ def read(path: Path) -> Any:
     """Return the content of a file of weights on the CPU, read without running code of the file.
 
     Raises:
-        ConfigError: damaged, or with objects of types that cannot be read safely.
+        UserError: damaged, or with objects of types that cannot be read safely.
     """
     try:
         if path.suffix == ".safetensors":
@@ -78,7 +78,7 @@ def read(path: Path) -> Any:
     except Exception as error:
         # Damaged or foreign files raise many types (pickle, zip, safetensors, runtime); all mean the same here. Their
         # texts do not help: torch's advises unrestricted unpickling.
-        raise ConfigError(f"model.weights={path} cannot be read as weights ({type(error).__name__}): "
+        raise UserError(f"model.weights={path} cannot be read as weights ({type(error).__name__}): "
                           f"{_unsafe(path)}") from error  # fmt: skip
 
 

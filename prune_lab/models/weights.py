@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.foundations import tied
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_json
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.models.configs import VGG_NAMES, ExternalConfig, ModelConfig, ResNetCifarConfig, WideResNetConfig
 from prune_lab.models.foreign import reason
 from prune_lab.models.weight_files import Found, describe, is_computed, read, state_dicts
@@ -40,7 +40,7 @@ def weights_digest(config: ModelConfig) -> str | None:
     A file counts by its content, the official weights by their name.
 
     Raises:
-        ConfigError: the file does not exist.
+        UserError: the file does not exist.
     """
     if config.weights is None:
         return None
@@ -61,7 +61,7 @@ def load_weights(model: nn.Module, config: ModelConfig) -> list[str]:
         Lines for the user: what was chosen and left out, if there was a choice.
 
     Raises:
-        ConfigError: no such file, unreadable, keys or shapes that differ from the model's, values that are not finite
+        UserError: no such file, unreadable, keys or shapes that differ from the model's, values that are not finite
             (nothing is loaded then), official weights that do not exist or cannot be fetched.
     """
     if config.weights is None:
@@ -74,7 +74,7 @@ def load_weights(model: nn.Module, config: ModelConfig) -> list[str]:
         what = f"model.weights={config.weights} "
         if error.fits_not:
             what += f"does not fit model {config.name}: "
-        raise ConfigError(f"{what}{error}{_removed_channels(path)}") from None
+        raise UserError(f"{what}{error}{_removed_channels(path)}") from None
     # Not strict: files of old torch versions hold no num_batches_tracked; `choose` has checked the rest.
     model.load_state_dict(_with_versions(found, model), strict=False)
     return [f"start weights: {note}" for note in notes]
@@ -131,10 +131,10 @@ def official_name(config: ModelConfig) -> str:
     """Return torchvision's name of the architecture whose official weights fit `config`.
 
     Raises:
-        ConfigError: torchvision has no weights for this model.
+        UserError: torchvision has no weights for this model.
     """
     if isinstance(config, (ResNetCifarConfig, WideResNetConfig)):
-        raise ConfigError(_NO_OFFICIAL.format(config.name))
+        raise UserError(_NO_OFFICIAL.format(config.name))
     # Ours has BN, torchvision's plain name has not. An external vgg16 is torchvision's own, without BN.
     if config.name in VGG_NAMES and not isinstance(config, ExternalConfig):
         return f"{config.name}_bn"
@@ -145,7 +145,7 @@ def official_file(config: ModelConfig) -> Path:
     """Return the cached file of the official weights; download it if it is missing and reachable.
 
     Raises:
-        ConfigError: no official weights for this model, or not cached and not reachable.
+        UserError: no official weights for this model, or not cached and not reachable.
     """
     from torchvision.models import get_model_weights
 
@@ -153,7 +153,7 @@ def official_file(config: ModelConfig) -> Path:
     try:
         versions = get_model_weights(name)
     except ValueError as error:
-        raise ConfigError(_NO_OFFICIAL.format(name)) from error
+        raise UserError(_NO_OFFICIAL.format(name)) from error
     url = getattr(versions, OFFICIAL_VERSION, versions.DEFAULT).url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.is_file():
@@ -170,7 +170,7 @@ def _download(url: str, path: Path) -> None:
         hash_prefix = path.stem.rsplit("-", 1)[-1]
         torch.hub.download_url_to_file(url, str(path), hash_prefix, progress=False)
     except (OSError, RuntimeError) as error:
-        raise ConfigError(
+        raise UserError(
             f"model.weights=torchvision: {path.name} is not in {path.parent} and cannot be downloaded "
             f"({reason(error)}); put the file there ({url})"
         ) from error
@@ -179,7 +179,7 @@ def _download(url: str, path: Path) -> None:
 def _existing_file(weights: str) -> Path:
     path = Path(weights)
     if not path.is_file():
-        raise ConfigError(f"model.weights={weights}: no such file (allowed: null, torchvision, or a weights file)")
+        raise UserError(f"model.weights={weights}: no such file (allowed: null, torchvision, or a weights file)")
     return path
 
 

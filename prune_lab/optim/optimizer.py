@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.config.optimizer import AdamConfig, SGDConfig
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -34,9 +34,9 @@ def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.o
 
 
 def require_momentum(optimizer: torch.optim.Optimizer, who: str) -> None:
-    """Raise ConfigError if the optimizer keeps no running mean of gradients."""
+    """Raise UserError if the optimizer keeps no running mean of gradients."""
     if not all(group.get("momentum", group.get("betas", (0,))[0]) for group in optimizer.param_groups):
-        raise ConfigError(f"{who} needs the optimizer's momentum; optimizer.momentum (or beta1) must be above 0")
+        raise UserError(f"{who} needs the optimizer's momentum; optimizer.momentum (or beta1) must be above 0")
 
 
 def momentum(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Tensor:

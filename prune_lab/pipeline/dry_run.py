@@ -16,8 +16,8 @@ from prune_lab.config.run import RunConfig
 from prune_lab.core.chain import Results
 from prune_lab.core.method import Method, build_method
 from prune_lab.core.usable_layers import usable_layers
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import write_json
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline import matching
 from prune_lab.pipeline import summary as pipeline_summary
 from prune_lab.pipeline.phase_plan import PhasePlan
@@ -33,10 +33,10 @@ def dry_run(config: RunConfig) -> int:
     """Build everything, do one step per phase, print and write `dry_run.json`; return 0.
 
     Raises:
-        ConfigError: whatever the run itself would refuse, except for missing or damaged data.
+        UserError: whatever the run itself would refuse, except for missing or damaged data.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("dry_run=true needs one process only: start it without torchrun")
+        raise UserError("dry_run=true needs one process only: start it without torchrun")
     device_config = resolve_device_config(config.trainer)
     info, content = datasets.describe(config.dataset), datasets.content(config.dataset)
     plan = settle(settled(config, info), info, device_config, fingerprint=None, content=content)

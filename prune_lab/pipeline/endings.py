@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from prune_lab.foundations import distributed
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.failure import lost_decoder
 from prune_lab.foundations.files import SaveError
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline import summary as pipeline_summary
 from prune_lab.pipeline.run import Run
 from prune_lab.tracking.lines import summary_lines
@@ -51,7 +51,7 @@ def _done_already(run: Run, summary: dict[str, Any]) -> int:
 
 def _explanation(error: BaseException, directory: Path) -> str | None:
     """Return one line for an error that a user can do something about; None: it is a fault of the program."""
-    if isinstance(error, (ConfigError, NonFiniteLoss)):
+    if isinstance(error, (UserError, NonFiniteLoss)):
         return str(error)
     if isinstance(error, SaveError):  # names the file already
         return f"{error.strerror}; what was there before is untouched, the same command goes on"

@@ -24,7 +24,7 @@ from prune_lab.core.method import Method, build_method
 from prune_lab.core.usable_layers import usable_layers
 from prune_lab.datasets import DatasetInfo
 from prune_lab.families.weight_pruning import WeightPruning, WeightPruningConfig
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline.phase_plan import PhasePlan, plan_costs
 from prune_lab.pipeline.validation import RandomImages
 from prune_lab.pruning.masks.distributions import num_keep_total
@@ -42,7 +42,7 @@ def matched(config: RunConfig, model_config: Any, info: DatasetInfo, device_conf
     nothing but the control, even if the control leaves costs out.
 
     Raises:
-        ConfigError: the reference's cost is out of reach, the method's layout is not known before training, or a
+        UserError: the reference's cost is out of reach, the method's layout is not known before training, or a
             sparsity was typed that would be replaced.
     """
     if not is_matched(config):
@@ -69,7 +69,7 @@ def is_matched(config: RunConfig) -> bool:
 def _check_nothing_is_replaced(config: RunConfig) -> None:
     typed = [line for line in config.overrides if line.partition("=")[0].lstrip("+") == "method.sparsity"]
     if typed:
-        raise ConfigError(
+        raise UserError(
             f"{typed[-1]}: method.match={config.method.match} with method.match_by=density solves for the "
             "sparsity; leave method.sparsity out"
         )
@@ -80,11 +80,11 @@ def naming_reference(config: RunConfig) -> Iterator[None]:
     """Have errors about a sparsity that was solved for, so that nobody typed it, begin with method.match_to."""
     try:
         yield
-    except ConfigError as error:
+    except UserError as error:
         solved = is_matched(config) and config.method.match_by == "density"
         if not solved or "method.sparsity" not in str(error) or "method.match_to" in str(error):
             raise
-        raise ConfigError(f"method.match_to={config.method.match_to}: {error}") from error
+        raise UserError(f"method.match_to={config.method.match_to}: {error}") from error
 
 
 class _Problem:
@@ -105,7 +105,7 @@ class _Problem:
         """Return the method with another sparsity.
 
         Raises:
-            ConfigError: not with its other options.
+            UserError: not with its other options.
         """
         options = replace(self.options, sparsity=sparsity)
         options.check("method")
@@ -118,12 +118,12 @@ class _Problem:
         cost the same in all.
 
         Raises:
-            ConfigError: there is no such layout or training; the line begins with method.match_to.
+            UserError: there is no such layout or training; the line begins with method.match_to.
         """
         try:
             return self._target()
-        except ConfigError as error:
-            raise ConfigError(f"method.match_to={self.options.match_to}: {error}") from error
+        except UserError as error:
+            raise UserError(f"method.match_to={self.options.match_to}: {error}") from error
 
     def _target(self) -> int:
         reference, kind = WeightPruning(self.options.reference()), self.options.match
@@ -142,14 +142,14 @@ class _Problem:
         steps = RandomImages(self.info, self.device_config.torch_device).num_batches(self.config.schedule.batch_size)
         cost = training_macs(self.config, forward, steps)
         if cost == 0:
-            raise ConfigError("schedule.train has no steps whose cost could be matched")
+            raise UserError("schedule.train has no steps whose cost could be matched")
         return cost
 
     def cost(self, method: Method, epochs: int | None = None) -> int:
         """Return what the run costs with another budget, or another number of epochs.
 
         Raises:
-            ConfigError: there is no such budget or schedule, or the layout is not known.
+            UserError: there is no such budget or schedule, or the layout is not known.
         """
         phases, kind = self.phases(method, epochs), self.options.match
         if kind == "train_macs":
@@ -174,7 +174,7 @@ class _Problem:
     def _known(self, cost: int | None) -> int:
         if cost is None:
             name, kind = self.options.name, self.options.match
-            raise ConfigError(
+            raise UserError(
                 f"method.match={kind}: the layers' budgets of {name} with method.distribution="
                 f"{self.options.distribution} are not known before training; method.match=params is possible"
             )
@@ -206,7 +206,7 @@ def _solve_density(problem: _Problem) -> RunConfig:
     if not cost(bounds[0]) <= target <= cost(bounds[1]):
         words, ends = COSTS[options.match][1], [sparsity_of(kept, total) for kept in bounds]
         hint = "; method.match_by=epochs would change the length of training" * (options.match == "train_macs")
-        raise ConfigError(
+        raise UserError(
             f"method.match_to={options.match_to} is out of reach: it has {target} {words}, {options.name} with "
             f"method.distribution={options.distribution} from {cost(bounds[0])} to {cost(bounds[1])} (method.sparsity "
             f"{ends[0]} to {ends[1]}){hint}"
@@ -224,7 +224,7 @@ def _start(cost: Callable[[int], int], problem: _Problem) -> int:
     """Return a number of kept weights that is possible: of the sparsity as typed, or as the reference has it.
 
     Raises:
-        ConfigError: neither is.
+        UserError: neither is.
     """
     total, options = problem.num_weights, problem.options
     typed, other = (
@@ -250,7 +250,7 @@ def possible(cost: Callable[[int], int], kept: int) -> bool:
     """Return whether there is a layout with `kept` weights."""
     try:
         cost(kept)
-    except ConfigError:
+    except UserError:
         return False
     return True
 
@@ -298,10 +298,10 @@ def _solve_epochs(problem: _Problem) -> RunConfig:
 
     per_epoch = cost(configured + 1) - cost(configured)
     if per_epoch <= 0:
-        raise ConfigError(f"method.match_by=epochs: schedule.train.epochs does not raise the cost of {options.name}")
+        raise UserError(f"method.match_by=epochs: schedule.train.epochs does not raise the cost of {options.name}")
     epochs = nearest_epochs(cost, target, guess=configured + round((target - cost(configured)) / per_epoch))
     if cost(epochs) - target > per_epoch / 2:
-        raise ConfigError(
+        raise UserError(
             f"method.match_to={options.match_to} is out of reach: it has {target} training MACs, {options.name} "
             f"{cost(epochs)} or more with method.sparsity={options.sparsity} (from {epochs} epochs on)"
         )
@@ -326,7 +326,7 @@ def nearest_epochs(cost: Callable[[int], int], target: int, *, guess: int) -> in
     The cost is nearly a straight line, so a few steps away from a good guess are enough.
 
     Raises:
-        ConfigError: the method refuses so few epochs.
+        UserError: the method refuses so few epochs.
     """
     epochs = max(1, guess)
     while cost(epochs) < target:

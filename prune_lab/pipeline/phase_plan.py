@@ -64,7 +64,7 @@ def plan_costs(config: RunConfig, model_config: Any, info: DatasetInfo, device_c
     """Return the phases of a run in order, each set up on what the ones before left without training.
 
     Raises:
-        ConfigError: whatever a set-up refuses.
+        UserError: whatever a set-up refuses.
     """
     chain, images = build_method(config).chain(), RandomImages(info, device_config.torch_device)
     phases, results = [], Results(chain)

@@ -13,8 +13,8 @@ import yaml
 from prune_lab.config.run import RunConfig, as_mapping
 from prune_lab.core.chain import PlannedPhase
 from prune_lab.foundations import distributed
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_json, write_text
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline.identity import group_key, plan_phases, run_key
 from prune_lab.tracking import RunInfo, Tracker, open_tracker
 
@@ -48,11 +48,11 @@ class RunFolder:
         """Return the summary if this very run is finished here.
 
         Raises:
-            ConfigError: the directory was written by another configuration.
+            UserError: the directory was written by another configuration.
         """
         owner = self._owner()
         if owner not in (None, self.key):
-            raise ConfigError(
+            raise UserError(
                 f"output_dir: {self.directory} was written by another configuration or from other data (run id "
                 f"{owner}, this one is {self.key}); move it away or choose another output_dir"
             )

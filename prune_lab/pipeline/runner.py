@@ -48,7 +48,7 @@ def run(
         executor: what the runs share with others in this process; None: nothing.
 
     Raises:
-        ConfigError: wrong options or data, before the run directory is touched.
+        UserError: wrong options or data, before the run directory is touched.
     """
     executor, tally = executor or Executor(), Counter() if tally is None else tally
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

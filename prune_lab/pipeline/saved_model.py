@@ -11,8 +11,8 @@ from torch import nn
 
 from prune_lab import models
 from prune_lab.foundations import tied
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_json, write_bytes, write_json
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels import surgery
 from prune_lab.pruning.dynamic import replaced_modules
 
@@ -29,11 +29,11 @@ def load_model(run_dir: str | Path) -> nn.Module:
     """Return the finished network in eval mode on the CPU.
 
     Raises:
-        ConfigError: the directory holds no finished model, or tensors do not fit the description.
+        UserError: the directory holds no finished model, or tensors do not fit the description.
     """
     directory = Path(run_dir)
     if not (directory / "model.json").exists() or not (directory / "model.safetensors").exists():
-        raise ConfigError(f"{directory} holds no finished model (model.json and model.safetensors)")
+        raise UserError(f"{directory} holds no finished model (model.json and model.safetensors)")
     description = read_json(directory / "model.json")
     model = models.from_description(description)
     surgery.narrow(model, description.get("channels", {}))
@@ -42,5 +42,5 @@ def load_model(run_dir: str | Path) -> nn.Module:
         model.load_state_dict(tied.completed(load_file(directory / "model.safetensors"), model))
     except (RuntimeError, OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{directory}/model.safetensors does not fit model.json: {reason}") from error
+        raise UserError(f"{directory}/model.safetensors does not fit model.json: {reason}") from error
     return model.eval()

@@ -60,7 +60,7 @@ def validate(
         Lines for the user: for methods that remove channels, which may go.
 
     Raises:
-        ConfigError: wrong start weights, batch larger than the data, target out of reach, schedule too short, channels
+        UserError: wrong start weights, batch larger than the data, target out of reach, schedule too short, channels
             that cannot be removed ...
     """
     method, first = build_method(config), planned[0]

@@ -34,7 +34,7 @@ def open_tracker(
         finish_timeout_s: how long the end of the run may wait for what W&B has not been sent yet.
 
     Raises:
-        ConfigError: logger.wandb=online without a key.
+        UserError: logger.wandb=online without a key.
     """
     tracker = Tracker([JsonFiles(), LogFile(), console()])
     if logger is None or (mode := resolve_mode(logger.wandb)) == "disabled":

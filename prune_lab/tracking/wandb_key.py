@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 Mode = Literal["online", "offline", "disabled"]
 
@@ -34,13 +34,13 @@ def resolve_mode(setting: Mode | Literal["auto"], environ: Mapping[str, str] = o
     WANDB_IDENTITY_TOKEN_FILE, or a netrc entry for the server), and offline otherwise.
 
     Raises:
-        ConfigError: online is asked for and no key is configured. W&B would stop there and ask for one.
+        UserError: online is asked for and no key is configured. W&B would stop there and ask for one.
     """
     mode = _WANDB_MODES.get(environ.get("WANDB_MODE", "")) if setting == "auto" else setting
     if mode is None:
         return "online" if _is_configured(environ) else "offline"
     if mode == "online" and not _is_configured(environ):
-        raise ConfigError(
+        raise UserError(
             "logger.wandb=online needs a W&B key (wandb login, or WANDB_API_KEY); "
             "allowed without one: auto, offline, disabled"
         )
@@ -48,9 +48,9 @@ def resolve_mode(setting: Mode | Literal["auto"], environ: Mapping[str, str] = o
 
 
 def require_key(command: str, *, hint: str = "", environ: Mapping[str, str] = os.environ) -> None:
-    """Raise ConfigError unless a key is configured that `command` can use; `hint` ends the message."""
+    """Raise UserError unless a key is configured that `command` can use; `hint` ends the message."""
     if not _is_configured(environ):
-        raise ConfigError(f"{command} needs a W&B key (wandb login, or WANDB_API_KEY){hint}")
+        raise UserError(f"{command} needs a W&B key (wandb login, or WANDB_API_KEY){hint}")
 
 
 def find_key(environ: Mapping[str, str] = os.environ) -> str | None:

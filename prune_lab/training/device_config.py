@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.config.trainer import TrainerConfig
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.training.allocator import keep_freed_memory
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -76,7 +76,7 @@ def resolve_device_config(config: TrainerConfig, *, local_rank: int = 0) -> Devi
     bf16 alone 2.0x; channels_last alone 0.94x (VGG16) to 1.57x (MobileNetV2), so it goes with bf16 only.
 
     Raises:
-        ConfigError: the device is not there or cannot compute in the precision.
+        UserError: the device is not there or cannot compute in the precision.
     """
     device = _device(config.device, local_rank)
     if config.threads is not None:
@@ -91,7 +91,7 @@ def resolve_device_config(config: TrainerConfig, *, local_rank: int = 0) -> Devi
     if precision == "auto":
         precision = "bf16" if _has_bf16(device) else "fp32"
     if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("trainer.precision=fp16 needs a GPU; allowed on a CPU: fp32, bf16")
+        raise UserError("trainer.precision=fp16 needs a GPU; allowed on a CPU: fp32, bf16")
     channels_last = precision != "fp32" if config.channels_last == "auto" else config.channels_last
     return DeviceConfig(str(device), precision, channels_last, _compiled(config.compile, device))
 
@@ -100,12 +100,12 @@ def _compiled(wanted: bool | str, device: torch.device) -> bool | str:
     """Return `trainer.compile` with auto resolved.
 
     Raises:
-        ConfigError: CUDA graphs without CUDA, or no C++ compiler on a machine without a GPU.
+        UserError: CUDA graphs without CUDA, or no C++ compiler on a machine without a GPU.
     """
     if wanted == "graphs" and device.type != "cuda":
-        raise ConfigError(f"trainer.compile=graphs needs a CUDA device, got {device.type}; allowed: true, false")
+        raise UserError(f"trainer.compile=graphs needs a CUDA device, got {device.type}; allowed: true, false")
     if wanted is True and device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
-        raise ConfigError("trainer.compile=true needs a C++ compiler on a CPU, and there is no g++ or clang++")
+        raise UserError("trainer.compile=true needs a C++ compiler on a CPU, and there is no g++ or clang++")
     return device.type == "cuda" if wanted == "auto" else wanted
 
 
@@ -116,9 +116,9 @@ def _device(name: str, local_rank: int) -> torch.device:
         name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"trainer.device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"trainer.device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ConfigError("trainer.device=mps: not available on this machine")
+        raise UserError("trainer.device=mps: not available on this machine")
     return device
 
 

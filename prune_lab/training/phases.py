@@ -21,7 +21,7 @@ from prune_lab.core.usable_layers import usable_layers
 from prune_lab.datasets.base import Sizes
 from prune_lab.foundations import distributed, tied
 from prune_lab.foundations.bits import make_zeros_positive
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import seed_everything, stable_hash
 from prune_lab.models.weights import load_weights
 from prune_lab.pruning.channels import surgery
@@ -37,7 +37,7 @@ def perform(task: PhaseTask) -> tuple[PhaseResult, Effort]:
 
     Raises:
         Interrupted, NonFiniteLoss: see loop.fit.
-        ConfigError: options that only prove wrong on the real model or data.
+        UserError: options that only prove wrong on the real model or data.
     """
     context = open_context(task)
     begins = task.previous is None and task.model_config.weights is not None
@@ -217,7 +217,7 @@ def span(planned: PlannedPhase, steps_per_epoch: int) -> tuple[int, int]:
     """Return the first step of a phase and the one before which it ends, counted from the start of its schedule.
 
     Raises:
-        ConfigError: the schedule ends before, or the phase would start within the warm-up.
+        UserError: the schedule ends before, or the phase would start within the warm-up.
     """
     phase, schedule = planned.phase, planned.schedule
     if schedule is None:
@@ -227,9 +227,9 @@ def span(planned: PlannedPhase, steps_per_epoch: int) -> tuple[int, int]:
                    for place, default in ((phase.begin, 0), (phase.end, total)))
     for place, step in ((phase.begin, first), (phase.end, last)):
         if place is not None and step > total:
-            raise ConfigError(f"{place.typed} lies beyond the {total} steps of schedule.{phase.schedule}")
+            raise UserError(f"{place.typed} lies beyond the {total} steps of schedule.{phase.schedule}")
     if phase.begin is not None and 0 < first < schedule.warmup_epochs * steps_per_epoch:
-        raise ConfigError(
+        raise UserError(
             f"{phase.begin.typed} lies within the warm-up "
             f"(schedule.{phase.schedule}.warmup_epochs={schedule.warmup_epochs:g}, {steps_per_epoch} steps each)"
         )
@@ -241,7 +241,7 @@ def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tupl
     """Return the dense cost per layer of a network as its options build it.
 
     Raises:
-        ConfigError: the network does not work with images of this size, in evaluation or in training, or cannot be
+        UserError: the network does not work with images of this size, in evaluation or in training, or cannot be
             saved.
     """
     sizes = {"num_classes": num_classes, "image_size": image_size}
@@ -279,18 +279,18 @@ def steps_per_epoch(task: PhaseTask) -> int:
     """Return optimizer steps per epoch.
 
     Raises:
-        ConfigError: the batch does not fit the data, the processes or the micro-batches.
+        UserError: the batch does not fit the data, the processes or the micro-batches.
     """
     batch, trainer = task.config.schedule.batch_size, task.config.trainer
     parts = distributed.world_size() * trainer.accumulate
     if batch % parts:
-        raise ConfigError(
+        raise UserError(
             f"schedule.batch_size={batch} must be a multiple of processes x trainer.accumulate = "
             f"{distributed.world_size()} x {trainer.accumulate}"
         )
     steps = task.dataset.num_batches(batch)
     if steps == 0:
-        raise ConfigError(
+        raise UserError(
             f"schedule.batch_size={batch} exceeds the {task.dataset.info.num_train} training images of "
             f"{task.config.dataset.name}"
         )

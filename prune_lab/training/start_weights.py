@@ -9,7 +9,7 @@ from torch import nn
 
 from prune_lab import models
 from prune_lab.accounting.eligibility import select_layers
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.tracking.lines import MANY_ZEROS
 from prune_lab.training.evaluation import measure
@@ -69,7 +69,7 @@ def _asks_for(sparsity: float, total: int, zeros: int) -> bool:
 def _layers(model: nn.Module) -> list[Layer]:
     try:
         return select_layers(model)
-    except ConfigError:  # none that could be pruned
+    except UserError:  # none that could be pruned
         return []
 
 

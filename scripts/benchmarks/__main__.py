@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.failure import fail
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.schema import suggestion
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _run(argv: list[str]) -> int:
     chosen = [word for word in typed.words if "=" not in word]
     for word in chosen:
         if word not in SECTIONS:
-            raise ConfigError(f"section {word}{suggestion(word, SECTIONS)}; allowed: {', '.join(SECTIONS)}")
+            raise UserError(f"section {word}{suggestion(word, SECTIONS)}; allowed: {', '.join(SECTIONS)}")
     from benchmarks.report import Report, load_warning, reason
     from benchmarks.workload import SMALL, Options, compose
     from prune_lab.training.device_config import resolve_device_config
@@ -86,7 +87,7 @@ def _run(argv: list[str]) -> int:
         report.begin(name, SECTIONS[name].line)
         try:
             SECTIONS[name].load()(options, report)
-        except ConfigError:
+        except UserError:
             raise
         except Exception as error:  # what other sections found must not be lost
             traceback.print_exception(error)

@@ -13,7 +13,7 @@ from benchmarks import workload
 from benchmarks.report import Report
 from benchmarks.timing import in_turn, in_turn_once
 from benchmarks.workload import Options
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 _BASE = "fp32, contiguous"
 
@@ -42,7 +42,7 @@ def _formats(options: Options, report: Report, *, compiled: bool) -> None:
                 overrides = tuple(dict.fromkeys((*options.over(*workload.SMALL), *typed)))
                 try:
                     works[f"{precision}, {layout}{suffix}"] = workload.workload("dense", overrides)
-                except ConfigError as error:
+                except UserError as error:
                     report.note(f"{precision}: not measured: {error}")
     first = next(iter(works.values()))
     times = in_turn({name: work.ordinary for name, work in works.items()}, options.plan(40, 60), first.device)

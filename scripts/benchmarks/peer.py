@@ -18,8 +18,8 @@ from prune_lab.config.run import RunConfig
 from prune_lab.datasets import BatchFormat
 from prune_lab.datasets.in_memory import InMemoryDataset
 from prune_lab.datasets.worker_pool import num_usable_cores
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_json
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.optim.learning_rate import learning_rate
 from prune_lab.pipeline import runner
 from prune_lab.training import loop
@@ -105,7 +105,7 @@ def _peer(config: RunConfig, info: datasets.DatasetInfo, device: torch.device, *
 def _accuracy(options: Options, report: Report) -> None:
     """Train both on the same schedule, seeds and number of batches, and print top-1 on the test images."""
     if not options.root:
-        raise ConfigError("--accuracy needs real images: --root FILE")
+        raise UserError("--accuracy needs real images: --root FILE")
     report.note(f"{options.epochs} epochs of {options.batches} batches, seeds {', '.join(map(str, _SEEDS))}")
     found: dict[str, list[float]] = {"prune-lab": [], "plain": []}
     for seed in _SEEDS:

@@ -14,13 +14,13 @@ import torch
 from benchmarks.timing import Goal
 from prune_lab.commands.export.latency import MIN_ROUNDS, ratio, spread
 from prune_lab.commands.export.machine import machine, versions
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import write_json
-from prune_lab.foundations.schema import ConfigError
 
 
 def reason(error: Exception) -> str:
     """Return an error in one line; of defects with their type."""
-    kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return kind + " ".join(str(error).split())
 
 

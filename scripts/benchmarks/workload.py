@@ -132,7 +132,7 @@ def workloads(method: str, overrides: Sequence[str]) -> Iterator[Workload]:
     What comes before them is done in miniature, as in a dry run; of repeated phases (train_1, train_2 ...) the first.
 
     Raises:
-        ConfigError: options that do not go together.
+        UserError: options that do not go together.
     """
     chain = _Tasks(compose([f"method={method}", *overrides]))
     wanted = [entry for entry in chain.planned if entry.phase.is_training and _counts(method, entry)]

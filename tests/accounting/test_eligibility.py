@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prune_lab.accounting.eligibility import select_layers
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 
 def network() -> nn.Module:
@@ -54,14 +54,14 @@ def test_patterns_and_first_layer():
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_pattern_without_a_match_is_refused(option):
     model = nn.ModuleDict({"conv1": nn.Conv2d(3, 8, 3), "fc": nn.Linear(8, 2)})
-    with pytest.raises(ConfigError, match=rf"method\.{option}: 'conv2' matches no layer.*did you mean 'conv1'"):
+    with pytest.raises(UserError, match=rf"method\.{option}: 'conv2' matches no layer.*did you mean 'conv1'"):
         select_layers(model, **{option: ["conv2"]})
 
 
 def test_nothing_left_to_prune_is_refused():
-    with pytest.raises(ConfigError, match=r"method\.exclude leaves no layer"):
+    with pytest.raises(UserError, match=r"method\.exclude leaves no layer"):
         select_layers(network(), exclude=["*"])
-    with pytest.raises(ConfigError, match="no layer to prune"):
+    with pytest.raises(UserError, match="no layer to prune"):
         select_layers(nn.Sequential(nn.BatchNorm2d(3)))
 
 

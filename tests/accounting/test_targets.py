@@ -11,7 +11,7 @@ from prune_lab.cli import command as cli
 from prune_lab.commands.compare.command import main
 from prune_lab.config.run import as_mapping
 from prune_lab.core.method import build_method
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from tests.helpers.method_runs import NAMES, configure, finish, make, run_folder, summary
 from tests.helpers.runs import compose
 
@@ -47,7 +47,7 @@ def test_a_typed_target_replaces_the_default_one(name: str, typed: list[str], le
 def test_targets_of_a_recipe_count_as_chosen() -> None:
     recipe = compose("experiment=constrained_l0/wrn_28_10_cifar10_model_50")
     assert list(build_method(recipe).asked()) == ["gated_sparsity"]
-    with pytest.raises(ConfigError, match=r"exactly one of method.macs_ratio.* got method.macs_ratio=0.5 and"):
+    with pytest.raises(UserError, match=r"exactly one of method.macs_ratio.* got method.macs_ratio=0.5 and"):
         compose("method=l1_filter", "method.macs_ratio=0.5", "method.params_ratio=0.5")
 
 

@@ -14,7 +14,7 @@ from prune_lab.accounting.eligibility import NO_PARAMETER, select_layers
 from prune_lab.accounting.weight_use import COMPUTED
 from prune_lab.core.method import Method, MethodConfig
 from prune_lab.core.usable_layers import usable_layers
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline import dry_run
 from prune_lab.pipeline.saved_model import load_model
 from tests.accounting.test_weight_use import StandardisedConv2d
@@ -95,7 +95,7 @@ def test_sparsity_and_costs_count_the_layers_whose_zeros_act(
 @pytest.mark.parametrize("name", ["static", "l0", "l1_filter", "2:4"])
 def test_a_network_without_any_usable_layer_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     method = METHODS.get(name, ("method=static", "method.distribution=2:4", "method.sparsity=0.5"))
-    with pytest.raises(ConfigError, match=r"^method=\w+: the network has no layer that can be .*weight is computed"):
+    with pytest.raises(UserError, match=r"^method=\w+: the network has no layer that can be .*weight is computed"):
         execute(tmp_path, *options("all_standardised", *method))
     assert not any(tmp_path.iterdir())
 

@@ -17,7 +17,7 @@ from prune_lab.compose.overrides import compose_checked
 from prune_lab.config import logger, run, trainer
 from prune_lab.config import schedule as config_schedule
 from prune_lab.core.method import build_method
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 FILES = sorted(
     path for path in conf_dir().glob("*/*.yaml") if path.parent.name not in ("experiment", "debug", "method")
@@ -37,7 +37,7 @@ def read(path: Path) -> dict:
 
 
 def refusal(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         compose(*overrides)
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -9,7 +9,7 @@ import pytest
 from prune_lab.cli.command import split_flags
 from prune_lab.compose.choices import choices, conf_dir, groups
 from prune_lab.compose.overrides import compose_checked
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 
 def compose(*overrides: str, sweep: bool = True) -> list:
@@ -58,5 +58,5 @@ def test_flags_and_overrides_are_told_apart() -> None:
     assert split_flags(["-m", "seed=0,1"]) == (["-m"], ["seed=0,1"])
     assert split_flags(["seed=1", "--cfg", "job", "--resolve"]) == (["--cfg", "--resolve"], ["seed=1"])
     assert split_flags(["--cfg=job", "-p", "method", "~x"]) == (["--cfg", "-p"], ["~x"])
-    with pytest.raises(ConfigError, match="^-p needs a name$"):
+    with pytest.raises(UserError, match="^-p needs a name$"):
         split_flags(["--cfg", "job", "-p"])

@@ -20,8 +20,8 @@ from prune_lab.accounting.costs import dense_macs, profile
 from prune_lab.accounting.eligibility import select_layers
 from prune_lab.core.context import Context
 from prune_lab.core.removal import remove_dead
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_json
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pipeline.saved_model import load_model
 from prune_lab.pipeline.summary import explained, sparsity_counts
@@ -89,7 +89,7 @@ def test_constants_of_channels_that_are_read_still_are_told() -> None:
 
 def test_nothing_dead_is_an_error_but_for_a_rehearsal() -> None:
     context = phase(NARROW["vgg16"](), 32, "remove")
-    with pytest.raises(ConfigError, match="nothing to remove: no channel has all of its weights at zero"):
+    with pytest.raises(UserError, match="nothing to remove: no channel has all of its weights at zero"):
         remove_dead(context)
     context.rehearsal = True
     assert remove_dead(context) == {} and context.widths is None
@@ -100,28 +100,28 @@ def test_an_emptied_layer_is_an_error_that_names_it() -> None:
     alive[channels.rows["layer2.1.conv1"]] = False
     alive[channels.rows["layer3.2.conv1"]] = False
     context.install_masks(channels.weight_masks(alive, context.model))
-    with pytest.raises(ConfigError, match=r"without channels: layer2\.1\.conv1, layer3\.2\.conv1; prune less"):
+    with pytest.raises(UserError, match=r"without channels: layer2\.1\.conv1, layer3\.2\.conv1; prune less"):
         remove_dead(context)
 
 
 def test_an_optimizer_that_holds_the_parameters_is_an_error() -> None:
     context, _, _ = masked_phase()
     context.optimizer = torch.optim.SGD(context.model.parameters(), lr=0.1)
-    with pytest.raises(ConfigError, match="removed between phases: the optimizer of this one holds the old parameters"):
+    with pytest.raises(UserError, match="removed between phases: the optimizer of this one holds the old parameters"):
         remove_dead(context)
 
 
 def test_a_wrapped_network_is_an_error() -> None:
     context, _, _ = masked_phase()
     context.model = nn.DataParallel(context.model)
-    with pytest.raises(ConfigError, match="from plain networks, got DataParallel"):
+    with pytest.raises(UserError, match="from plain networks, got DataParallel"):
         remove_dead(context)
 
 
 def test_a_cut_that_changes_outputs_ends_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
     context, _, _ = masked_phase()
     monkeypatch.setattr(cut_check, "TOLERANCE", -1.0)
-    with pytest.raises(ConfigError, match="the channels of this architecture cannot be removed"):
+    with pytest.raises(UserError, match="the channels of this architecture cannot be removed"):
         remove_dead(context)
     assert context.widths is None and context.model.linear.in_features == 32
 
@@ -203,7 +203,7 @@ def test_start_weights_of_a_smaller_network_are_refused_as_such(folder: Path) ->
     config = dataclasses.replace(compose("model=mobilenet_v3_small", "model.width=0.35").model,
                                  weights=str(folder / "model.safetensors"))  # fmt: skip
     model = models.build(config, num_classes=4, image_size=16)
-    with pytest.raises(ConfigError, match=r"does not fit model .* of another shape .*; the channels of"):
+    with pytest.raises(UserError, match=r"does not fit model .* of another shape .*; the channels of"):
         models.load_weights(model, config)
 
 
@@ -213,7 +213,7 @@ def test_widths_that_do_not_fit_are_refused_on_loading(folder: Path, tmp_path: P
     for change, message in wrong:
         (tmp_path / "model.json").write_text(json.dumps(description | {"channels": description["channels"] | change}))
         (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             load_model(tmp_path)
 
 

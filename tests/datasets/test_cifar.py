@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from prune_lab.datasets import cifar, cifar_files, image_files, parse_config
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from tests.helpers.data import (
     evaluate,
     image_bytes,
@@ -102,14 +102,14 @@ def test_damaged_published_files_are_named(tmp_path, monkeypatch):
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / "data_batch_3").write_bytes(files["data_batch_3"][:-1] + b"x")
-    with pytest.raises(ConfigError, match="data_batch_3 is damaged or not the published file: md5 .* expected"):
+    with pytest.raises(UserError, match="data_batch_3 is damaged or not the published file: md5 .* expected"):
         read(**small_cifar(tmp_path, folder))
     (folder / "data_batch_3").unlink()
-    with pytest.raises(ConfigError, match="holds no file data_batch_3; expected: data_batch_1"):
+    with pytest.raises(UserError, match="holds no file data_batch_3; expected: data_batch_1"):
         read(**small_cifar(tmp_path, folder))
     packed = tmp_path / "cifar-10-python.tar.gz"
     packed.write_bytes(archive[:-100])
-    with pytest.raises(ConfigError, match="cifar-10-python.tar.gz is damaged"):
+    with pytest.raises(UserError, match="cifar-10-python.tar.gz is damaged"):
         read(**small_cifar(tmp_path, packed))
 
 
@@ -122,7 +122,7 @@ class Malicious:
 def test_pickle_that_names_code_is_refused(tmp_path, monkeypatch, payload):
     packed = tmp_path / "cifar-10-python.tar.gz"
     packed.write_bytes(publish(monkeypatch, published_files(payload=payload)))
-    with pytest.raises(ConfigError, match=r"batches.meta is no plain data file: it asks for \w+.system"):
+    with pytest.raises(UserError, match=r"batches.meta is no plain data file: it asks for \w+.system"):
         read(**small_cifar(tmp_path, packed))
 
 
@@ -136,7 +136,7 @@ def test_old_numpy_pickles_are_read():
 
 
 def test_nothing_at_root_ends_with_what_to_do(tmp_path):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         read(**small_cifar(tmp_path, tmp_path / "absent"))
     message = str(caught.value)
     for part in ("absent holds no cifar10", "dataset.download=true", "root=/path/to/cifar10.tar.xz", "train/CLASS"):
@@ -155,24 +155,24 @@ def test_download_is_checked_and_kept(tmp_path, monkeypatch):
     assert len(read(**small_cifar(tmp_path, root, download=True)).train_labels) == 5
     served.unlink()
     assert len(read(**small_cifar(tmp_path, root)).train_labels) == 5
-    with pytest.raises(ConfigError, match=r"cannot download file:.*put the file at .*other/cifar-10-python.tar.gz"):
+    with pytest.raises(UserError, match=r"cannot download file:.*put the file at .*other/cifar-10-python.tar.gz"):
         read(**small_cifar(tmp_path, tmp_path / "other", download=True))
     served.write_bytes(b"an error page")
-    with pytest.raises(ConfigError, match="damaged or not the published file"):
+    with pytest.raises(UserError, match="damaged or not the published file"):
         read(**small_cifar(tmp_path, tmp_path / "other", download=True))
     assert not list((tmp_path / "other").iterdir())
 
 
 def test_broken_image_is_named(tmp_path, tree):
     (tree / "train" / "dog" / "001.png").write_bytes(image_bytes(1)[:60])
-    with pytest.raises(ConfigError, match="train/dog/001.png is not a readable image") as caught:
+    with pytest.raises(UserError, match="train/dog/001.png is not a readable image") as caught:
         read(**small_cifar(tmp_path, tree))
     assert "\n" not in str(caught.value)
 
 
 def test_image_of_another_size_is_named(tmp_path, tree):
     (tree / "test" / "cat" / "000.png").write_bytes(image_bytes(1, size=28))
-    with pytest.raises(ConfigError, match=r"test/cat/000.png must be 32x32 pixels .* got 28x28"):
+    with pytest.raises(UserError, match=r"test/cat/000.png must be 32x32 pixels .* got 28x28"):
         read(**small_cifar(tmp_path, tree))
 
 
@@ -191,13 +191,13 @@ def test_grey_and_palette_images_become_rgb(tmp_path, tree):
     ],
 )
 def test_wrong_counts_are_refused(tmp_path, tree, change, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         read(**small_cifar(tmp_path, tree, **change))
 
 
 def test_splits_with_different_classes_are_refused(tmp_path):
     tree = write_tree(tmp_path / "images", {"train": {"cat": 1, "dog": 1}, "test": {"cat": 1}})
-    with pytest.raises(ConfigError, match="same classes in train and test, got 2 classes in train and 1 in test"):
+    with pytest.raises(UserError, match="same classes in train and test, got 2 classes in train and 1 in test"):
         read(**small_cifar(tmp_path, tree))
 
 
@@ -207,14 +207,14 @@ def test_truncated_tar_is_refused(tmp_path, tree, suffix):
     whole = tar_bytes(tree_files(tree), f"w:{suffix[1:]}")
     archive.write_bytes(whole[: len(whole) // 3])
     # A plain tar cut between two files looks complete; then the counts tell.
-    with pytest.raises(ConfigError, match="cifar.tar.*(is damaged or no tar|a tar that is not cut short)") as caught:
+    with pytest.raises(UserError, match="cifar.tar.*(is damaged or no tar|a tar that is not cut short)") as caught:
         read(**small_cifar(tmp_path, archive))
     assert "\n" not in str(caught.value)
 
 
 def test_file_that_is_no_tar_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ConfigError, match="notes.txt is damaged or no tar of images"):
+    with pytest.raises(UserError, match="notes.txt is damaged or no tar of images"):
         read(**small_cifar(tmp_path, tmp_path / "notes.txt"))
 
 
@@ -295,7 +295,7 @@ def test_two_processes_at_once_get_the_same_arrays(tmp_path, tree):
 
 def test_cache_dir_that_cannot_be_written_is_named(tmp_path, tree):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="dataset.cache_dir: cannot write .*file"):
+    with pytest.raises(UserError, match="dataset.cache_dir: cannot write .*file"):
         read(**small_cifar(tmp_path, tree, cache_dir=str(tmp_path / "file" / "cache")))
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from prune_lab.datasets import BatchFormat, describe, parse_config
 from prune_lab.datasets.image_crops import cut_centre, cut_random, random_box
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator
 from tests.helpers.data import (
     FORMAT,
@@ -139,7 +139,7 @@ def test_unreadable_image_is_named(tmp_path, workers):
     path.write_bytes(path.read_bytes()[:50])
     with (
         closing(folder(root, workers=workers)) as dataset,
-        pytest.raises(ConfigError, match="train/dog/002.png is not a readable image: .+") as caught,
+        pytest.raises(UserError, match="train/dog/002.png is not a readable image: .+") as caught,
     ):
         train(dataset, batch_size=17)
     assert "\n" not in str(caught.value)
@@ -157,7 +157,7 @@ def test_tiny_imagenet_is_read_as_published(tmp_path):
     pixels = (images[:, 0, 0, 0] * 255).round().tolist()
     assert sorted(zip(labels.tolist(), pixels, strict=True)) == [(0, 42), (1, 35), (1, 49)]
     (root / "val" / "val_annotations.txt").write_text("000.png\tn02\n")
-    with pytest.raises(ConfigError, match="val_annotations.txt does not name the class of .*00[12].png"):
+    with pytest.raises(UserError, match="val_annotations.txt does not name the class of .*00[12].png"):
         folder(root, "tiny_imagenet", **counts)
 
 
@@ -165,7 +165,7 @@ def test_test_folder_is_preferred_and_can_be_chosen(tmp_path):
     root = write_tree(tmp_path / "images", {**TREE, "test": {"cat": 1, "dog": 1, "owl": 1}})
     assert folder(root).info.num_eval == 3
     assert folder(root, test_folder="val").info.num_eval == 7
-    with pytest.raises(ConfigError, match="holds no folder holdout"):
+    with pytest.raises(UserError, match="holds no folder holdout"):
         folder(root, test_folder="holdout")
 
 
@@ -186,7 +186,7 @@ def test_test_folder_is_preferred_and_can_be_chosen(tmp_path):
 def test_wrong_layouts_and_counts_are_refused(tmp_path, tree_counts, change, message):
     root = write_tree(tmp_path / "images", tree_counts)
     overrides = {"num_classes": None, "expect_train": None, "expect_test": None, **change}
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         folder(root, "imagenet", **overrides)
     assert "\n" not in str(caught.value)
 
@@ -195,13 +195,13 @@ def test_flat_validation_folder_must_be_sorted(tmp_path):
     root = write_tree(tmp_path / "images", {"train": {"a": 1}})
     (root / "val").mkdir()
     (root / "val" / "ILSVRC2012_val_00000001.JPEG").write_bytes(image_bytes(1))
-    with pytest.raises(ConfigError, match="val holds images without class folders .*; sort them into .*val/CLASS/"):
+    with pytest.raises(UserError, match="val holds images without class folders .*; sort them into .*val/CLASS/"):
         folder(root, "imagenet")
 
 
 def test_archive_must_be_unpacked(tmp_path):
     (tmp_path / "images.tar").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"images.tar is a file \(unpack it first\); expected layout"):
+    with pytest.raises(UserError, match=r"images.tar is a file \(unpack it first\); expected layout"):
         folder(tmp_path / "images.tar")
 
 
@@ -213,7 +213,7 @@ def test_subset_is_allowed_when_asked_for(tmp_path):
 
 def test_sizes_without_images_must_be_stated(tmp_path):
     absent = {"root": str(tmp_path / "absent")}
-    with pytest.raises(ConfigError, match="holds no folder train.*state dataset.num_classes, dataset.expect_train"):
+    with pytest.raises(UserError, match="holds no folder train.*state dataset.num_classes, dataset.expect_train"):
         describe(parse_config(node("imagefolder", **absent)))
     stated = {"num_classes": 5, "expect_train": 100, "expect_test": 10, "check_counts": False}
     info = describe(parse_config(node("imagefolder", **absent, **stated)))
@@ -262,9 +262,9 @@ def test_real_imagenet_images(tmp_path):
         archive.extractall(tmp_path, filter="data")
     (tmp_path / "val").symlink_to(tmp_path / "train")
     options = {"root": str(tmp_path), "workers": 2, "mean": [0, 0, 0], "std": [1, 1, 1]}
-    with pytest.raises(ConfigError, match="holds 250 classes, but dataset.num_classes is 1000"):
+    with pytest.raises(UserError, match="holds 250 classes, but dataset.num_classes is 1000"):
         make("imagenet", **options)
-    with pytest.raises(ConfigError, match="train holds 250 images, but dataset.expect_train is 1281167"):
+    with pytest.raises(UserError, match="train holds 250 images, but dataset.expect_train is 1281167"):
         make("imagenet", **options, num_classes=250)
     dataset = make("imagenet", **options, num_classes=250, check_counts=False)
     batches = evaluate(dataset, batch_size=64)

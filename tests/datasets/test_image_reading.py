@@ -12,7 +12,7 @@ from PIL import Image
 from prune_lab.datasets import cifar, describe, parse_config
 from prune_lab.datasets.image_crops import read_rgb
 from prune_lab.datasets.image_reading import IMAGE_SUFFIXES, reason
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from tests.helpers.data import evaluate, image_bytes, make, node, small_cifar, tar_bytes, write_tree
 
 GREY = np.arange(0, 256, dtype=np.uint16).reshape(16, 16)
@@ -75,11 +75,11 @@ def test_whatever_a_reader_raises_becomes_one_line_with_the_file(tmp_path, monke
 
     monkeypatch.setattr(Image.Image, "convert", convert)
     message = rf"images.*test/./000.png is not a readable image: {reason(error)}$"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         evaluate(dataset)
-    with pytest.raises(ConfigError, match="train/a/000.png is not a readable image: "):
+    with pytest.raises(UserError, match="train/a/000.png is not a readable image: "):
         cifar.read(parse_config(node("cifar10", **small_cifar(tmp_path, root, image_size=16))))
-    with pytest.raises(ConfigError, match="train/a/000.png is not a readable image: "):
+    with pytest.raises(UserError, match="train/a/000.png is not a readable image: "):
         make("imagefolder", root=str(root), image_size=8, workers=0, cached_side=12, cache_dir=str(tmp_path / "cache"))
 
 
@@ -93,11 +93,11 @@ def test_numbers_without_a_range_are_refused_by_name(tmp_path, type_, kind, mode
     root = write_tree(tmp_path / "images", {"train": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}}, size=16)
     (root / "test" / "b" / "000.png").write_bytes(saved(Image.fromarray(GREY.astype(type_)), kind))
     message = rf"test/b/000.png is not a readable image: its pixels \(mode {mode}\) have no stated range; save it"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         make("imagefolder", root=str(root), image_size=16, workers=0)  # before anything is trained
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         cifar.read(parse_config(node("cifar10", **small_cifar(tmp_path, root, image_size=16))))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         make("imagefolder", root=str(root), image_size=8, workers=0, cached_side=12, cache_dir=str(tmp_path / "cache"))
 
 
@@ -195,7 +195,7 @@ def test_hidden_names_and_other_files_are_left_out_and_counted(tmp_path):
 def test_classes_without_test_images_are_named(tmp_path):
     root = write_tree(tmp_path / "images", {"train": dict.fromkeys("abcdefg", 1), "test": {"b": 1}})
     options = {"root": str(root), "image_size": 24, "workers": 0}
-    with pytest.raises(ConfigError, match=r"check_counts=false \(no image of a, c, d, e, f and 1 more\)"):
+    with pytest.raises(UserError, match=r"check_counts=false \(no image of a, c, d, e, f and 1 more\)"):
         make("imagefolder", **options)
     dataset = make("imagefolder", **options, check_counts=False, validation=0.3)
     assert dataset.info.lines() == [
@@ -204,7 +204,7 @@ def test_classes_without_test_images_are_named(tmp_path):
     assert dataset.info.figures() == {
         "data/num_train": 5, "data/num_val": 2, "data/num_test": 1, "data/num_classes": 7
     }
-    with pytest.raises(ConfigError, match=r"7 classes in train and 1 in test \(test lacks a, c, d, e, f and 1 more"):
+    with pytest.raises(UserError, match=r"7 classes in train and 1 in test \(test lacks a, c, d, e, f and 1 more"):
         cifar.read(parse_config(node("cifar10", **small_cifar(tmp_path, root))))
 
 

@@ -11,7 +11,7 @@ import torch
 from prune_lab.datasets import BatchFormat, describe, load, parse_config
 from prune_lab.datasets.base import identity
 from prune_lab.datasets.splits import held_out_counts
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from tests.helpers.data import CONF, FORMAT, REPO, assert_equal_batches, evaluate, make, node, train
 
 FAKE = {"num_train": 70, "num_test": 37, "num_classes": 5}
@@ -135,16 +135,16 @@ def test_held_out_images_are_not_augmented():
 
 @pytest.mark.parametrize("validation", [0.001, 0.999])
 def test_validation_that_leaves_a_side_empty_is_refused(validation):
-    with pytest.raises(ConfigError, match=f"dataset.validation={validation} holds out"):
+    with pytest.raises(UserError, match=f"dataset.validation={validation} holds out"):
         make("fake", **FAKE, validation=validation)
 
 
 def test_wrong_batch_sizes_and_splits_are_refused(fake):
-    with pytest.raises(ConfigError, match=r"schedule.batch_size must lie in \[1, 70\] .* got 71"):
+    with pytest.raises(UserError, match=r"schedule.batch_size must lie in \[1, 70\] .* got 71"):
         train(fake, batch_size=71)
-    with pytest.raises(ConfigError, match="multiple of the 3 processes, got 16"):
+    with pytest.raises(UserError, match="multiple of the 3 processes, got 16"):
         train(fake, world_size=3)
-    with pytest.raises(ConfigError, match="no split 'val' .* dataset.validation is 0"):
+    with pytest.raises(UserError, match="no split 'val' .* dataset.validation is 0"):
         evaluate(fake, "val")
 
 
@@ -199,7 +199,7 @@ def test_identity_leaves_out_paths_and_workers():
     ],
 )
 def test_wrong_options_are_refused_in_one_line(name, change, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         parse_config(node(name, **change))
     assert "\n" not in str(caught.value)
 
@@ -226,5 +226,5 @@ def test_options_and_sizes_need_no_torch():
 
 def test_missing_scikit_learn_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ConfigError, match="needs scikit-learn: pip install scikit-learn"):
+    with pytest.raises(UserError, match="needs scikit-learn: pip install scikit-learn"):
         load(parse_config(node("digits")), FORMAT)

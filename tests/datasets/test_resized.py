@@ -24,7 +24,7 @@ from prune_lab.datasets.base import identity
 from prune_lab.datasets.folder_listing import list_splits
 from prune_lab.datasets.image_crops import random_box, read_rgb, resize
 from prune_lab.datasets.resized_images import open_resized
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from tests.helpers.data import FORMAT, REPO, assert_equal_batches, evaluate, make, node, train, write_tree
 
 TREE = {"train": {"cat": 6, "dog": 5}, "val": {"cat": 2, "dog": 3}}
@@ -151,7 +151,7 @@ def test_the_option_counts_and_where_copies_lie_does_not(tree):
 
 def test_a_side_below_what_evaluation_needs_is_refused():
     message = r"dataset.cached_side must be null or at least 256 \(image_size / crop_ratio, .*\), got 255"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         parse_config(node("imagenet", cached_side=255))
     assert parse_config(node("imagenet", cached_side=256)).cached_side == 256
 
@@ -160,19 +160,19 @@ def test_a_side_below_what_evaluation_needs_is_refused():
 def test_unreadable_image_is_named_and_nothing_is_left(tree, workers):
     path = tree / "train" / "dog" / "002.png"
     path.write_bytes(path.read_bytes()[:200])  # the header is whole
-    with pytest.raises(ConfigError, match="train/dog/002.png is not a readable image: .+") as caught:
+    with pytest.raises(UserError, match="train/dog/002.png is not a readable image: .+") as caught:
         cached(tree, workers=workers)
     assert "\n" not in str(caught.value)
     assert not [path for path in (tree.parent / "cache").iterdir() if path.is_dir()]
     path.write_bytes(b"no image")
-    with pytest.raises(ConfigError, match="train/dog/002.png is not a readable image"):
+    with pytest.raises(UserError, match="train/dog/002.png is not a readable image"):
         cached(tree, workers=workers)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_decoded(tree, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2000, 1000, 1000))
-    with pytest.raises(ConfigError, match=r"11 images at .*=32 take 0.00 GB, but dataset.cache_dir=.* has 0.00 GB"):
+    with pytest.raises(UserError, match=r"11 images at .*=32 take 0.00 GB, but dataset.cache_dir=.* has 0.00 GB"):
         cached(tree)
     monkeypatch.undo()
     cached(tree)
@@ -180,7 +180,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_decoded(tree, mo
 
 def test_a_cache_that_cannot_be_written_is_named(tree):
     (tree.parent / "file").write_text("")
-    with pytest.raises(ConfigError, match="dataset.cache_dir: cannot write .*file"):
+    with pytest.raises(UserError, match="dataset.cache_dir: cannot write .*file"):
         cached(tree, cache_dir=str(tree.parent / "file"))
 
 

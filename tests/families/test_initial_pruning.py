@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prune_lab.cli import command as cli
 from prune_lab.core.context import Context
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline import runner
 from prune_lab.pruning.masks.distributions import LayerSize, allocate, num_keep_total, smart_ratio
 from prune_lab.training.loop import Interrupted
@@ -136,13 +136,13 @@ def test_a_floor_keeps_the_best_of_each_layer_and_the_exact_total():
 
 
 def test_a_floor_needs_one_ranking_over_all_layers():
-    with pytest.raises(ConfigError, match="method.min_per_layer=1 is for distribution=global"):
+    with pytest.raises(UserError, match="method.min_per_layer=1 is for distribution=global"):
         make("snip", distribution="erk", min_per_layer=1)
 
 
 def test_fewer_weights_than_layers_are_refused():
     method = make("random", samples_per_class=1, sparsity=0.996)
-    with pytest.raises(ConfigError, match="leaves 3 weights for 4 layers"):
+    with pytest.raises(UserError, match="leaves 3 weights for 4 layers"):
         method.layout(phase(Net(), method))
 
 
@@ -210,7 +210,7 @@ def test_layouts_add_up_at_every_budget(distribution):
 
 def test_a_budget_that_linear_layers_use_up_is_refused_with_the_reachable_one():
     layers = [LayerSize("conv1", (2, 5, 1, 1)), LayerSize("conv2", (2, 5, 1, 1)), LayerSize("fc", (10, 100))]
-    with pytest.raises(ConfigError, match="reachable maximum is") as caught:
+    with pytest.raises(UserError, match="reachable maximum is") as caught:
         allocate("smart_ratio", layers, 200)
     highest = float(str(caught.value).split("maximum is ")[1].split()[0])
     assert all(allocate("smart_ratio", layers, num_keep_total(1020, highest)).values())
@@ -250,7 +250,7 @@ def test_methods_that_need_no_images_take_what_there_is_for_their_figures(name):
 @pytest.mark.parametrize("name", ["snip", "grasp"])
 def test_scores_from_too_few_images_are_refused_but_not_drawn_ones(name):
     context = phase(Net(), make(name, samples_per_class=3), few_images(2, 3, 4))
-    with pytest.raises(ConfigError, match="method.samples_per_class=3 exceeds the 2 training images of class 0"):
+    with pytest.raises(UserError, match="method.samples_per_class=3 exceeds the 2 training images of class 0"):
         make(name, samples_per_class=3).setup(context)
     drawn = make(name, samples_per_class=3, control="random")
     drawn.setup(context)
@@ -312,7 +312,7 @@ def test_new_weights_are_compared_with_themselves(tmp_path: Path):
 
 
 def test_a_batch_that_does_not_fit_is_refused_before_anything_is_scored(tmp_path: Path):
-    with pytest.raises(ConfigError, match=r"schedule\.batch_size must lie in \[1, 24\]"):
+    with pytest.raises(UserError, match=r"schedule\.batch_size must lie in \[1, 24\]"):
         runner.run(configure(tmp_path, "snip", "schedule.batch_size=5000"))
     assert not list(tmp_path.iterdir())
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from prune_lab.cli import command as cli
 from prune_lab.foundations import checkpoint, distributed
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import SaveError
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.training import loop
 from tests.helpers.distributed_worker import CHECKS, run_checks
 from tests.helpers.runs import (
@@ -140,7 +140,7 @@ def test_an_option_that_fits_no_pair_ends_both(tmp_path):
     def refused() -> int:
         try:
             return execute(tmp_path / "out", *TINY, "schedule.batch_size=7")
-        except ConfigError as error:  # as the command line does
+        except UserError as error:  # as the command line does
             print(error)
             return 1
 

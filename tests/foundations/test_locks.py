@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from prune_lab.foundations import locks
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.locks import HeartbeatLock, is_held, lock
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.signals import stop_flag
 from tests.helpers.runs import TINY, fork, fork_run, run_dir, wait_for
 
@@ -80,7 +80,7 @@ def test_a_file_system_without_locks_is_told_once_and_waiting_can_be_given_up(tm
 
 def test_another_error_of_the_lock_ends_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(locks.fcntl, "flock", refuse(errno.EIO))
-    with pytest.raises(ConfigError, match=r"output_dir: cannot lock .*/lock: Input/output error"):
+    with pytest.raises(UserError, match=r"output_dir: cannot lock .*/lock: Input/output error"):
         with lock(tmp_path / "lock", what="this", report=print):
             pass
 
@@ -203,7 +203,7 @@ def test_the_same_without_locks_of_the_system(tmp_path: Path, no_locks: None) ->
 
 def test_what_cannot_be_written_is_told_with_the_option_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"^dataset\.cache_dir: cannot write .*file/lock"):
+    with pytest.raises(UserError, match=r"^dataset\.cache_dir: cannot write .*file/lock"):
         with lock(tmp_path / "file" / "lock", what="this", report=print, option="dataset.cache_dir"):
             pass
 

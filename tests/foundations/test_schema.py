@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.schema import (
-    ConfigError,
     Count,
     Fraction,
     Index,
@@ -33,7 +33,7 @@ class Inner:
 
     def check(self, path: str) -> None:
         if self.note == "deep" and self.depth < 3:
-            raise ConfigError(f"{path}.note=deep needs {path}.depth >= 3")
+            raise UserError(f"{path}.note=deep needs {path}.depth >= 3")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ GOOD = {"rate": 0.5, "inner": {"depth": 2, "note": None}}
 
 
 def refusal(hint: Any, value: Any) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         coerce(hint, value, "group.key")
     assert "\n" not in str(caught.value)
     assert caught.value.option.startswith("group.key")
@@ -187,14 +187,14 @@ def test_parse_builds_nested_groups() -> None:
     ],
 )
 def test_wrong_keys_are_refused_by_their_dotted_name(node: dict, message: str, option: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         parse(Outer, node, "")
     assert str(caught.value) == message
     assert caught.value.option == option
 
 
 def test_rules_across_fields_run_after_every_field_is_checked() -> None:
-    with pytest.raises(ConfigError, match=r"^inner\.note=deep needs inner\.depth >= 3$"):
+    with pytest.raises(UserError, match=r"^inner\.note=deep needs inner\.depth >= 3$"):
         parse(Outer, GOOD | {"inner": {"depth": 2, "note": "deep"}}, "")
 
 
@@ -204,7 +204,7 @@ def test_suggestion_names_the_nearest_or_nothing() -> None:
 
 
 def test_a_choice_that_yaml_reads_as_a_number_asks_for_quotes() -> None:
-    with pytest.raises(ConfigError, match=r"x=124 is not allowed \(YAML reads 2:4 so; write it in quotes: '2:4'\)"):
+    with pytest.raises(UserError, match=r"x=124 is not allowed \(YAML reads 2:4 so; write it in quotes: '2:4'\)"):
         coerce(Literal["uniform", "2:4"], 124, "x")
-    with pytest.raises(ConfigError, match=r"x=125 is not allowed; allowed: uniform, 2:4"):
+    with pytest.raises(UserError, match=r"x=125 is not allowed; allowed: uniform, 2:4"):
         coerce(Literal["uniform", "2:4"], 125, "x")

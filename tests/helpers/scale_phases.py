@@ -76,9 +76,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def refused(act: Callable[[], Any], match: str) -> None:
     """Assert that `act` is refused in one line."""
-    from prune_lab.foundations.schema import ConfigError
+    from prune_lab.foundations.errors import UserError
 
-    with pytest.raises(ConfigError, match=match) as caught:
+    with pytest.raises(UserError, match=match) as caught:
         act()
     assert "\n" not in str(caught.value)
 

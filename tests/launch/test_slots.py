@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.launch import slots
 
 
@@ -50,7 +50,7 @@ def test_several_processes_may_share_a_gpu(tmp_path: Path, monkeypatch: pytest.M
         with slots.slot(lambda: asked.append(1) or len(asked) > 2, tmp_path) as free:
             assert not free
     monkeypatch.setenv("PRUNE_LAB_RUNS_PER_GPU", "half")
-    with pytest.raises(ConfigError, match="PRUNE_LAB_RUNS_PER_GPU must be a whole number of at least 1, got 'half'"):
+    with pytest.raises(UserError, match="PRUNE_LAB_RUNS_PER_GPU must be a whole number of at least 1, got 'half'"):
         slots.num_slots()
 
 

@@ -14,7 +14,7 @@ from prune_lab.config.schedule import PhaseSchedule
 from prune_lab.core.context import Context
 from prune_lab.families.annealed_gradient import alpha_at, decline
 from prune_lab.families.soft_threshold import shrink, threshold_gradient
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import configure, finish, last_result, make, run_folder, summary, watch
@@ -391,14 +391,14 @@ def test_run_with_a_backward_density_below_the_density(tmp_path: Path, monkeypat
 
 
 def test_a_layer_without_weights_stops_the_run_by_name():
-    with pytest.raises(ConfigError, match=r"^1 has no weight left at the start.*method\.threshold_init"):
+    with pytest.raises(UserError, match=r"^1 has no weight left at the start.*method\.threshold_init"):
         set_up(0.5 * W, threshold_init=0.0)
     method, context = set_up(W, threshold_init=0.0)
     context.model[1].weight.data.fill_(0.1)
     method.after_step(context, 18)  # looked for now and then only: the host waits for the answer
-    with pytest.raises(ConfigError, match=r"^1 has no weight left after step 19.*threshold 0\.5"):
+    with pytest.raises(UserError, match=r"^1 has no weight left after step 19.*threshold 0\.5"):
         method.after_step(context, 19)
-    with pytest.raises(ConfigError, match=r"^1 has no weight left after epoch 1"):
+    with pytest.raises(UserError, match=r"^1 has no weight left after epoch 1"):
         method.end_epoch(context, 0)
 
 

@@ -22,7 +22,8 @@ from prune_lab import models
 from prune_lab.cli import command as cli
 from prune_lab.compose.choices import own_options
 from prune_lab.families import sparse_training
-from prune_lab.foundations.schema import ConfigError, Range, parse
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Range, parse
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pruning.masks.distributions import num_keep_total
@@ -180,7 +181,7 @@ def test_values_outside_the_annotation_are_refused_by_name(name: str) -> None:
     parse(cls.Config, node, "method")
     for option, hint in hints(name).items():
         for value in bad_values(hint):
-            with pytest.raises(ConfigError, match=rf"method\.{option}\b") as caught:
+            with pytest.raises(UserError, match=rf"method\.{option}\b") as caught:
                 parse(cls.Config, node | {option: value}, "method")
             assert "\n" not in str(caught.value)
 
@@ -189,10 +190,10 @@ def test_values_outside_the_annotation_are_refused_by_name(name: str) -> None:
 def test_unknown_and_missing_options_are_refused_by_name(name: str) -> None:
     cls = method_class(name)
     node = {key: value for key, value in yaml_node(name).items() if key != "_target_"}
-    with pytest.raises(ConfigError, match=r"unknown option method\.sparsty"):
+    with pytest.raises(UserError, match=r"unknown option method\.sparsty"):
         parse(cls.Config, node | {"sparsty": 0.5}, "method")
     for option in node:
-        with pytest.raises(ConfigError, match=rf"missing option method\.{option}$"):
+        with pytest.raises(UserError, match=rf"missing option method\.{option}$"):
             parse(cls.Config, {key: value for key, value in node.items() if key != option}, "method")
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.channels.filter_scores import distance_sums, per_class
 from prune_lab.pruning.channels.groups import channel_map
 from tests.helpers.channel_networks import NARROW, chosen, one_layer, phase
@@ -53,7 +53,7 @@ def test_distances_are_chosen_by_name() -> None:
     filters = torch.tensor([[1.0, 0.0], [1.0, 0.05], [9.0, 0.9], [0.0, 2.0], [-3.0, 1.0]])
     assert kept(filters, 0.8) == [0, 2, 3, 4]
     assert kept(filters, 0.8, distance="cosine") == [0, 1, 3, 4]  # the long one points between others
-    with pytest.raises(ConfigError, match=r"method\.distance=cos is not allowed .*allowed: l2, l1, cosine$"):
+    with pytest.raises(UserError, match=r"method\.distance=cos is not allowed .*allowed: l2, l1, cosine$"):
         make("fpgm", distance="cos")
 
 
@@ -116,7 +116,7 @@ def test_the_mix_goes_with_other_budgets() -> None:
 
 
 def test_the_norm_cannot_remove_more_than_goes() -> None:
-    with pytest.raises(ConfigError, match=r"method\.by_norm=0\.5 removes more than method\.channels_ratio=0\.6 allows; "
+    with pytest.raises(UserError, match=r"method\.by_norm=0\.5 removes more than method\.channels_ratio=0\.6 allows; "
                                           r"allowed: up to 0\.4$"):
         keeping(0.6, by_norm=0.5)
     keeping(0.6, by_norm=0.4)

@@ -21,7 +21,7 @@ from prune_lab.cli import command as cli
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.schedule import PhaseSchedule
 from prune_lab.core.context import Context
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.methods.gdp import GDP, dual_rate, gate_rate
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.saved_model import load_model
@@ -254,7 +254,7 @@ def test_options_leave_channels_without_gates(options: dict[str, Any], gated: li
     method.multiplier = torch.tensor(1e6)
     do_step(method, context)
     assert (method.gates(1)[~method.gated] == 1).all() and (method.t[~method.gated] == 1).all()
-    with pytest.raises(ConfigError, match=r"method.macs_ratio=0.02 is out of reach"):
+    with pytest.raises(UserError, match=r"method.macs_ratio=0.02 is out of reach"):
         set_up(forked(), macs_ratio=0.02, **options)
 
 
@@ -537,7 +537,7 @@ REFUSED = {
     ids=["misspelt layer", "nothing to gate", "no step for gates", "parameters"],
 )  # fmt: skip
 def test_networks_that_do_not_fit_the_options(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         set_up(forked(), **options)
 
 

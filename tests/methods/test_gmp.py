@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.masks.distributions import num_keep_total
 from tests.helpers.method_runs import configure, finish, last_result, make, watch
 from tests.helpers.toys import OneLayer, mask_of, one_step, open_phase, state_of
@@ -116,12 +116,12 @@ def test_initial_sparsity_is_in_force_from_the_first_cut() -> None:
     ],
 )
 def test_impossible_ramps_are_refused(changes: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         gmp(**changes)
 
 
 def test_more_cuts_than_steps_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"method\.num_cuts=15 does not fit the ramp of 5 steps"):
+    with pytest.raises(UserError, match=r"method\.num_cuts=15 does not fit the ramp of 5 steps"):
         open_phase(OneLayer(WEIGHT), gmp(num_cuts=15), steps=10)
 
 

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from prune_lab import models
 from prune_lab.compose.overrides import compose_checked
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.scores import evaluation_mode, gradients, recompute
 from tests.helpers.method_runs import CONF, make
 from tests.helpers.score_phases import Images, Net, Row, noise_images, one_image, phase, unchanged, with_loss
@@ -287,13 +287,13 @@ def test_blocks_of_the_model_families(family, count):
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
 def test_temperature_must_be_positive(value):
-    with pytest.raises(ConfigError, match="method.temperature"):
+    with pytest.raises(UserError, match="method.temperature"):
         make("grasp", temperature=value)
 
 
 def test_more_rounds_than_images_are_refused_at_set_up():
     method = make("grasp", samples_per_class=2, rounds=4)
-    with pytest.raises(ConfigError, match="=2 x method.rounds=4 exceeds the 6 training images of class 0"):
+    with pytest.raises(UserError, match="=2 x method.rounds=4 exceeds the 6 training images of class 0"):
         method.setup(phase(Net(), method))
 
 
@@ -301,19 +301,19 @@ def test_weights_that_are_not_finite_end_in_one_line():
     model = Net()
     with torch.no_grad():
         model[11].weight[0, 0] = torch.inf
-    with pytest.raises(ConfigError, match="loss of the scoring images is"):
+    with pytest.raises(UserError, match="loss of the scoring images is"):
         scores(model)
 
 
 def test_a_score_that_is_not_finite_names_its_layer():
     method = make("grasp", samples_per_class=1)
     context = phase(Row(1.0, 2.0), method, one_image())
-    with pytest.raises(ConfigError, match=r"scores of fc.weight are infinite or NaN \(1 of 1 layers\)"):
+    with pytest.raises(UserError, match=r"scores of fc.weight are infinite or NaN \(1 of 1 layers\)"):
         method.select(context, {"fc.weight": torch.tensor([[1.0, torch.nan]])}, 0.5)
 
 
 def test_a_module_without_second_derivative_is_named_and_all_is_as_before():
     model = Net()
     model[9] = Doubling()
-    with unchanged(model), pytest.raises(ConfigError, match=r"which 9 \(Doubling\) does not have"):
+    with unchanged(model), pytest.raises(UserError, match=r"which 9 \(Doubling\) does not have"):
         scores(model)

@@ -19,7 +19,7 @@ from prune_lab import models
 from prune_lab.accounting.costs import count_parameters, dense_macs, profile, sparse_macs
 from prune_lab.core import images as scoring_images
 from prune_lab.core.context import Context
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pipeline.saved_model import load_model
@@ -75,57 +75,57 @@ def kept_channels(context: Context) -> dict[str, int]:
 
 def test_exactly_one_goal_is_asked_for() -> None:
     for changes in ({"top1_tol": 0.02}, {"macs_ratio": None}, {"channels_ratio": 0.5, "top1_tol": 0.1}):
-        with pytest.raises(ConfigError, match=r"exactly one of method\.macs_ratio, method\.params_ratio, "):
+        with pytest.raises(UserError, match=r"exactly one of method\.macs_ratio, method\.params_ratio, "):
             make("greedy", **changes)
-    with pytest.raises(ConfigError, match=r"got method\.macs_ratio=0\.5 and method\.top1_tol=0\.02$"):
+    with pytest.raises(UserError, match=r"got method\.macs_ratio=0\.5 and method\.top1_tol=0\.02$"):
         make("greedy", top1_tol=0.02)
-    with pytest.raises(ConfigError, match=r"others null; got none$"):
+    with pytest.raises(UserError, match=r"others null; got none$"):
         make("greedy", macs_ratio=None)
 
 
 @pytest.mark.parametrize("variant", ["local-refit", "local-line-search", "global"])
 def test_repetition_is_refused_where_the_rule_decides(variant: str) -> None:
-    with pytest.raises(ConfigError, match=rf"method\.repeat=true is for method\.variant=.*; {variant} has"):
+    with pytest.raises(UserError, match=rf"method\.repeat=true is for method\.variant=.*; {variant} has"):
         make("greedy", variant=variant, repeat=True)
 
 
 @pytest.mark.parametrize(("option", "value"), [("loss", "output_distance"), ("candidates", "random")])
 def test_options_of_the_loss_are_refused_without_one(option: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=rf"method\.{option}={value} is for method\.variant=.*; local-refit does"):
+    with pytest.raises(UserError, match=rf"method\.{option}={value} is for method\.variant=.*; local-refit does"):
         make("greedy", **{option: value})
 
 
 @pytest.mark.parametrize("value", [0, 1, 1.5, -0.1, math.nan])
 def test_tolerance_outside_its_range_is_refused(value: float) -> None:
-    with pytest.raises(ConfigError, match=r"method\.top1_tol"):
+    with pytest.raises(UserError, match=r"method\.top1_tol"):
         make("greedy", macs_ratio=None, top1_tol=value)
 
 
 def test_an_untrained_network_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^schedule\.train\.epochs=0 does not go with .* model\.weights$"):
+    with pytest.raises(UserError, match=r"^schedule\.train\.epochs=0 does not go with .* model\.weights$"):
         compose("method=greedy", "schedule.train.epochs=0")
     compose("method=greedy", "schedule.train.epochs=0", "model.weights=trained.pt")
 
 
 def test_patterns_that_match_nothing_are_refused() -> None:
     method, context = prepared(exclude=["layer1.0.conv2"])
-    with pytest.raises(ConfigError, match=r"method\.exclude: 'layer1\.0\.conv2' matches no .*'layer1\.\d\.conv1'"):
+    with pytest.raises(UserError, match=r"method\.exclude: 'layer1\.0\.conv2' matches no .*'layer1\.\d\.conv1'"):
         method.layout(context)
     method, context = prepared(exclude=["*"])
-    with pytest.raises(ConfigError, match=r"^method\.exclude leaves no layer to prune$"):
+    with pytest.raises(UserError, match=r"^method\.exclude leaves no layer to prune$"):
         method.layout(context)
 
 
 def test_a_network_without_hidden_channels_is_refused() -> None:
     method, context = prepared()
     context.model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU())
-    with pytest.raises(ConfigError, match="no hidden channels of this network") as caught:
+    with pytest.raises(UserError, match="no hidden channels of this network") as caught:
         method.layout(context)
     assert "\n" not in str(caught.value)
 
 
 def test_a_target_out_of_reach_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"method\.macs_ratio=0\.01 is out of reach: .* has 0\.\d+ of the MACs"):
+    with pytest.raises(UserError, match=r"method\.macs_ratio=0\.01 is out of reach: .* has 0\.\d+ of the MACs"):
         runner.run(configure(tmp_path, "greedy", "method.macs_ratio=0.01"))
     assert not list(tmp_path.glob("*/run.json"))
 
@@ -215,7 +215,7 @@ def test_training_between_layers_moves_the_network_and_no_removed_channel() -> N
 
 def test_training_between_layers_that_diverges_is_reported() -> None:
     method, context = prepared(between_lr=1e30, between_epochs=2.0)
-    with pytest.raises(ConfigError, match=r"^the loss between layers became .*: lower method\.between_lr"):
+    with pytest.raises(UserError, match=r"^the loss between layers became .*: lower method\.between_lr"):
         method.prune(context)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from prune_lab.accounting.costs import profile
 from prune_lab.cli import command as cli
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pipeline.saved_model import load_model, save_model
 from prune_lab.pruning.dynamic import hashed_convolution, wall_clock
@@ -480,7 +480,7 @@ def test_bad_options_are_one_line_before_anything_is_written(
 
 def test_a_pattern_without_a_layer_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(32, 4, 3), nn.Conv2d(32, 4, 3))
-    with pytest.raises(ConfigError, match=r"method.exclude: '2\*' matches no layer"):
+    with pytest.raises(UserError, match=r"method.exclude: '2\*' matches no layer"):
         make("haste", exclude=["2*"]).layers(model)
     assert [layer.eligible for layer in make("haste", exclude=["1*"]).layers(model)] == [True, False]
 
@@ -508,6 +508,6 @@ def test_other_kinds_of_layers_are_left_alone() -> None:
 def test_a_description_that_does_not_fit_is_one_line(entry: dict, message: str, run: Path, tmp_path: Path) -> None:
     description = json.loads((run / "model.json").read_text()) | {"modules": entry}
     save_model(nn.Linear(1, 1), description, tmp_path)
-    with pytest.raises(ConfigError, match=message) as refusal:
+    with pytest.raises(UserError, match=message) as refusal:
         load_model(tmp_path)
     assert "\n" not in str(refusal.value)

@@ -11,7 +11,8 @@ from torch import nn
 
 from prune_lab.compose.choices import options_of
 from prune_lab.core.context import Context
-from prune_lab.foundations.schema import ConfigError, parse
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import parse
 from prune_lab.foundations.seeding import generator
 from prune_lab.methods.rigl import RigL
 from prune_lab.methods.set import SET
@@ -188,7 +189,7 @@ def test_masked_gradients_are_noticed():
     """With gradients masked somewhere, growth would pick by position; that must not pass in silence."""
     context, weight = example_b()
     weight.grad *= context.masks.masks["2.weight"]
-    with pytest.raises(ConfigError, match="all gradients at step 0 are zero at pruned weights"):
+    with pytest.raises(UserError, match="all gradients at step 0 are zero at pruned weights"):
         method(RigL).update(context, 0)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from prune_lab.cli import command as cli
 from prune_lab.foundations import checkpoint
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.optim.learning_rate import learning_rate
 from prune_lab.pipeline import runner
 from prune_lab.training import evaluation, loop
@@ -166,16 +166,16 @@ def test_an_option_that_would_have_no_effect_is_refused(options, message, capsys
 
 
 def assert_matches(pattern: str, text: str) -> None:
-    with pytest.raises(ConfigError, match=pattern):
-        raise ConfigError(text)
+    with pytest.raises(UserError, match=pattern):
+        raise UserError(text)
 
 
 def test_a_compensated_first_layer_needs_a_first_layer_in_the_budget(tmp_path: Path) -> None:
     """Otherwise the second layer would silently be the one that stays dense."""
     config = configure(tmp_path, "static", "method.first_layer=dense_compensated", "method.exclude=[conv1]")
-    with pytest.raises(ConfigError, match="conv1 has no budget, kept dense by method.exclude"):
+    with pytest.raises(UserError, match="conv1 has no budget, kept dense by method.exclude"):
         if runner.run(config) == 1:
-            raise ConfigError(json.loads((run_folder(config) / "status.json").read_text())["error"])
+            raise UserError(json.loads((run_folder(config) / "status.json").read_text())["error"])
 
 
 def test_an_unknown_method_ends_the_command(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from prune_lab.cli import command as cli
 from prune_lab.families.channel_pruning import Problem, parse_kept, reinitialise
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline.control_runs import in_order
 from prune_lab.pipeline.runner import run
 from prune_lab.pipeline.saved_model import load_model
@@ -172,7 +172,7 @@ def test_counts_are_rounded_up_to_multiples_and_floors() -> None:
 ])  # fmt: skip
 def test_targets_that_cannot_be_met_are_refused(options: dict, message: str) -> None:
     method = make("l1_filter", **({"macs_ratio": None} | options))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         method.layout(phase(NARROW["resnet20-A"](), 32))
 
 
@@ -181,7 +181,7 @@ WRONG = ["conv1", "conv1:", ":0.5", "conv1:0", "conv1:1.5", "conv1:-1", "conv1:m
 
 @pytest.mark.parametrize("entry", WRONG)
 def test_targets_of_layers_have_one_form(entry: str) -> None:
-    with pytest.raises(ConfigError, match=r"^method\.layer_channels: .* must be PATTERN:KEPT with a fraction in"):
+    with pytest.raises(UserError, match=r"^method\.layer_channels: .* must be PATTERN:KEPT with a fraction in"):
         parse_kept(entry, "method.layer_channels")
     assert parse_kept("a:b.*:0.25", "") == ("a:b.*", 0.25) and parse_kept("conv1:1", "") == ("conv1", 1)
 
@@ -192,7 +192,7 @@ def test_targets_of_layers_have_one_form(entry: str) -> None:
     ({"macs_ratio": None, "layer_channels": ["conv1:4"], "scope": "global"}, r"method\.scope=layer, got global$"),
 ])
 def test_one_target_is_asked_for(changes: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         make("l1_filter", **changes)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from prune_lab.cli import command as cli
 from prune_lab.config.time import parse_time
 from prune_lab.foundations import checkpoint
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.methods.lottery import ARMS
 from prune_lab.pipeline import runner, stored_phases
 from prune_lab.pruning.scores.weight_overlap import overlap_of_largest
@@ -82,7 +82,7 @@ def test_a_target_just_beyond_whole_rounds_never_asks_for_more_than_is_left() ->
 def test_a_target_that_rounding_has_passed_already_is_refused() -> None:
     context = context_of(one_layer(*[1.0] * 48), {}, 1, channels=48)  # 38, 30, 24; 0.512 * 48 is 24.6
     assert make("lottery", levels=3).counts_at(context, 3) == {"all": 24}
-    with pytest.raises(ConfigError, match="method.sparsity=0.4881 is what 3 rounds leave .* use method.levels=3"):
+    with pytest.raises(UserError, match="method.sparsity=0.4881 is what 3 rounds leave .* use method.levels=3"):
         make("lottery", sparsity=0.4881).layout(context)
 
 
@@ -438,7 +438,7 @@ def test_positions(text: str, steps: int) -> None:
 def test_positions_in_epochs_stretch_with_the_schedule() -> None:
     assert parse_time("8ep", "x").stretched(0.5).step(10) == 40
     assert parse_time("500it", "x").stretched(0.5).step(10) == 500
-    with pytest.raises(ConfigError, match="x=-1ep"):
+    with pytest.raises(UserError, match="x=-1ep"):
         parse_time("-1ep", "x")
 
 

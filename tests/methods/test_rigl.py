@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.training.loop import TrainState
 from tests.helpers.method_runs import configure, finish, make, watch
 from tests.helpers.toys import GRADIENT, WEIGHT, OneLayer, example_b, mask_of, one_step, open_phase, state_of
@@ -173,12 +173,12 @@ def test_multiplier_stretches_the_real_schedule(tmp_path, monkeypatch) -> None:
 @pytest.mark.parametrize("changes", [{"interval": 8}, {"begin": 9}, {"end": 0.1}, {"end": 0.0, "decay": "constant"}])
 def test_a_schedule_without_updates_is_refused(changes) -> None:
     method = rigl(**changes)
-    with pytest.raises(ConfigError, match=r"method\.interval=\d+ with method\.begin=\d+ leaves no mask update"):
+    with pytest.raises(UserError, match=r"method\.interval=\d+ with method\.begin=\d+ leaves no mask update"):
         open_phase(OneLayer(WEIGHT), method, steps=10)
 
 
 def test_a_window_longer_than_the_interval_is_refused() -> None:
-    with pytest.raises(ConfigError, match="method.grow_batches must not exceed method.interval=2, got 3"):
+    with pytest.raises(UserError, match="method.grow_batches must not exceed method.interval=2, got 3"):
         rigl(grow_batches=3)
 
 
@@ -239,7 +239,7 @@ def test_masked_gradients_are_refused() -> None:
     method = rigl()
     context = example_b(method)
     context.parameters()["fc.weight"].grad *= WEIGHT != 0
-    with pytest.raises(ConfigError, match="all gradients at step 0 are zero at pruned weights"):
+    with pytest.raises(UserError, match="all gradients at step 0 are zero at pruned weights"):
         method.after_backward(context, 0)
 
 

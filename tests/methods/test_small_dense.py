@@ -10,7 +10,7 @@ import yaml
 
 from prune_lab import models
 from prune_lab.accounting.costs import count_parameters, dense_macs, profile
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from tests.helpers.method_runs import CONF, configure, finish, make, summary
 
 
@@ -55,13 +55,13 @@ def test_best_width_of_a_network_that_rounds_channels_to_eight(sparsity: float) 
 
 
 def test_unreachable_cost_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"method\.sparsity=0\.9: the nearest width of mobilenet_v2 .*tolerance"):
+    with pytest.raises(UserError, match=r"method\.sparsity=0\.9: the nearest width of mobilenet_v2 .*tolerance"):
         make("small_dense").adapt_model(model_config("mobilenet_v2", width=0.25), num_classes=10, image_size=32)
 
 
 def test_fixed_widths_are_refused() -> None:
     config = model_config("torchvision", name="squeezenet1_1")
-    with pytest.raises(ConfigError, match=r"method\.sparsity=0\.9.*squeezenet1_1"):
+    with pytest.raises(UserError, match=r"method\.sparsity=0\.9.*squeezenet1_1"):
         make("small_dense").adapt_model(config, num_classes=10, image_size=64)
 
 

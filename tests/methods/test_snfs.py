@@ -11,7 +11,7 @@ from torch import nn
 
 from prune_lab.cli import command as cli
 from prune_lab.core.context import Context
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline import runner
 from prune_lab.training.loop import TrainState
 from tests.helpers.contexts import context_of
@@ -105,7 +105,7 @@ def test_masked_momentum_is_noticed():
     context = example()
     for name, weight in context.parameters().items():
         context.optimizer.state[weight]["momentum_buffer"] *= context.masks.masks[name]
-    with pytest.raises(ConfigError, match="momenta at step 0 are zero"):
+    with pytest.raises(UserError, match="momenta at step 0 are zero"):
         snfs().update(context, 0)
 
 

@@ -12,7 +12,7 @@ import torch
 from prune_lab.cli import command as cli
 from prune_lab.families import soft_threshold
 from prune_lab.families.soft_threshold import AWAKE, decayed, wake_step, waking_decay
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.training.loop import TrainState
 from tests.helpers.method_runs import configure, finish, make, summary, watch
 from tests.methods.test_autosparse import CHANNELS_U, CHANNELS_W, U, W, backward, layer_of, set_up
@@ -159,7 +159,7 @@ def test_sleeping_through_the_training_is_refused_with_a_way_out():
     context = layer_of(W)
     context.optimizer = torch.optim.SGD(context.model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     context.total_steps, context.steps_per_epoch = 3000, 300
-    with pytest.raises(ConfigError, match=r"^method\.threshold_init=-3200 with .*never brings T to -10") as caught:
+    with pytest.raises(UserError, match=r"^method\.threshold_init=-3200 with .*never brings T to -10") as caught:
         make("str", threshold_init=-3200.0, threshold_decay=None).setup(context)
     advice = re.search(r"; method\.threshold_init=(\S+) with method\.threshold_decay=(\S+) brings", str(caught.value))
     said: list[str] = []

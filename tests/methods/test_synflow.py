@@ -15,7 +15,7 @@ from prune_lab import models
 from prune_lab.accounting.eligibility import select_layers
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.core.context import Context
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator
 from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.pruning.scores import synaptic_flow
@@ -397,14 +397,14 @@ def overflowing() -> nn.Sequential:
 
 
 def test_overflow_in_float32_names_the_format_to_use(monkeypatch):
-    with pytest.raises(ConfigError, match=r"method\.dtype=float32: .*round 1 .*inf.*use method\.dtype=float64"):
+    with pytest.raises(UserError, match=r"method\.dtype=float32: .*round 1 .*inf.*use method\.dtype=float64"):
         prune(overflowing(), monkeypatch, dtype="float32", sparsity=0.1)
     prune(overflowing(), monkeypatch, dtype="float64", sparsity=0.1)
 
 
 def test_overflow_in_float32_is_found_before_the_run():
     context = opened(overflowing(), 1, rehearsal=True)
-    with pytest.raises(ConfigError, match=r"use method\.dtype=float64"):
+    with pytest.raises(UserError, match=r"use method\.dtype=float64"):
         make("synflow", dtype="float32", sparsity=0.1, samples_per_class=1).setup(context)
     make("synflow", dtype="float64", sparsity=0.1, samples_per_class=1).setup(context)
 
@@ -418,13 +418,13 @@ def test_weights_that_are_not_finite_are_refused(value, monkeypatch):
     model = small_cnn()
     with torch.no_grad():
         model[4].weight[0, 0] = value
-    with pytest.raises(ConfigError, match=r"method\.dtype=float64: .*weights that are not finite"):
+    with pytest.raises(UserError, match=r"method\.dtype=float64: .*weights that are not finite"):
         prune(model, monkeypatch, image_size=8)
 
 
 def test_scores_beyond_the_format_are_refused_though_the_sum_is_finite(monkeypatch):
     model = chain(torch.tensor([[1e-30]]), torch.tensor([[1e38]]), torch.tensor([[1e20]]))  # gradient 1e58, R 1e28
-    with pytest.raises(ConfigError, match=r"method\.dtype=float32: .*1e\+28"):
+    with pytest.raises(UserError, match=r"method\.dtype=float32: .*1e\+28"):
         prune(model, monkeypatch, dtype="float32", sparsity=0.1)
 
 
@@ -462,19 +462,19 @@ def opened(model: nn.Module, image_size: int, **changes: Any) -> Context:
 
 
 def test_a_floor_above_the_budget_is_refused():
-    with pytest.raises(ConfigError, match=r"method\.min_per_layer=30 keeps 84 weights, method\.sparsity=0\.9 only 67"):
+    with pytest.raises(UserError, match=r"method\.min_per_layer=30 keeps 84 weights, method\.sparsity=0\.9 only 67"):
         make("synflow", min_per_layer=30).setup(opened(small_cnn(), 8))
     make("synflow", min_per_layer=20).setup(opened(small_cnn(), 8))
 
 
 def test_float64_is_refused_where_the_device_has_none(monkeypatch):
     monkeypatch.setattr(Context, "device", SimpleNamespace(type="mps"))
-    with pytest.raises(ConfigError, match=r"method\.dtype=float64: MPS"):
+    with pytest.raises(UserError, match=r"method\.dtype=float64: MPS"):
         make("synflow").setup(opened(small_cnn(), 8))
 
 
 def test_fewer_weights_than_layers_are_refused():
-    with pytest.raises(ConfigError, match=r"method\.sparsity=0\.999 leaves 1 weights for 3 layers"):
+    with pytest.raises(UserError, match=r"method\.sparsity=0\.999 leaves 1 weights for 3 layers"):
         make("synflow", sparsity=0.999).setup(opened(small_cnn(), 8))
 
 

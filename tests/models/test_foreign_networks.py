@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prune_lab import models
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.training.phases import layer_costs
 from tests.helpers.models import build, node
 
@@ -17,7 +17,7 @@ def config_of(name: str, **changes):
 
 
 def refusal(name: str, image_size: int, **changes) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         layer_costs(config_of(name, **changes), num_classes=3, image_size=image_size)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -72,13 +72,13 @@ class Silent(Pair):
 
 def test_what_is_no_table_of_class_scores_is_refused():
     sizes = {"num_classes": 3, "image_size": 8}
-    with pytest.raises(ConfigError, match="model.name=pair returns a tuple in training for 2 images, where"):
+    with pytest.raises(UserError, match="model.name=pair returns a tuple in training for 2 images, where"):
         models.check_training_pass(Pair().to("meta"), config_of("pair"), **sizes)
-    with pytest.raises(ConfigError, match=r"a tensor of shape \(2, 3, 8, 5\) in training for 2 images, where \(2, 5\)"):
+    with pytest.raises(UserError, match=r"a tensor of shape \(2, 3, 8, 5\) in training for 2 images, where \(2, 5\)"):
         models.check_training_pass(nn.Linear(8, 5).to("meta"), config_of("map"), num_classes=5, image_size=8)
 
 
 def test_an_error_without_a_text_shows_its_place():
-    with pytest.raises(ConfigError, match=r"model.name=silent does .*: AssertionError at: torch._assert\(images.shape"):
+    with pytest.raises(UserError, match=r"model.name=silent does .*: AssertionError at: torch._assert\(images.shape"):
         models.check_training_pass(Silent().to("meta"), config_of("silent"), num_classes=3, image_size=8)
     assert torch.is_grad_enabled()

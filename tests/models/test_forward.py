@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prune_lab import models
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from tests.helpers.models import build, node
 
 SMALL_WIDTH = 0.125
@@ -75,7 +75,7 @@ def test_description_rebuilds_the_network(name):
 
 
 def test_incomplete_description_is_named():
-    with pytest.raises(ConfigError, match="model description lacks num_classes, image_size"):
+    with pytest.raises(UserError, match="model description lacks num_classes, image_size"):
         models.from_description({"model": node("resnet20")})
 
 

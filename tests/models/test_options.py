@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 
 from prune_lab import models
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from tests.helpers.models import REPO, build, node
 
 GROUPS = sorted(path.stem for path in (REPO / "conf" / "model").glob("*.yaml"))
@@ -48,7 +48,7 @@ def test_yaml_holds_every_field_with_a_comment(group):
     ],
 )
 def test_rejected_options(group, changes, message):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         models.parse_config(node(group, **changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -57,19 +57,19 @@ def test_rejected_options(group, changes, message):
 def test_missing_option_is_named():
     options = node("resnet20")
     del options["width"]
-    with pytest.raises(ConfigError, match="missing option model.width"):
+    with pytest.raises(UserError, match="missing option model.width"):
         models.parse_config(options)
 
 
 def test_unknown_classifier_names_the_nearest():
-    with pytest.raises(ConfigError, match="resnext5 is not a torchvision classifier .nearest: resnet50, "):
+    with pytest.raises(UserError, match="resnext5 is not a torchvision classifier .nearest: resnet50, "):
         build("torchvision", name="resnext5", source="torchvision", num_classes=10, image_size=32)
 
 
 @pytest.mark.parametrize("source", ["auto", "timm"])
 def test_missing_timm_names_the_package(monkeypatch, source):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match="pip install timm"):
+    with pytest.raises(UserError, match="pip install timm"):
         build("torchvision", name="convnextv2_atto", source=source, num_classes=10, image_size=32)
 
 
@@ -77,7 +77,7 @@ def test_timm_classifier_by_name():
     pytest.importorskip("timm")
     model = build("torchvision", name="resnet10t", num_classes=10, image_size=32)
     assert model.num_classes == 10
-    with pytest.raises(ConfigError, match="resnet10tt is not a timm classifier .nearest: resnet10t"):
+    with pytest.raises(UserError, match="resnet10tt is not a timm classifier .nearest: resnet10t"):
         build("torchvision", name="resnet10tt", source="timm", num_classes=10, image_size=32)
 
 

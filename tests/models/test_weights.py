@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from prune_lab import models
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.models import weights
 from tests.helpers.models import build, node
 
@@ -34,7 +34,7 @@ def config_of(path, group: str = "resnet20", **changes):
 def refusal(model, path, group: str = "resnet20", **changes) -> str:
     """Return the message of the refusal, after checking that it is one line and that nothing was loaded."""
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         models.load_weights(model, config_of(path, group, **changes))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     message = str(caught.value)
@@ -100,7 +100,7 @@ def test_null_changes_nothing():
 def test_missing_file(tmp_path):
     message = refusal(resnet20(seed=0), tmp_path / "none.pt")
     assert "none.pt: no such file (allowed: null, torchvision, or a weights file)" in message
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         models.weights_digest(config_of(tmp_path / "none.pt"))
 
 

@@ -12,7 +12,7 @@ from prune_lab import datasets
 from prune_lab.cli import command as cli
 from prune_lab.compose.choices import choices, conf_dir
 from prune_lab.compose.overrides import compose_checked
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline import dry_run
 
 LARGE = ("wrn_16_8", "wrn_28_10", "resnet110", "vgg19", "resnet34", "resnet50")
@@ -112,7 +112,7 @@ def test_no_data_set_is_needed_on_disk(name: str, tmp_path: Path, monkeypatch: p
 
 def test_an_image_folder_needs_its_sizes_or_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="num_classes|dataset.root"):
+    with pytest.raises(UserError, match="num_classes|dataset.root"):
         run(tmp_path / "a", "dataset=imagefolder")
     assert not (tmp_path / "a").exists()
     sizes = ("dataset.num_classes=7", "dataset.expect_train=700", "dataset.expect_test=70", "dataset.image_size=32")
@@ -136,11 +136,11 @@ def test_every_model_on_small_images(name: str, tmp_path: Path) -> None:
 
 def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="without torchrun"):
+    with pytest.raises(UserError, match="without torchrun"):
         run(tmp_path)
 
 
 def test_an_infeasible_target_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="reachable maximum"):
+    with pytest.raises(UserError, match="reachable maximum"):
         run(tmp_path, "method=rigl", "method.sparsity=0.99999", "model.width=0.25")
     assert not list(tmp_path.iterdir())

@@ -14,7 +14,7 @@ from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig, as_mapping
 from prune_lab.core.method import build_method
 from prune_lab.families.weight_pruning import WeightPruning
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pipeline.matching import matched, nearest, nearest_epochs, reachable, sparsity_of
 from prune_lab.pruning.masks.distributions import num_keep_total
@@ -73,7 +73,7 @@ def test_a_nearer_cost_beside_the_bisection_is_found() -> None:
 def test_arguments_beside_the_bisection_that_are_refused_are_left_out() -> None:
     def cost(kept: int) -> int:
         if kept == 8:
-            raise ConfigError("no such layout")
+            raise UserError("no such layout")
         return kept
 
     assert nearest(cost, 6, 1, 10) == 6
@@ -82,7 +82,7 @@ def test_arguments_beside_the_bisection_that_are_refused_are_left_out() -> None:
 def test_bounds_are_those_between_which_a_layout_exists() -> None:
     def cost(kept: int) -> int:
         if not 13 <= kept <= 71:
-            raise ConfigError("no such layout")
+            raise UserError("no such layout")
         return kept
 
     assert reachable(cost, 100, start=40) == (13, 71)
@@ -233,7 +233,7 @@ def test_the_run_costs_what_was_solved(name: str, tmp_path: Path) -> None:
     kind = "train_macs"
     try:
         solve(*TINY, *METHODS[name], *erk, "method.match=train_macs")
-    except ConfigError as error:
+    except UserError as error:
         reason = str(error)
         if "not known before training; method.match=params is possible" in reason:
             kind = "params"
@@ -334,7 +334,7 @@ def test_two_processes_solve_alike(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_options_that_do_not_fit_are_one_line(options: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         compose(*TINY, "method=static", *options)
     assert "\n" not in str(caught.value)
 
@@ -365,13 +365,13 @@ def test_options_that_do_not_fit_are_one_line(options: list[str], message: str) 
     ],
 )  # fmt: skip
 def test_costs_out_of_reach_are_one_line(options: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         solve(*RESNET20, *options)
     assert "\n" not in str(caught.value)
 
 
 def test_a_refused_match_writes_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="out of reach"):
+    with pytest.raises(UserError, match="out of reach"):
         execute(tmp_path / "out", *TINY, "method=static", "method.match=macs", "method.match_to=1:erk")
     assert not (tmp_path / "out").exists()
 
@@ -381,7 +381,7 @@ def test_a_solved_sparsity_that_only_the_validation_refuses_names_its_reference(
     options = (*TINY, *METHODS["snip"], "method.match=params", "method.match_to=0.03:uniform",
                "method.min_per_layer=60")  # fmt: skip
     for attempt in (execute, planned):
-        with pytest.raises(ConfigError, match=r"^method\.match_to=0\.03:uniform: method\.min_per_layer=60 keeps"):
+        with pytest.raises(UserError, match=r"^method\.match_to=0\.03:uniform: method\.min_per_layer=60 keeps"):
             attempt(tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
 
@@ -390,7 +390,7 @@ def test_a_typed_sparsity_is_not_replaced_without_a_word() -> None:
     options = ("method=static", "method.match=macs", "method.match_to=0.1:uniform", "method.sparsity=0.8")
     config = replace(compose(*RESNET20, *options), overrides=options)
     information = datasets.describe(config.dataset), resolve_device_config(config.trainer)
-    with pytest.raises(ConfigError, match=r"^method\.sparsity=0\.8: method\.match=macs with method\.match_by=density"):
+    with pytest.raises(UserError, match=r"^method\.sparsity=0\.8: method\.match=macs with method\.match_by=density"):
         matched(config, config.model, *information)
     epochs = ("method=static", "method.match=train_macs", "method.match_to=1:uniform", "method.match_by=epochs",
               "method.sparsity=0.8")  # fmt: skip

@@ -18,7 +18,7 @@ from prune_lab import datasets
 from prune_lab.datasets import BatchFormat
 from prune_lab.datasets.in_memory import InMemoryDataset
 from prune_lab.foundations import checkpoint, files, locks
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.methods.magnitude import Magnitude
 from prune_lab.pipeline import results, store, stored_phases
 from prune_lab.tracking.jsonl import JsonFiles
@@ -156,7 +156,7 @@ def test_directory_of_another_configuration_is_refused_and_left_alone(tmp_path):
     path = run_dir(tmp_path) / "run.json"
     path.write_text(path.read_text().replace(json.loads(path.read_text())["id"], "0" * 32))
     before = snapshot(tmp_path)
-    with pytest.raises(ConfigError, match="written by another configuration") as refusal:
+    with pytest.raises(UserError, match="written by another configuration") as refusal:
         execute(tmp_path, *TINY)
     assert "\n" not in str(refusal.value)
     assert snapshot(tmp_path) == before
@@ -164,7 +164,7 @@ def test_directory_of_another_configuration_is_refused_and_left_alone(tmp_path):
 
 def test_output_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="output_dir.*is a file"):
+    with pytest.raises(UserError, match="output_dir.*is a file"):
         execute(tmp_path / "file", *TINY)
 
 
@@ -320,7 +320,7 @@ def test_the_last_epoch_and_the_summary_state_one_number(tmp_path):
 def test_a_global_cut_below_one_weight_per_layer_is_refused(tmp_path, method):
     options = ("method.distribution=global", "method.sparsity=0.99999")
     cuts = ("method.num_cuts=3",) if method == "gmp" else ()
-    with pytest.raises(ConfigError, match="method.sparsity=0.99999 leaves 0 weights for 20 layers"):
+    with pytest.raises(UserError, match="method.sparsity=0.99999 leaves 0 weights for 20 layers"):
         execute(tmp_path, *TINY, f"method={method}", *options, *cuts)
     assert not list(tmp_path.iterdir())
 
@@ -331,7 +331,7 @@ def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(tmp_p
     written = json.loads((directory / "summary.json").read_text())
     (directory / "summary.json").write_text(json.dumps(written | {"run/id": "another"}))
     (directory / "run.json").unlink()
-    with pytest.raises(ConfigError, match="was written by another configuration"):
+    with pytest.raises(UserError, match="was written by another configuration"):
         execute(tmp_path, *TINY, "method=static", "method.sparsity=0.8")
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 import prune_lab
 from prune_lab import models
 from prune_lab.foundations import files
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import SaveError
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline.saved_model import save_model
 from tests.helpers.runs import METHODS, TINY, compose, execute, run_dir
 
@@ -58,7 +58,7 @@ def test_pruned_weights_are_saved_as_positive_zeros(method, tmp_path):
 @pytest.mark.parametrize("name", ["model.json", "model.safetensors"])
 def test_a_missing_file_is_one_line(saved, name):
     (saved[1] / name).unlink()
-    with pytest.raises(ConfigError, match="holds no finished model"):
+    with pytest.raises(UserError, match="holds no finished model"):
         prune_lab.load(saved[1])
 
 
@@ -66,7 +66,7 @@ def test_tensors_that_do_not_fit_the_description_are_one_line(saved):
     path = saved[1] / "model.json"
     description = json.loads(path.read_text())
     path.write_text(json.dumps(description | {"num_classes": 7}))
-    with pytest.raises(ConfigError, match="does not fit model.json") as refusal:
+    with pytest.raises(UserError, match="does not fit model.json") as refusal:
         prune_lab.load(saved[1])
     assert "\n" not in str(refusal.value)
 
@@ -74,7 +74,7 @@ def test_tensors_that_do_not_fit_the_description_are_one_line(saved):
 def test_damaged_tensors_are_one_line(saved):
     path = saved[1] / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ConfigError, match="model.safetensors"):
+    with pytest.raises(UserError, match="model.safetensors"):
         prune_lab.load(saved[1])
 
 

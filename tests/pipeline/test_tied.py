@@ -12,7 +12,7 @@ import prune_lab
 from prune_lab import models
 from prune_lab.commands.export.packed import load_packed, write_packed
 from prune_lab.foundations import tied
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.models import external
 from prune_lab.pipeline.saved_model import load_model, save_model
 from prune_lab.pruning.dynamic.hashed_convolution import HashedConv2d
@@ -141,7 +141,7 @@ class Noted(Tied):
 def test_what_cannot_be_saved_is_refused_while_planning(tmp_path, monkeypatch):
     monkeypatch.setattr(external, "build", lambda config, **sizes: Noted())
     options = [option for option in TINY if not option.startswith("model")]
-    with pytest.raises(ConfigError, match="model.name=noted cannot be saved as tensors: its state _extra_state is a d"):
+    with pytest.raises(UserError, match="model.name=noted cannot be saved as tensors: its state _extra_state is a d"):
         execute(tmp_path, *options, "model=torchvision", "model.name=noted", "method=dense")
     assert list(tmp_path.iterdir()) == []
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from prune_lab.commands.dashboard import wandb_sync
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import jsonable, read_json
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.tracking.jsonl import read_records
 from prune_lab.tracking.wandb_key import find_key, resolve_mode
 from tests.helpers.wandb_child import LAYERS, SUMMARY, record
@@ -253,20 +253,20 @@ def test_refill_skips_a_run_under_way_and_sends_one_that_was_killed(run_dir, env
 
 def test_refill_says_what_is_wrong_in_one_line(run_dir, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
-    with pytest.raises(ConfigError, match="run: no such run or folder"):
+    with pytest.raises(UserError, match="run: no such run or folder"):
         wandb_sync.main([str(run_dir)])
     run_dir.mkdir()
     (run_dir / "dry_run.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no runs in .*run"):
+    with pytest.raises(UserError, match="no runs in .*run"):
         wandb_sync.main([str(run_dir)])
-    with pytest.raises(ConfigError, match=r"run is not the directory of a run \(no run.json\)"):
+    with pytest.raises(UserError, match=r"run is not the directory of a run \(no run.json\)"):
         wandb_sync.refill(run_dir)
     (run_dir / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match="run cannot be read: "):
+    with pytest.raises(UserError, match="run cannot be read: "):
         wandb_sync.refill(run_dir)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.delenv("WANDB_API_KEY")
-    with pytest.raises(ConfigError, match="prune-lab wandb-sync needs a W&B key"):
+    with pytest.raises(UserError, match="prune-lab wandb-sync needs a W&B key"):
         wandb_sync.main([str(run_dir)])
 
 
@@ -324,5 +324,5 @@ def test_mode_is_found_without_network_or_prompt(tmp_path):
     assert find_key(stored | {"WANDB_BASE_URL": "http://elsewhere"}) is None
     (tmp_path / "settings").write_text("[default]\nbase_url = http://lab.local:8080\n")
     assert find_key(stored) == "other"
-    with pytest.raises(ConfigError, match="logger.wandb=online needs a W&B key"):
+    with pytest.raises(UserError, match="logger.wandb=online needs a W&B key"):
         resolve_mode("online", nothing)

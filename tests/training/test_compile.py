@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.training.device_config import _compiled, resolve_device_config
 from tests.helpers.runs import METHODS, TINY, assert_same_network, compose, execute
 
@@ -51,13 +51,13 @@ def test_auto_compiles_on_a_gpu_only() -> None:
 
 
 def test_what_cannot_be_compiled_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"trainer\.compile=graphs needs a CUDA device, got cpu"):
+    with pytest.raises(UserError, match=r"trainer\.compile=graphs needs a CUDA device, got cpu"):
         resolve_device_config(compose(*TINY, "trainer.compile=graphs", "trainer.device=cpu").trainer)
-    with pytest.raises(ConfigError, match=r"trainer\.compile=graphs does not go with method=dep_l0"):
+    with pytest.raises(UserError, match=r"trainer\.compile=graphs does not go with method=dep_l0"):
         compose("method=dep_l0", "trainer.compile=graphs")
     assert compose("method=dep_l0", "dataset=imagenet").trainer.compile == "auto"
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(ConfigError, match=r"trainer\.compile=true needs a C\+\+ compiler"):
+    with pytest.raises(UserError, match=r"trainer\.compile=true needs a C\+\+ compiler"):
         resolve_device_config(compose(*TINY, "trainer.compile=true", "trainer.device=cpu").trainer)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.training.device_config import DeviceConfig, resolve_device_config
 from tests.helpers.runs import compose
 
@@ -33,7 +33,7 @@ def test_what_is_chosen_is_kept():
     ("trainer.device=tpu", "trainer.device=tpu is not allowed"),
 ])  # fmt: skip
 def test_what_the_machine_cannot_do_is_refused_in_one_line(option, message):
-    with pytest.raises(ConfigError, match=message) as refusal:
+    with pytest.raises(UserError, match=message) as refusal:
         resolved(option)
     assert "\n" not in str(refusal.value)
 

@@ -12,7 +12,7 @@ import torch
 
 from prune_lab.foundations import checkpoint
 from prune_lab.foundations.checkpoint import CheckpointPair, SaveError
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.training import saving
 from prune_lab.training.saving import Saves, next_save_s, snapshot
 from tests.helpers.runs import TINY, compose
@@ -204,7 +204,7 @@ def test_another_process_than_the_main_one_neither_asks_nor_writes(tmp_path, mon
 @pytest.mark.parametrize("given", ["0", "-1", "often", "null", "true"])
 def test_a_wrong_interval_is_refused(given):
     allowed = "allowed: auto, a number of seconds above 0"
-    with pytest.raises(ConfigError, match=f"trainer.checkpoint_interval_s={given} is not allowed; {allowed}"):
+    with pytest.raises(UserError, match=f"trainer.checkpoint_interval_s={given} is not allowed; {allowed}"):
         compose(*TINY, f"trainer.checkpoint_interval_s={given}")
 
 

@@ -13,7 +13,7 @@ from prune_lab import datasets
 from prune_lab.commands.analysis.runs import FinishedRun, data_options
 from prune_lab.config.trainer import TrainerConfig
 from prune_lab.datasets import BatchFormat, Dataset
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator, stable_hash
 from prune_lab.pipeline.saved_model import load_model
 from prune_lab.training.device_config import DeviceConfig, resolve_device_config
@@ -81,7 +81,7 @@ def open_bench(a: FinishedRun, b: FinishedRun, *, root: str | None, device: str,
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
-        ConfigError: the device or the data are not there; names the run.
+        UserError: the device or the data are not there; names the run.
     """
     trainer = replace(
         a.trainer, device=device, precision="auto", channels_last="auto", compile=False, threads=None,
@@ -90,14 +90,14 @@ def open_bench(a: FinishedRun, b: FinishedRun, *, root: str | None, device: str,
     try:
         trainer.check("trainer")
         device_config = resolve_device_config(trainer)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("trainer.device=", "--device ")) from error
+    except UserError as error:
+        raise UserError(str(error).replace("trainer.device=", "--device ")) from error
     options = data_options(a, b, root)
     try:
         fmt = BatchFormat(device_config.torch_device, torch.float32, device_config.channels_last)
         dataset = datasets.load(options, fmt)
-    except ConfigError as error:
-        raise ConfigError(f"the data of {a.directory} (--data ROOT names another place): {error}") from error
+    except UserError as error:
+        raise UserError(f"the data of {a.directory} (--data ROOT names another place): {error}") from error
     return Bench(dataset, device_config, trainer, seed)
 
 

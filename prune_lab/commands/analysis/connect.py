@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from prune_lab.commands.analysis.output import ResultFolder
 from prune_lab.commands.analysis.runs import FinishedRun, data_options, read_run, require_comparable
 from prune_lab.commands.arguments import Arguments
-from prune_lab.foundations.schema import ConfigError, Count, Index, Momentum, Positive, Range, coerce
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Count, Index, Momentum, Positive, Range, coerce
 from prune_lab.tracking.lines import to_ascii
 
 STABLE_BELOW_POINTS = 2.0
@@ -29,7 +30,7 @@ def main(argv: list[str]) -> int:
     """Measure, or read what is there, and print it.
 
     Raises:
-        ConfigError: wrong option, or runs between which there is no curve.
+        UserError: wrong option, or runs between which there is no curve.
     """
     options = parse_options(argv)
     runs = read_run(options.run_a), read_run(options.run_b)
@@ -85,7 +86,7 @@ def parse_options(argv: list[str]) -> Namespace:
     """Return the checked options.
 
     Raises:
-        ConfigError: unknown, out of range, or without effect beside the others.
+        UserError: unknown, out of range, or without effect beside the others.
     """
     parser = Arguments("connect", _DESCRIPTION)
     parser.add_argument("run_a", metavar="RUN_A", help="directory of a finished run: t = 0")
@@ -116,9 +117,9 @@ def parse_options(argv: list[str]) -> Namespace:
 def _check(options: Namespace) -> None:
     given = [name for name in RECIPE if getattr(options, name) is not None]
     if options.curve == "line" and given:
-        raise ConfigError(f"--{given[0].replace('_', '-')} goes with --curve bezier; nothing of a line is trained")
+        raise UserError(f"--{given[0].replace('_', '-')} goes with --curve bezier; nothing of a line is trained")
     if options.batch_norm == "interpolate" and options.batch_norm_images is not None:
-        raise ConfigError("--batch-norm-images goes with --batch-norm recompute")
+        raise UserError("--batch-norm-images goes with --batch-norm recompute")
     options.points = coerce(
         Annotated[int, Range(3)], POINTS[options.curve] if options.points is None else options.points, "--points"
     )
@@ -135,12 +136,12 @@ def count_or_all(text: str, option: str, *, least: int = 1) -> int | None:
     """Return a number of images, None for `all`.
 
     Raises:
-        ConfigError: neither, or fewer than `least`.
+        UserError: neither, or fewer than `least`.
     """
     if text == "all":
         return None
     if not text.isascii() or not text.isdigit() or int(text) < least:
-        raise ConfigError(f"{option} must be a whole number above {least - 1}, or all, got {text or 'nothing'}")
+        raise UserError(f"{option} must be a whole number above {least - 1}, or all, got {text or 'nothing'}")
     return int(text)
 
 
@@ -152,7 +153,7 @@ def make_plan(options: Namespace, num_train: int) -> Any:
     recipe = None
     if options.curve == "bezier":
         if options.batch_size > num_train:
-            raise ConfigError(f"--batch-size must lie in [1, {num_train}] (training images), got {options.batch_size}")
+            raise UserError(f"--batch-size must lie in [1, {num_train}] (training images), got {options.batch_size}")
         recipe = Recipe(options.epochs, options.lr, options.momentum, options.batch_size)
 
     def at_most(count: int | None) -> int:

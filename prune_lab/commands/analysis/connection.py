@@ -24,8 +24,8 @@ from prune_lab.commands.analysis.curve_training import Recipe, train_middle
 from prune_lab.commands.analysis.curves import Curve, barrier, distance, positions
 from prune_lab.commands.analysis.runs import FinishedRun
 from prune_lab.foundations.checkpoint import CheckpointPair
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import jsonable, write_bytes
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.tracking.jsonl import append_record, read_records, rewrite
 
 FIGURES = ("loss", "error")
@@ -95,7 +95,7 @@ def explore(
         show: takes the figures of each point, in order.
 
     Raises:
-        ConfigError: tensors of the networks differ, or the training of the curve diverges.
+        UserError: tensors of the networks differ, or the training of the curve diverges.
     """
     models = [bench.network(run) for run in runs]
     _require_equal_shapes(models, runs)
@@ -156,5 +156,5 @@ def _require_equal_shapes(models: list[nn.Module], runs: tuple[FinishedRun, Fini
     for name in dict.fromkeys([*one, *other]):
         if one.get(name) != other.get(name):
             shapes = [f"{shapes.get(name)} in {run.directory}" for shapes, run in zip((one, other), runs, strict=True)]
-            raise ConfigError(f"the runs have different networks: {name} is {', '.join(shapes)}")
+            raise UserError(f"the runs have different networks: {name} is {', '.join(shapes)}")
 

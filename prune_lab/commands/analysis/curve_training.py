@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prune_lab.commands.analysis.bench import Bench, place, trained
 from prune_lab.commands.analysis.curves import Curve, coefficients
 from prune_lab.foundations.checkpoint import CheckpointPair
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator, stable_hash
 
 
@@ -57,7 +57,7 @@ def train_middle(
         curve: gives the ends.
 
     Raises:
-        ConfigError: the loss is infinite or NaN.
+        UserError: the loss is infinite or NaN.
 
     Source: Garipov et al. 2018, arXiv 1802.10026.
     """
@@ -72,7 +72,7 @@ def train_middle(
             group["lr"] = recipe.lr * lr_factor(epoch + 1, recipe.epochs)
         loss, error = _train_epoch(model, curve, bench, optimizer, epoch, recipe.batch_size)
         if not loss < float("inf"):
-            raise ConfigError(f"the loss along the curve is {loss} in epoch {epoch + 1}; lower --lr")
+            raise UserError(f"the loss along the curve is {loss} in epoch {epoch + 1}; lower --lr")
         checkpoints.save({"epoch": epoch + 1, "middle": list(curve.middle), "optimizer": optimizer.state_dict()})
         lr = optimizer.param_groups[0]["lr"]
         report(f"curve {epoch + 1}/{recipe.epochs}  loss {loss:.4f}  error {error:.2f}  lr {lr:.2e}")

@@ -9,7 +9,8 @@ from typing import Any
 from prune_lab.commands.analysis.output import ResultFolder
 from prune_lab.commands.analysis.runs import FinishedRun, data_options, read_run, require_comparable
 from prune_lab.commands.arguments import Arguments
-from prune_lab.foundations.schema import ConfigError, Count, Index, OpenFraction, coerce
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import Count, Index, OpenFraction, coerce
 from prune_lab.tracking.lines import to_ascii
 
 _DESCRIPTION = (
@@ -22,14 +23,14 @@ def main(argv: list[str]) -> int:
     """Compute, or read what is there, and print it.
 
     Raises:
-        ConfigError: wrong option, or runs that cannot be compared.
+        UserError: wrong option, or runs that cannot be compared.
     """
     options = parse_options(argv)
     runs = read_run(options.run_sgd), read_run(options.run_other)
     require_comparable(*runs)
     data_options(*runs, options.data)
     if runs[0].digest == runs[1].digest:
-        raise ConfigError(f"{runs[0].directory} and {runs[1].directory} hold the same network: nothing to project")
+        raise UserError(f"{runs[0].directory} and {runs[1].directory} hold the same network: nothing to project")
     from prune_lab.commands.analysis.bench import open_bench  # torch is imported when the options are right
 
     setting = open_bench(*runs, root=options.data, device=options.device, seed=options.seed)
@@ -74,7 +75,7 @@ def parse_options(argv: list[str]) -> Namespace:
     """Return the checked options.
 
     Raises:
-        ConfigError: unknown or out of range.
+        UserError: unknown or out of range.
     """
     parser = Arguments("hessian-projection", _DESCRIPTION)
     parser.add_argument("run_sgd", metavar="RUN_SGD", help="directory of a finished run: the Hessian is taken here")
@@ -104,7 +105,7 @@ def parse_options(argv: list[str]) -> Namespace:
     coerce(Index, options.seed, "--seed")
     coerce(OpenFraction, options.tolerance, "--tolerance")
     if options.iterations < options.eigenvectors:
-        raise ConfigError(f"--iterations must be at least --eigenvectors={options.eigenvectors}, "
+        raise UserError(f"--iterations must be at least --eigenvectors={options.eigenvectors}, "
                           f"got {options.iterations}")
     return options
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.commands.analysis.runs import FinishedRun
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import jsonable, read_json, write_json
-from prune_lab.foundations.schema import ConfigError
 
 FORMAT = 1
 """raised when the meaning of stored results changes"""
@@ -37,7 +37,7 @@ class ResultFolder:
             chosen: the folder; None: outputs/analysis/<command>-<runs>-<hash8>.
 
         Raises:
-            ConfigError: the folder lies in a run directory, or holds another analysis.
+            UserError: the folder lies in a run directory, or holds another analysis.
         """
         inputs = jsonable({"command": command, "format": FORMAT, "networks": [run.digest for run in runs], **inputs})
         key = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:32]
@@ -51,12 +51,12 @@ class ResultFolder:
         path = self.directory.resolve()
         for above in (path, *path.parents):
             if (above / "run.json").exists():
-                raise ConfigError(f"{option} lies in the run directory {above}; analyses leave runs as they are")
+                raise UserError(f"{option} lies in the run directory {above}; analyses leave runs as they are")
             if above.exists() and not above.is_dir():
-                raise ConfigError(f"{option}: {above} is a file, no folder")
+                raise UserError(f"{option}: {above} is a file, no folder")
         owner = self._read("analysis.json").get("key")
         if owner not in (None, self.key):
-            raise ConfigError(f"{option} holds another analysis (see analysis.json there); choose another folder")
+            raise UserError(f"{option} holds another analysis (see analysis.json there); choose another folder")
 
     def _read(self, name: str) -> dict[str, Any]:
         """Return the content of a file there, empty if it is missing or damaged."""
@@ -74,7 +74,7 @@ class ResultFolder:
         Two processes that want the same do it once: the second waits and reads.
 
         Raises:
-            ConfigError: the folder cannot be made.
+            UserError: the folder cannot be made.
         """
         from prune_lab.pipeline import store
 
@@ -84,7 +84,7 @@ class ResultFolder:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 reason = f"cannot make the folder {self.directory}: {error.strerror}"
-                raise ConfigError(f"{reason}; --output FOLDER names another") from error
+                raise UserError(f"{reason}; --output FOLDER names another") from error
             with store.lock(self.directory / ".lock", what=str(self.directory), report=report):
                 found = self._result()
                 if found is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prune_lab.commands.analysis.bench import Bench, trained
 from prune_lab.commands.analysis.runs import FinishedRun
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator
 from prune_lab.pruning.scores.hessian import flatten, hessian_product
 from prune_lab.pruning.scores.lanczos import largest, projection_ratio
@@ -41,7 +41,7 @@ def project(
     parameters. The level of a random direction is sqrt(k / D).
 
     Raises:
-        ConfigError: more eigenvectors than parameters, a loss that is not finite, no second derivatives.
+        UserError: more eigenvectors than parameters, a loss that is not finite, no second derivatives.
 
     Source: Chao et al. 2020, arXiv 2006.09358; its notebook shows rho / sqrt(10).
     """
@@ -50,11 +50,11 @@ def project(
     w_sgd, w_other = flatten(weights), flatten(list(trained(other).values()))
     size, count = len(w_sgd), plan.eigenvectors
     if count > size:
-        raise ConfigError(f"--eigenvectors must lie in [1, {size}] (trainable parameters), got {count}")
+        raise UserError(f"--eigenvectors must lie in [1, {size}] (trainable parameters), got {count}")
     chosen = bench.drawn("images of the Hessian", plan.images)
     loss = bench.training_scores(model, chosen)["loss"]
     if not math.isfinite(loss):
-        raise ConfigError(f"{runs[0].directory}: the loss of this network is {loss}; there is no Hessian")
+        raise UserError(f"{runs[0].directory}: the loss of this network is {loss}; there is no Hessian")
 
     def show(done: int, values: Tensor, residuals: Tensor) -> None:
         if done % _REPORT_EVERY == 0:

@@ -11,8 +11,9 @@ from typing import Any
 from prune_lab import datasets
 from prune_lab.config.trainer import TrainerConfig
 from prune_lab.datasets import CommonConfig, base
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_object
-from prune_lab.foundations.schema import ConfigError, parse
+from prune_lab.foundations.schema import parse
 
 
 @dataclass(frozen=True)
@@ -38,27 +39,27 @@ def read_run(directory: str | Path) -> FinishedRun:
     """Return the run in `directory`.
 
     Raises:
-        ConfigError: no run there, it is not finished, or its files cannot be read; one line that names the run.
+        UserError: no run there, it is not finished, or its files cannot be read; one line that names the run.
     """
     path = Path(directory)
     if not (path / "run.json").is_file():
-        raise ConfigError(f"{path} is not a run directory (it has no run.json)")
+        raise UserError(f"{path} is not a run directory (it has no run.json)")
     run, status, summary, network = (
         _read(path, name) for name in ("run.json", "status.json", "summary.json", "model.json")
     )
     if status.get("status") != "finished":
-        raise ConfigError(f"{path} is not finished (status: {status.get('status', 'unknown')}); its command goes on")
+        raise UserError(f"{path} is not finished (status: {status.get('status', 'unknown')}); its command goes on")
     if not network or not (path / "model.safetensors").is_file():
-        raise ConfigError(f"{path} holds no finished model (model.json and model.safetensors)")
+        raise UserError(f"{path} holds no finished model (model.json and model.safetensors)")
     try:
         config = run["config"]
         dataset = datasets.parse_config(config["dataset"])
         trainer = parse(TrainerConfig, config["trainer"], "trainer")
         seed = int(config["seed"])
-    except ConfigError as error:
-        raise ConfigError(f"{path}/run.json: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}/run.json: {error}") from error
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{path}/run.json lacks options of the run ({error})") from error
+        raise UserError(f"{path}/run.json lacks options of the run ({error})") from error
     with (path / "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FinishedRun(path, network, dataset, trainer, seed, summary, digest)
@@ -68,11 +69,11 @@ def _read(path: Path, name: str) -> dict[str, Any]:
     try:
         return read_object(path / name)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise UserError(str(error)) from error
 
 
 def require_comparable(a: FinishedRun, b: FinishedRun) -> None:
-    """Raise ConfigError, naming runs and option, unless both have the same network on the same data set."""
+    """Raise UserError, naming runs and option, unless both have the same network on the same data set."""
     kinds = (a.dataset.kind, b.dataset.kind)
     data = tuple({"kind": run.dataset.kind, **base.identity(run.dataset)} for run in (a, b))
     if kinds[0] != kinds[1]:
@@ -81,7 +82,7 @@ def require_comparable(a: FinishedRun, b: FinishedRun) -> None:
     for what, (mine, theirs) in (("data sets", data), ("networks", networks)):
         for key, (one, other) in _differences(mine, theirs):
             where = f"{key} is {one} in {a.directory}, {other} in {b.directory}"
-            raise ConfigError(f"the runs have different {what}: {where}")
+            raise UserError(f"the runs have different {what}: {where}")
 
 
 def _without_weights(network: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,16 +107,16 @@ def data_options(a: FinishedRun, b: FinishedRun, root: str | None) -> CommonConf
         root: stands for dataset.root; None: the one that both runs name.
 
     Raises:
-        ConfigError: the runs name different places and `root` is None, or the data set has no place on disk.
+        UserError: the runs name different places and `root` is None, or the data set has no place on disk.
     """
     if root is not None:
         options: Any = a.dataset
         if not hasattr(options, "root"):
-            raise ConfigError(f"--data: the data set {options.name} is not read from a folder")
+            raise UserError(f"--data: the data set {options.name} is not read from a folder")
         return replace(options, root=root)
     one, other = (getattr(run.dataset, "root", None) for run in (a, b))
     if one != other:
-        raise ConfigError(
+        raise UserError(
             f"dataset.root is {one} in {a.directory}, {other} in {b.directory}; --data ROOT says which to read"
         )
     return a.dataset

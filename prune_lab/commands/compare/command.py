@@ -15,7 +15,8 @@ from prune_lab.commands.compare.groups import COSTS, SORT_KEYS, Row, aggregate, 
 from prune_lab.commands.compare.published import beside
 from prune_lab.commands.compare.runs import RunResult, read_runs, without_copies
 from prune_lab.commands.compare.table import Findings, legend, published_table, table, unfinished
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import suggestion
 from prune_lab.tracking.lines import to_ascii
 
 _DESCRIPTION = """\
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
     """Print the table of the runs named in `argv`; unfinished and failed ones are listed below it.
 
     Raises:
-        ConfigError: wrong option, or nothing to compare.
+        UserError: wrong option, or nothing to compare.
     """
     options = _options(argv)
     runs, notes = without_copies(read_runs(options.runs))
@@ -77,9 +78,9 @@ def _options(argv: list[str]) -> Namespace:
         value = getattr(options, name)
         if value is not None and value not in allowed:
             near = suggestion(value, allowed)
-            raise ConfigError(f"--{name} {value} is not a choice{near}; allowed: {', '.join(allowed)}")
+            raise UserError(f"--{name} {value} is not a choice{near}; allowed: {', '.join(allowed)}")
     if options.group and (options.html or options.plots or options.format == "csv"):
-        raise ConfigError("--group parts the tables that are printed; not with --html, --plots or --format csv")
+        raise UserError("--group parts the tables that are printed; not with --html, --plots or --format csv")
     options.format = options.format or ("rich" if sys.stdout.isatty() else "markdown")
     return options
 
@@ -87,7 +88,7 @@ def _options(argv: list[str]) -> Namespace:
 def _check_group(key: str, runs: Sequence[RunResult]) -> None:
     conditions.require_key("--group", key, runs)
     if key == "seed" or "/" in key:
-        raise ConfigError(f"--group {key}: rows are means over seeds, their results cannot part them; name an option")
+        raise UserError(f"--group {key}: rows are means over seeds, their results cannot part them; name an option")
 
 
 def find(rows: Sequence[Row], runs: Sequence[RunResult], options: Namespace) -> Findings:
@@ -143,7 +144,7 @@ def _draw(rows: Sequence[Row], findings: Findings, notes: Sequence[str], options
     from prune_lab.commands.compare import figures
 
     if not rows:
-        raise ConfigError(f"--{'html' if options.html else 'plots'}: no finished run to show")
+        raise UserError(f"--{'html' if options.html else 'plots'}: no finished run to show")
     found = figures.build(rows, findings)
     for line in found.notes:
         print(to_ascii(line), file=sys.stderr)

@@ -11,7 +11,8 @@ import yaml
 
 from prune_lab.commands.compare.groups import Row
 from prune_lab.commands.compare.runs import RunResult, flat_options
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import suggestion
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def parse(flag: str, typed: Sequence[str], runs: Sequence[RunResult]) -> list[Co
     """Return the conditions written after `flag`.
 
     Raises:
-        ConfigError: no name=value, or a name that no run has as option or result.
+        UserError: no name=value, or a name that no run has as option or result.
     """
     return [_parse_one(flag, text, runs) for text in typed]
 
@@ -44,20 +45,20 @@ def parse(flag: str, typed: Sequence[str], runs: Sequence[RunResult]) -> list[Co
 def _parse_one(flag: str, text: str, runs: Sequence[RunResult]) -> Condition:
     left, equals, right = text.partition("=")
     if not equals or not left.strip("!") or not right:
-        raise ConfigError(f"{flag} {text}: write name=value, name=value,value or name!=value")
+        raise UserError(f"{flag} {text}: write name=value, name=value,value or name!=value")
     key = left.removesuffix("!")
     require_key(flag, key, runs)
     return Condition(key, tuple(_value(part) for part in re.split(r",(?![^\[]*\])", right)), left.endswith("!"), text)
 
 
 def require_key(flag: str, key: str, runs: Iterable[RunResult]) -> None:
-    """Raise ConfigError unless some run has `key` as option or result."""
+    """Raise UserError unless some run has `key` as option or result."""
     runs = list(runs)
     if all(lookup(run, key) is None for run in runs):
         known = dict.fromkeys(name for run in runs for name in _names(run))
         if key not in known:
             examples = "method, model, dataset, seed, options such as method.sparsity, results such as final/top1"
-            raise ConfigError(f"{flag} {key}: no run has it{suggestion(key, known)}; allowed: {examples}")
+            raise UserError(f"{flag} {key}: no run has it{suggestion(key, known)}; allowed: {examples}")
 
 
 def _names(run: RunResult) -> Iterator[str]:
@@ -102,11 +103,11 @@ def apply(conditions: Sequence[Condition], runs: Sequence[RunResult]) -> list[Ru
     """Return the runs that satisfy all conditions.
 
     Raises:
-        ConfigError: none of them does.
+        UserError: none of them does.
     """
     kept = [run for run in runs if all(condition.holds(run) for condition in conditions)]
     if not kept:
-        raise ConfigError(f"--filter {' '.join(condition.typed for condition in conditions)}: none of {len(runs)} "
+        raise UserError(f"--filter {' '.join(condition.typed for condition in conditions)}: none of {len(runs)} "
                           "runs is left")  # fmt: skip
     return kept
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prune_lab.commands.compare.conditions import Condition
 from prune_lab.commands.compare.groups import METRICS, Row, stat
 from prune_lab.commands.compare.peers import peers, training_peers
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 CONFIDENCE = 0.95
 
@@ -52,7 +52,7 @@ def differences(rows: Sequence[Row], conditions: Sequence[Condition], metric: st
     Rows without such a baseline among `rows` are left out, as are the baselines themselves.
 
     Raises:
-        ConfigError: no row satisfies the conditions, or several rows that are comparable with each other do.
+        UserError: no row satisfies the conditions, or several rows that are comparable with each other do.
     """
     baselines = find_baselines(rows, conditions)
     found = {}
@@ -69,18 +69,18 @@ def find_baselines(rows: Iterable[Row], conditions: Sequence[Condition]) -> list
     """Return the rows that satisfy the conditions; no two of them are comparable with each other.
 
     Raises:
-        ConfigError: as `differences`.
+        UserError: as `differences`.
     """
     typed = f"--baseline {' '.join(condition.typed for condition in conditions)}"
     found: list[Row] = []
     for row in rows:
         if all(condition.holds(row.runs[0]) for condition in conditions):
             for other in peers(row, found):
-                raise ConfigError(f"{typed}: two rows of {' on '.join(row.labels[1:3])} are such ({_told(other)}; "
+                raise UserError(f"{typed}: two rows of {' on '.join(row.labels[1:3])} are such ({_told(other)}; "
                                   f"{_told(row)}); add conditions until one is left")  # fmt: skip
             found.append(row)
     if not found:
-        raise ConfigError(f"{typed}: no row is such")
+        raise UserError(f"{typed}: no row is such")
     return found
 
 

@@ -12,8 +12,8 @@ from prune_lab.commands.compare import styles
 from prune_lab.commands.compare.figures import SPREAD, Figures
 from prune_lab.commands.compare.groups import Row
 from prune_lab.commands.compare.table import Findings, published_table, table
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import write_text
-from prune_lab.foundations.schema import ConfigError
 
 _UNITS = {"s": 1, "min": 60, "h": 3600, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 
@@ -27,13 +27,13 @@ def write_report(
     """Write the report to `path`; the same input gives the same bytes.
 
     Raises:
-        ConfigError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, page(rows, findings, figures, notes))
     except OSError as error:
-        raise ConfigError(f"--html {path}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"--html {path}: cannot be written ({error.strerror or error})") from error
 
 
 def page(rows: Sequence[Row], findings: Findings, figures: Figures, notes: Sequence[str]) -> str:

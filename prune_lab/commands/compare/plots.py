@@ -14,7 +14,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from prune_lab.commands.compare.figures import Figure, Figures, Series, View
 from prune_lab.commands.compare.styles import LIGHT
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -35,7 +35,7 @@ def write_plots(figures: Figures, directory: Path) -> list[Path]:
     """Write FIGURE-DATASET-VIEW.png and .svg for every view of every figure; return the files.
 
     Raises:
-        ConfigError: the directory or a file cannot be written.
+        UserError: the directory or a file cannot be written.
     """
     written = []
     try:
@@ -49,7 +49,7 @@ def write_plots(figures: Figures, directory: Path) -> list[Path]:
                         written.append(directory / f"{stem}.{kind}")
                         canvas.savefig(written[-1], dpi=150, bbox_inches="tight", metadata=metadata)
     except OSError as error:
-        raise ConfigError(f"--plots {directory}: cannot be written ({error.strerror or error})") from error
+        raise UserError(f"--plots {directory}: cannot be written ({error.strerror or error})") from error
     return written
 
 

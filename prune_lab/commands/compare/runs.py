@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_object
-from prune_lab.foundations.schema import ConfigError
 
 _MARKS = ("status.json", "summary.json", "run.json")
 """a directory with one of these is a run's"""
@@ -49,16 +49,16 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """Return the run directories that `paths` are, contain or match (shell patterns), each once, in order of name.
 
     Raises:
-        ConfigError: a path that does not exist, or one that leads to no run.
+        UserError: a path that does not exist, or one that leads to no run.
     """
     found: dict[Path, None] = {}
     for path in paths:
         matches = sorted(glob.glob(os.fspath(path))) if not os.path.exists(path) else [os.fspath(path)]
         if not matches:
-            raise ConfigError(f"{path}: no such run or folder")
+            raise UserError(f"{path}: no such run or folder")
         below = [run for match in matches for run in _below(match)]
         if not below:
-            raise ConfigError(f"no runs in {path}")
+            raise UserError(f"no runs in {path}")
         found.update(dict.fromkeys(below))
     return list(found)
 
@@ -83,7 +83,7 @@ def read_runs(paths: Iterable[str | Path]) -> list[RunResult]:
     """Return the runs found under `paths`, failed and unfinished ones included.
 
     Raises:
-        ConfigError: as `find_runs`.
+        UserError: as `find_runs`.
     """
     return [_read_run(path) for path in find_runs(paths)]
 

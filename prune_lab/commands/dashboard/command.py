@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from prune_lab.commands.arguments import Arguments
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.tracking.wandb_key import find_key, require_key
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def build(entity: str, project: str, name: str) -> Workspace:
     """Return the workspace; nothing is sent.
 
     Raises:
-        ConfigError: W&B does not take the name.
+        UserError: W&B does not take the name.
     """
     from wandb_workspaces.workspaces import Workspace
 
@@ -38,7 +38,7 @@ def build(entity: str, project: str, name: str) -> Workspace:
             runset_settings=panels.runset(),
         )
     except ValueError as error:
-        raise ConfigError(f"--name {name} is no name of a view: W&B takes text without symbols and emojis") from error
+        raise UserError(f"--name {name} is no name of a view: W&B takes text without symbols and emojis") from error
 
 
 def specification(workspace: Workspace) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def save(workspace: Workspace) -> tuple[str, bool]:
     changed in it. Views that a person made are never touched, and the private workspace of a user cannot be written.
 
     Raises:
-        ConfigError: there is no such project.
+        UserError: there is no such project.
         SpecVersionError: the view was saved by a W&B newer than the package wandb-workspaces.
     """
     identity = hashlib.sha256(f"{workspace.entity}/{workspace.project}/{workspace.name}".encode()).hexdigest()[:11]
@@ -74,7 +74,7 @@ def _stored_id(workspace: Workspace, identity: str) -> str | None:
         return get_view_dict(workspace.entity, workspace.project, identity)["id"]
     except ValueError as error:
         if str(error).startswith("Project "):
-            raise ConfigError(
+            raise UserError(
                 f"W&B has no project {workspace.entity}/{workspace.project}, or it is not yours to see; "
                 "it begins with the first run that is sent there (prune-lab wandb-sync)"
             ) from error
@@ -90,7 +90,7 @@ def _upload(workspace: Workspace) -> str:
     wandb.setup(settings=wandb.Settings(silent=True))
     workspace.entity = workspace.entity or wandb.Api().default_entity or ""
     if not workspace.entity:
-        raise ConfigError("the W&B account has no default entity: say --entity TEAM")
+        raise UserError("the W&B account has no default entity: say --entity TEAM")
     url, existed = save(workspace)
     return f"workspace {workspace.name!r} {'updated' if existed else 'created'}: {url}"
 
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
     """Store the workspace in W&B, or print it.
 
     Raises:
-        ConfigError: wrong option, package or key missing, or W&B refused.
+        UserError: wrong option, package or key missing, or W&B refused.
     """
     from prune_lab.compose.choices import conf_dir
 
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--print", action="store_true", help="write the workspace as JSON; nothing is sent")
     options = parser.parse_args(argv)
     if find_spec("wandb_workspaces") is None:
-        raise ConfigError("prune-lab dashboard needs the package wandb-workspaces: pip install wandb-workspaces")
+        raise UserError("prune-lab dashboard needs the package wandb-workspaces: pip install wandb-workspaces")
     if not options.print:
         require_key("prune-lab dashboard", hint="; --print shows the workspace without one")
     workspace = build(options.entity or "", options.project, options.name)
@@ -120,8 +120,8 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         print(_upload(workspace))
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:  # wandb raises many kinds; none of them is of use to the reader beyond its text
-        raise ConfigError(f"W&B: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise UserError(f"W&B: {' '.join(str(error).split()) or type(error).__name__}") from error
     return 0

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from prune_lab.commands.arguments import Arguments
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_json
 from prune_lab.foundations.locks import is_held
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.tracking.base import RunInfo
 from prune_lab.tracking.jsonl import read_records
 from prune_lab.tracking.wandb_key import require_key
@@ -52,7 +52,7 @@ def refill(
         suffix: added to id and name after a hyphen. W&B never frees an id: a run deleted there needs a new one.
 
     Raises:
-        ConfigError: no run there, its files cannot be read, no key, or W&B refused.
+        UserError: no run there, its files cannot be read, no key, or W&B refused.
     """
     require_key("prune-lab wandb-sync")
     info, logger, status = _read(run_dir, suffix)
@@ -68,7 +68,7 @@ def refill(
         records = read_records(run_dir / "metrics.jsonl")
         return _send(sink, info, records, status)
     except Exception as error:  # wandb raises many kinds; none of them is of use to the reader beyond its text
-        raise ConfigError(f"{run_dir}: {' '.join(str(error).split()) or type(error).__name__}") from error
+        raise UserError(f"{run_dir}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def _read(run_dir: Path, suffix: str | None) -> tuple[RunInfo, dict[str, Any], dict[str, Any]]:
@@ -77,9 +77,9 @@ def _read(run_dir: Path, suffix: str | None) -> tuple[RunInfo, dict[str, Any], d
         run = read_json(run_dir / "run.json")
         status = read_json(run_dir / "status.json")
     except FileNotFoundError as error:
-        raise ConfigError(f"{run_dir} is not the directory of a run (no {Path(error.filename).name})") from error
+        raise UserError(f"{run_dir} is not the directory of a run (no {Path(error.filename).name})") from error
     except ValueError as error:
-        raise ConfigError(f"{run_dir} cannot be read: {error}") from error
+        raise UserError(f"{run_dir} cannot be read: {error}") from error
     ending = f"-{suffix}" if suffix else ""
     try:
         info = RunInfo(
@@ -92,7 +92,7 @@ def _read(run_dir: Path, suffix: str | None) -> tuple[RunInfo, dict[str, Any], d
             plan=run["plan"],
         )
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{run_dir}: run.json is not what a run writes ({error})") from error
+        raise UserError(f"{run_dir}: run.json is not what a run writes ({error})") from error
     return info, info.config.get("logger") or {}, status
 
 
@@ -120,7 +120,7 @@ def _sync(run_dir: Path, options: argparse.Namespace) -> str:
         return "skipped"
     try:
         sent = refill(run_dir, project=options.project, entity=options.entity, suffix=options.suffix)
-    except ConfigError as error:
+    except UserError as error:
         print(f"prune-lab: error: {error}", file=sys.stderr, flush=True)
         return "failed"
     print(f"{run_dir}: {sent.num_sent} records sent, {sent.num_present} there before: {sent.url}", flush=True)
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
     """Send every run that the command line names, one after the other; return 1 if any of them could not be sent.
 
     Raises:
-        ConfigError: wrong option, no key, or no run there.
+        UserError: wrong option, no key, or no run there.
     """
     from prune_lab.commands.compare.runs import find_runs
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 BATCHES = (1, 3, 28)
 """sizes that files are checked with: the batch size must be free"""
@@ -78,7 +78,7 @@ def make_reference(model: nn.Module, image_size: int, *, batches: Sequence[int] 
     """Return random images with the outputs of `model` (fp32, eval mode).
 
     Raises:
-        ConfigError: the network's outputs are not finite, all zero, or equal for all images, so that nothing can be
+        UserError: the network's outputs are not finite, all zero, or equal for all images, so that nothing can be
             compared.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -86,9 +86,9 @@ def make_reference(model: nn.Module, image_size: int, *, batches: Sequence[int] 
     with torch.inference_mode():
         reference = Reference(images, [model(batch) for batch in images], _exact(model, images))
     if not all(bool(logits.isfinite().all()) for logits in reference.logits) or reference.largest == 0:
-        raise ConfigError("the outputs of the run's network on random images are not finite or all zero")
+        raise UserError("the outputs of the run's network on random images are not finite or all zero")
     if reference.spread <= NO_SPREAD * reference.largest:
-        raise ConfigError(
+        raise UserError(
             "the outputs of the run's network are the same for all random images: any file that ignores its images "
             "would agree with it"
         )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import suggestion
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def choose(text: str | None) -> tuple[list[str], dict[str, str]]:
         text: names with commas; None: everything that is installed and for all networks.
 
     Raises:
-        ConfigError: unknown or repeated name, or a package of a format that was asked for is missing.
+        UserError: unknown or repeated name, or a package of a format that was asked for is missing.
     """
     if text is None:
         usual = {name: entry for name, entry in FORMATS.items() if not entry.on_request}
@@ -86,9 +87,9 @@ def choose(text: str | None) -> tuple[list[str], dict[str, str]]:
     names = split(text, "--format")
     for name in names:
         if name not in FORMATS:
-            raise ConfigError(f"--format {name}{suggestion(name, FORMATS)}: allowed are {', '.join(FORMATS)}")
+            raise UserError(f"--format {name}{suggestion(name, FORMATS)}: allowed are {', '.join(FORMATS)}")
         if FORMATS[name].missing():
-            raise ConfigError(f"--format {name} {_needs(FORMATS[name])}")
+            raise UserError(f"--format {name} {_needs(FORMATS[name])}")
     return [name for name in FORMATS if name in names], {}
 
 
@@ -100,9 +101,9 @@ def split(text: str, option: str) -> list[str]:
     """Return the words between the commas of an option's value.
 
     Raises:
-        ConfigError: nothing between two commas, or a word twice.
+        UserError: nothing between two commas, or a word twice.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(words) or len(set(words)) < len(words):
-        raise ConfigError(f"{option} must be different values with commas between them, got {text or 'nothing'}")
+        raise UserError(f"{option} must be different values with commas between them, got {text or 'nothing'}")
     return words

@@ -11,8 +11,9 @@ from prune_lab.commands.analysis.runs import FinishedRun, read_run
 from prune_lab.commands.arguments import Arguments
 from prune_lab.commands.export import catalog, table
 from prune_lab.commands.export.latency import MIN_ROUNDS
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_json, write_json
-from prune_lab.foundations.schema import ConfigError, Count, Positive, Range, coerce
+from prune_lab.foundations.schema import Count, Positive, Range, coerce
 from prune_lab.tracking.lines import quantity, to_ascii
 
 _DESCRIPTION = """\
@@ -43,12 +44,12 @@ def main(argv: list[str]) -> int:
     """Export, print what was found and return the exit code.
 
     Raises:
-        ConfigError: wrong option, no finished run, or a network that the format cannot hold or that changed in it.
+        UserError: wrong option, no finished run, or a network that the format cannot hold or that changed in it.
     """
     options = parse_options(argv)
     names, left_out = catalog.choose(options.format)
     if options.precision is not None and "openvino" not in names:
-        raise ConfigError("--precision is of OpenVINO, which is not among the formats")
+        raise UserError("--precision is of OpenVINO, which is not among the formats")
     run = read_run(options.run)
     out = _folder(options, run)
     _say(f"network: {_network_line(run)}")
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     _show(record)
     _say(f"written: {out}")
     if refused:
-        raise ConfigError("; ".join(refused))
+        raise UserError("; ".join(refused))
     return 0
 
 
@@ -72,7 +73,7 @@ def parse_options(argv: list[str]) -> Namespace:
     """Return the checked options.
 
     Raises:
-        ConfigError: unknown, out of range, or without effect beside the others.
+        UserError: unknown, out of range, or without effect beside the others.
     """
     parser = Arguments("export", _DESCRIPTION)
     parser.formatter_class = RawDescriptionHelpFormatter
@@ -105,7 +106,7 @@ def parse_options(argv: list[str]) -> Namespace:
 
 def _check(options: Namespace) -> None:
     if options.no_latency and (options.batch, options.repeats) != (None, None):
-        raise ConfigError(f"--{'batch' if options.batch else 'repeats'} is of no effect with --no-latency")
+        raise UserError(f"--{'batch' if options.batch else 'repeats'} is of no effect with --no-latency")
     options.tolerance = coerce(Positive, options.tolerance, "--tolerance")
     options.tolerance_bf16 = coerce(Positive, options.tolerance_bf16, "--tolerance-bf16")
     sizes = catalog.split("1,64" if options.batch is None else options.batch, "--batch")
@@ -118,20 +119,20 @@ def _check(options: Namespace) -> None:
         options.precision = catalog.split(options.precision, "--precision")
         for name in options.precision:
             if name not in catalog.PRECISIONS:
-                raise ConfigError(f"--precision {name}: allowed are {', '.join(catalog.PRECISIONS)}")
+                raise UserError(f"--precision {name}: allowed are {', '.join(catalog.PRECISIONS)}")
 
 
 def _folder(options: Namespace, run: FinishedRun) -> Path:
     """Return the folder of the files.
 
     Raises:
-        ConfigError: it is a file, or a run directory, whose own files would be replaced.
+        UserError: it is a file, or a run directory, whose own files would be replaced.
     """
     out = run.directory / "export" if options.out is None else Path(options.out)
     if (out / "run.json").exists():
-        raise ConfigError(f"--out {out} is a run directory, whose files stay as they are; choose another folder")
+        raise UserError(f"--out {out} is a run directory, whose files stay as they are; choose another folder")
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out} is a file, no folder")
+        raise UserError(f"--out {out} is a file, no folder")
     return out
 
 

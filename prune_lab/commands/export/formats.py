@@ -17,14 +17,14 @@ from torch.export import ExportedProgram
 
 from prune_lab.commands.export.sparse import replaced
 from prune_lab.foundations.bits import clear_sign_of_zeros
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline.saved_model import save_model
 
 INPUT, OUTPUT = "images", "logits"
 """names in ONNX and OpenVINO files"""
 
 
-class NotExportable(ConfigError):
+class NotExportable(UserError):
     """The network holds something that no file of the format can say."""
 
 

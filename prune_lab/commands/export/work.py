@@ -19,7 +19,7 @@ from prune_lab.commands.export.catalog import runtimes as runtimes_of
 from prune_lab.commands.export.files import Network
 from prune_lab.commands.export.machine import machine, versions
 from prune_lab.commands.export.table import check_line
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline.saved_model import load_model
 
 RECORD = "export.json"
@@ -58,7 +58,7 @@ def export(run: FinishedRun, original: dict[str, Any], plan: Plan, report: Repor
         original: description of the network that the run set out from, before anything was removed.
 
     Raises:
-        ConfigError: the network's outputs are unusable, or a format was asked for by name and it has no graph or is
+        UserError: the network's outputs are unusable, or a format was asked for by name and it has no graph or is
             not 2:4.
     """
     if plan.threads is not None:
@@ -244,7 +244,7 @@ def _precisions(plan: Plan) -> Sequence[str]:
     if plan.precisions is None:
         return ("fp32", "bf16") if has_bf16 else ("fp32",)
     if "bf16" in plan.precisions and not has_bf16:
-        raise ConfigError("--precision bf16: this CPU has no bf16 instructions, OpenVINO would compute in fp32")
+        raise UserError("--precision bf16: this CPU has no bf16 instructions, OpenVINO would compute in fp32")
     return plan.precisions
 
 

@@ -19,8 +19,9 @@ from prune_lab.commands.tune import objectives as goals
 from prune_lab.commands.tune.objectives import Objective
 from prune_lab.compose.overrides import compose_checked, parse_overrides
 from prune_lab.config.run import RunConfig
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError, Word
+from prune_lab.foundations.schema import Word
 from prune_lab.pipeline.identity import digest
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     """Search the options in `argv` and return the exit code: 1 if no trial has finished.
 
     Raises:
-        ConfigError: a wrong option anywhere in the space, or a study that belongs to another command.
+        UserError: a wrong option anywhere in the space, or a study that belongs to another command.
     """
     options = _parser().parse_intermixed_args(argv)
     objectives = goals.parse(options.objective)
@@ -90,17 +91,17 @@ def _parser() -> Arguments:
 def _check(options: Namespace, objectives: Sequence[Objective]) -> None:
     """Refuse what does not fit together."""
     if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("prune-lab tune needs Optuna: pip install optuna")
+        raise UserError("prune-lab tune needs Optuna: pip install optuna")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("prune-lab tune runs in one process; start it without torchrun")
+        raise UserError("prune-lab tune runs in one process; start it without torchrun")
     if options.trials < 1:
-        raise ConfigError(f"--trials must be 1 or more, got {options.trials}")
+        raise UserError(f"--trials must be 1 or more, got {options.trials}")
     if options.timeout is not None and not 0 < options.timeout < math.inf:
-        raise ConfigError(f"--timeout must be seconds above 0, got {options.timeout:g}")
+        raise UserError(f"--timeout must be seconds above 0, got {options.timeout:g}")
     if options.study is not None and not Word().contains(options.study):
-        raise ConfigError(f"--study {options.study} must be a file name of letters, digits and _.+-")
+        raise UserError(f"--study {options.study} must be a file name of letters, digits and _.+-")
     if options.pruner == "median" and not _follow_top1(objectives):
-        raise ConfigError("--pruner median goes by the top-1 after each epoch and needs one objective that is a top-1 "
+        raise UserError("--pruner median goes by the top-1 after each epoch and needs one objective that is a top-1 "
                           f"(top1, test, delta), got --objective {options.objective}")  # fmt: skip
 
 
@@ -126,17 +127,17 @@ def _checked_space(conf_dir: Path, typed: list[str]) -> tuple[Space, list[RunCon
         space = read(parse_overrides(typed))
     for key in space.searched:
         if is_place(key) or key == "dry_run":
-            raise ConfigError(f"{key} does not change results, so it cannot be searched")
+            raise UserError(f"{key} does not change results, so it cannot be searched")
         if key in _IMAGES:
-            raise ConfigError(f"{key} cannot be searched: it decides which images a trial is trained or measured on, "
+            raise UserError(f"{key} cannot be searched: it decides which images a trial is trained or measured on, "
                               "and figures of different images cannot be compared")  # fmt: skip
         if key.endswith("seed"):
-            raise ConfigError(f"{key} cannot be searched: the best of several seeds is luck; search with one and "
+            raise UserError(f"{key} cannot be searched: the best of several seeds is luck; search with one and "
                               "run the best with several (-m seed=0,1,2), prune-lab compare averages them")  # fmt: skip
     configs = [config for probe in space.probes()
                for config in compose_checked(conf_dir, space.command(probe), sweep=False)]  # fmt: skip
     if configs[0].dry_run:
-        raise ConfigError("dry_run=true trains nothing, so there is nothing to search; leave it out")
+        raise UserError("dry_run=true trains nothing, so there is nothing to search; leave it out")
     return space, configs
 
 
@@ -146,7 +147,7 @@ def _check_split(config: RunConfig, objectives: Sequence[Objective]) -> None:
         return
     for objective in objectives:
         if objective.key.startswith("test/"):
-            raise ConfigError(f"--objective {objective.name} needs dataset.validation above 0; without it top1 is "
+            raise UserError(f"--objective {objective.name} needs dataset.validation above 0; without it top1 is "
                               "measured on the test split")  # fmt: skip
     if any(objective.is_measured for objective in objectives):
         print("prune-lab: warning: trials are compared on test images, which flatters the best one; "

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import suggestion
 
 Direction = Literal["minimize", "maximize"]
 
@@ -45,16 +46,16 @@ def parse(text: str) -> list[Objective]:
     """Return the objectives of a list KEY,KEY.
 
     Raises:
-        ConfigError: an unknown one, or one given twice.
+        UserError: an unknown one, or one given twice.
     """
     objectives = [Objective(name, SHORT.get(name, name)) for name in text.split(",")]
     for index, objective in enumerate(objectives):
         if objective.key not in _LARGER + _SMALLER:
             names = (*SHORT, *_LARGER, *_SMALLER)
-            raise ConfigError(f"--objective {objective.name} is not a choice{suggestion(objective.name, names)}; "
+            raise UserError(f"--objective {objective.name} is not a choice{suggestion(objective.name, names)}; "
                               f"allowed: {', '.join(names)}")  # fmt: skip
         if objective.key in {other.key for other in objectives[:index]}:
-            raise ConfigError(f"--objective {text} names {objective.key} twice")
+            raise UserError(f"--objective {text} names {objective.key} twice")
     return objectives
 
 

@@ -17,8 +17,8 @@ from prune_lab.commands.tune.space import Space, text
 from prune_lab.commands.tune.study import DIVERGED, current, next_trial, repeat_failed
 from prune_lab.commands.tune.watch import TrialWatch
 from prune_lab.compose.overrides import compose_checked
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.failure import fail
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.signals import STOPPED, StopFlag
 from prune_lab.pipeline import runner
 from prune_lab.pipeline.control_runs import in_order
@@ -70,7 +70,7 @@ class Search:
             timeout_s: no trial is begun after so many seconds.
 
         Raises:
-            ConfigError: the runs do not have an objective.
+            UserError: the runs do not have an objective.
         """
         started = time.monotonic()
         repeat_failed(self.study)
@@ -149,14 +149,14 @@ class Search:
         """Note what a finished run reached.
 
         Raises:
-            ConfigError: it does not have an objective, so neither will the others.
+            UserError: it does not have an objective, so neither will the others.
         """
         for objective in self.objectives:
             if watch.found.get(objective.key) is None:
                 error = f"no {objective.key} in its summary"
                 trial.set_user_attr("error", error)
                 self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
-                raise ConfigError(f"--objective {objective.name}: trial {trial.number} has finished with {error}; "
+                raise UserError(f"--objective {objective.name}: trial {trial.number} has finished with {error}; "
                                   "give an objective that these runs have")  # fmt: skip
         if watch.sparsity_changed:
             trial.set_user_attr(_CHANGING, True)

@@ -12,7 +12,7 @@ from typing import Any
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 
@@ -75,17 +75,17 @@ def read(parsed: Sequence[Override]) -> Space:
     """Return the space that the options of a command span.
 
     Raises:
-        ConfigError: values that cannot be searched, or none that are to be.
+        UserError: values that cannot be searched, or none that are to be.
     """
     keys = [override.get_key_element() for override in parsed]
     searched = {key: _distribution(override) for key, override in zip(keys, parsed, strict=True)
                 if override.is_sweep_override()}  # fmt: skip
     if not searched:
-        raise ConfigError("prune-lab tune: nothing to search; give an option several values, as a,b,c, range(1,10,2), "
+        raise UserError("prune-lab tune: nothing to search; give an option several values, as a,b,c, range(1,10,2), "
                           "interval(0.1,0.5) or tag(log,interval(1e-4,1e-1))")  # fmt: skip
     for key in searched:
         if keys.count(key) > 1:
-            raise ConfigError(f"{key} is given {keys.count(key)} times")
+            raise UserError(f"{key} is given {keys.count(key)} times")
     return Space([override.input_line for override in parsed], keys, searched)
 
 
@@ -121,26 +121,26 @@ def _distribution(override: Override) -> Distribution:
     line, value = override.input_line, override.value()
     tags: set[str] = getattr(value, "tags", set())
     if tags - {"log"} or (tags and not override.is_interval_sweep()):
-        raise ConfigError(f"{line}: the only tag is log, for an interval: tag(log,interval(1e-4,1e-1))")
+        raise UserError(f"{line}: the only tag is log, for an interval: tag(log,interval(1e-4,1e-1))")
     if getattr(value, "shuffle", False):
-        raise ConfigError(f"{line}: shuffle means nothing in a search; leave it out")
+        raise UserError(f"{line}: shuffle means nothing in a search; leave it out")
     if isinstance(value, IntervalSweep):
         return _numbers(line, value.start, value.end, log=bool(tags))
     if override.is_range_sweep():
         return _steps(line, value)
     texts = tuple(dict.fromkeys(override.sweep_string_iterator()))
     if not texts:
-        raise ConfigError(f"{line} matches nothing")
+        raise UserError(f"{line} matches nothing")
     if isinstance(value, ChoiceSweep) and len(texts) < len(value.list):
-        raise ConfigError(f"{line} names a value twice")
+        raise UserError(f"{line} names a value twice")
     return CategoricalDistribution(texts)
 
 
 def _numbers(line: str, low: float, high: float, *, log: bool) -> Distribution:
     if low > high:
-        raise ConfigError(f"{line}: the interval ends before it starts")
+        raise UserError(f"{line}: the interval ends before it starts")
     if log and low <= 0:
-        raise ConfigError(f"{line}: a logarithmic interval must start above 0, got {low:g}")
+        raise UserError(f"{line}: a logarithmic interval must start above 0, got {low:g}")
     if isinstance(low, int) and isinstance(high, int):
         return IntDistribution(low, high, log=log)
     return FloatDistribution(float(low), float(high), log=log)
@@ -150,7 +150,7 @@ def _steps(line: str, value: Any) -> Distribution:
     """Return start, start + step, ... below stop; Optuna's upper end belongs to the range, Hydra's does not."""
     count = len(list(value.range()))
     if not count:
-        raise ConfigError(f"{line} holds no values: it starts at its end")
+        raise UserError(f"{line} holds no values: it starts at its end")
     start, step = Decimal(str(value.start)), Decimal(str(value.step))  # 0.1 + 2 * 0.1 is to be 0.3
     low, high = sorted((start, start + (count - 1) * step))
     if all(isinstance(number, int) for number in (value.start, value.step)):

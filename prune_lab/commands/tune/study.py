@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial
 from prune_lab.commands.tune.objectives import Direction
 from prune_lab.commands.tune.sampler import UntriedSampler, untried
 from prune_lab.commands.tune.space import Distribution, Space
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 _OWNER = "prune-lab"
 """the study's attribute with the options and objectives it was begun with"""
@@ -37,7 +37,7 @@ def open_study(
         prune: give up trials below the median of the finished ones.
 
     Raises:
-        ConfigError: the file holds something else, or a study with other options or objectives.
+        UserError: the file holds something else, or a study with other options or objectives.
     """
     import sqlalchemy
 
@@ -52,7 +52,7 @@ def open_study(
             pruner=_pruner(prune),
         )
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError) as error:
-        raise ConfigError(f"--study {path.stem}: {path} cannot be used as a study: {_first_line(error)}") from error
+        raise UserError(f"--study {path.stem}: {path} cannot be used as a study: {_first_line(error)}") from error
     _claim(study, {"options": list(options), "objectives": list(objectives)})
     return study
 
@@ -75,10 +75,10 @@ def _claim(study: Study, owner: dict[str, list[str]]) -> None:
     there = study.user_attrs.get(_OWNER, {"options": [], "objectives": []})
     if there["objectives"] != owner["objectives"]:
         before, now = (",".join(entry["objectives"]) or "others" for entry in (there, owner))
-        raise ConfigError(f"--study {study.study_name} has the objectives {before}, not {now}; give another --study")
+        raise UserError(f"--study {study.study_name} has the objectives {before}, not {now}; give another --study")
     if there["options"] != owner["options"]:
         old, new = set(there["options"]), set(owner["options"])
-        raise ConfigError(f"--study {study.study_name} was begun with {_only(old, new)}, this command has "
+        raise UserError(f"--study {study.study_name} was begun with {_only(old, new)}, this command has "
                           f"{_only(new, old)}; give another --study")  # fmt: skip
 
 

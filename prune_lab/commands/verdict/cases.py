@@ -13,7 +13,8 @@ from prune_lab.commands.verdict.conditions import DENSE, REINIT, SMALL, TICKET, 
 from prune_lab.config.schedule import ScheduleConfig
 from prune_lab.config.time import parse_time
 from prune_lab.datasets import base
-from prune_lab.foundations.schema import ConfigError, parse
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import parse
 
 REWOUND = "IMP-rewind"
 """the paper's appendix: the ticket starts from theta_t and trains T - t epochs; RR-IMP with its mask still trains T"""
@@ -120,7 +121,7 @@ def read_entries(runs: Iterable[RunResult]) -> tuple[list[Entry], list[str]]:
             continue
         try:
             entries.append(_entry(run))
-        except (ConfigError, KeyError, TypeError) as error:
+        except (UserError, KeyError, TypeError) as error:
             notes.append(f"{run.path} is left out, its options cannot be read: {error}")
     return entries, notes + _doubles(entries)
 

@@ -18,9 +18,9 @@ from prune_lab.commands.verdict.conditions import DENSE, REINIT, SMALL, TICKET, 
 from prune_lab.commands.verdict.plan import PRESETS, Planned, check_data, is_ticket, plan, sharing, with_preset
 from prune_lab.commands.verdict.table import Judged, as_json, text
 from prune_lab.config.run import RunConfig, as_mapping
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.failure import fail
 from prune_lab.foundations.files import write_json
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.foundations.signals import STOPPED
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     """Judge the runs named in `argv`, or do and judge those that its options ask for; return the exit code.
 
     Raises:
-        ConfigError: wrong option, nothing to judge, or no margin for the data set.
+        UserError: wrong option, nothing to judge, or no margin for the data set.
     """
     parser = _parser()
     options = parser.parse_intermixed_args(argv)
@@ -36,10 +36,10 @@ def main(argv: list[str]) -> int:
     overrides = [argument for argument in options.what if "=" in argument and not os.path.exists(argument)]
     paths = [argument for argument in options.what if argument not in overrides]
     if paths and (overrides or options.preset):
-        raise ConfigError(f"verdict: either run directories or options of new runs, got {paths[0]} among options")
+        raise UserError(f"verdict: either run directories or options of new runs, got {paths[0]} among options")
     if paths:
         if options.dry_run:
-            raise ConfigError("verdict: --dry-run goes with options of new runs, not with run directories")
+            raise UserError("verdict: --dry-run goes with options of new runs, not with run directories")
         return _judge_there(paths, options)
     if not overrides and not options.preset:
         parser.error("name run directories, or options of new runs such as model=resnet20 dataset=cifar10")
@@ -68,9 +68,9 @@ def _parser() -> Arguments:
 def _check_numbers(options: Namespace) -> None:
     for name, value in (("--sim", options.sim), ("--gap", options.gap)):
         if value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"{name} must be points of top-1, 0 or more, got {value:g}")
+            raise UserError(f"{name} must be points of top-1, 0 or more, got {value:g}")
     if not 0 <= options.min_sparsity < 1:
-        raise ConfigError(f"--min-sparsity must lie in [0, 1), got {options.min_sparsity:g}")
+        raise UserError(f"--min-sparsity must lie in [0, 1), got {options.min_sparsity:g}")
 
 
 def _rules(dataset: str, options: Namespace) -> Rules:
@@ -85,7 +85,7 @@ def _judge_there(paths: Sequence[str], options: Namespace) -> int:
     runs, copies = without_copies(read_runs(paths))
     judged, notes = judge_runs(runs, options)
     if not judged:
-        raise ConfigError(
+        raise UserError(
             f"verdict: no run of method=lottery with method.arm={TICKET}, {REINIT} or {REWOUND} in {', '.join(paths)}; "
             f"a verdict compares {DENSE}, {TICKET}, {REINIT} and {SMALL}"
         )
@@ -151,13 +151,13 @@ def _check_rules(planned: Sequence[Planned], options: Namespace) -> None:
     """Refuse before hours of training what no verdict can come of.
 
     Raises:
-        ConfigError: no margin for a data set, or every sparsity is trivial.
+        UserError: no margin for a data set, or every sparsity is trivial.
     """
     for name in dict.fromkeys(entry.config.dataset.name for entry in planned):
         _rules(name, options)
     highest = max(sparsity_of(asdict(entry.config.method)) for entry in planned if is_ticket(entry.config))
     if highest < options.min_sparsity - 1e-9:
-        raise ConfigError(
+        raise UserError(
             f"method.levels: every sparsity is trivial, the highest is {highest:.4g}; --min-sparsity is "
             f"{options.min_sparsity:g}"
         )

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prune_lab.commands.compare.groups import Stat, stat
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import suggestion
 
 DENSE, TICKET, REINIT, SMALL = "dense", "LT-IMP", "RR-IMP", "small_dense"
 """the whole network; its pruned weights back at their first values; the same mask, fresh values; as small, no mask"""
@@ -98,13 +99,13 @@ def similar_margin(dataset: str, given: float | None) -> float:
     """Return the margin of "similar accuracy" for a data set: as `given`, else the published one.
 
     Raises:
-        ConfigError: neither is there.
+        UserError: neither is there.
     """
     if given is not None:
         return given
     if dataset not in SIMILAR:
         published = ", ".join(f"{name} {margin}" for name, margin in SIMILAR.items())
-        raise ConfigError(
+        raise UserError(
             f"dataset={dataset} has no published margin of similar accuracy{suggestion(dataset, SIMILAR)}: give "
             f"--sim POINTS; published: {published}"
         )

@@ -16,8 +16,8 @@ from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
 from prune_lab.core.method import build_method
 from prune_lab.core.usable_layers import usable_layers
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pipeline import identity
 from prune_lab.pipeline.run_folder import RunFolder
 
@@ -64,10 +64,10 @@ def plan(conf_dir: Path, overrides: Sequence[str]) -> list[Planned]:
             for method.tolerance of the small dense network.
 
     Raises:
-        ConfigError: a wrong option, or too few learning rates or seeds for any verdict.
+        UserError: a wrong option, or too few learning rates or seeds for any verdict.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("verdict starts its runs in one process, one after the other: start it without torchrun")
+        raise UserError("verdict starts its runs in one process, one after the other: start it without torchrun")
     _refuse(overrides)
     shared = [line for line in overrides if not line.startswith("method.")]
     small = [line for line in overrides if line.startswith("method.tolerance=")]
@@ -94,7 +94,7 @@ def _refuse(overrides: Sequence[str]) -> None:
     for line in overrides:
         name = line.partition("=")[0].lstrip("+~")
         if name in ("method", "method.arm", "method.name", "method.copy"):
-            raise ConfigError(f"{line}: verdict chooses methods and arms itself; leave {name}=... out")
+            raise UserError(f"{line}: verdict chooses methods and arms itself; leave {name}=... out")
 
 
 def _check_enough(configs: Iterable[RunConfig]) -> None:
@@ -102,12 +102,12 @@ def _check_enough(configs: Iterable[RunConfig]) -> None:
     configs = list(configs)
     lrs, seeds = {config.schedule.train.lr for config in configs}, {config.seed for config in configs}
     if len(lrs) < 2:
-        raise ConfigError(
+        raise UserError(
             f"schedule.train.lr={lrs.pop():g}: a verdict needs two learning rates or more, such as "
             "schedule.train.lr=0.01,0.1, because dense training at one is not known to be its best"
         )
     if len(seeds) < 2:
-        raise ConfigError(f"seed={seeds.pop()}: a verdict needs two seeds or more, such as seed=0,1,2")
+        raise UserError(f"seed={seeds.pop()}: a verdict needs two seeds or more, such as seed=0,1,2")
 
 
 def is_ticket(config: RunConfig) -> bool:

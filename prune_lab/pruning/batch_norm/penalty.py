@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.batch_norm.kind import is_norm
 
 if TYPE_CHECKING:
@@ -19,26 +19,26 @@ def scales(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the scale of every batch norm by the norm's module path.
 
     Raises:
-        ConfigError: there is none, or one has no scale or does not train it.
+        UserError: there is none, or one has no scale or does not train it.
     """
     norms = {path: module for path, module in model.named_modules() if is_norm(module)}
     if not norms:
-        raise ConfigError("the penalty on batch-norm scales needs batch norms; this network has none")
+        raise UserError("the penalty on batch-norm scales needs batch norms; this network has none")
     for path, norm in norms.items():
         if norm.weight is None:
-            raise ConfigError(f"the batch norm {path} has no scale (affine=False); all need one to be penalised")
+            raise UserError(f"the batch norm {path} has no scale (affine=False); all need one to be penalised")
         if not norm.weight.requires_grad:
-            raise ConfigError(f"the scale of the batch norm {path} is frozen (requires_grad=False); all have to train "
+            raise UserError(f"the scale of the batch norm {path} is frozen (requires_grad=False); all have to train "
                               "to be penalised")
     return {path: norm.weight for path, norm in norms.items()}
 
 
 def check_training(model: nn.Module) -> None:
-    """Put `model` into training mode; raise ConfigError if a batch norm does not follow."""
+    """Put `model` into training mode; raise UserError if a batch norm does not follow."""
     model.train()
     for path, module in model.named_modules():
         if is_norm(module) and not module.training:
-            raise ConfigError(f"the batch norm {path} stays in evaluation mode while the network trains; all have "
+            raise UserError(f"the batch norm {path} stays in evaluation mode while the network trains; all have "
                               "to train for their scales to be penalised")
 
 
@@ -72,7 +72,7 @@ class ScalePenalty:
                 alone. None: all scales are.
 
         Raises:
-            ConfigError: see `scales`.
+            UserError: see `scales`.
         """
         found = scales(model)
         self._strength, self._kind = strength, kind

@@ -19,7 +19,7 @@ def alike(network: Network, groups: list[ChannelGroup], unit: Unit, ratio: float
     """Return the channels to keep, producer -> count: about the same fraction of each group, within the budget.
 
     Raises:
-        ConfigError: one channel per group costs more.
+        UserError: one channel per group costs more.
     """
     channels = channel_map(network.model, network.image_size)
     costs = ChannelCosts(network.model, channels, network.costs)

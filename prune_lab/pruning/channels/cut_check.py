@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import no_grad, torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.batch_norm.kind import is_norm
 from prune_lab.pruning.channels.groups import ChannelMap
 from prune_lab.pruning.channels.surgery import remove_channels
@@ -34,7 +34,7 @@ def check_equal(model: nn.Module, channels: ChannelMap, alive: Tensor, image_siz
         image_size: height and width of the RGB images, px.
 
     Raises:
-        ConfigError: they differ by more than TOLERANCE (the message names the first layer that does), the smaller
+        UserError: they differ by more than TOLERANCE (the message names the first layer that does), the smaller
             network does not compute, or the network cannot compute in float64.
     """
     masked = copy.deepcopy(model).cpu().double().eval()  # not every device knows float64
@@ -59,7 +59,7 @@ def check_equal(model: nn.Module, channels: ChannelMap, alive: Tensor, image_siz
     }
     for path, difference in differences.items():
         if not difference <= TOLERANCE:  # also for NaN
-            raise ConfigError(
+            raise UserError(
                 f"the network without its dead channels differs from the masked one by {difference:.3g} of the output "
                 f"(allowed: {TOLERANCE:g}), first at {path}; the channels of this architecture cannot be removed"
             )
@@ -72,7 +72,7 @@ def _one_line(refusal: str) -> Iterator[None]:
         yield
     except Exception as error:  # a foreign forward may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{refusal}: {reason}") from error
+        raise UserError(f"{refusal}: {reason}") from error
 
 
 def _values(network: nn.Module, paths: Iterable[str], images: Tensor) -> dict[str, Tensor]:

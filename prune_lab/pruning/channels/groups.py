@@ -194,7 +194,7 @@ def channel_map(model: nn.Module, image_size: int) -> ChannelMap:
         image_size: height and width of the RGB images, px; decides how often a flatten repeats a channel.
 
     Raises:
-        ConfigError: the network's data flow cannot be traced.
+        UserError: the network's data flow cannot be traced.
     """
     # Not above, so that options are checked without numpy and without torch, whose tracer `trace` subclasses.
     import numpy as np
@@ -250,7 +250,7 @@ def channel_groups(model: nn.Module, image_size: int) -> list[ChannelGroup]:
     channels are a group like any other. A layer that is called more than once, or shares its weight, has none.
 
     Raises:
-        ConfigError: the network's data flow cannot be traced.
+        UserError: the network's data flow cannot be traced.
     """
     return groups_of(channel_map(model, image_size))
 

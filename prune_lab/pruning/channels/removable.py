@@ -9,8 +9,8 @@ import numpy as np
 
 from prune_lab.accounting.network import Network
 from prune_lab.foundations import patterns
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels.costs import ChannelCosts, Unit
 from prune_lab.pruning.channels.groups import ChannelMap, Lane, channel_map
 from prune_lab.pruning.channels.selection import Budget, choose_counts, top
@@ -38,7 +38,7 @@ class RemovableChannels:
             can_rank: whether a method can tell what the channels of a lane are worth; the others stay.
 
         Raises:
-            ConfigError: the network cannot be traced, a pattern matches nothing, or nothing may go.
+            UserError: the network cannot be traced, a pattern matches nothing, or nothing may go.
         """
         self.map: ChannelMap = channel_map(network.model, network.image_size)
         self.costs = ChannelCosts(network.model, self.map, network.costs)
@@ -50,7 +50,7 @@ class RemovableChannels:
         ]
         """per lane, whether it may lose channels"""
         if not any(self.free_lanes):
-            raise ConfigError("no channels of this network may be removed under method.exclude and method.residual"
+            raise UserError("no channels of this network may be removed under method.exclude and method.residual"
                               if self.map.lanes else
                               f"no channels of this network can be removed: {self.map.holders()}")
         self.free = self.map.members(self.free_lanes)
@@ -87,7 +87,7 @@ class RemovableChannels:
         """Return the classes with the highest scores under a budget of MACs, bool [num_classes].
 
         Raises:
-            ConfigError: out of reach.
+            UserError: out of reach.
         """
         counts = choose_counts(scores, self.map, self.costs, Budget("macs", macs_ratio), free=self.free_lanes)
         return top(scores, self.map, counts)

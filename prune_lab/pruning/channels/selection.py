@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels.costs import ChannelCosts, Unit
 from prune_lab.pruning.channels.groups import ChannelMap
 
@@ -79,7 +79,7 @@ def choose_counts(
         free: per lane, whether it may lose channels.
 
     Raises:
-        ConfigError: the budget is below what the smallest allowed network costs.
+        UserError: the budget is below what the smallest allowed network costs.
     """
     return _Search(scores, channels, costs, budget, free).best()
 
@@ -133,7 +133,7 @@ class _Search:
         least = self._after(self._cuts[high])
         if not self._fits(least):
             floor = self._costs.at(self._budget.unit, least) / self._whole
-            raise ConfigError(
+            raise UserError(
                 f"{self._budget.option} is out of reach: the smallest network that the options allow has {floor:.4g} "
                 f"of the {_WORDS[self._budget.unit]}; allowed: that or more, below 1{self._share}"
             )

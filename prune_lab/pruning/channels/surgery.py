@@ -6,8 +6,8 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.batch_norm.kind import is_norm
 from prune_lab.pruning.channels.groups import ChannelMap, Lane
 
@@ -29,7 +29,7 @@ def remove_channels(model: nn.Module, channels: ChannelMap, alive: Tensor) -> nn
         alive: bool [num_classes].
 
     Raises:
-        ConfigError: nothing is dead, a layer would be left without channels, or `model` is compiled or wrapped.
+        UserError: nothing is dead, a layer would be left without channels, or `model` is compiled or wrapped.
     """
     from prune_lab.pruning.channels.trace import check_plain  # its file subclasses torch's tracer
 
@@ -52,10 +52,10 @@ def _check_alive(channels: ChannelMap, alive: Tensor) -> None:
     if alive.dtype != torch.bool or alive.shape != (channels.num_classes,):
         raise ValueError(f"alive must be bool of shape {(channels.num_classes,)}, got {alive.dtype} {alive.shape}")
     if bool(alive.all()):
-        raise ConfigError("no channels to remove: all of them are in use")
+        raise UserError("no channels to remove: all of them are in use")
     for path, rows in channels.rows.items():
         if not bool(channels.kept(rows, alive).any()):
-            raise ConfigError(f"{path} would be left without channels; keep at least one")
+            raise UserError(f"{path} would be left without channels; keep at least one")
 
 
 def _share_parameters(model: nn.Module) -> nn.Module:
@@ -122,13 +122,13 @@ def narrow(model: nn.Module, sizes: Mapping[str, list[int]]) -> None:
     Its own state dict, or the values of a new draw, are to be loaded afterwards.
 
     Raises:
-        ConfigError: the widths are of another architecture.
+        UserError: the widths are of another architecture.
     """
     for path, size in sizes.items():
         try:
             _narrow(model.get_submodule(path), size)
         except (AttributeError, TypeError, ValueError, IndexError) as error:
-            raise ConfigError(f"channels: the widths {size} of {path!r} are not this network's: {error}") from error
+            raise UserError(f"channels: the widths {size} of {path!r} are not this network's: {error}") from error
 
 
 def _narrow(module: Any, size: list[int]) -> None:

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from prune_lab.accounting.eligibility import layer_kind
 from prune_lab.accounting.weight_use import computed_weights
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
 from prune_lab.pruning.batch_norm.kind import is_norm
 
@@ -39,7 +39,7 @@ def trace(model: nn.Module, image_size: int) -> TracedNetwork:
         image_size: height and width of the RGB images, px.
 
     Raises:
-        ConfigError: the network is wrapped, or its data flow cannot be traced; the message names the operation.
+        UserError: the network is wrapped, or its data flow cannot be traced; the message names the operation.
     """
     check_plain(model)
     try:
@@ -51,7 +51,7 @@ def trace(model: nn.Module, image_size: int) -> TracedNetwork:
             recorder.run(torch.zeros(2, 3, image_size, image_size, device="meta", dtype=precision))
     except Exception as error:  # a traced forward may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
+        raise UserError(
             f"removing channels needs a network that torch.fx can trace; {type(model).__name__} is not: "
             f"{reason}{_place(error)}"
         ) from error
@@ -59,10 +59,10 @@ def trace(model: nn.Module, image_size: int) -> TracedNetwork:
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raise ConfigError if `model` is compiled or wrapped for several devices."""
+    """Raise UserError if `model` is compiled or wrapped for several devices."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel, torch._dynamo.OptimizedModule)
     if isinstance(model, wrappers):
-        raise ConfigError(
+        raise UserError(
             f"channels are removed from plain networks, got {type(model).__name__}; remove first, then wrap or compile"
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 _HOMES = {"HashedConv2d": "prune_lab.pruning.dynamic.hashed_convolution"}
 """class -> where it is. Such a class has `of(module, **options)`, what takes the module's place, and `options()`"""
@@ -24,20 +24,20 @@ def replace(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -> Non
     """Put the modules of `described` (see `describe`) into `model`, in the places of its own, once for a shared one.
 
     Raises:
-        ConfigError: a class that does not exist here, a path that is not in the model, options that do not fit.
+        UserError: a class that does not exist here, a path that is not in the model, options that do not fit.
     """
     made: dict[nn.Module, nn.Module] = {}
     for path, entry in described.items():
         options = dict(entry)
         kind = options.pop("type", None)
         if kind not in _HOMES:
-            raise ConfigError(f"model.json: {path} has the type {kind}; known are {', '.join(_HOMES)}")
+            raise UserError(f"model.json: {path} has the type {kind}; known are {', '.join(_HOMES)}")
         try:
             own = model.get_submodule(path)
             if own not in made:
                 made[own] = getattr(import_module(_HOMES[kind]), kind).of(own, **options)
         except (AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(f"model.json: {path} cannot become a {kind}: {str(error).splitlines()[0]}") from error
+            raise UserError(f"model.json: {path} cannot become a {kind}: {str(error).splitlines()[0]}") from error
         model.set_submodule(path, made[own])
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prune_lab.accounting.network import Network
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.channels.costs import Unit
 from prune_lab.pruning.channels.removable import RemovableChannels
 from prune_lab.pruning.channels.selection import Budget, choose_counts, top
@@ -32,7 +32,7 @@ class GateBudget(RemovableChannels):
             exclude: patterns of layers whose output channels have none.
 
         Raises:
-            ConfigError: no channels to gate, a pattern without a match, a target out of reach.
+            UserError: no channels to gate, a pattern without a match, a target out of reach.
         """
         super().__init__(network, residual=residual, exclude=exclude)
         if not linear:
@@ -53,7 +53,7 @@ class GateBudget(RemovableChannels):
             if isinstance(model.get_submodule(path), torch.nn.Linear):
                 self.free[classes[classes >= 0]] = False
         if not bool(self.free.any()):
-            raise ConfigError("method.gate_linear=false: linear layers read all channels that could have gates")
+            raise UserError("method.gate_linear=false: linear layers read all channels that could have gates")
 
     def largest(self, ranking: Tensor) -> Tensor:
         """Return the classes of the largest network found within the target, bool [classes].

@@ -70,7 +70,7 @@ class GatedChannels:
         """Return the highest gates within a budget of the network, bool [num_gates]; every group keeps one at least.
 
         Raises:
-            ConfigError: the budget is below what the network costs with one channel in each group.
+            UserError: the budget is below what the network costs with one channel in each group.
         """
         scores = torch.zeros(self.channels.num_classes, dtype=torch.float64)
         scores[self.places] = log_alpha.double().cpu()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from prune_lab.accounting.costs import LayerCost, dense_macs
 from prune_lab.accounting.network import Network
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.batch_norm.kind import is_norm
 from prune_lab.pruning.channels.groups import ChannelGroup, channel_map, columns, groups_of
 from prune_lab.pruning.gates.channels import GatedChannels
@@ -132,7 +132,7 @@ class FilterGates(WeightGates):
         self.map = channel_map(network.model, network.image_size)
         self.channels = [group for group in groups_of(self.map) if group.producer in allowed]
         if not self.channels:
-            raise ConfigError(
+            raise UserError(
                 f"method.granularity=filter: {type(network.model).__name__} has no hidden channels of their own among "
                 "the layers that method.exclude leaves"
             )

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import yaml
 
-from prune_lab.foundations.schema import ConfigError, suggestion
+from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.schema import suggestion
 from prune_lab.pruning.masks.selection import SEMI_STRUCTURED
 
 
@@ -53,7 +54,7 @@ def allocate(
     Layers whose density would pass 1 are made dense one at a time, largest first, and the rest is solved again.
 
     Raises:
-        ConfigError: the budget cannot be met; the message gives the largest reachable sparsity.
+        UserError: the budget cannot be met; the message gives the largest reachable sparsity.
 
     Source: Evci et al. 2020, section 3(1), arXiv 1911.11134; saturation as in google-research/rigl.
     """
@@ -185,9 +186,9 @@ def whole_units(counts: Mapping[str, int], units: Mapping[str, int]) -> dict[str
     return whole
 
 
-def _unreachable(total: int, least: int, why: str) -> ConfigError:
+def _unreachable(total: int, least: int, why: str) -> UserError:
     highest = math.floor(1e6 * (1 - least / total)) / 1e6  # rounded down: the printed figure must work when typed
-    return ConfigError(
+    return UserError(
         f"method.sparsity is out of reach: {why}; the reachable maximum is {highest} for this model, "
         "method.distribution and method.first_layer"
     )
@@ -217,24 +218,24 @@ def load_densities(path: str, names: Mapping[str, str]) -> dict[str, float]:
         names: layer name -> parameter of every eligible layer; the file must name all of them and no other.
 
     Raises:
-        ConfigError: missing or unreadable file, names that do not match, density out of range.
+        UserError: missing or unreadable file, names that do not match, density out of range.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
         content = json.loads(text) if path.endswith(".json") else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"method.densities={path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"method.densities={path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"method.densities={path} must hold a mapping of layer name to density")
+        raise UserError(f"method.densities={path} must hold a mapping of layer name to density")
     for name in content:
         if name not in names:
-            raise ConfigError(f"method.densities={path}: {name} is no eligible layer{suggestion(str(name), names)}")
+            raise UserError(f"method.densities={path}: {name} is no eligible layer{suggestion(str(name), names)}")
     missing = [name for name in names if name not in content]
     if missing:
-        raise ConfigError(f"method.densities={path}: no density for {', '.join(missing[:3])} ({len(missing)} missing)")
+        raise UserError(f"method.densities={path}: no density for {', '.join(missing[:3])} ({len(missing)} missing)")
     for name, value in content.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-            raise ConfigError(f"method.densities={path}: {name} must lie in (0, 1], got {value}")
+            raise UserError(f"method.densities={path}: {name} must lie in (0, 1], got {value}")
     return {names[name]: float(content[name]) for name in names}
 
 
@@ -246,7 +247,7 @@ def file_counts(
     At `target` layer l keeps its density d_l of the file, at a lower sparsity s the density 1 - (1 - d_l) s / target.
 
     Raises:
-        ConfigError: the densities ask for another sparsity than `target` (by more than 0.001), or for no weight at all
+        UserError: the densities ask for another sparsity than `target` (by more than 0.001), or for no weight at all
             in a layer.
         ValueError: `sparsity` lies beyond `target`.
     """
@@ -264,7 +265,7 @@ def _final_counts(sizes: Mapping[str, int], densities: Mapping[str, float], targ
     targets = {name: densities[name] * size for name, size in sizes.items()}
     asked = 1 - sum(targets.values()) / total
     if abs(asked - target) > 1e-3:
-        raise ConfigError(
+        raise UserError(
             f"method.densities asks for sparsity {asked:.6g}, method.sparsity for {target:g}; make them agree"
         )
     budget = num_keep_total(total, target)
@@ -273,5 +274,5 @@ def _final_counts(sizes: Mapping[str, int], densities: Mapping[str, float], targ
     counts = largest_remainder(near, sizes, budget)
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
-        raise ConfigError(f"method.densities: {empty[0]} would keep no weight; raise its density")
+        raise UserError(f"method.densities: {empty[0]} would keep no weight; raise its density")
     return counts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.masks import semi_structured, top_k
 
 SEMI_STRUCTURED = "2:4"
@@ -25,14 +25,14 @@ def selection(distribution: str) -> ModuleType:
 
 
 def check_semi_structured(options: Any, path: str) -> None:
-    """Raise ConfigError if an option does not go with 2:4; options of any other distribution pass."""
+    """Raise UserError if an option does not go with 2:4; options of any other distribution pass."""
     if options.distribution != SEMI_STRUCTURED:
         return
     for name, (needed, why) in _NEEDED.items():
         value = getattr(options, name, needed)
         if value != needed:
             shown = f"[{','.join(value)}]" if isinstance(value, list) else "null" if value is None else value
-            raise ConfigError(
+            raise UserError(
                 f"{path}.{name} must be {needed} with {path}.distribution={SEMI_STRUCTURED}, got {shown}: {why}",
                 f"{path}.{name}",
             )

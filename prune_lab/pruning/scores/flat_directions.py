@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from prune_lab.accounting.network import Network
 from prune_lab.foundations import distributed
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import no_grad, torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.optim.row_groups import RowGroups, as_rows
 from prune_lab.pruning.scores.hessian import flatten, hessian_product, unflatten
 from prune_lab.pruning.scores.lanczos import Eigenpairs, largest, projection_ratio
@@ -130,12 +130,12 @@ def measure(
         rehearsal: one product shows that the shapes fit; the result does not count.
 
     Raises:
-        ConfigError: more eigenvectors than parameters, no second derivatives, or a loss that is not finite.
+        UserError: more eigenvectors than parameters, no second derivatives, or a loss that is not finite.
     """
     trained = [parameter for parameter in network.model.parameters() if parameter.requires_grad]
     size = sum(parameter.numel() for parameter in trained)
     if eigenvectors > size:
-        raise ConfigError(f"method.eigenvectors must lie in [1, {size}] (trainable parameters), got {eigenvectors}")
+        raise UserError(f"method.eigenvectors must lie in [1, {size}] (trainable parameters), got {eigenvectors}")
     grouped = [parameter for parameter in trained if parameter in rows]
     groups = RowGroups([rows[parameter] for parameter in grouped], len(scales)).to(network.device)
     values, scales = [parameter.detach() for parameter in grouped], scales.to(network.device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.scores.evaluation_mode import preserve_state
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ def loss(model: nn.Module, images: Tensor, labels: Tensor, *, temperature: float
     """Return the summed cross-entropy of logits / temperature, in the model's precision and fp32 at least.
 
     Raises:
-        ConfigError: it is infinite or NaN.
+        UserError: it is infinite or NaN.
     """
     value = _cross_entropy(model, images, labels, temperature)
     if not bool(torch.isfinite(value)):
-        raise ConfigError(f"the loss of the scoring images is {value.item()}: look at the start weights and the images")
+        raise UserError(f"the loss of the scoring images is {value.item()}: look at the start weights and the images")
     return value
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.scores import evaluation_mode, gradients, second_derivatives
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def hessian_product(
         vector: [n], over `weights` as `flatten` orders them.
 
     Raises:
-        ConfigError: an operator of the model has no second derivative, or the loss is not finite.
+        UserError: an operator of the model has no second derivative, or the loss is not finite.
     """
     directions, images_seen = unflatten(vector, weights), 0
     with evaluation_mode.preserve_state(model, train_mode=False), evaluation_mode.twice_differentiable(model):
@@ -65,4 +65,4 @@ def _add_product(
         found = second_derivatives.without_second_derivative(model, images[:2])
         if found is None:
             raise
-        raise ConfigError(f"the Hessian needs second derivatives, which {found} does not have") from error
+        raise UserError(f"the Hessian needs second derivatives, which {found} does not have") from error

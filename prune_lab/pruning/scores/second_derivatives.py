@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
-from prune_lab.foundations.schema import ConfigError
 from prune_lab.pruning.scores.evaluation_mode import twice_differentiable
 from prune_lab.pruning.scores.gradients import gradients, loss
 
@@ -40,7 +40,7 @@ def hessian_gradient(
         low_memory: store the inputs of blocks only and compute the rest again, twice.
 
     Raises:
-        ConfigError: an operator of the model has no second derivative; names the module.
+        UserError: an operator of the model has no second derivative; names the module.
 
     Source: Wang et al. 2020, eq. 8, arXiv 2002.07376.
     """
@@ -87,7 +87,7 @@ def _add_product(
         if found is None:
             raise
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"scores need second derivatives, which {found} does not have: {reason}") from error
+        raise UserError(f"scores need second derivatives, which {found} does not have: {reason}") from error
 
 
 def without_second_derivative(model: nn.Module, images: Tensor) -> str | None:

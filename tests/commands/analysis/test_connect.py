@@ -21,7 +21,7 @@ from prune_lab.commands.analysis.connect import main, plot, verdict
 from prune_lab.commands.analysis.curve_training import Recipe, lr_factor, train_middle
 from prune_lab.commands.analysis.curves import Curve, barrier, coefficients, distance, positions
 from prune_lab.foundations.checkpoint import CheckpointPair
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.training.device_config import DeviceConfig
 from tests.helpers.analysis_runs import contents, make_run, only_result
 
@@ -163,7 +163,7 @@ def test_training_that_was_stopped_ends_in_the_same_curve(tmp_path):
 
 def test_a_diverging_curve_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(Ring, "forward", lambda self, x: self.w.sum().log() * torch.ones(len(x), 2))
-    with pytest.raises(ConfigError, match=r"the loss along the curve is nan in epoch 1; lower --lr"):
+    with pytest.raises(UserError, match=r"the loss along the curve is nan in epoch 1; lower --lr"):
         train_ring(tmp_path, 2)
 
 
@@ -299,7 +299,7 @@ def test_zeros_of_sparse_runs_at_the_ends_and_in_the_middle(tmp_path):
 def test_an_output_folder_holds_one_analysis(runs, tmp_path):
     arguments = [*map(str, runs), *LINE, "--output", str(tmp_path / "here")]
     assert main(arguments) == 0 and (tmp_path / "here" / "result.json").exists()
-    with pytest.raises(ConfigError, match="here holds another analysis"):
+    with pytest.raises(UserError, match="here holds another analysis"):
         main([*arguments, "--seed", "1"])
 
 
@@ -325,7 +325,7 @@ def test_an_output_folder_holds_one_analysis(runs, tmp_path):
     ],
 )
 def test_wrong_arguments_are_one_line(runs, arguments, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         main([str(runs[0]), *(argument.format(b=runs[1]) for argument in arguments)])
     assert "\n" not in str(caught.value)
     assert not Path("outputs").exists()
@@ -355,7 +355,7 @@ def altered(source: Path, folder: Path, **changes: tuple[str, str]) -> Path:
     ],
 )
 def test_runs_without_a_curve_between_them_are_named(runs, tmp_path, changes, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         main([str(runs[0]), str(altered(runs[1], tmp_path, **changes)), *LINE])
     assert "\n" not in str(caught.value)
 
@@ -363,7 +363,7 @@ def test_runs_without_a_curve_between_them_are_named(runs, tmp_path, changes, me
 def test_a_run_without_its_network_is_named(runs, tmp_path):
     copy = altered(runs[1], tmp_path)
     (copy / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="altered holds no finished model"):
+    with pytest.raises(UserError, match="altered holds no finished model"):
         main([str(runs[0]), str(copy)])
 
 
@@ -379,9 +379,9 @@ def test_data_at_two_places_need_the_option_and_missing_data_name_the_run(tmp_pa
         options["config"]["dataset"] = node | {"root": name}
         copy = shutil.copytree(run, tmp_path / name, symlinks=True)
         (copy / "run.json").write_text(json.dumps(options))
-    with pytest.raises(ConfigError, match="dataset.root is a in .*, b in .*; --data ROOT says which to read"):
+    with pytest.raises(UserError, match="dataset.root is a in .*, b in .*; --data ROOT says which to read"):
         main([str(tmp_path / "a"), str(tmp_path / "b"), *LINE])
-    with pytest.raises(ConfigError, match=r"the data of .*a \(--data ROOT names another place\): .*nothing-here"):
+    with pytest.raises(UserError, match=r"the data of .*a \(--data ROOT names another place\): .*nothing-here"):
         main([str(tmp_path / "a"), str(tmp_path / "b"), *LINE, "--data", "nothing-here"])
 
 

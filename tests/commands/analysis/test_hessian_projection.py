@@ -14,7 +14,7 @@ from torch.func import functional_call
 from prune_lab.commands.analysis import projection
 from prune_lab.commands.analysis.hessian_projection import main
 from prune_lab.commands.analysis.projection import spread
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.scores.hessian import flatten, hessian_product, unflatten
 from prune_lab.pruning.scores.lanczos import Eigenpairs, largest, projection_ratio
 from tests.helpers.analysis_runs import contents, make_run, only_result
@@ -247,6 +247,6 @@ def test_pairs_that_have_not_converged_are_said_to_be(runs, capsys):
     ],
 )
 def test_wrong_arguments_are_one_line(runs, arguments, message):
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         main([str(runs[0]), *(argument.format(a=runs[0], b=runs[1]) for argument in arguments)])
     assert "\n" not in str(caught.value)

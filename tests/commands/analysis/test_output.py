@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from prune_lab.commands.analysis.output import ResultFolder
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline import store
 
 
@@ -53,11 +53,11 @@ def test_what_failed_is_not_taken_for_done(tmp_path):
 
 def test_a_folder_of_other_inputs_is_refused(tmp_path):
     folder_at(tmp_path, seed=0).settle([], dict, report=print)
-    with pytest.raises(ConfigError, match="analysis holds another analysis"):
+    with pytest.raises(UserError, match="analysis holds another analysis"):
         folder_at(tmp_path, seed=1)
 
 
 def test_a_folder_that_cannot_be_made_names_the_option():
     nowhere = Path("/proc")  # nobody makes folders there
-    with pytest.raises(ConfigError, match="cannot make the folder /proc/analysis: .*; --output FOLDER names another"):
+    with pytest.raises(UserError, match="cannot make the folder /proc/analysis: .*; --output FOLDER names another"):
         folder_at(nowhere).settle([], dict, report=print)

@@ -17,7 +17,7 @@ from prune_lab.commands.compare.front import fronts, pareto
 from prune_lab.commands.compare.groups import aggregate, sort_rows, stat_of
 from prune_lab.commands.compare.runs import find_runs, read_runs, without_copies
 from prune_lab.commands.compare.table import Findings, legend, table
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 
 def write_run(root, name, *, group="g", seed=0, status="finished", error=None, config=None, **summary):
@@ -170,13 +170,13 @@ def test_wrong_arguments_are_one_line(arguments, message, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     if arguments[:1] == ["r"]:
         write_run(tmp_path, "r", final__top1=90.0)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         main(arguments)
     assert "\n" not in str(caught.value)
 
 
 def test_folder_without_runs_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="no runs in"):
+    with pytest.raises(UserError, match="no runs in"):
         main([str(tmp_path)])
 
 
@@ -266,7 +266,7 @@ def test_a_baseline_is_one_row_of_each_kind(tmp_path):
     rows = rows_of(tmp_path)
     typed = parse("--baseline", ["method=dense"], read_runs([tmp_path]))
     assert {key: value.mean for key, value in differences(rows, typed, "top1").items()} == {"rigl": -10.0}
-    with pytest.raises(ConfigError, match=r"two rows of resnet20 on digits are such \(dense 0.9 schedule=demo; rigl"):
+    with pytest.raises(UserError, match=r"two rows of resnet20 on digits are such \(dense 0.9 schedule=demo; rigl"):
         differences(rows, parse("--baseline", ["method.sparsity=0.9"], read_runs([tmp_path])), "top1")
 
 
@@ -447,7 +447,7 @@ def test_linked_runs_are_found_and_an_empty_folder_is_said(tmp_path):
     (tmp_path / "links" / "r").symlink_to(tmp_path / "real" / "r")
     assert [run.path.name for run in read_runs([tmp_path / "links"])] == ["r"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="no runs in .*empty"):
+    with pytest.raises(UserError, match="no runs in .*empty"):
         find_runs([tmp_path / "links", tmp_path / "empty"])
 
 

@@ -22,7 +22,7 @@ from prune_lab.commands.compare.published import Beside
 from prune_lab.commands.compare.runs import read_runs
 from prune_lab.commands.compare.table import Findings, legend
 from prune_lab.commands.compare.trajectories import densities, trajectory
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 INJECTION = '</script><script>document.title="owned"</script><img src=x onerror="document.title=1">'
 
@@ -287,7 +287,7 @@ def test_plots_hold_one_row_and_thirty(tmp_path, count):
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path, flag):
     write_three_rows(tmp_path / "runs")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=rf"^{flag} .*file.*: cannot be written \((Not a directory|File exists)\)$"):
+    with pytest.raises(UserError, match=rf"^{flag} .*file.*: cannot be written \((Not a directory|File exists)\)$"):
         main([str(tmp_path / "runs"), flag, str(tmp_path / "file" / "below")])
 
 

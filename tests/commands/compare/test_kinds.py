@@ -17,7 +17,7 @@ from prune_lab.commands.compare.front import front_lines, fronts
 from prune_lab.commands.compare.groups import aggregate
 from prune_lab.commands.compare.runs import read_runs
 from prune_lab.commands.compare.table import Findings, table
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 STUDY = Path(__file__).parents[3] / "outputs" / "reference" / "study_3_epochs"
 
@@ -204,7 +204,7 @@ def test_baselines_of_several_kinds_serve_each_their_own(tmp_path, capsys):
     assert main([str(tmp_path), "--baseline", "method=dense"]) == 0
     assert [row["against method=dense"] for row in cells_of(capsys)] == ["-", "-", "-0.25 (1)", "-1.00 (1)"]
     write_run(tmp_path, "again", method="dense", schedule={"train": {"epochs": 10, "lr": 0.5}})
-    with pytest.raises(ConfigError, match="two rows of resnet20 on cifar10 are such"):
+    with pytest.raises(UserError, match="two rows of resnet20 on cifar10 are such"):
         main([str(tmp_path), "--baseline", "method=dense"])
 
 

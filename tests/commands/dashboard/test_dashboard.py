@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import pytest
 
 from prune_lab.commands.dashboard import command as dashboard
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_json
-from prune_lab.foundations.schema import ConfigError
 from tests.helpers import runs
 from tests.helpers.wandb_server import API_KEY, ENTITY, StoredRun, WandbServer
 from tests.helpers.wandb_user import call, online, user_environment
@@ -156,14 +156,14 @@ def test_runs_are_grouped_over_seeds(project):
 def test_refusals_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match="dashboard needs a W&B key .*--print shows the workspace without one"):
+    with pytest.raises(UserError, match="dashboard needs a W&B key .*--print shows the workspace without one"):
         dashboard.main([])
-    with pytest.raises(ConfigError, match="--name fast \U0001f600 is no name of a view"):
+    with pytest.raises(UserError, match="--name fast \U0001f600 is no name of a view"):
         dashboard.main(["--print", "--name", "fast \U0001f600"])
-    with pytest.raises(ConfigError, match="unrecognized arguments: --projekt"):
+    with pytest.raises(UserError, match="unrecognized arguments: --projekt"):
         dashboard.main(["--projekt", "x"])
     monkeypatch.setattr(dashboard, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match="needs the package wandb-workspaces: pip install wandb-workspaces"):
+    with pytest.raises(UserError, match="needs the package wandb-workspaces: pip install wandb-workspaces"):
         dashboard.main(["--print"])
 
 

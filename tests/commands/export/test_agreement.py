@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.commands.export import agreement, catalog, files, timing, work
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 
 def make_network() -> nn.Module:
@@ -69,7 +69,7 @@ def test_rounding_alone_refuses_nothing(bias: float) -> None:
 def test_outputs_that_do_not_depend_on_images_are_refused() -> None:
     model = make_network()
     model[4].weight.fill_(0)
-    with pytest.raises(ConfigError, match="are the same for all random images: any file that ignores"):
+    with pytest.raises(UserError, match="are the same for all random images: any file that ignores"):
         agreement.make_reference(model, 16)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 import prune_lab
 from prune_lab.commands.export import catalog, command, files, formats, sparse, table, work
 from prune_lab.commands.export.latency import MIN_ROUNDS, interleaved, ratio, spread
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from tests.helpers.runs import TINY, execute, run_dir
 
 NO_TIMES = ("--no-latency", "--threads", "1")
@@ -125,7 +125,7 @@ def test_openvino_opens_with_both_precisions_checked(run: Path, exported: Path, 
         assert 1e-4 < bf16[0]["relative"] <= 0.05 == bf16[0]["tolerance"]
     else:
         assert bf16 == []
-        with pytest.raises(ConfigError, match="this CPU has no bf16 instructions"):
+        with pytest.raises(UserError, match="this CPU has no bf16 instructions"):
             export(run, exported, "--precision", "bf16", *NO_TIMES)
 
 
@@ -152,7 +152,7 @@ def test_bf16_that_nobody_asked_for_does_not_cost_the_file(
     monkeypatch.setattr(files, "write", lambda name, network, folder: copy_files(name, exported, folder))
     arguments = [str(run), "--out", str(tmp_path), "--format", "openvino", "--tolerance-bf16", "1e-9", *NO_TIMES]
     if is_asked:
-        with pytest.raises(ConfigError, match="OpenVINO bf16 differs .* above --tolerance-bf16 1e-09"):
+        with pytest.raises(UserError, match="OpenVINO bf16 differs .* above --tolerance-bf16 1e-09"):
             command.main([*arguments, "--precision", "fp32,bf16"])
     else:
         assert command.main(arguments) == 0
@@ -171,7 +171,7 @@ def test_a_file_that_computes_something_else_is_removed(run: Path, tmp_path: Pat
         save_file(tensors, folder / "model.safetensors")
 
     monkeypatch.setattr(formats, "save_model", spoil)
-    with pytest.raises(ConfigError, match=r"differs from the run's network by .* above --tolerance 0.0001") as error:
+    with pytest.raises(UserError, match=r"differs from the run's network by .* above --tolerance 0.0001") as error:
         command.main([str(run), "--out", str(tmp_path), "--format", "safetensors,torch_export", *NO_TIMES])
     assert "\n" not in str(error.value)
     record = record_of(tmp_path)
@@ -184,7 +184,7 @@ def test_outputs_that_are_not_numbers_are_refused(run: Path, tmp_path: Path) -> 
     tensors = load_file(broken / "model.safetensors")
     tensors["linear.bias"][0] = torch.nan
     save_file(tensors, broken / "model.safetensors")
-    with pytest.raises(ConfigError, match="not finite or all zero"):
+    with pytest.raises(UserError, match="not finite or all zero"):
         export(broken, tmp_path / "out", "--format", "safetensors", *NO_TIMES)
     assert not (tmp_path / "out").exists()
 
@@ -237,7 +237,7 @@ def with_module(monkeypatch):
 
 def test_a_module_can_refuse_to_become_a_graph(run: Path, tmp_path: Path, with_module) -> None:
     with_module(Hashing())
-    with pytest.raises(ConfigError, match=r"choose their channels per image; .* \(0: Hashing\)$"):
+    with pytest.raises(UserError, match=r"choose their channels per image; .* \(0: Hashing\)$"):
         export(run, tmp_path / "out", "--format", "torch_export", *NO_TIMES)
     assert not (tmp_path / "out").exists()
 
@@ -269,7 +269,7 @@ def test_what_cannot_be_traced_ends_in_one_line(module: nn.Module, reason: str) 
 
 def test_a_missing_package_is_named_with_the_command_that_brings_it(run: Path, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(catalog, "find_spec", lambda name: None if name in ("openvino", "onnx") else object())
-    with pytest.raises(ConfigError, match="--format openvino needs openvino: pip install openvino"):
+    with pytest.raises(UserError, match="--format openvino needs openvino: pip install openvino"):
         command.main([str(run), "--format", "safetensors,openvino"])
     monkeypatch.setattr(formats, "refusal", lambda model: "no graph")
     record = export(run, tmp_path, *NO_TIMES)
@@ -299,23 +299,23 @@ WRONG = {
 
 @pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
 def test_a_wrong_option_is_named(run: Path, arguments: tuple[str, ...]) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         command.main([str(run), *arguments])
     assert WRONG[arguments] in str(error.value)
     assert not (run / "export").exists()
 
 
 def test_only_finished_runs_are_exported_and_never_over_a_run(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a run directory"):
+    with pytest.raises(UserError, match="is not a run directory"):
         command.main([str(tmp_path)])
     unfinished = copy_of(run, tmp_path / "unfinished")
     (unfinished / "status.json").write_text('{"status": "interrupted", "error": null}')
-    with pytest.raises(ConfigError, match="is not finished"):
+    with pytest.raises(UserError, match="is not finished"):
         command.main([str(unfinished)])
-    with pytest.raises(ConfigError, match="is a run directory, whose files stay as they are"):
+    with pytest.raises(UserError, match="is a run directory, whose files stay as they are"):
         command.main([str(run), "--out", str(run)])
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="is a file, no folder"):
+    with pytest.raises(UserError, match="is a file, no folder"):
         command.main([str(run), "--out", str(tmp_path / "file")])
 
 

@@ -13,7 +13,7 @@ from torch import nn
 import prune_lab
 from prune_lab.commands.export import command, packed, table, tensor_cores, timing
 from prune_lab.commands.export.formats import NotExportable
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.masks.semi_structured import keep_top
 from tests.helpers.method_runs import configure, finish
 
@@ -87,7 +87,7 @@ def test_an_older_gpu_is_named(monkeypatch) -> None:
 
 def test_another_network_is_refused_by_a_layer_s_name(tmp_path: Path) -> None:
     run = finish(configure(tmp_path / "runs", "static", "method.sparsity=0.7"))
-    with pytest.raises(ConfigError, match=r"the network is not 2:4: layer\S+ has groups of four") as e:
+    with pytest.raises(UserError, match=r"the network is not 2:4: layer\S+ has groups of four") as e:
         export(run, tmp_path / "out", "--no-latency")
     assert "\n" not in str(e.value)
     assert not list((tmp_path / "out").glob("model*"))

@@ -23,7 +23,7 @@ from prune_lab.commands.tune import command as tune
 from prune_lab.commands.tune import objectives, search, space, study
 from prune_lab.commands.tune.watch import TrialWatch
 from prune_lab.config.run import RunConfig
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.signals import STOPPED, StopFlag
 from prune_lab.tracking import BaseSink, RunInfo
 from tests.helpers.runs import TINY, assert_same_run, compose, execute, fork, run_dir, status, wait_for
@@ -153,7 +153,7 @@ def test_sweep_grammar_is_read_as_distributions(line: str, expected) -> None:
     ],
 )
 def test_values_that_cannot_be_searched_are_refused(lines: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         read(lines)
 
 
@@ -304,7 +304,7 @@ def test_a_finite_space_is_done_when_every_point_has_had_its_trial(runs: Runs, c
 
 def test_a_search_without_a_finished_trial_fails(runs: Runs, capsys: pytest.CaptureFixture) -> None:
     def refuse(index: int) -> int:
-        raise ConfigError("method.sparsity is out of reach")
+        raise UserError("method.sparsity is out of reach")
 
     runs.ending = refuse
     assert find("--trials", "2") == 1

@@ -20,7 +20,7 @@ from prune_lab.commands.verdict.conditions import (
     similar_margin,
     two_standard_errors,
 )
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 
 CIFAR10 = Rules(similar=0.5)
 RANKS = {"none": 0, "secondary prize": 1, "jackpot": 2}
@@ -195,7 +195,7 @@ def test_published_margins_and_no_other():
     margins = [similar_margin(name, None) for name in ("cifar10", "cifar100", "tiny_imagenet", "imagenet")]
     assert margins == [0.5, 1.0, 1.0, 1.5]
     assert similar_margin("digits", 0.8) == 0.8 and similar_margin("cifar10", 0.1) == 0.1
-    with pytest.raises(ConfigError, match=r"dataset=digits has no published margin.*--sim POINTS; published: cifar10"):
+    with pytest.raises(UserError, match=r"dataset=digits has no published margin.*--sim POINTS; published: cifar10"):
         similar_margin("digits", None)
 
 

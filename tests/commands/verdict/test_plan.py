@@ -20,7 +20,7 @@ from prune_lab.commands.verdict.plan import PRESETS, plan, sharing, small_sparsi
 from prune_lab.compose.choices import conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import as_mapping
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline import runner
 from tests.helpers.runs import TINY, compose
 
@@ -286,10 +286,10 @@ def test_a_target_and_the_rounds_that_reach_it_are_one_sparsity(write, tmp_path)
 def test_nothing_to_judge_and_no_margin_end_in_one_line(write, tmp_path):
     runs = str(tmp_path / "runs")
     write_all(write, {"dense": WINNING["dense"]})
-    with pytest.raises(ConfigError, match="no run of method=lottery with method.arm=LT-IMP"):
+    with pytest.raises(UserError, match="no run of method=lottery with method.arm=LT-IMP"):
         main([runs])
     write_all(write, dataset__name="mine")
-    with pytest.raises(ConfigError, match="dataset=mine has no published margin .* --sim POINTS"):
+    with pytest.raises(UserError, match="dataset=mine has no published margin .* --sim POINTS"):
         main([runs])
     assert not (tmp_path / "runs" / "verdict.json").exists()
     assert main([runs, "--sim", "1"]) == 0
@@ -317,7 +317,7 @@ def test_nothing_to_judge_and_no_margin_end_in_one_line(write, tmp_path):
 def test_wrong_arguments_end_in_one_line_before_any_run(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny = list(TINY) if any("=" in argument for argument in arguments) and arguments[0] != "outputs" else []
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         main([*tiny, *arguments])
     assert list(tmp_path.iterdir()) == []
 
@@ -381,9 +381,9 @@ def test_a_dry_run_lists_the_runs_and_leaves_nothing(planned, tmp_path, capsys):
 
 
 def test_what_no_verdict_can_come_of_is_refused_before_any_run(planned, tmp_path):
-    with pytest.raises(ConfigError, match="dataset=fake has no published margin"):
+    with pytest.raises(UserError, match="dataset=fake has no published margin"):
         main([*SMALLEST])
-    with pytest.raises(ConfigError, match="every sparsity is trivial, the highest is 0.36; --min-sparsity is 0.59"):
+    with pytest.raises(UserError, match="every sparsity is trivial, the highest is 0.36; --min-sparsity is 0.59"):
         main([*SMALLEST, "--sim", "1"])
     assert list(tmp_path.iterdir()) == []
 

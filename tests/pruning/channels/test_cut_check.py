@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
 from prune_lab.pipeline import runner, stored_phases
 from prune_lab.pipeline.dry_run import dry_run
@@ -144,7 +144,7 @@ def test_the_right_cut_passes_and_every_wrong_one_is_refused(kind: type[Branch])
     wrong = dict(wrong_maps(channels, alive))
     assert {"rows of branch.0", "columns of branch.3", "norms of branch.1"} <= set(wrong)
     for place, bad in wrong.items():
-        with pytest.raises(ConfigError, match="differs from the masked one by"):
+        with pytest.raises(UserError, match="differs from the masked one by"):
             check_equal(model, bad, alive, 8)
             pytest.fail(f"the wrong {place} pass")
 
@@ -157,7 +157,7 @@ def test_the_right_cut_of_whole_networks_passes_and_wrong_ones_are_refused(famil
     alive = thinned(channels)
     assert check_equal(model, channels, alive, 32) < 1e-13
     for place, bad in list(wrong_maps(channels, alive))[::5]:
-        with pytest.raises(ConfigError, match="differs from the masked one by"):
+        with pytest.raises(UserError, match="differs from the masked one by"):
             check_equal(model, bad, alive, 32)
             pytest.fail(f"the wrong {place} pass")
 
@@ -167,7 +167,7 @@ def test_the_message_names_the_first_layer_that_reads_the_wrong_channels() -> No
     model = NARROW["resnet18"]()
     channels = channel_map(model, 32)
     wrong = channels.columns | {"layer2.0.conv2": channels.columns["layer2.0.conv2"].flip(0)}  # as many, but others
-    with pytest.raises(ConfigError, match=r"differs from the masked one by [\d.e-]+ .*first at layer2\.0\.conv2;"):
+    with pytest.raises(UserError, match=r"differs from the masked one by [\d.e-]+ .*first at layer2\.0\.conv2;"):
         check_equal(model, dataclasses.replace(channels, columns=wrong), thinned(channels), 32)
 
 
@@ -211,7 +211,7 @@ class CountsChannels(nn.Module):
 def test_a_network_that_uses_its_width_as_a_number_is_refused() -> None:
     model = CountsChannels()
     channels = channel_map(model, 8)
-    with pytest.raises(ConfigError, match="first at b; the channels of this architecture cannot be removed"):
+    with pytest.raises(UserError, match="first at b; the channels of this architecture cannot be removed"):
         check_equal(model, channels, thinned(channels), 8)
 
 
@@ -226,7 +226,7 @@ def test_a_network_that_fails_without_its_channels_is_refused_for_that() -> None
     channels = channel_map(model, 24)
     alive = torch.ones(channels.num_classes, dtype=torch.bool)
     alive[:4] = False
-    with pytest.raises(ConfigError, match="^NeedsItsWidth does not compute without its dead channels; .*zero") as found:
+    with pytest.raises(UserError, match="^NeedsItsWidth does not compute without its dead channels; .*zero") as found:
         check_equal(model, channels, alive, 24)
     assert "\n" not in str(found.value)
 
@@ -239,7 +239,7 @@ class SinglePrecision(CountsChannels):
 def test_a_network_that_cannot_compute_in_float64_is_refused_in_one_line() -> None:
     model = SinglePrecision()
     channels = channel_map(model, 8)
-    with pytest.raises(ConfigError, match="needs a check in float64, which SinglePrecision does not compute") as found:
+    with pytest.raises(UserError, match="needs a check in float64, which SinglePrecision does not compute") as found:
         check_equal(model, channels, thinned(channels), 8)
     assert "\n" not in str(found.value)
 
@@ -274,7 +274,7 @@ def test_a_cut_that_would_fail_is_refused_before_the_training(
     monkeypatch.setattr(cut_check, "TOLERANCE", -1.0)
     monkeypatch.setattr(stored_phases, "perform", no_training)
     config = compose(*TINY, *METHODS[name], f"output_dir={tmp_path}")
-    with pytest.raises(ConfigError, match="the channels of this architecture cannot be removed"):
+    with pytest.raises(UserError, match="the channels of this architecture cannot be removed"):
         command(config)
     assert not list(tmp_path.glob("*/*.json"))
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.channels.groups import ChannelMap, channel_map
 from tests.helpers.channel_networks import FULL, NARROW, ours, thinned
 
@@ -223,6 +223,6 @@ class Mismatched(Net):
     (Mismatched(), r"Mismatched is not: operation add: .*broadcast"),
 ])
 def test_an_untraceable_network_is_refused_with_the_operation(model: nn.Module, named: str) -> None:
-    with pytest.raises(ConfigError, match=named) as caught:
+    with pytest.raises(UserError, match=named) as caught:
         channel_map(model, 8)
     assert "\n" not in str(caught.value)

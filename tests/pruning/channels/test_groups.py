@@ -10,7 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from prune_lab import models
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.channels.groups import ChannelGroup, Consumer, channel_groups, columns
 from tests.helpers.runs import compose
 
@@ -262,7 +262,7 @@ class Looking(nn.Module):
 
 
 def test_a_network_that_cannot_be_traced_is_refused_in_one_line() -> None:
-    with pytest.raises(ConfigError, match="torch.fx can trace; Looking is not: ") as caught:
+    with pytest.raises(UserError, match="torch.fx can trace; Looking is not: ") as caught:
         channel_groups(Looking(), 4)
     assert "\n" not in str(caught.value)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prune_lab.core.method import build_method
 from prune_lab.families.channel_pruning import Problem
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pruning.channels.groups import channel_map
 from prune_lab.pruning.channels.removable import RemovableChannels
@@ -81,7 +81,7 @@ def test_networks_of_which_all_may_go_have_a_short_line(family: str) -> None:
     ([nn.Flatten(), nn.Linear(48, 2)], "its layers make the outputs only"),
 ])  # fmt: skip
 def test_nothing_to_remove_names_what_holds_the_channels(layers: list[nn.Module], reason: str) -> None:
-    with pytest.raises(ConfigError) as found:
+    with pytest.raises(UserError) as found:
         RemovableChannels(phase(nn.Sequential(*layers), 4).network, residual=True, exclude=[])
     assert str(found.value) == f"no channels of this network can be removed: {reason}"
 
@@ -89,7 +89,7 @@ def test_nothing_to_remove_names_what_holds_the_channels(layers: list[nn.Module]
 def test_a_budget_out_of_reach_names_what_holds_the_channels() -> None:
     context = phase(network(), 4)
     method = build_method(compose(*TINY, "method=l1_filter", "method.macs_ratio=0.2"))
-    with pytest.raises(ConfigError, match=r"is out of reach: .* \(removable: 18 of 36 .* GroupNorm \(3\): 8\)$"):
+    with pytest.raises(UserError, match=r"is out of reach: .* \(removable: 18 of 36 .* GroupNorm \(3\): 8\)$"):
         Problem(method, context).counts(torch.zeros(18, dtype=torch.float64))
 
 

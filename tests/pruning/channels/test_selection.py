@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.accounting.costs import profile
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.channels.costs import ChannelCosts
 from prune_lab.pruning.channels.groups import ChannelMap, channel_map
 from prune_lab.pruning.channels.selection import Budget, choose_counts, relative, top, within_lanes
@@ -214,7 +214,7 @@ def test_ties_between_lanes_do_not_depend_on_the_place_of_a_class() -> None:
     (Budget("channels", 0.5, round_to=64), r"^method\.channels_ratio=0\.5 is out of reach: .* has 1 of the channels"),
 ])
 def test_a_budget_out_of_reach_says_what_is_in_reach(budget: Budget, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         chosen("resnet110-A", budget)
 
 
@@ -222,5 +222,5 @@ def test_what_is_said_to_be_in_reach_is() -> None:
     channels, costs = counted("resnet110-A")
     floor = costs.at("macs", np.ones_like(costs.sizes)) / costs.at("macs", costs.sizes)
     assert chosen("resnet110-A", Budget("macs", floor * 1.0001)).max() <= 2
-    with pytest.raises(ConfigError, match=f"{floor:.4g}"):
+    with pytest.raises(UserError, match=f"{floor:.4g}"):
         chosen("resnet110-A", Budget("macs", floor * 0.9999))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_lab.accounting.costs import count_parameters, dense_macs, profile
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
 from prune_lab.pruning.channels import surgery
 from prune_lab.pruning.channels.costs import ChannelCosts
@@ -198,7 +198,7 @@ def test_pads_of_option_a(row: int, stem: int, pads: tuple[int, int]) -> None:
 
 def test_nothing_dead_is_an_error() -> None:
     model, channels = disturbed("vgg16")
-    with pytest.raises(ConfigError, match="no channels to remove"):
+    with pytest.raises(UserError, match="no channels to remove"):
         remove_channels(model, channels, torch.ones(channels.num_classes, dtype=torch.bool))
 
 
@@ -207,7 +207,7 @@ def test_a_layer_without_channels_is_an_error_that_names_it() -> None:
     alive = torch.ones(channels.num_classes, dtype=torch.bool)
     alive[channels.rows["layer2.1.conv1"]] = False
     assert [lane.name for lane in surgery.emptied(channels, alive)] == ["layer2.1.conv1"]
-    with pytest.raises(ConfigError, match=r"layer2\.1\.conv1 would be left without channels"):
+    with pytest.raises(UserError, match=r"layer2\.1\.conv1 would be left without channels"):
         remove_channels(model, channels, alive)
 
 
@@ -222,9 +222,9 @@ def test_a_choice_of_another_length_or_type_is_an_error(wrong: Tensor) -> None:
 def test_wrapped_networks_are_refused(wrap) -> None:
     model, channels = disturbed("vgg16")
     expected = r"from plain networks, got (DataParallel|OptimizedModule); remove first, then wrap or compile"
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(UserError, match=expected):
         channel_map(wrap(model), 32)
-    with pytest.raises(ConfigError, match=expected):
+    with pytest.raises(UserError, match=expected):
         remove_channels(wrap(model), channels, thinned(channels))
 
 
@@ -234,5 +234,5 @@ def test_wrapped_networks_are_refused(wrap) -> None:
     ("layer1.0.bn1", []),
 ])  # fmt: skip
 def test_widths_of_another_network_are_refused_by_name(path: str, size: list) -> None:
-    with pytest.raises(ConfigError, match=rf"channels: the widths .* of '{path}' are not this network's"):
+    with pytest.raises(UserError, match=rf"channels: the widths .* of '{path}' are not this network's"):
         narrow(ours("resnet20", "model.width=0.5"), {path: size})

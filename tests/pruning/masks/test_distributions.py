@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.masks.distributions import (
     LayerSize,
     allocate,
@@ -85,7 +85,7 @@ def test_first_layer_dense_and_paid_for():
 def test_power_zero_is_uniform_and_a_huge_power_fails_with_a_message():
     assert spread("erk", EXAMPLE, 0.9, power=0.0) == spread("uniform", EXAMPLE, 0.9)
     message = r"conv1 would keep no weight; the reachable maximum is 0\.859514"  # 320 + 432 + 1 of 5360
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         spread("erk", EXAMPLE, 0.95, power=1000.0)
 
 
@@ -195,16 +195,16 @@ def test_resnet50_erk_densities(column):
 
 def test_too_small_a_budget_names_the_layer_and_a_reachable_maximum():
     layers = [LayerSize("wide", (1000, 1000)), LayerSize("tiny", (2, 2))]
-    with pytest.raises(ConfigError, match=r"method\.sparsity is out of reach: tiny would keep no weight") as caught:
+    with pytest.raises(UserError, match=r"method\.sparsity is out of reach: tiny would keep no weight") as caught:
         spread("uniform", layers, 0.999)
     reachable = float(str(caught.value).split("maximum is ")[1].split()[0])
     assert min(spread("uniform", layers, reachable).values()) == 1
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         spread("uniform", layers, reachable + 1e-5)
 
 
 def test_dense_first_layer_beyond_the_budget_is_refused():
-    with pytest.raises(ConfigError, match="the first one all; the reachable maximum is 0.919"):
+    with pytest.raises(UserError, match="the first one all; the reachable maximum is 0.919"):
         spread("erk", EXAMPLE, 0.95, first_layer="dense_compensated")  # 432 + 1 + 1 of 5360
 
 
@@ -251,13 +251,13 @@ def test_densities_come_from_a_file(tmp_path, suffix):
 def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
     path = tmp_path / "densities.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_densities(str(path), NAMES)
     assert "method.densities" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_densities(str(tmp_path / "none.yaml"), NAMES)
 
 
@@ -266,7 +266,7 @@ def test_file_counts_are_exact_and_must_agree_with_the_target():
     counts = file_counts(EXAMPLE, densities, target=0.8, sparsity=0.8)
     assert sum(counts.values()) == 1072
     assert counts == {"conv1": 238, "conv2": 514, "fc": 320}
-    with pytest.raises(ConfigError, match=r"asks for sparsity 0\.79\d+, method\.sparsity for 0\.9"):
+    with pytest.raises(UserError, match=r"asks for sparsity 0\.79\d+, method\.sparsity for 0\.9"):
         file_counts(EXAMPLE, densities, target=0.9, sparsity=0.9)
 
 

@@ -18,7 +18,7 @@ from prune_lab import models
 from prune_lab.accounting.eligibility import has_groups, select_layers
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.core.context import Context
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator
 from prune_lab.pipeline import runner
 from prune_lab.pruning.masks import top_k
@@ -202,7 +202,7 @@ def test_layers_without_groups_stay_dense_with_the_reason() -> None:
     assert layers["0"].reason == "3 input channels are no multiple of 4 (2:4)"
     assert layers["5"].reason == "6 input channels are no multiple of 4 (2:4)"
     assert "depthwise" in layers["1"].reason
-    with pytest.raises(ConfigError, match=r"distribution=2:4: no layer that may be pruned has a multiple of 4"):
+    with pytest.raises(UserError, match=r"distribution=2:4: no layer that may be pruned has a multiple of 4"):
         select_layers(model[:1], grouped=True)
 
 
@@ -249,7 +249,7 @@ def test_recipes_need_quotes(written: str, tmp_path: Path) -> None:
     if written.startswith('"'):
         assert compose("static", "experiment=halved", conf=tmp_path / "conf").distribution == "2:4"
         return
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         compose("static", "experiment=halved", conf=tmp_path / "conf")
     assert "method.distribution=124 is not allowed (YAML reads 2:4 so; write it in quotes: '2:4')" in str(caught.value)
 
@@ -274,7 +274,7 @@ def test_recipes_need_quotes(written: str, tmp_path: Path) -> None:
     ],
 )
 def test_options_that_do_not_go_with_it_are_refused(name: str, options: tuple[str, ...], words: str) -> None:
-    with pytest.raises(ConfigError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         compose(name, "method.distribution=2:4", "method.sparsity=0.5", *options)
     assert "\n" not in str(caught.value)
 

@@ -16,7 +16,7 @@ from prune_lab.compose.overrides import compose_checked
 from prune_lab.core import images as core_images
 from prune_lab.datasets import load
 from prune_lab.datasets.base import BatchFormat
-from prune_lab.foundations.schema import ConfigError
+from prune_lab.foundations.errors import UserError
 from prune_lab.pruning.scores import evaluation_mode, gradients, second_derivatives
 from tests.helpers.contexts import context_of
 from tests.helpers.method_runs import CONF, make
@@ -87,12 +87,12 @@ def test_rounds_share_no_image_and_each_is_balanced():
 
 def test_too_few_images_of_a_class_are_refused_by_name():
     data = noise_images(per_class=6)
-    with pytest.raises(ConfigError, match="method.samples_per_class=7 exceeds the 6 training images of class 0"):
+    with pytest.raises(UserError, match="method.samples_per_class=7 exceeds the 6 training images of class 0"):
         positions(data, per_class=7, batch_size=8)
-    with pytest.raises(ConfigError, match=r"=3 x method.rounds=3 exceeds the 6 training images of class 0"):
+    with pytest.raises(UserError, match=r"=3 x method.rounds=3 exceeds the 6 training images of class 0"):
         positions(data, per_class=3, batch_size=8, rounds=3)
     data.train_labels[data.train_labels == 2] = 1
-    with pytest.raises(ConfigError, match="exceeds the 0 training images of class 2"):
+    with pytest.raises(UserError, match="exceeds the 0 training images of class 2"):
         positions(data, per_class=1, batch_size=8)
 
 
@@ -226,7 +226,7 @@ def test_a_module_without_second_derivative_is_named():
     model = Net()
     model[6] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.ReLU(inplace=True), Doubling())
     weights, data = [model[0].weight], noise_images()
-    with unchanged(model), evaluation_mode.preserve_state(model, train_mode=True), pytest.raises(ConfigError) as caught:
+    with unchanged(model), evaluation_mode.preserve_state(model, train_mode=True), pytest.raises(UserError) as caught:
         second_derivatives.hessian_gradient(
             model, weights, lambda: [(data.images, data.train_labels)], num_images=len(data.images)
         )
@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_line():
     model = Net()
     with torch.no_grad():
         model[0].weight[0] = torch.nan
-    with pytest.raises(ConfigError, match=r"loss of the scoring images is nan: look at"):
+    with pytest.raises(UserError, match=r"loss of the scoring images is nan: look at"):
         gradients.loss(model, torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 2, 0]))
 
 
