@@ -51,7 +51,7 @@ class Context(LayeredNetwork):
     """returns the network initialised anew, drawn from the seed and the given word"""
     poll: Callable[[], None] = lambda: None
     """to be called now and then in long work outside of the training loop: stops the run if a signal asked for it"""
-    rehearsal: bool = False
+    validating: bool = False
     """True in a dry run: repeated work is done once, results do not count"""
     widths: dict[str, list[int]] | None = None
     """sizes of a network whose channels were removed (see surgery.Widths); None: as its options build it"""

@@ -197,7 +197,7 @@ class Method:
     def remove(self, context: Context) -> dict[str, float]:
         """Do the work of the phase REMOVE: take the channels out whose masks leave nothing of them."""
         figures = removal.remove_dead(context)
-        if not figures:  # a rehearsal in which nothing has closed
+        if not figures:  # a validation in which nothing has closed
             removal.try_cut(context, self.trial_cut(context))
         return figures
 

@@ -40,7 +40,7 @@ def remove_dead(context: Context) -> dict[str, float]:
     masks = {} if context.masks is None else context.masks.masks
     alive = ~channels.dead(masks)
     if bool(alive.all()):
-        if context.rehearsal:
+        if context.validating:
             return {}  # what closes is an outcome of the training
         raise UserError(
             "nothing to remove: no channel has all of its weights at zero; prune more, or train longer so that "

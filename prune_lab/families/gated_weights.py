@@ -300,7 +300,7 @@ class GatedWeights(Method):
 
     def remove(self, context: Context) -> dict[str, float]:
         """Remove the closed channels; which are closed after the one step of a dry run says nothing."""
-        if not context.rehearsal:
+        if not context.validating:
             return super().remove(context)
         removal.try_cut(context, self.trial_cut(context))
         return {}

@@ -191,7 +191,7 @@ class Greedy(Method):
         masks: dict[str, Tensor] = {}
         for number, group in enumerate(groups):
             counts = {name: int(mask.sum()) for name, mask in masks.items()}
-            if context.rehearsal and number:
+            if context.validating and number:
                 count = group.size if budget is None else budget[group.producer]
                 masks[group.producer] = torch.arange(group.size) < count
             else:
@@ -199,9 +199,9 @@ class Greedy(Method):
                 cost = macs(context.network, groups, counts)
                 masks[group.producer] = self._prune_group(context, group, want, cost)
             kept = masks[group.producer]
-            if not context.rehearsal:
+            if not context.validating:
                 context.report(f"{group.producer}: {int(kept.sum())} of {group.size} channels kept")
-            if not bool(kept.all()) and not (context.rehearsal and number):
+            if not bool(kept.all()) and not (context.validating and number):
                 counts[group.producer] = int(kept.sum())
                 self._train_between(context, groups, masks, macs(context.network, groups, counts))
         whole = {layer.parameter: torch.ones(layer.shape, dtype=torch.bool) for layer in context.eligible()}
@@ -217,7 +217,7 @@ class Greedy(Method):
         run, and what was really spent afterwards. Images of the accuracy for top1_tol are counted; the arithmetic on
         Gram matrices is not (it is no pass through the network).
         """
-        return self._planned(context) if context.rehearsal and context.widths is None else self._spent
+        return self._planned(context) if context.validating and context.widths is None else self._spent
 
     def _prune_group(self, context: Context, group: ChannelGroup, want: int | None, macs: int) -> Tensor:
         """Choose and re-weight the channels of one group; return the kept ones, bool [size]."""
@@ -253,7 +253,7 @@ class Greedy(Method):
         weights = torch.zeros(size, dtype=torch.float64)
         for kept, weights in imitation.growing(additions, patience=_PATIENCE * size):
             context.poll()
-            if context.rehearsal or enough(kept, weights):
+            if context.validating or enough(kept, weights):
                 break
         else:
             want = size if want is None else want  # never within the tolerance: the layer stays whole
@@ -308,7 +308,7 @@ class Greedy(Method):
         if want is not None:
             return lambda kept, weights: len(kept) >= want
         config = self.config
-        if context.rehearsal:
+        if context.validating:
             return lambda kept, weights: True
         spread = evenly(context.dataset.info.num_train, config.eval_images).split(config.batch)
         first_look = list(source.stream("first look", config.batch, fresh=False, count=1))
@@ -338,7 +338,7 @@ class Greedy(Method):
         source = DrawnImages(context, word, augment=True)
         num_images = short_training.short_finetune(
             context,
-            source.stream("order", batch, fresh=True, count=1 if context.rehearsal else steps),
+            source.stream("order", batch, fresh=True, count=1 if context.validating else steps),
             weight_masks(context.model, groups, kept),
             word=word,
             lr=config.between_lr,

@@ -206,7 +206,7 @@ class MaskSparsity(ScalePruning):
         """
         problem = self._problem(context)
         self.alive = self.choose(context, problem)
-        if bool(self.alive.all()) and not context.rehearsal:
+        if bool(self.alive.all()) and not context.validating:
             self._refuse_nothing(context, problem)
         marked = masks.left_out(problem.channels, self.alive)
         num_marked, total = (sum(int(f(mask)) for mask in marked.values()) for f in (torch.sum, torch.numel))
@@ -237,7 +237,7 @@ class MaskSparsity(ScalePruning):
     def prune(self, context: Context) -> dict[str, float]:
         """Mask the channels that were marked, whatever their scales are now."""
         problem = self._problem(context)
-        if bool(self.alive.all()):  # in a rehearsal only: what is marked is an outcome of the training
+        if bool(self.alive.all()):  # in a validation only: what is marked is an outcome of the training
             return {}
         return self.leave_out(context, problem, self.alive)
 

@@ -329,7 +329,8 @@ class StructuredDirectional(Method):
         parts = positions.tensor_split(-(-len(positions) // _BATCH))
         found = flat_directions.measure(
             context.network, rows, scales, lambda: drawn.read("images", parts), eigenvectors=config.eigenvectors,
-            num_images=len(positions), generator=context.generator, report=context.report, rehearsal=context.rehearsal,
+            num_images=len(positions), generator=context.generator, report=context.report,
+            validating=context.validating,
         )  # fmt: skip
         self._spent += found.macs
         alive = channels.best(flat_directions.order(found.norms, found.scores), config.macs_ratio)
@@ -349,7 +350,7 @@ class StructuredDirectional(Method):
         return alive
 
     def _refuse_nothing(self, context: Context) -> dict[str, float]:
-        if context.rehearsal:
+        if context.validating:
             return {}  # what becomes zero is an outcome of the training
         raise UserError(
             f"no channel became zero: the threshold reached {self.figures['threshold']:.4g}, the smallest norm is "
@@ -370,7 +371,7 @@ class StructuredDirectional(Method):
     def phase_cost(self, context: Context) -> int | None:
         """Return the MACs of the Hessian and of the images for batch norm; unknown before, as the channels are."""
         unknown = self.config.bn_images or self.config.variant == "SDP"
-        return None if context.rehearsal and context.phase == PRUNE.name and unknown else self._spent
+        return None if context.validating and context.phase == PRUNE.name and unknown else self._spent
 
     def explain(self) -> dict[str, float]:
         return self.figures

@@ -50,18 +50,18 @@ class SynFlow(InitialPruning):
         super().setup(context)
         if self.config.dtype == "float64" and context.device.type == "mps":
             raise UserError("method.dtype=float64: MPS lacks it; use trainer.device=cpu or method.dtype=float32")
-        if self.config.dtype == "float32" and context.rehearsal:  # found out before anything is written
+        if self.config.dtype == "float32" and context.validating:  # found out before anything is written
             with evaluation_mode.preserve_state(context.model, train_mode=False):
                 self._check(synaptic_flow.flow(context.model, *self._scoring_form(context)), 1)
 
     def choose(self, context: Context) -> dict[str, Tensor]:
-        """Score and cut in rounds, each among the weights of the one before; a rehearsal does one round.
+        """Score and cut in rounds, each among the weights of the one before; a validation does one round.
 
         Raises:
             UserError: the flow leaves the range of the number format.
         """
         form, names, image = self._scoring_form(context)
-        rounds, started = 1 if context.rehearsal else self.config.rounds, time.monotonic()
+        rounds, started = 1 if context.validating else self.config.rounds, time.monotonic()
         kept: dict[str, Tensor] | None = None
         with evaluation_mode.preserve_state(context.model, train_mode=False):
             for index in range(1, rounds + 1):

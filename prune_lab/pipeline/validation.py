@@ -104,7 +104,7 @@ def task_without_files(
         show=lambda done, total, text: None,
         report=report,
         stop=lambda: False,
-        rehearsal=True,
+        validating=True,
     )
 
 

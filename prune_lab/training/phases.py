@@ -173,7 +173,7 @@ def open_context(task: PhaseTask) -> Context:
         removes_channels=run_method.removes_channels(),
         fresh_model=partial(_drawn_anew, task),
         poll=task.poll,
-        rehearsal=task.rehearsal,
+        validating=task.validating,
     )
     if previous is not None and previous.masks is not None:
         context.install_masks({name: mask.to(context.device) for name, mask in previous.masks.items()})

@@ -41,7 +41,7 @@ class PhaseTask:
     """result of the phase's origin"""
     differentiate: Differentiate = differentiate
     """forward and backward of a micro-batch"""
-    rehearsal: bool = False
+    validating: bool = False
     """nothing of it counts: a method does repeated work once"""
 
     @property

@@ -53,10 +53,10 @@ def _phases(method: str, overrides: Sequence[str], dataset: Dataset) -> Iterator
 
 
 def _perform(task: PhaseTask, dataset: Dataset) -> None:
-    """Do all of a phase's work, where a rehearsal does some.
+    """Do all of a phase's work, where a validation does some.
 
     Raises:
         Interrupted: it takes too long.
     """
     deadline = time.monotonic() + _MOST_S
-    set_up(replace(task, dataset=dataset, rehearsal=False, stop=lambda: time.monotonic() > deadline))
+    set_up(replace(task, dataset=dataset, validating=False, stop=lambda: time.monotonic() > deadline))

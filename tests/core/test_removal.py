@@ -87,11 +87,11 @@ def test_constants_of_channels_that_are_read_still_are_told() -> None:
     assert context.said[-1].endswith(f", but for the constants of {gone} channels that were still read")
 
 
-def test_nothing_dead_is_an_error_but_for_a_rehearsal() -> None:
+def test_nothing_dead_is_an_error_but_for_a_validation() -> None:
     context = phase(NARROW["vgg16"](), 32, "remove")
     with pytest.raises(UserError, match="nothing to remove: no channel has all of its weights at zero"):
         remove_dead(context)
-    context.rehearsal = True
+    context.validating = True
     assert remove_dead(context) == {} and context.widths is None
 
 

@@ -182,7 +182,7 @@ def test_every_variant_keeps_exactly_its_budget(case: str) -> None:
         reader = context.masks.masks[f"{group.consumers[0].path}.weight"]
         assert not reader[:, gone].any() and reader[:, ~gone].any(1).any(1).any()
     known = case not in ("loss, counts", "loss, steps")
-    spent, context.rehearsal = method.phase_cost(context), True
+    spent, context.validating = method.phase_cost(context), True
     assert method.phase_cost(context) == (spent if known else None)
 
 

@@ -275,11 +275,11 @@ def test_rounds_go_straight_to_the_densities_of_a_file(tmp_path, monkeypatch):
     assert [counts(kept) for kept in seen.kept] == [[180, 324, 22], [144, 216, 20], [108, 108, 18]]
 
 
-def test_a_rehearsal_scores_once_and_cuts_all_at_once(monkeypatch):
+def test_a_validation_scores_once_and_cuts_all_at_once(monkeypatch):
     calls, score = [], synaptic_flow.flow
     monkeypatch.setattr(synaptic_flow, "flow", lambda *args: calls.append(0) or score(*args))
     context = context_for(small_cnn(), 8, Rounds())
-    context.rehearsal = True
+    context.validating = True
     assert sum(counts(make("synflow").choose(context))) == num_keep_total(672, 0.9) and len(calls) == 1
 
 
@@ -403,7 +403,7 @@ def test_overflow_in_float32_names_the_format_to_use(monkeypatch):
 
 
 def test_overflow_in_float32_is_found_before_the_run():
-    context = opened(overflowing(), 1, rehearsal=True)
+    context = opened(overflowing(), 1, validating=True)
     with pytest.raises(UserError, match=r"use method\.dtype=float64"):
         make("synflow", dtype="float32", sparsity=0.1, samples_per_class=1).setup(context)
     make("synflow", dtype="float64", sparsity=0.1, samples_per_class=1).setup(context)

@@ -113,7 +113,7 @@ def measure(
     num_images: int,
     generator: Callable[[str], torch.Generator],
     report: Callable[[str], None],
-    rehearsal: bool = False,
+    validating: bool = False,
 ) -> Flatness:
     """Return the direction scores of a network.
 
@@ -127,7 +127,7 @@ def measure(
         eigenvectors: k, how many of the largest eigenvalues count as not flat.
         num_images: how many images `data` gives.
         generator: returns the source of the random numbers of a word.
-        rehearsal: one product shows that the shapes fit; the result does not count.
+        validating: one product shows that the shapes fit; the result does not count.
 
     Raises:
         UserError: more eigenvectors than parameters, no second derivatives, or a loss that is not finite.
@@ -143,7 +143,7 @@ def measure(
     own = dict(zip(grouped, directions(groups, values, norms, scales), strict=True))
     d = flatten([own.get(parameter, torch.zeros_like(parameter)) for parameter in trained])
     pairs = _sharpest(
-        network.model, trained, data, eigenvectors, generator=generator, report=report, rehearsal=rehearsal
+        network.model, trained, data, eigenvectors, generator=generator, report=report, validating=validating
     )
     flat = d - pairs.vectors.T @ (pairs.vectors @ d)
     projected = dict(zip(trained, unflatten(flat, trained), strict=True))
@@ -167,9 +167,9 @@ def _sharpest(
     *,
     generator: Callable[[str], torch.Generator],
     report: Callable[[str], None],
-    rehearsal: bool,
+    validating: bool,
 ) -> Eigenpairs:
-    """Return the eigenpairs of the largest eigenvalues; in a rehearsal one product shows that the shapes fit."""
+    """Return the eigenpairs of the largest eigenvalues; in a validation one product shows that the shapes fit."""
 
     def show(done: int, values: Tensor, residuals: Tensor) -> None:
         if done % _REPORT_EVERY == 0:
@@ -180,8 +180,8 @@ def _sharpest(
     return largest(
         lambda vector: hessian_product(model, weights, data, vector),
         torch.randn(size, generator=generator("start vector")).to(weights[0]),
-        1 if rehearsal else count,
-        iterations=1 if rehearsal else most_products(count),
+        1 if validating else count,
+        iterations=1 if validating else most_products(count),
         tolerance=_TOLERANCE,
         source=generator("restarts"),
         report=show,
