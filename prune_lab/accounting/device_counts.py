@@ -1,4 +1,4 @@
-"""Whole numbers that the device works out and the host reads late, because a GPU stands still for every reading."""
+"""Whole numbers that the device works out and the host reads late, because every reading stalls a GPU."""
 
 from __future__ import annotations
 

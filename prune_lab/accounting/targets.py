@@ -15,7 +15,7 @@ of a network of some hundred channels, and less than the steps in which publishe
 
 UNITS = {"sparsity": "sparsity", "gated_sparsity": "sparsity of the gated weights", "macs": "MACs ratio",
          "params": "parameters ratio", "channels": "channels ratio"}  # fmt: skip
-"""what a target counts -> words; a sparsity is the fraction that goes, a ratio the fraction that is kept"""
+"""what a target counts -> its text; a sparsity is the fraction that goes, a ratio the fraction that is kept"""
 
 
 def figures(asked: Mapping[str, float], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -34,14 +34,14 @@ def figures(asked: Mapping[str, float], summary: Mapping[str, Any]) -> dict[str,
 
 
 def plan_line(asked: Mapping[str, float]) -> str | None:
-    """Return what to tell of several targets before the run; None: there is one at most."""
+    """Return a line on several targets for the plan; None: there is one at most."""
     if len(asked) < 2:
         return None
     return "targets: " + " and ".join(f"{UNITS[unit]} {value:g}" for unit, value in asked.items()) + ", all of them"
 
 
 def line(summary: Mapping[str, Any]) -> str | None:
-    """Return the comparison for the end of a run; None where the sparsity that was asked for stands there already."""
+    """Return the comparison for the end of a run; None where the requested sparsity is shown already."""
     unit, met = summary.get("target/unit"), summary.get("target/met")
     if unit is None or (met and unit == "sparsity"):
         return None

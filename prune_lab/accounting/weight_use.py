@@ -1,6 +1,6 @@
 """How a forward pass uses the weights of a network: in which products, how often, and as they are or computed anew.
 
-A mask on a parameter acts only where the parameter itself is handed to the convolution or matrix product. Weight
+A mask on a parameter acts only where the parameter itself is passed to the convolution or matrix product. Weight
 standardisation, parametrizations and mixtures of kernels compute another tensor from it, which no mask reaches.
 """
 
@@ -65,7 +65,7 @@ def observe(model: nn.Module, image_size: int, *, channels: int = 3) -> WeightUs
 
     The image passes through a copy of the model without memory or arithmetic ("meta" device). Counted are all
     convolutions, and matrix products with an operand that is a parameter or is computed from parameters alone. Products
-    of two activations stand apart: those of attention, and those with a matrix that a layer made of the image.
+    of two activations are counted apart: those of attention, and those with a matrix that a layer made of the image.
     """
     ghost = meta_copy(model)
     precision = next((parameter.dtype for parameter in ghost.parameters()), torch.float32)
@@ -202,7 +202,7 @@ class _Watch(TorchDispatchMode):
         self._add(path, tuple(self._parameters[path].shape), macs)
 
     def _home(self, entered: frozenset[str]) -> str:
-        """Return the parameter that a computed kernel stands for: of the layer at work, or the largest in question."""
+        """Return the parameter that a computed kernel counts as: of the layer at work, or the largest in question."""
         name, module, _ = self._running[-1]
         if module in self._weight_of:
             return self._weight_of[module]

@@ -1,4 +1,4 @@
-"""The command prune-lab: finds conf/, checks options, hands over to Hydra or to a sub-command. Torch-free."""
+"""The command prune-lab: finds conf/, checks options, dispatches to Hydra or to a sub-command. Torch-free."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def help_text() -> str:
 
 
 def _run(arguments: list[str]) -> int:
-    """Check every job the command asks for, then start them."""
+    """Check every job of the command, then start them."""
     from prune_lab.compose.overrides import compose_checked, launcher_options
     from prune_lab.launch.sweep import run_all
 

@@ -10,7 +10,7 @@ LISTS = ("models", "datasets", "methods", "schedules", "experiments")
 def completions(line: str) -> list[str] | None:
     """Return what may follow the command line `line` up to the cursor, or None where options follow.
 
-    An empty list leaves the word to the shell, which offers file names.
+    With an empty list the shell offers file names.
     """
     words = line.split()
     if not line or line[-1].isspace():

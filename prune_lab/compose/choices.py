@@ -30,7 +30,7 @@ def choices(conf_dir: Path, group: str) -> list[str]:
 
 
 def own_options(path: Path) -> dict[str, Any]:
-    """Return what a file says itself, its defaults list among it."""
+    """Return a file's own options, its defaults list among them."""
     node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # 1e-8 is a number here, not in YAML 1.1
     return node
 

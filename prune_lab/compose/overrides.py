@@ -40,7 +40,7 @@ def launcher_options(overrides: list[str]) -> tuple[list[str], list[str]]:
 
 
 def compose_checked(conf_dir: Path, overrides: list[str], *, sweep: bool) -> Iterator[RunConfig]:
-    """Yield the checked options of every run that `overrides` ask for (several only with `sweep`).
+    """Yield the checked options of every run of `overrides` (several only with `sweep`).
 
     Raises:
         UserError: naming the option as typed, the nearest valid name and what is allowed.
@@ -153,9 +153,9 @@ def _compose_one(conf_dir: Path, overrides: list[str]) -> RunConfig:
 
 
 def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str | None]) -> None:
-    """Raise UserError for a choice that is given the name of another one: the name stands in every table.
+    """Raise UserError for a choice that is given the name of another one: every table shows the name.
 
-    Only a file that leaves its name open, such as model/torchvision.yaml, lets the command say it.
+    Only a file that leaves its name open, such as model/torchvision.yaml, lets the command set it.
     """
     for group in groups(conf_dir):
         own = own_options(conf_dir / group / f"{chosen[group]}.yaml").get("name") if chosen.get(group) else None

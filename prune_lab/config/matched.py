@@ -10,7 +10,7 @@ COSTS = {
     "macs": ("macs/inference", "MACs"),
     "train_macs": ("macs/train", "training MACs"),
 }
-"""kind -> (key of the summary, in words)"""
+"""kind -> (key of the summary, text)"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Matched:
     detail: str = ""
 
     def wanted(self) -> list[str]:
-        """Return what tells matched runs apart."""
+        """Return what separates matched runs."""
         return [self.kind, self.to, self.by]
 
     def line(self) -> str:

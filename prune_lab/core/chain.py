@@ -39,7 +39,7 @@ class PlannedPhase:
 
     @property
     def length(self) -> str:
-        """The training's length in words, empty for a phase without one."""
+        """The training's length as text, empty for a phase without one."""
         if self.schedule is None or self.epochs == 0:
             return ""
         if self.epochs is not None:

@@ -48,7 +48,7 @@ class Context(LayeredNetwork):
     dataset: Any = None
     """the training images, for methods that score weights on them (see images.batches)"""
     fresh_model: Callable[[str], nn.Module] | None = None
-    """returns the network initialised anew, drawn from the seed and the given word"""
+    """returns the network initialised anew, drawn from the seed and the given key"""
     poll: Callable[[], None] = lambda: None
     """to be called now and then in long work outside of the training loop: stops the run if a signal asked for it"""
     validating: bool = False
@@ -56,7 +56,7 @@ class Context(LayeredNetwork):
     widths: dict[str, list[int]] | None = None
     """sizes of a network whose channels were removed (see surgery.Widths); None: as its options build it"""
     removes_channels: bool = False
-    """True: masks stand for channels until a phase of the chain has removed them"""
+    """True: masks represent channels until a phase of the chain has removed them"""
     masks: MaskSet | None = None
     history: MaskHistory | None = None
     """where the masks have been in this phase"""
@@ -91,13 +91,13 @@ class Context(LayeredNetwork):
 
     @property
     def sparsity(self) -> float | None:
-        """Fraction of zeros among the eligible weights; None without masks, and where masks stand for channels."""
+        """Fraction of zeros among the eligible weights; None without masks, and where masks represent channels."""
         if self.masks is None or (self.removes_channels and self.widths is None):
             return None
         return sparsity(self.layers, self.masks.counts())
 
     def mask_figures(self) -> dict[str, float]:
-        """Return what a record tells of the masks: sparsity, where there is one, and their history."""
+        """Return a record's figures on the masks: sparsity, where there is one, and their history."""
         assert self.masks is not None and self.history is not None
         sparsity, figures = self.sparsity, self.history.figures(self.masks.masks)
         return figures if sparsity is None else {"sparsity": sparsity} | figures

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class DrawnImages:
-    """Training images drawn from the seed, the phase and a word of their own; the same on every process."""
+    """Training images drawn from the seed, the phase and a key of their own; the same on every process."""
 
     def __init__(self, context: Context, layer: str, *, augment: bool) -> None:
         """Take `layer` as part of the key of every draw.
@@ -26,30 +26,30 @@ class DrawnImages:
         """
         self.context, self._layer, self._augment = context, layer, augment
 
-    def positions(self, word: str, count: int) -> Tensor:
+    def positions(self, key: str, count: int) -> Tensor:
         """Return `count` different positions in the training set, or all of it in random order if it has no more."""
         order = torch.randperm(
-            self.context.dataset.info.num_train, generator=self.context.generator(word, self._layer)
+            self.context.dataset.info.num_train, generator=self.context.generator(key, self._layer)
         )
         return order[:count]
 
-    def read(self, word: str, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(self, key: str, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images, labels) at each of `batches` of positions."""
-        seed = stable_hash(self.context.seed, word, self._layer) if self._augment else None
+        seed = stable_hash(self.context.seed, key, self._layer) if self._augment else None
         for images, labels in self.context.dataset.train_subset(list(batches), augment_seed=seed):
             self.context.poll()
             yield images, labels
 
     def stream(
-        self, word: str, batch: int, *, fresh: bool, count: int | None = None
+        self, key: str, batch: int, *, fresh: bool, count: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield minibatches, `count` of them or without end: epoch after epoch in random order, or always the first."""
         num_train = self.context.dataset.info.num_train
         batch, done = min(batch, num_train), 0
         for round_number in range(1 << 62):
-            order = self.positions(f"{word} {round_number}", num_train)
+            order = self.positions(f"{key} {round_number}", num_train)
             parts = [part for part in order.split(batch) if len(part) == batch][: 1 if not fresh else count]
-            for pair in self.read(f"{word} {round_number}", parts):
+            for pair in self.read(f"{key} {round_number}", parts):
                 while True:
                     yield pair
                     done += 1
@@ -83,7 +83,7 @@ def batches(
 
     Args:
         batch_size: most images per batch.
-        order: stratified: classes take turns, so that every batch holds all of them alike; class_sorted: class after
+        order: stratified: classes take turns, so that every batch holds equally many of each; class_sorted: class after
             class (official GraSP code); random.
         augment: crops and flips of training, the same in every call; False: images as for evaluation.
         rounds: this many times `per_class` images of every class, each round others, none shared by two batches.

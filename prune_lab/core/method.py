@@ -35,17 +35,17 @@ class MethodConfig:
     """the method's name as in method=NAME"""
 
     GOALS: ClassVar[tuple[str, ...]] = ()
-    """options that say, each by itself, how much is kept: one that is chosen replaces those set by default"""
+    """options each of which alone fixes how much is kept: one that is typed replaces those set by default"""
 
     @classmethod
     def absent(cls, option: str) -> str | None:
-        """Return what to tell a user who asks for `option`, which the method does not have; None: nothing special."""
+        """Return a hint for a user who typed `option`, which the method does not have; None: nothing special."""
         return None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What the evaluation images told of a finished network whose costs depend on them."""
+    """Measurements of a finished network whose costs depend on the evaluation images."""
 
     scores: dict[str, float]
     """loss, top1 and top5 of the network that is saved"""
@@ -66,7 +66,7 @@ class Method:
     can_compile: bool = True
     """False: the forward pass changes too often for torch.compile, which trainer.compile=auto then leaves out"""
     costs_depend_on_images: bool = False
-    """True: only `measure` tells the MACs of the eligible layers"""
+    """True: only `measure` knows the MACs of the eligible layers"""
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -102,11 +102,11 @@ class Method:
         return (TRAIN_DENSE,)
 
     def removes_channels(self) -> bool:
-        """Return whether the chain takes channels out, whose count then says what is left, not a sparsity."""
+        """Return whether the chain takes channels out, whose count, not a sparsity, then shows what is left."""
         return any(phase.acts is REMOVE.acts for phase in self.chain())
 
     def without_control(self) -> MethodConfig | None:
-        """Return the options of the method itself if its option `control` asks for a sanity check, else None.
+        """Return the options of the method itself if its option `control` chooses a sanity check, else None.
 
         That run is done first, and both results are shown side by side.
         """
@@ -190,7 +190,7 @@ class Method:
         """Do the work of the phase PRUNE; return figures for its record, if there are any.
 
         Raises:
-            TypeError: the chain has such a phase, the method does not say what to do in it.
+            TypeError: the chain has such a phase, the method does not define its work.
         """
         raise TypeError(f"{type(self).__name__} has a prune phase but no function prune")
 
@@ -218,7 +218,7 @@ class Method:
         score: Callable[[nn.Module], dict[str, float]],
         batches: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]],
     ) -> Measured | None:
-        """Return what only the evaluation images tell of the finished network; None: its costs do not depend on them.
+        """Measure a finished network whose costs depend on the evaluation images; None: they do not.
 
         Called once on the instance that finished it, on all processes.
 
@@ -241,7 +241,7 @@ class Method:
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs to go on; tensors, numbers, strings and containers only."""
+        """Return what `load_state_dict` needs to resume; tensors, numbers, strings and containers only."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

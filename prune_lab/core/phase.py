@@ -35,7 +35,7 @@ class Phase:
     acts: Action | None
     """the work of a phase without training; None: the phase runs the training loop"""
     schedule: str | None
-    """block of the schedule that says how long and with which learning rate; None for phases without training"""
+    """block of the schedule with epochs and learning rate; None for phases without training"""
     active: bool
     """False: the method does nothing here, so that every method shares the finished phase"""
     fresh: bool = False
@@ -47,7 +47,7 @@ class Phase:
     end: Time | None = None
     """training: where in the schedule it ends; None: at the end"""
     order: str | None = None
-    """training: phases with the same word see their batches in the same order; None: its name"""
+    """training: phases with the same key see their batches in the same order; None: its name"""
     keeps_optimizer: bool = False
     """True: the result holds the optimizer's state, so that a later phase can resume from it"""
     repeated: bool = False

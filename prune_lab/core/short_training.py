@@ -20,7 +20,7 @@ def short_finetune(
     batches: Iterable[tuple[Tensor, Tensor]],
     masks: Mapping[str, Tensor],
     *,
-    word: str,
+    key: str,
     lr: float,
     momentum: float,
     weight_decay: float,
@@ -32,7 +32,7 @@ def short_finetune(
     Args:
         batches: (images, labels).
         masks: parameter path -> bool, True = kept; the rest is zeroed after each step.
-        word: part of the key of the dropout draws.
+        key: part of the key of the dropout draws.
 
     Raises:
         UserError: the loss became infinite or NaN.
@@ -42,7 +42,7 @@ def short_finetune(
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum, weight_decay=weight_decay)
     num_images, loss = 0, torch.zeros(())
     with torch.random.fork_rng([context.device] if context.device.type == "cuda" else []):
-        torch.manual_seed(stable_hash(context.seed, word))  # dropout
+        torch.manual_seed(stable_hash(context.seed, key))  # dropout
         model.train()
         for images, labels in batches:
             context.poll()

@@ -65,7 +65,7 @@ def content(config: CommonConfig) -> str | None:
 
 
 def load(config: CommonConfig, fmt: BatchFormat) -> Dataset:
-    """Return the data set, ready to hand out batches.
+    """Return the data set, ready to yield batches.
 
     Raises:
         UserError: data missing, incomplete or damaged; the line says which file and how to mend it.

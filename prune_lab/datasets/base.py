@@ -17,7 +17,7 @@ Split = Literal["val", "test"]
 
 @dataclass(frozen=True)
 class BatchFormat:
-    """Where and how the images of a batch are handed out."""
+    """Device and format of the images of a batch."""
 
     device: torch.device
     dtype: torch.dtype
@@ -47,7 +47,7 @@ class DatasetInfo:
     """Images held out of training; 0: none."""
     num_test: int
     note: str = field(default="", compare=False)
-    """One line on files and classes that are not as usual, "" if there is nothing to say."""
+    """One line on files and classes that are not as usual, "" if all are."""
 
     @property
     def sizes(self) -> Sizes:
@@ -60,7 +60,7 @@ class DatasetInfo:
         return self.num_val or self.num_test
 
     def lines(self) -> list[str]:
-        """Return the sizes in words, and the note if there is one."""
+        """Return the sizes as text, and the note if there is one."""
         counts = {"training": self.num_train, "validation": self.num_val, "test": self.num_test}
         *first, last = (f"{count} {split}" for split, count in counts.items() if split != "validation" or count)
         sizes = f"{', '.join(first)} and {last} images of {self.num_classes} classes"
@@ -80,7 +80,7 @@ class Dataset(Protocol):
     fingerprint: str
     """Hash of everything about the data that can change a result: images, labels, split, preparation."""
     content: str | None
-    """What tells the data from others under the same options, for names of directories; None: the options fix it."""
+    """What separates the data from others under the same options, for names of directories; None: the options do."""
     eval_split: Split
     """"val" where training images are held out, otherwise "test"."""
 

@@ -108,7 +108,7 @@ def _by_class_folder(folder: Path, left_out: Counter[str]) -> Iterator[tuple[str
 def _images_below(
     folder: str | os.PathLike[str], left_out: Counter[str], place: str = ""
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield the images in `folder` and all folders below; `place` stands before the name of each."""
+    """Yield the images in `folder` and all folders below; `place` precedes the name of each."""
     for entry in os.scandir(folder):
         # os.path.relpath of every image would take half of the time of listing ImageNet.
         path = f"{place}/{entry.name}" if place else entry.name
@@ -170,7 +170,7 @@ def _untested(train: Listing, test: Listing) -> list[str]:
 
 
 def note(train: Listing, test: Listing) -> str:
-    """Return one line on what was left out and on classes without test images, "" if there is nothing to say."""
+    """Return one line on what was left out and on classes without test images, "" if there are none."""
     untested = _untested(train, test)
     lines = [
         left_out_line({listing.folder.name: +listing.left_out for listing in (train, test)}),

@@ -67,7 +67,7 @@ def surplus_bits(image: Image.Image) -> int | None:
     """
     if image.mode.startswith("I;16") and image.format not in ("FITS", "MCIDAS"):
         return _tiff_tags(image).get(258, (16,))[0] - 8  # tag 258: bits per sample
-    if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, which Pillow hands out in 32
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # 16 bits, which Pillow returns in 32
         return 8
     if image.mode[0] in "IF":
         raise ValueError(f"its pixels (mode {image.mode}) have no stated range; save it with 8 or 16 bits per pixel")

@@ -1,4 +1,4 @@
-"""Which files of a data set count as images, and what is said of those that do not or cannot be read."""
+"""Which files of a data set count as images, and the messages on those that do not or cannot be read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NUM_SHOWN = 5
 
 
 class UnreadableImage(Exception):
-    """A file is missing, broken, or has pixels that are no colours; the text says which in one line."""
+    """A file is missing, broken, or has pixels that are no colours; the text names it in one line."""
 
 
 def is_hidden(name: str) -> bool:
@@ -34,7 +34,7 @@ def is_hidden(name: str) -> bool:
 
 
 def why_left_out(name: str) -> str | None:
-    """Return None for the name of an image file, otherwise the kind of file it is in a word."""
+    """Return None for the name of an image file, otherwise the kind of file."""
     if is_hidden(name):
         return HIDDEN
     suffix = os.path.splitext(name)[1].lower()  # pathlib would take half a minute for ImageNet's names
@@ -58,12 +58,12 @@ def some(names: Sequence[str]) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Return on one line what a reader of images raised, with its type where the text alone says little (KeyError)."""
+    """Return an image reader's error on one line, with its type where the text alone explains little (KeyError)."""
     text = " ".join(str(error).split())
     is_sentence = isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError))
     return text if text and is_sentence else f"{type(error).__name__} {text}".strip()
 
 
 def unreadable(name: object, error: UnreadableImage) -> str:
-    """Return one line that says which file is broken, and how."""
+    """Return one line that names the broken file and the fault."""
     return f"{name} is not a readable image: {error}"

@@ -29,7 +29,7 @@ class ImageArrays:
     num_classes: int
     content_hash: str
     fixed: bool = True
-    """whether the options of the data set say which images these are"""
+    """whether the options of the data set determine the images"""
     note: str = ""
     """see DatasetInfo"""
 
@@ -121,7 +121,7 @@ class InMemoryDataset:
 
     @staticmethod
     def _place(images: np.ndarray, labels: np.ndarray, fmt: BatchFormat) -> tuple[Tensor, Tensor]:
-        # Image folders come class by class; in a shuffled order the first batches stand for the whole split.
+        # Image folders come class by class; in a shuffled order the first batches represent the whole split.
         order = splits.eval_order(len(labels)).numpy()
         images, labels = images[order], labels[order]
         pixels = torch.from_numpy(np.array(images))

@@ -34,7 +34,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def _handed_over(batch: Batch, arrived: torch.cuda.Event) -> Batch:
-    """Return `batch` once the current stream is told to wait for it and its memory to stay until it is used."""
+    """Return `batch` once the current stream waits for it and its memory is kept until it is used."""
     current = torch.cuda.current_stream(batch[0].device)
     current.wait_event(arrived)
     for tensor in batch:

@@ -165,7 +165,7 @@ class _Reader:
 
 
 def _require_readable(listing: Listing) -> None:
-    """Raise UserError if the header of each class's first image tells already that it cannot be read.
+    """Raise UserError if the header of a class's first image shows already that it cannot be read.
 
     Folders are mostly of one kind: this names floating-point images before the training, not in its first batch.
     """

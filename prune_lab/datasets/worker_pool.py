@@ -14,7 +14,7 @@ import torch
 from prune_lab.foundations import locks
 
 _GRACE_S = 20
-"""seconds that a worker goes on for after a signal to end"""
+"""seconds that a worker works on after a signal to end"""
 
 
 def num_usable_cores() -> int:
@@ -120,7 +120,7 @@ def _close(pool: weakref.ref[WorkerPool]) -> None:
 
 
 def _leave_to_the_training(_worker: int) -> None:
-    """Hold no locks of the training process, and go on when all processes of a job get a signal.
+    """Hold no locks of the training process, and continue when all processes of a job get a signal.
 
     The training process may need more answers to end well.
 

@@ -29,7 +29,7 @@ class AnnealingConfig(MethodConfig):
     schedule: Shape
     """how the factor falls from epoch to epoch, over the whole training"""
     cutoff: Annotated[float, Range(0, 1, open_low=True)]
-    """fraction of the training from which on the factor is 0, wherever the schedule stands"""
+    """fraction of the training from which on the factor is 0, whatever the schedule gives"""
     compound: bool
     """false: alpha times the schedule's value of the epoch; true: the factor is multiplied by that value after every
     epoch, so that values compound (the PQuant library)"""
@@ -63,8 +63,8 @@ def alpha_at(epoch: int, *, alpha: float, shape: str, epochs: int, compound: boo
 class RawWeights(Method):
     """Keeps the raw weights, which the optimizer moves; between steps the model holds the effective ones.
 
-    So evaluation, moving average, saved network and cost see zeros where the method prunes. Subclasses say in `project`
-    what is effective, and in `alpha` how much of a pruned weight's gradient counts.
+    So evaluation, moving average, saved network and cost see zeros where the method prunes. Subclasses define in
+    `project` what is effective, and in `alpha` how much of a pruned weight's gradient counts.
     """
 
     def __init__(self, config: Any) -> None:

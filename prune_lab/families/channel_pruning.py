@@ -43,7 +43,7 @@ def reinitialise(method: ChannelPruning, context: Context) -> None:
         # PyTorch's draw, which never gives zeros, depends on the width; that of the VGGs and MobileNets does not.
         if isinstance(module, torch.nn.Linear) and (module.bias is None or bool(module.bias.any())):
             module.reset_parameters()
-    common.init_weights(fresh)  # draws go on from those of the whole network, which the seed decides
+    common.init_weights(fresh)  # draws continue those of the whole network, which the seed decides
     context.model.load_state_dict(fresh.state_dict())
 
 
@@ -63,7 +63,7 @@ class ChannelPruningConfig(MethodConfig):
     """instead of a ratio: PATTERN:KEPT, the fraction (or with a whole number the count) kept of the layers' channels;
     later patterns win, layers that none matches keep all"""
     scope: Literal["layer", "global"]
-    """whether layers keep alike, or all channels compete"""
+    """whether layers keep equal fractions, or all channels compete"""
     residual: bool
     """whether channels that are added to others may go; they go from all layers of their trunk at once"""
     exclude: list[str]
@@ -79,11 +79,11 @@ class ChannelPruningConfig(MethodConfig):
     GOALS: ClassVar[tuple[str, ...]] = (*_RATIOS, "layer_channels")
 
     def targets(self) -> dict[str, Any]:
-        """Return the options of which exactly one says how much is kept; None: not set."""
+        """Return the options of which exactly one fixes how much is kept; None: not set."""
         return {name: getattr(self, name) for name in _RATIOS} | {"layer_channels": self.layer_channels or None}
 
     def target(self) -> str:
-        """Return the option that says how much is kept."""
+        """Return the option that fixes how much is kept."""
         return next(name for name, value in self.targets().items() if value is not None)
 
     def check(self, path: str) -> None:
@@ -114,7 +114,7 @@ def parse_kept(entry: str, path: str) -> tuple[str, float | int]:
 
 
 class ChannelPruning(Method):
-    """Base of the methods that rank the channels of a trained network. Subclasses say how in `scores`."""
+    """Base of the methods that rank the channels of a trained network. Subclasses define the ranking in `scores`."""
 
     Config: type[ChannelPruningConfig] = ChannelPruningConfig
 
@@ -170,7 +170,7 @@ class ChannelPruning(Method):
         return max(1, floor_product(self.config.channels_ratio * size))
 
     def can_rank(self, channels: ChannelMap, lane: Lane) -> bool:
-        """Return whether the method can tell what the channels of a lane are worth; the others stay."""
+        """Return whether the method can score the channels of a lane; the others stay."""
         return True
 
     def prune(self, context: Context) -> dict[str, float]:
@@ -188,7 +188,7 @@ class ChannelPruning(Method):
         return selection.top(scores, problem.channels, problem.counts(scores))
 
     def ranking(self, context: Context, problem: Problem) -> Tensor:
-        """Return the scores that decide, alike on all processes, float64 [num_classes]: drawn for the control random.
+        """Return the scores that decide, equal on all processes, float64 [num_classes]: drawn for the control random.
 
         Raises:
             UserError: a score is infinite or NaN.
@@ -307,7 +307,7 @@ class Problem:
 
     @property
     def asked(self) -> str:
-        """The option that says how much is kept, as typed."""
+        """The option that fixes how much is kept, as typed."""
         return self.budget.option if self._config.target() in _RATIOS else f"method.{self._config.target()}"
 
     def figures(self, counts: np.ndarray) -> dict[str, float]:

@@ -81,7 +81,7 @@ class GatedWeights(Method):
     """Keeps the raw weights, which the optimizer moves; the network holds them times the gates.
 
     In a step these are the gates drawn for it, between steps the gates without chance (`rule`), so that evaluation,
-    moving average, saved network and costs see real zeros. Subclasses say in `price` what open gates cost.
+    moving average, saved network and costs see real zeros. Subclasses define in `price` what open gates cost.
     """
 
     rule: Literal["louizos", "median"]
@@ -299,7 +299,7 @@ class GatedWeights(Method):
         context.commit()
 
     def remove(self, context: Context) -> dict[str, float]:
-        """Remove the closed channels; which are closed after the one step of a dry run says nothing."""
+        """Remove the closed channels; after the one step of a dry run this means nothing."""
         if not context.validating:
             return super().remove(context)
         removal.try_cut(context, self.trial_cut(context))
@@ -309,7 +309,7 @@ class GatedWeights(Method):
         """Let batch norm see the network as it is evaluated; the forward passes count as training."""
         dataset, source = context.dataset, context.generator("batch norm")
         drawn = torch.randperm(len(dataset.train_labels), generator=source)[: self.config.bn_images]
-        whole = drawn[: len(drawn) // _BATCH * _BATCH] if len(drawn) > _BATCH else drawn  # batches count alike
+        whole = drawn[: len(drawn) // _BATCH * _BATCH] if len(drawn) > _BATCH else drawn  # batches have equal weight
         with torch.autocast(context.device.type, enabled=False):
             batches = (images for images, _ in dataset.train_subset(whole.split(_BATCH), augment_seed=context.seed))
             num_images = statistics.measure_statistics(context.model, batches)

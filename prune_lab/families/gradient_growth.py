@@ -121,7 +121,7 @@ class GradientGrowth(DropAndGrow):
         """Return |gradient| per position.
 
         Raises:
-            RuntimeError: every gradient of the pruned weights is zero, so somebody masked them.
+            RuntimeError: every gradient of the pruned weights is zero: they were masked.
         """
         scores = {name: gradient.abs() for name, gradient in self.gradients(context, candidates).items()}
         check_dense(scores, candidates, f"gradients at step {step}")

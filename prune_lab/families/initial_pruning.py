@@ -129,7 +129,7 @@ class InitialPruning(WeightPruning):
         if self.config.control == "reinit":
             context.model.load_state_dict(context.fresh_model("control reinit").state_dict())
         before = self._gradient_norm(context)
-        # Processes score alike but for rounding, and one weight at the edge would make their masks differ.
+        # Scores of processes differ by rounding; one weight at the edge would make their masks differ.
         self.cut(context, distributed.share_masks(chosen))
         after = self._gradient_norm(context)
         if after == 0:

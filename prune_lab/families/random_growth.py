@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class RandomGrowthConfig(DropAndGrowConfig):
     growth: Literal["random", "random_unfired"]
-    """random: every position alike; random_unfired: those that were never active first (the official ITOP code
+    """random: every position equally likely; random_unfired: those that were never active first (the official ITOP code
     names it but does not accept it)"""
 
 

@@ -187,7 +187,7 @@ class SoftThreshold(RawWeights):
         return eligibility.select_layers(model, include=self.config.include, exclude=self.config.exclude)
 
     def setup(self, context: Context) -> None:
-        """Make the thresholds, tell the optimizer, and refuse those that would sleep through the training.
+        """Create the thresholds, add them to the optimizer, and refuse those that would sleep through the training.
 
         Raises:
             UserError: decay and start of the thresholds do not fit each other or the schedule.
@@ -212,7 +212,7 @@ class SoftThreshold(RawWeights):
         )
 
     def _waking(self, context: Context, init: float, decay: float) -> str:
-        """Return words about the step at which the decay alone has brought T to where pruning begins.
+        """Return a text on the step at which the decay alone has brought T to where pruning begins.
 
         Raises:
             UserError: never, or it takes T past 0.
@@ -279,7 +279,7 @@ class SoftThreshold(RawWeights):
             self.check_alive(context, f"after step {step}")
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return the mean threshold of each layer as weights are compared with it; say if nothing was pruned.
+        """Return the mean threshold of each layer as weights are compared with it; report if nothing was pruned.
 
         Raises:
             UserError: a layer has no weight left.

@@ -106,15 +106,15 @@ _FEW = 10
 
 
 class DropAndGrow(SparseTraining):
-    """Moves `alpha(t)` of each layer's weights every `interval` steps; subclasses say where weights grow.
+    """Moves `alpha(t)` of each layer's weights every `interval` steps; subclasses choose where weights grow.
 
-    Layers keep their counts unless `redistribution_signal` says otherwise. With 2:4 each group of four grows as many
-    weights as it dropped.
+    Layers keep their counts unless `redistribution_signal` moves weights between them. With 2:4 each group of four
+    grows as many weights as it dropped.
     """
 
     Config: type[DropAndGrowConfig] = DropAndGrowConfig
     published_interval: int | None = 100
-    """what `auto` stands for on the schedules of the papers; None: one epoch"""
+    """what `auto` means on the schedules of the papers; None: one epoch"""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

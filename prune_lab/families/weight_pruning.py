@@ -79,7 +79,7 @@ class WeightPruningConfig(MethodConfig):
             _parse_reference(self.match_to, path)
 
     def reference(self) -> WeightPruningConfig:
-        """Return the options of the layout that `match_to` names; sparsity 0 stands for the dense network."""
+        """Return the options of the layout that `match_to` names; sparsity 0 means the dense network."""
         density, distribution = _parse_reference(self.match_to, "method")
         return replace(self, sparsity=float(1 - density), distribution=distribution, power=1.0, densities=None)
 

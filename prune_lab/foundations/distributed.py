@@ -54,7 +54,7 @@ def _rendezvous() -> tuple[Store, int, int]:
 
 
 def meet(store: Store, own_rank: int, size: int) -> str:
-    """Return a word that the processes of this start have in common and those of no other start had.
+    """Return a key that the processes of this start share with those of no other start.
 
     When torchrun starts a group again, its store still holds what the dead processes wrote, and torch would connect to
     their addresses. torchrun's own count of starts differs between a machine that stayed and one that came anew.
@@ -62,7 +62,7 @@ def meet(store: Store, own_rank: int, size: int) -> str:
     own = uuid.uuid4().hex
     store.set(f"here {own_rank}", own)
     while True:
-        if own_rank == 0:  # names whom it sees, perhaps dead ones still, until all of them answer to its own word
+        if own_rank == 0:  # names whom it sees, perhaps dead ones still, until all of them answer with its own key
             here = [store.get(f"here {rank}").decode() for rank in range(size)]
             store.set("together", " ".join(here))
             if store.check([f"{own} {word}" for word in here[1:]]):

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 
 class SaveError(OSError):
-    """Nothing new could be written, for example on a full disk; older files are untouched."""
+    """Nothing new could be written, for example on a full disk; older files are intact."""
 
 
 def write_file(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -57,7 +57,7 @@ def move(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except FileNotFoundError:
-        with open(target, "rb") as file:  # opening asks the server, a name alone may be answered from a cache
+        with open(target, "rb") as file:  # opening reaches the server; looking a name up may only reach a cache
             if os.fstat(file.fileno()).st_ino != number:
                 raise
 

@@ -1,4 +1,4 @@
-"""A ~ at the beginning of a typed path stands for the user's own folder."""
+"""A ~ at the beginning of a typed path means the user's own folder."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class JoinedBatchNorm(nn.BatchNorm2d):
         return (centred * (self.weight * scale).view(shape) + self.bias.view(shape)).to(x.dtype)
 
     def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Move the running statistics, if there are any; momentum None asks for the plain average over all batches."""
+        """Move the running statistics, if there are any; momentum None means the plain average over all batches."""
         if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
             return
         self.num_batches_tracked.add_(1)

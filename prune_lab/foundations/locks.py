@@ -19,7 +19,7 @@ from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_bytes
 
 STALE_S = 60.0
-"""an owner without a heartbeat for so long is taken for dead"""
+"""an owner without a heartbeat for so long counts as dead"""
 BEAT_S = 10.0
 """seconds between heartbeats"""
 
@@ -43,12 +43,12 @@ def lock(
 ) -> Iterator[None]:
     """Hold the lock file `path`; it falls with the process, however that ends.
 
-    Where the file system has no locks (NFS without a lock service, Lustre without `flock`), heartbeats stand in.
+    Where the file system has no locks (NFS without a lock service, Lustre without `flock`), heartbeats replace them.
 
     Args:
         what: named in the message while another process holds it.
         poll: called again and again while waiting; should let some time pass, may raise to give up.
-        option: what says where the file lies, for errors.
+        option: name of the option that locates the file, for errors.
         with_children: processes forked meanwhile hold it too, for they work on what it protects; others are to call
             `leave_to_parent`.
 

@@ -1,4 +1,4 @@
-"""Layers named by patterns, in which * stands for any text and ? for one character. Imports no torch."""
+"""Layers named by patterns, in which * matches any text and ? one character. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check(option: str, patterns: Iterable[str], names: Sequence[str], what: str)
 
     Args:
         option: as the user types it.
-        what: one of the names in words, such as "layer".
+        what: kind of the names, such as "layer".
     """
     for pattern in patterns:
         if not matches([pattern], *names):

@@ -63,7 +63,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Home:
-    """A path, of which a leading ~ stands for the user's own folder, as in a shell."""
+    """A path, in which a leading ~ means the user's own folder, as in a shell."""
 
 
 FilePath = Annotated[str, Home()]
@@ -141,7 +141,7 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
 
 
 def coerce(hint: Any, value: Any, path: str) -> Any:
-    """Return `value` as the type `hint` asks for, or raise UserError naming `path`."""
+    """Return `value` as the type `hint`, or raise UserError naming `path`."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
         base, *rules = typing.get_args(hint)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a question the loop asks, so that a checkpoint can be written first."""
+"""SIGTERM and SIGINT as a flag that the loop polls, so that a checkpoint can be written first."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class StopFlag:
 
     @property
     def reason(self) -> str:
-        """Why the run stops, and how it goes on; a signal comes before what the program asked."""
+        """Why the run stops, and how it is resumed; a signal comes before what the program asked."""
         if self.number is None and self._asked is not None:
             return self._asked
         return "stopped by a signal; the same command goes on"

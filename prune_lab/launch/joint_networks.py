@@ -128,7 +128,7 @@ def _forward(
     buffers: dict[str, Tensor],
     images: Tensor,
 ) -> Tensor:
-    with device_config.autocast():  # inside of `vmap`, as torch.func asks for
+    with device_config.autocast():  # inside of `vmap`, as torch.func requires
         return tied.call(one, places, parameters | buffers, images)
 
 

@@ -56,7 +56,7 @@ def slot(stopped: Callable[[], bool], folder: Path | None = None) -> Iterator[bo
 
     All sweeps of a user on the machine share the slots. A GPU's slot makes that GPU the only visible one; a process
     keeps the GPU of its first run, because CUDA cannot change it later. A run that is a Slurm job of its own has been
-    handed its devices: there is nothing to wait for.
+    given its devices: there is nothing to wait for.
 
     Args:
         folder: where the lock files are; default: a folder of the user's among the machine's temporary files.

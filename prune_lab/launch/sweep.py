@@ -66,7 +66,7 @@ def _conclude(outcomes: Sequence[Outcome], names: Sequence[str]) -> int:
         print(f"\n{shared if trained + reused else ''}sweep: {done} of {len(names)} runs finished", flush=True)
     for outcome in failed:
         if len(names) == 1 and not outcome.error:
-            continue  # it has said so itself
+            continue  # it has reported this itself
         reason = f" ({outcome.error})" if outcome.error else ""
         print(f"prune-lab: not finished (exit code {outcome.code}): {names[outcome.number]}{reason}", file=sys.stderr)
     codes = [outcome.code for outcome in failed]

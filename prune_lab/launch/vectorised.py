@@ -1,7 +1,7 @@
 """Many runs in one process, in lockstep: `-m seed=range(8) hydra/launcher=vectorised`. Equal networks run as one.
 
-Every run is the ordinary pipeline in a coroutine of its own. It hands over whenever it has a batch ready; when all
-have one, batches of equal networks are differentiated together and every run goes on with its own gradients.
+Every run is the ordinary pipeline in a coroutine of its own. It yields whenever it has a batch ready; when all
+have one, batches of equal networks are differentiated together and every run resumes with its own gradients.
 """
 
 from __future__ import annotations
@@ -69,18 +69,18 @@ def run_together(configs: Sequence[RunConfig], at_once: int, folder: Path) -> li
 
 @dataclass
 class _Computed:
-    """What a run says that has computed a batch by itself."""
+    """Yielded by a run that has computed a batch by itself."""
 
     training: TrainState
 
 
 class _Coroutine:
-    """A run as a coroutine: goes on when it is resumed, until it hands over or ends."""
+    """A run as a coroutine: resumed, it works until it yields or ends."""
 
     def __init__(self, number: int, config: RunConfig, workers: _WorkerGroup, folder: Path) -> None:
         self.number = number
         self.yielded: Batch | _Computed | None = None
-        """a batch to be computed; or that it goes on at the next step; None: it waits for another run"""
+        """a batch to compute, or one that it has computed by itself; None: it waits for another run"""
         self._tally: Counter[str] = Counter()
         self._errors = io.StringIO()
         self._path = log_path(folder, number)
@@ -98,11 +98,11 @@ class _Coroutine:
         return self.yielded is None and not self.is_over
 
     def resume(self, answer: tuple[Tensor, Tensor] | None = None) -> None:
-        """Let the run go on; without an answer it computes its batch by itself."""
+        """Resume the run; without an answer it computes its batch by itself."""
         self._enter(lambda: self._coroutine.switch(*([answer] if self._coroutine else [])))
 
     def end(self, error: BaseException) -> None:
-        """Raise `error` in the run, which takes note of it."""
+        """Raise `error` in the run, which records it."""
         if self._coroutine:
             with contextlib.suppress(type(error)):
                 self._enter(lambda: self._coroutine.throw(error))
@@ -182,11 +182,11 @@ class _WorkerGroup(Executor):
         return self._kinds[number]
 
     def advance(self, members: Sequence[_Coroutine]) -> None:
-        """Let every run go on, with its gradients; one that waits only when another run has got somewhere, or at times.
+        """Resume every run with its gradients; one that waits, only after another made progress, or at times.
         """
         if self._stop() and not self._shown():
             print("stopping: the runs under way write a checkpoint, the others do not start", flush=True)
-        self._shown.number = self._stop.number  # all see a signal at the same step, so that they go on in step
+        self._shown.number = self._stop.number  # all see a signal at the same step, so that they stay in step
         waiting = [worker for worker in members if worker.is_waiting]
         ready = [worker for worker in members if worker.yielded is not None]
         got_somewhere = False
@@ -259,7 +259,7 @@ def _training(worker: _Coroutine) -> TrainState | None:
 
 
 def _yield(yielded: Batch | _Computed | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Let other runs go on and return what this one is resumed with; its random numbers go on where they were."""
+    """Yield to other runs and return what this one is resumed with; its random numbers are restored."""
     state = torch.get_rng_state()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     answer = getcurrent().parent.switch(yielded)

@@ -1,4 +1,4 @@
-"""One run of a sweep in a process of its own: waits for a free slot, keeps its output in a file, says how it ended."""
+"""One run of a sweep in a process of its own: waits for a free slot, logs to a file, reports how it ended."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LAUNCHER = "launcher.pid"
 def run_in_worker(node: Any) -> int:
     """Do the run that Hydra composed for this process, and leave its outcome in the sweep's folder.
 
-    Signals are for the run alone: between runs a worker ignores them, so that it can say how its run ended.
+    Signals are for the run alone: between runs a worker ignores them, so that it can report how its run ended.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -82,7 +82,7 @@ def _own_output(path: Path) -> Iterator[io.StringIO]:
 
 @contextlib.contextmanager
 def _stopping_when(stopped: Callable[[], bool]) -> Iterator[None]:
-    """Stop the run in the block, checkpoint first, as soon as `stopped` says so.
+    """Stop the run in the block, checkpoint first, as soon as `stopped` is set.
 
     A signal reaches the process that started a sweep; on a terminal its workers too, under a launcher not always.
     It is sent again until the run ends: one that comes before the run listens is lost.

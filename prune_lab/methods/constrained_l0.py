@@ -258,7 +258,7 @@ class ConstrainedL0(GatedWeights):
         return record | self.figures
 
     def settle(self, context: Context) -> None:
-        """Keep exactly the budget, what has the highest gates, if the options say so."""
+        """Keep exactly the budget, by the highest gates, if the options demand it."""
         if not self.config.exact:
             super().settle(context)
         elif isinstance(self.layout_of, FilterGates):

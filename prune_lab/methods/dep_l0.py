@@ -48,7 +48,7 @@ class DepL0Config(MethodConfig):
     penalty: NonNegative
     """lambda: price of one expected weight; with a ratio it adds to that of the multiplier"""
     penalise: Literal["weights", "macs"]
-    """what lambda prices, weights: each alike; macs: each by the MACs it takes part in, on average alike"""
+    """what lambda prices, weights: each the same; macs: each by the MACs it takes part in, on average the same"""
     start: Literal["scratch", "dense"]
     """scratch: gates from the first step, over the schedule's train block; dense: train first, then add gates and
     train on over the finetune block"""
@@ -112,7 +112,7 @@ def dual_rate(num_gates: int, num_steps: int) -> float:
 
 
 class DepL0(Method):
-    """Gates stand behind batch norms and are drawn for every image.
+    """Gates follow batch norms and are drawn for every image.
 
     Between steps scale and shift hold the gates without chance, so that evaluation, moving average and saved network
     see what will be left.
@@ -196,7 +196,7 @@ class DepL0(Method):
         self._tell_start(context)
 
     def _pairs(self, context: Context) -> list[tuple[ChannelGroup, str]]:
-        """Return the channels with gates and the path of the batch norm behind which they stand.
+        """Return the channels with gates and the path of the batch norm that they follow.
 
         Raises:
             UserError: there are none.

@@ -36,7 +36,7 @@ leaves 39 % of the weights and plain SGD's accuracy, 1.8 costs four points. The 
 0.501, 82.7 % zeros) and 2.6 (0.55, 90.2 %)."""
 
 _TYPICAL_WEIGHT = 0.02
-"""size of weight by which the set-up tells how far a schedule gets"""
+"""size of weight by which the set-up reports how far a schedule gets"""
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Directional(Method):
         return paths
 
     def setup(self, context: Context) -> None:
-        """Settle the size of the threshold, and tell how far it will get: a short schedule prunes little."""
+        """Resolve the size of the threshold and report how far it gets: a short schedule prunes little."""
         config = self.config
         if note := theory_note(config.mu):
             context.report(note)
@@ -180,7 +180,7 @@ class Directional(Method):
         masked = {}
         if (epoch + 1) * context.steps_per_epoch >= context.last_step:
             self._take_masks(context, counted)
-            masked = context.history.figures(context.masks.masks)  # a call that goes on from here has masks already
+            masked = context.history.figures(context.masks.masks)  # a resumed call has masks already
         return self.figures | masked | {
             "sparsity": 1 - sum(kept.values()) / sum(layer.size for layer in layers),
             "macs/inference": sparse_macs(context.costs, counted),

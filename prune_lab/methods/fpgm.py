@@ -120,7 +120,7 @@ class FPGM(ChannelPruning):
         return {"prune/changed": int((before & ~self._alive).sum())}
 
     def _reselect(self, context: Context) -> None:
-        """Choose the channels that stay; set the filters of the others and what reads them to zero, for a start.
+        """Choose the channels that stay; set the filters of the others, and what reads them, to zero.
 
         Were a filter zeroed alone, batch norm would multiply its gradient by 1 / sqrt(eps), about 300: after one step
         it would lie far from all others, and be kept in the place of a channel that the network needs.

@@ -185,7 +185,7 @@ class Greedy(Method):
         return alike(context.network, groups, unit, getattr(config, f"{unit}_ratio"))
 
     def prune(self, context: Context) -> dict[str, float]:
-        """Select the channels of each group, write their weights into the network, train a little, go on."""
+        """Select the channels of each group, write their weights into the network, train a little, repeat."""
         groups = self.groups(context)
         budget = self.budget(context, groups)
         masks: dict[str, Tensor] = {}
@@ -334,13 +334,13 @@ class Greedy(Method):
         steps, batch = self._between_steps(context)
         if not steps:
             return
-        word = f"between {len(kept)}"
-        source = DrawnImages(context, word, augment=True)
+        key = f"between {len(kept)}"
+        source = DrawnImages(context, key, augment=True)
         num_images = short_training.short_finetune(
             context,
             source.stream("order", batch, fresh=True, count=1 if context.validating else steps),
             weight_masks(context.model, groups, kept),
-            word=word,
+            key=key,
             lr=config.between_lr,
             momentum=config.between_momentum,
             weight_decay=config.between_weight_decay,

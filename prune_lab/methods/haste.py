@@ -1,4 +1,4 @@
-"""Run-time merging of alike channels: a trained network's convolutions hash their input tile by tile."""
+"""Run-time merging of similar channels: a trained network's convolutions hash their input tile by tile."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class HASTE(Method):
     def measure(
         self, model: nn.Module, score: Callable[[nn.Module], dict[str, float]], batches: Callable[[], Iterable]
     ) -> Measured:
-        """Return scores, costs over all evaluation images, and times; further draws tell how much they vary."""
+        """Return scores, costs over all evaluation images, and times; further draws show how much they vary."""
         draws = [self._observed(model, number, score) for number in range(self.config.seeds)]
         first, rate = draws[0], self.config.addition_cost
         size = next(iter(batches()))[0].shape[-1]

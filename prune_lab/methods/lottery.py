@@ -113,7 +113,7 @@ class Lottery(Method):
         config = self.config
         if config.sparsity is None:
             return _LEVELS if config.levels is None else config.levels
-        # 0.5904 is four rounds of 0.2 although logarithms say 4.000...1
+        # 0.5904 is four rounds of 0.2 although logarithms give 4.000...1
         return max(1, math.ceil(math.log(1 - config.sparsity) / math.log(1 - config.fraction) - 1e-9))
 
     def check_run(self, config: RunConfig) -> None:
@@ -171,7 +171,7 @@ class Lottery(Method):
         return Phase(f"{block}_{level}", None, block, active=True, begin=begin, order=order)
 
     def _again(self, level: int) -> tuple[Phase, ...]:
-        """Return how a round goes on after its pruning."""
+        """Return the phases of a round after its pruning."""
         if "fine-tune" in self.config.arm:
             return (self._train(level, "finetune"),)
         if "LR-rewinding" in self.config.arm:

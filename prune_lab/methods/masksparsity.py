@@ -1,4 +1,4 @@
-"""MaskSparsity: a first sparse training says which channels go, a second one penalises the scales of these only."""
+"""MaskSparsity: a first sparse training selects channels, a second one penalises the scales of these only."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class StructuredRigL(GradientGrowth):
         ]
 
     def setup(self, context: Context) -> None:
-        """Draw the masks; say what the linear layers, which stay dense, add to the budget."""
+        """Draw the masks; report what the linear layers, which stay dense, add to the budget."""
         super().setup(context)
         dense = sum(layer.size for layer in context.layers if layer.reason == _DENSE)
         total = sum(layer.size for layer in context.eligible())
@@ -90,7 +90,7 @@ class StructuredRigL(GradientGrowth):
         """Return the score of each kernel's gradient at all of its weights.
 
         Raises:
-            RuntimeError: every gradient of the pruned weights is zero, so somebody masked them.
+            RuntimeError: every gradient of the pruned weights is zero: they were masked.
         """
         gradients = self.gradients(context, candidates)
         check_dense(gradients, candidates, f"gradients at step {step}")

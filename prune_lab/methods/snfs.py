@@ -78,7 +78,7 @@ class SNFS(DropAndGrow):
         """Return |momentum| per position.
 
         Raises:
-            RuntimeError: every momentum of the pruned weights is zero, so somebody masked it.
+            RuntimeError: every momentum of the pruned weights is zero: it was masked.
         """
         scores = {name: momentum.abs() for name, momentum in self.momenta(context, candidates).items()}
         check_dense(scores, candidates, f"momenta at step {step}")

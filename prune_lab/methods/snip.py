@@ -38,7 +38,7 @@ class SNIP(ImageScores):
     )
 
     def scores(self, context: Context) -> dict[str, Tensor]:
-        """Return |w * dL/dw| of the mean loss over the scoring images (the paper's normalisation ranks alike)."""
+        """Return |w * dL/dw| of the mean loss over the scoring images (the paper's normalisation keeps the ranks)."""
         config, named = self.config, context.parameters()
         weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
         tensors = list(weights.values())

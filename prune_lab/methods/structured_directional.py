@@ -247,7 +247,7 @@ class StructuredDirectional(Method):
         return f"{text}{gone} are zero at the end, half of them with method.c={c * middle / end:.2g}"
 
     def _look(self) -> None:
-        """Note where the channels stand."""
+        """Record the norm of each channel, and which are zero."""
         optimizer = self.optimizer
         self.norms = (optimizer.norms() / optimizer.scales).double().cpu()
         self.zero = (optimizer.factors() == 0).cpu() & self.channels.free
@@ -264,7 +264,7 @@ class StructuredDirectional(Method):
             self._limit()
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return where the channels stand.
+        """Return how far the channels are from zero.
 
         threshold: that of a group with s_G = 1; groups/zero: fraction of the removable channels that are zero;
         groups/norm: median of |a_G| / s_G; channels/kept: those that are not zero, of all
@@ -364,7 +364,7 @@ class StructuredDirectional(Method):
             return
         images = DrawnImages(context, "network", augment=True)
         drawn = images.positions("batch norm", self.config.bn_images)
-        whole = drawn[: len(drawn) // _BATCH * _BATCH] if len(drawn) > _BATCH else drawn  # batches count alike
+        whole = drawn[: len(drawn) // _BATCH * _BATCH] if len(drawn) > _BATCH else drawn  # batches have equal weight
         batches = (batch for batch, _ in images.read("batch norm", whole.split(_BATCH)))
         self._spent += statistics.measure_statistics(context.model, batches) * context.forward_macs
 

@@ -47,7 +47,7 @@ class Found:
     place: str
     """keys that lead to it, with dots; empty: the file itself"""
     prefix: str
-    """what stands in the file before each of its names"""
+    """prefix of each of its names in the file"""
     tensors: dict[str, Tensor]
     versions: dict[str, Any] | None = field(default=None, repr=False)
     """module path -> version of its layout, as torch stores them; None: unknown"""
@@ -108,7 +108,7 @@ def state_dicts(content: Any, wanted: Mapping[str, Any]) -> Iterator[Found]:
 
     Args:
         content: from `read`.
-        wanted: names of the network's tensors; a prefix in the file counts if most of them stand behind it.
+        wanted: names of the network's tensors; a prefix in the file counts if most of them follow it.
     """
     for place, mapping in _mappings(content):
         tensors = {key: _strided(value.detach()) for key, value in mapping.items() if torch.is_tensor(value)}
@@ -121,7 +121,7 @@ def state_dicts(content: Any, wanted: Mapping[str, Any]) -> Iterator[Found]:
 
 
 def describe(content: Any) -> str:
-    """Return in words what a file holds."""
+    """Describe what a file holds."""
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
     return _shown([f"{key} ({type(value).__name__})" for key, value in content.items()]) or "nothing"
@@ -162,7 +162,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _prefixes(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Return what stands before the names of `wanted`, the file's own names first."""
+    """Return the prefixes of the names of `wanted`, the file's own names first."""
     found: Counter[str] = Counter()
     for key in tensors:
         starts = [0, *(match.end() for match in re.finditer(r"\.", key))]

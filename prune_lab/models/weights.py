@@ -89,7 +89,7 @@ class _Unfit(Exception):
 
 
 def choose(model: nn.Module, content: Any, *, auxiliary: bool = False) -> tuple[Found, list[str]]:
-    """Return the state dict of a file's content that fits `model`, and what to say about the choice.
+    """Return the state dict of a file's content that fits `model`, and a remark on the choice.
 
     Args:
         content: from weight_files.read.
@@ -162,7 +162,7 @@ def official_file(config: ModelConfig) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    # torch's own download has no timeout, so a network that swallows packets would hang the run: ask first.
+    # torch's own download has no timeout, so a network that swallows packets would hang the run: connect first.
     try:
         request = urllib.request.Request(url, method="HEAD")
         urllib.request.urlopen(request, timeout=REACH_TIMEOUT_S).close()

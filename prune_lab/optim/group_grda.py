@@ -31,7 +31,7 @@ class GroupGRDA(torch.optim.Optimizer):
     State of each grouped parameter: `a`, the SGD iterate, which starts as a copy of the weight. Steps `n` and
     threshold `T` are those of the whole network. Each step with gradients g: a -= lr g, T += increment(n, lr), but not
     beyond `cap` (see `limit`), w_G = max(0, 1 - T s_G / |a_G|) a_G. All other parameters take plain SGD steps; with
-    c = 0 all do, bit for bit. A group that is zero goes on collecting the gradients that the network has there, and
+    c = 0 all do, bit for bit. A group that is zero continues to collect the gradients that the network has there, and
     comes back when |a_G| exceeds its threshold again.
 
     Source: reconstruction. Accumulator and growth of the threshold: official code of the unstructured gRDA (Chao et
@@ -108,7 +108,7 @@ class GroupGRDA(torch.optim.Optimizer):
         """Take back the state.
 
         Raises:
-            ValueError: a of a grouped parameter, n or T is missing: the weights alone do not tell how to go on.
+            ValueError: a of a grouped parameter, n or T is missing: the weights alone are not enough to resume.
         """
         (group,), held = state_dict["param_groups"], state_dict["state"]
         grouped = set(self._grouped)

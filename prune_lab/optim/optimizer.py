@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
-    """Return the optimizer over all parameters of `model`; vectors go undecayed if the options say so."""
+    """Return the optimizer over all parameters of `model`; vectors have no weight decay if the options say so."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]]
     if config.decay_norm_and_bias:

@@ -16,7 +16,7 @@ from prune_lab.tracking.lines import part_evaluated, quantity
 
 
 def in_order(config: RunConfig) -> tuple[RunConfig, ...]:
-    """Return the runs one command asks for: a control comes after the method's own run, its baseline."""
+    """Return the runs of one command: a control comes after the method's own run, its baseline."""
     baseline = baseline_run(config)
     return (config,) if baseline is None else (baseline, config)
 

@@ -55,7 +55,7 @@ class _Chain:
     """What one step of each phase found out."""
 
     removable: str | None = None
-    """which channels may go, in words; None: the method removes none"""
+    """text on the channels that may go; None: the method removes none"""
     spent: int | None = 0
     """MACs of the whole training; None: not known before it"""
     kept: dict[str, int] | None = field(default_factory=dict)
@@ -124,7 +124,7 @@ def _count(
 
 
 def _open_counts(method: Method, layers: list[Layer], kept: dict[str, int] | None, params: int) -> dict[str, Any]:
-    """Return the keys that a run can only count when it is done: null, or what the target says of them.
+    """Return the keys that a run can only count when it is done: null, or what the target requires.
 
     Args:
         kept: weights per parameter; None: they depend on trained weights.

@@ -1,4 +1,4 @@
-"""What a run asks of the process it works in: data, signals, gradients of a batch. By default it is alone."""
+"""What a run needs from its process: data, signals, gradients of a batch. By default it is alone."""
 
 from __future__ import annotations
 

@@ -21,12 +21,12 @@ from prune_lab.training.loop import Interrupted
 from prune_lab.training.phases import Effort
 
 Observe = Callable[[StopFlag], Sink]
-"""makes a sink for one run; it sees what the run reports and may ask the flag to stop it"""
+"""makes a sink for one run; it sees what the run reports and may set the flag to stop it"""
 
 
 @dataclass
 class Run:
-    """One run while it is under way, on every process alike; only the main process writes."""
+    """One run while it is under way, on every process; only the main process writes."""
 
     settled: SettledRun
     dataset: Any

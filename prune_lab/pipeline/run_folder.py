@@ -73,7 +73,7 @@ class RunFolder:
         return "unknown" if (self.directory / "config.yaml").exists() else None  # run.json is written before it
 
     def start(self, tracker: Tracker, config: RunConfig, planned: list[PlannedPhase]) -> None:
-        """Begin or begin again: options on disk, all sinks told."""
+        """Begin or begin again: write the options, open all sinks."""
         plan = [
             {"name": entry.phase.name, "key": entry.key, "epochs": entry.schedule.epochs if entry.schedule else 0,
              "length": entry.length}

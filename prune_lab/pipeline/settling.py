@@ -43,7 +43,7 @@ def settle(
         content: of the data set, part of the directory's name (see Dataset.content).
 
     Raises:
-        UserError: the method cannot adapt the network, or what method.match asks for is out of reach.
+        UserError: the method cannot adapt the network, or method.match is out of reach.
     """
     model_config = build_method(config).adapt_model(config.model, **info.sizes)
     config = matching.matched(config, model_config, info, device_config)

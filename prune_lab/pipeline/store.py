@@ -62,7 +62,7 @@ class PhaseStore:
     def begin(self, epochs_done: int) -> list[dict[str, Any]]:
         """Drop records after `epochs_done`, which come again, and what a killed writer left; return the records kept.
 
-        Epochs and not steps decide: a checkpoint may stand after the last step of an epoch whose record is to come.
+        Epochs and not steps decide: a checkpoint may follow the last step of an epoch whose record is to come.
         """
         kept = [record for record in self.records() if record["epoch"] <= epochs_done]
         for leftover in self.directory.glob("*.tmp"):

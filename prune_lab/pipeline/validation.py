@@ -87,7 +87,7 @@ def task_without_files(
     """Return a phase that reads and writes no file, on what the phases before it left in `done`.
 
     Args:
-        report: takes what the method says when it is set up.
+        report: gets what the method reports in its set-up.
     """
     nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
     return PhaseTask(
@@ -139,6 +139,6 @@ def one_step(task: PhaseTask) -> tuple[PhaseResult, Context]:
 
 
 def _prepare(task: PhaseTask, context: Context) -> None:
-    """Set the method up; what it says later is of random images, and goes nowhere."""
+    """Set the method up; later reports are of random images and are dropped."""
     task.method.setup(context)
     context.report = lambda text: None

@@ -66,7 +66,7 @@ class Background(BaseSink):
         self._calls.put(call)
 
     def _surface(self) -> None:
-        """Bring what the thread had to say to the caller's thread."""
+        """Pass the thread's messages to the caller's thread."""
         while not self._notices.empty():
             self._report(self._notices.get())
         if self._error is not None:

@@ -22,7 +22,7 @@ class RunInfo:
     config: dict[str, Any] = field(default_factory=dict)
     """resolved options as plain containers"""
     plan: list[dict[str, Any]] = field(default_factory=list)
-    """phases in order: {name, epochs: the schedule's, length: of the phase in words, ...}"""
+    """phases in order: {name, epochs: the schedule's, length: of the phase as text, ...}"""
 
 
 class Sink(Protocol):

@@ -57,7 +57,7 @@ class _Lines(BaseSink, ABC):
 
 
 class _Forgiving:
-    """A stream that falls silent when its reader has gone (a closed pipe, a lost terminal); the run goes on."""
+    """A stream that falls silent when its reader has gone (a closed pipe, a lost terminal); the run continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -154,7 +154,7 @@ class RichConsole(_Lines):
         self._progress.update(self._task, completed=done, speed=shown if speed else "")
 
     def _begin(self, progress: Progress, done: int, total: int, text: str) -> TaskID:
-        """Give the phase `text` a fresh bar: speed counts from `done`, where a resumed phase stands."""
+        """Give the phase `text` a fresh bar: speed counts from `done`, where a resumed phase begins."""
         if self._task is not None:
             progress.remove_task(self._task)
         task = progress.add_task(to_ascii(text), total=total, completed=done, speed="")

@@ -9,7 +9,7 @@ from prune_lab.accounting import targets
 from prune_lab.tracking.base import RunInfo
 
 MANY_ZEROS = 0.01
-"""share of zeros among start weights from which on they are told; trained dense networks have next to none"""
+"""share of zeros among start weights from which they are reported; trained dense networks have next to none"""
 
 
 def to_ascii(text: str) -> str:

@@ -34,7 +34,7 @@ def resolve_mode(setting: Mode | Literal["auto"], environ: Mapping[str, str] = o
     WANDB_IDENTITY_TOKEN_FILE, or a netrc entry for the server), and offline otherwise.
 
     Raises:
-        UserError: online is asked for and no key is configured. W&B would stop there and ask for one.
+        UserError: online is chosen and no key is configured. W&B would stop there and prompt for one.
     """
     mode = _WANDB_MODES.get(environ.get("WANDB_MODE", "")) if setting == "auto" else setting
     if mode is None:

@@ -23,7 +23,7 @@ _MAX_TAG = 64
 
 
 class WandbSink(BaseSink):
-    """One W&B run per run, with the same id on every call: an interrupted run goes on there, too.
+    """One W&B run per run, with the same id on every call: an interrupted run resumes there, too.
 
     Records come again from the first one when a run is continued. Those that the server already holds are passed over
     by number: W&B counts one step per record, and the order of records is the same every time.

@@ -21,7 +21,7 @@ def moving_average(model: nn.Module, decay: float | None) -> AveragedModel | Non
 def clear(average: AveragedModel, model: nn.Module) -> None:
     """Let the average of every weight of `model` that is exactly zero be zero.
 
-    By itself it never gets there: in float32 it stands still at 6.99e-43. So it follows the masks, and the zeros that
+    By itself it never gets there: in float32 it stops at 6.99e-43. So it follows the masks, and the zeros that
     a method makes without one.
     """
     factors = torch._foreach_sign(list(model.parameters()))

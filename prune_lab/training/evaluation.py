@@ -26,7 +26,7 @@ def measure(
 ) -> dict[str, float]:
     """Return loss, top1 and top5 (percent) over every image of `split`, each counted once over all processes.
 
-    Where `trainer.limit_eval_batches` left some of them out, `images` tells how many were used.
+    Where `trainer.limit_eval_batches` left some of them out, `images` is how many were used.
 
     Args:
         model: maps [N, 3, H, W] to [N, classes]; put into eval mode and back.

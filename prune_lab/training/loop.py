@@ -145,12 +145,12 @@ class TrainState:
 
 
 def fit(training: TrainState) -> None:
-    """Train to the end of the phase, which may lie within an epoch, from wherever `training.progress` stands.
+    """Train to the end of the phase, which may lie within an epoch, from `training.progress` on.
 
     Nothing is being written any more when this ends, however it ends.
 
     Raises:
-        Interrupted: after a checkpoint, when `training.stop()` says so.
+        Interrupted: after a checkpoint, when `training.stop()` is true.
         NonFiniteLoss: naming phase, epoch, step and the last good checkpoint.
         SaveError: the disk refused a checkpoint.
     """

@@ -192,9 +192,9 @@ def _initial_model(task: PhaseTask) -> nn.Module:
     return model
 
 
-def _drawn_anew(task: PhaseTask, word: str) -> nn.Module:
-    """Return the network with initial weights drawn from the seed and `word`."""
-    return build_model(task.model_config, **task.sizes, seed=stable_hash(task.config.seed, word) % 2**31)
+def _drawn_anew(task: PhaseTask, key: str) -> nn.Module:
+    """Return the network with initial weights drawn from the seed and `key`."""
+    return build_model(task.model_config, **task.sizes, seed=stable_hash(task.config.seed, key) % 2**31)
 
 
 class _Steps(TypedDict):

@@ -1,4 +1,4 @@
-"""Checkpoints while training goes on: copied at the step, written by a thread, as often as their cost allows."""
+"""Checkpoints while training continues: copied at the step, written by a thread, as often as their cost allows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHARE = 0.01
 LEAST_S = 10.0
 """seconds between two checkpoints, however cheap they are"""
 MOST_S = 600.0
-"""seconds between two checkpoints at most, unless even the cheapest one so far asks for more"""
+"""seconds between two checkpoints at most, unless even the cheapest one so far requires more"""
 
 
 def next_save_s(costs: Sequence[float], last_s: float) -> float:
@@ -79,7 +79,7 @@ class Saves:
         self._writing: Future[float] | None = None
 
     def due(self) -> bool:
-        """Return whether it is time for a checkpoint: for the main process, which writes it, to say.
+        """Return whether it is time for a checkpoint, which the main process decides.
 
         Raises:
             SaveError: the disk refused the one before.

@@ -1,4 +1,4 @@
-"""What weights from a file bring into a run, told before anything is trained: their accuracy and their zeros."""
+"""Accuracy and zeros of weights from a file, reported before anything is trained."""
 
 from __future__ import annotations
 

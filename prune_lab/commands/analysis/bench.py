@@ -77,7 +77,7 @@ def open_bench(a: FinishedRun, b: FinishedRun, *, root: str | None, device: str,
     """Return the bench of two comparable runs.
 
     Args:
-        root: stands for dataset.root of the runs; None: as in the runs.
+        root: replaces dataset.root of the runs; None: as in the runs.
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
@@ -121,7 +121,7 @@ def norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 def recompute_statistics(model: nn.Module, batches: Batches) -> None:
     """Set the running statistics of batch norm to their means over `batches`; nothing else of `model` changes.
 
-    Each batch counts alike. Other layers are in eval mode: dropout would change what the statistics are about.
+    Every batch has the same weight. Other layers are in eval mode: dropout would change what the statistics are about.
     """
     layers = norm_layers(model)
     if not layers:

@@ -214,7 +214,7 @@ def _norm_line(result: dict[str, Any], plan: Any) -> str:
 
 
 def verdict(error_barrier: float | None, *, split: str, curve: str) -> str:
-    """Return whether the runs are connected, for a straight line in the word that is used for it."""
+    """Return whether the runs are connected, for a straight line in the usual term."""
     words = ("stable", "not stable") if curve == "line" else ("connected", "not connected by this curve")
     is_below = error_barrier is not None and error_barrier < STABLE_BELOW_POINTS
     return f"{words[0 if is_below else 1]}: by convention, under {STABLE_BELOW_POINTS:g} points of {split} error"

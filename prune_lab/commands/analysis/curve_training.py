@@ -49,7 +49,7 @@ def train_middle(
 ) -> Curve:
     """Return the curve with a middle that makes the loss small on average over t; it begins at the mean of the ends.
 
-    Every batch draws one t uniformly from [0, 1]. A checkpoint is written after each epoch; training goes on from it
+    Every batch draws one t uniformly from [0, 1]. A checkpoint is written after each epoch; training resumes from it
     with the same result, because all draws are keyed by seed and position.
 
     Args:

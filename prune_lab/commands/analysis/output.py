@@ -20,7 +20,7 @@ DEFAULT_PARENT = Path("outputs") / "analysis"
 
 @dataclass(frozen=True)
 class ResultFolder:
-    """analysis.json says what is analysed, from the start on; result.json is written last."""
+    """analysis.json names what is analysed, from the start on; result.json is written last."""
 
     directory: Path
     key: str

@@ -18,7 +18,7 @@ from prune_lab.foundations.schema import parse
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run as its files tell it."""
+    """One finished run, read from its files."""
 
     directory: Path
     network: dict[str, Any]
@@ -104,7 +104,7 @@ def data_options(a: FinishedRun, b: FinishedRun, root: str | None) -> CommonConf
     """Return the options with which the runs' data set is read.
 
     Args:
-        root: stands for dataset.root; None: the one that both runs name.
+        root: replaces dataset.root; None: the one that both runs name.
 
     Raises:
         UserError: the runs name different places and `root` is None, or the data set has no place on disk.

@@ -109,7 +109,7 @@ def find(rows: Sequence[Row], runs: Sequence[RunResult], options: Namespace) -> 
 
 
 def _write(rows: Sequence[Row], findings: Findings, notes: Sequence[str], options: Namespace) -> None:
-    """Print the tables; with CSV and LaTeX, which programs read, what is said about them goes to standard error."""
+    """Print the tables; with CSV and LaTeX, which programs read, remarks go to standard error."""
     for title, members in conditions.sections(rows, options.group).items() if options.format != "csv" else ():
         if title:
             print(f"% {title}" if options.format == "latex" else f"{to_ascii(title)}\n")

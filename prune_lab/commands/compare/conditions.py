@@ -26,7 +26,7 @@ class Condition:
     """as the user wrote it, for messages"""
 
     def holds(self, run: RunResult) -> bool:
-        """Return whether the run satisfies it; a run without results or options does where only those could tell."""
+        """Return whether the run satisfies it; a run that lacks the results or options to decide does."""
         value = lookup(run, self.key)
         if value is None and not run.summary and ("/" in self.key or not run.config):
             return True

@@ -25,7 +25,7 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        return bool(self.half_width) and abs(self.mean) > self.half_width  # equal differences tell no spread
+        return bool(self.half_width) and abs(self.mean) > self.half_width  # equal differences show no spread
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:

@@ -52,7 +52,7 @@ class Series:
     n: tuple[int, ...]
     """runs behind each point"""
     notes: tuple[str, ...]
-    """what is told about each point, in lines"""
+    """description of each point, in lines"""
     kind: str = "line"
     """points, line or front"""
 
@@ -85,7 +85,7 @@ class Figure:
     """what is chosen between views of one data set"""
     views: tuple[View, ...]
     small: bool = False
-    """stands in a row with others"""
+    """is drawn in a row with others"""
 
 
 @dataclass(frozen=True)

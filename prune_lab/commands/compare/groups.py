@@ -83,7 +83,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What stands for the row where one text must do, such as a legend."""
+        """The row's name where one text must do, such as a legend."""
         sparsity = "" if self.sparsity is None else f"{self.sparsity:g}"
         parts = (self.labels[0], sparsity, self.matched, self.options, self.control.replace("none", ""))
         return " ".join(part for part in parts if part)

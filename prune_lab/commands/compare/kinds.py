@@ -12,7 +12,7 @@ from prune_lab.commands.compare.runs import RunResult, flat_options
 from prune_lab.commands.compare.sources import ANYWHERE, sources
 
 _NOT_KIND = (*(key for key in ANYWHERE if key != "dataset.root"), "model.name", "dataset.name")
-"""options of models and data sets that belong to neither the network nor the images, or that labels tell"""
+"""options of models and data sets that belong to neither the network nor the images, or that labels show"""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Kind:
     evaluated: str = "all"
     """images evaluated"""
     train: float | None = None
-    """epochs that the schedule's block `train` asks for; None: not known"""
+    """epochs of the schedule's block `train`; None: not known"""
     finetune: float | None = None
     """those of its block `finetune`; None: the run trained in one phase"""
     total: int | None = None
@@ -66,7 +66,7 @@ def kinds(firsts: Mapping[str, RunResult]) -> dict[str, Kind]:
 
     Args:
         firsts: group -> one of its runs. Options that not all runs of a model or data set have, because versions of
-            this program differ, tell nothing.
+            this program differ, show nothing.
     """
     told = {group: _variants(firsts, group) for group in ("model", "dataset")}
     return {name: _kind(run, [told[group][name] for group in told]) for name, run in firsts.items()}
@@ -75,7 +75,7 @@ def kinds(firsts: Mapping[str, RunResult]) -> dict[str, Kind]:
 def _variants(firsts: Mapping[str, RunResult], group: str) -> dict[str, dict[str, Any]]:
     """Return for each group of runs the options of its model or data set that all runs of it have.
 
-    A run that has lost its options counts as the others if these are alike, else as one of another kind.
+    A run that has lost its options counts as the others if these are equal, else as one of another kind.
     """
     files = sources(firsts)
     flat = {

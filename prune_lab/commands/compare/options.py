@@ -12,14 +12,14 @@ from prune_lab.commands.compare.sources import ANYWHERE, sources
 
 _NOT_OPTIONS = ("seed", "output_dir", "dry_run", "logger.", "paper.", *ANYWHERE, "trainer.checkpoint_interval_s",
                 "trainer.threads", "trainer.eval_interval")  # fmt: skip
-"""options, or beginnings of them, that do not tell groups apart"""
+"""options, or beginnings of them, that do not separate groups"""
 _CHOICES = ("model", "dataset", "schedule", "method")
 """groups whose options mean something beside their own kind only: those of two methods are not compared"""
 _SHARED = ("method.distribution", "method.macs_ratio", "method.params_ratio", "method.channels_ratio")
 """what methods have in common"""
 _OTHER_COLUMNS = ("method.sparsity", "method.control", "method.match", "model.name", "dataset.name", "schedule.name",
                   "method.name", "trainer.limit_", "trainer.eval_batch_size")  # fmt: skip
-"""options, or beginnings of them, that another column shows; parts of the images stand beside schedule and top-1"""
+"""options, or beginnings of them, that another column shows; parts of the images are shown with schedule and top-1"""
 
 
 def texts(firsts: Mapping[str, RunResult], looks: Mapping[str, Any]) -> dict[str, str]:
@@ -46,7 +46,7 @@ def texts(firsts: Mapping[str, RunResult], looks: Mapping[str, Any]) -> dict[str
 
 
 def _telling(run: RunResult) -> dict[str, Any]:
-    """Return the options that can tell a run from another, the precision as it came out."""
+    """Return the options that can separate runs, with the precision that was resolved."""
     flat = {key: value for key, value in flat_options(run.config) if not key.startswith(_NOT_OPTIONS)}
     if flat.get("trainer.limit_eval_batches") is None:
         flat.pop("trainer.eval_batch_size", None)  # changes speed only

@@ -9,7 +9,7 @@ def evaluated(run: RunResult) -> str | None:
     """Return which part of the evaluation images was used, such as "2,000 of 10,000"; None: all of them."""
     split, key = ("test", "data/num_test") if "test/top1" in run.summary else ("final", "data/num_eval")
     images, total = run.summary.get(f"{split}/images"), run.summary.get(key)
-    if images is None or total is None:  # before runs told it
+    if images is None or total is None:  # written before runs recorded it
         trainer = run.options("trainer")
         limit, size = trainer.get("limit_eval_batches"), trainer.get("eval_batch_size")
         if limit is None or size is None:
@@ -40,7 +40,7 @@ def _part(images: int, total: int | None, *, shown: int | None = None) -> str | 
     """Return "IMAGES of TOTAL"; None if that is all, and a bound where the total is not known.
 
     Args:
-        shown: what stands for the total in the text.
+        shown: the total as written in the text.
     """
     if total is None:
         return f"at most {images:,}"

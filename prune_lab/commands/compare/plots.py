@@ -72,7 +72,7 @@ def draw(figure: Figure, view: View) -> Canvas:
 
 
 def _about(view: View) -> str:
-    """Return what the picture alone cannot tell: means, spreads, and over how many runs."""
+    """Return what the picture alone cannot show: means, spreads, and over how many runs."""
     counts = {num for series in view.series for num in series.n}
     spread = any(std is not None for series in view.series for std in (*series.x_std, *series.y_std))
     num = f"n = {min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")
@@ -80,7 +80,7 @@ def _about(view: View) -> str:
 
 
 def _draw_series(axes: Any, view: View, series: Series) -> Any:
-    """Draw one series and return what stands for it in the legend."""
+    """Draw one series and return its handle for the legend."""
     if series.kind == "front":
         return axes.plot(series.x, series.y, color="#888888", linewidth=1.2, zorder=1.5)[0]
     style = series.style

@@ -52,7 +52,7 @@ def beside(rows: Sequence[Row]) -> list[Beside]:
 def changed_options(run: RunResult) -> list[str]:
     """Return the options beyond the recipe that a run was started with, but for those that change no result.
 
-    Where ImageNet lies changes nothing, its images are counted; what stands in for CIFAR's archive may be other images.
+    Where ImageNet lies changes nothing, its images are counted; what replaces CIFAR's archive may be other images.
     """
     harmless = _HARMLESS if (run.config.get("dataset") or {}).get("kind") == "cifar" else (*_HARMLESS, "dataset.root=")
     return [word for word in _options(run) if not word.lstrip("+~").startswith(harmless)]

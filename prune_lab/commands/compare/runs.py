@@ -1,4 +1,4 @@
-"""Runs as their files tell them: found under folders and patterns, read without torch, failed ones included."""
+"""Runs read from their files: found under folders and patterns, read without torch, failed ones included."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NOT_RUNS = {"phases", "wandb"}
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run as its files tell it."""
+    """One run, read from its files."""
 
     path: Path
     status: str

@@ -19,7 +19,7 @@ class _Source:
     path: str
     """as it was typed"""
     content: str | None
-    """hash; None: not told, or fixed by the options"""
+    """hash; None: not recorded, or fixed by the options"""
     rest: str = ""
     """what else the hash is of"""
 

@@ -37,7 +37,7 @@ class Style:
 
 
 def labels(rows: Sequence[Row]) -> dict[str, str]:
-    """Return group -> ASCII text for legends; model and schedule are told where the rows have several.
+    """Return group -> ASCII text for legends; model and schedule are named where the rows have several.
 
     Options lose their prefix (schedule.train.lr=0.1 becomes lr=0.1) unless two rows would then look the same.
     """
@@ -61,7 +61,7 @@ def method_names(rows: Sequence[Row]) -> list[str]:
 
 
 def kind_names(rows: Sequence[Row]) -> dict[str, str]:
-    """Return group -> ASCII text that tells the row's network, data and schedule from those of other rows.
+    """Return group -> ASCII text that separates the row's network, data and schedule from those of other rows.
 
     Texts are empty where all rows are comparable with each other.
     """
@@ -85,14 +85,14 @@ def _short(text: str) -> str:
 
 
 def of_methods(rows: Sequence[Row], kinds: Mapping[str, str] | None = None) -> dict[str, Style]:
-    """Return group -> colour and marker of its method, or of method and kind of network as `kind_names` tells it."""
+    """Return group -> colour and marker of its method, or of method and kind of network as in `kind_names`."""
     names = {row.group: (row.labels[0], (kinds or {}).get(row.group, "")) for row in rows}
     order = sorted(set(names.values()))
     return {row.group: _of_method(order.index(names[row.group]), row) for row in rows}
 
 
 def of_lines(rows: Sequence[Row]) -> tuple[dict[str, Style], bool]:
-    """Return group -> style of a line, and whether colours stand for methods.
+    """Return group -> style of a line, and whether colours mean methods.
 
     They do while a dash for each row of a method is enough on every data set; else each row has a colour of its own.
     """

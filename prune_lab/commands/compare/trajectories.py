@@ -45,7 +45,7 @@ def is_kept(key: str) -> bool:
 
 
 def read_course(row: Row, note: Callable[[str], None]) -> Course:
-    """Return the records of the row's finished runs; `note` is told what could not be read."""
+    """Return the records of the row's finished runs; `note` gets what could not be read."""
     records = [_read(read_records, run.path / "metrics.jsonl", note) for run in row.runs]
     tables = [_read(read_json, run.path / "layers.json", note) for run in row.runs]
     return Course(row, trajectory(filter(None, records)), densities(filter(None, tables)))

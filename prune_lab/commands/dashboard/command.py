@@ -50,7 +50,7 @@ def specification(workspace: Workspace) -> dict[str, Any]:
 def save(workspace: Workspace) -> tuple[str, bool]:
     """Store the workspace as the saved view of its name; return its address and whether it was there before.
 
-    W&B tells views apart by an internal name, which every client draws at random; here it is derived from entity,
+    W&B identifies views by an internal name, which every client draws at random; here it is derived from entity,
     project and name, so the same command finds its view again, even one renamed there, and overwrites all that was
     changed in it. Views that a person made are never touched, and the private workspace of a user cannot be written.
 
@@ -86,7 +86,7 @@ def _upload(workspace: Workspace) -> str:
     import wandb
 
     if key := find_key():
-        os.environ["WANDB_API_KEY"] = key  # wandb-workspaces opens sessions of its own; none of them is to ask for it
+        os.environ["WANDB_API_KEY"] = key  # wandb-workspaces opens sessions of its own, which would prompt for it
     wandb.setup(settings=wandb.Settings(silent=True))
     workspace.entity = workspace.entity or wandb.Api().default_entity or ""
     if not workspace.entity:

@@ -27,7 +27,7 @@ COLUMNS = (TOP1, "sparsity/achieved", "macs/inference_ratio", "macs/train_ratio"
 
 _AXES = {"global_step": "optimizer step", "epoch": "epoch of the phase", "macs/train": "training MACs"}
 _MAX_LINES = 100
-"""groups per panel; W&B shows ten unless told otherwise"""
+"""groups per panel; W&B shows ten by default"""
 
 
 def sections() -> list[Section]:

@@ -111,7 +111,7 @@ def _send(sink: WandbSink, info: RunInfo, records: list[dict[str, Any]], status:
 
 
 def _sync(run_dir: Path, options: argparse.Namespace) -> str:
-    """Send one run, say what came of it, and return the word that it is counted under."""
+    """Send one run, print the outcome, and return the outcome that it is counted under."""
     if not (run_dir / "run.json").exists():
         print(f"{run_dir}: skipped, it holds results without the run (no run.json)", flush=True)
         return "skipped"

@@ -24,7 +24,7 @@ _PATCHES, _NOISE = 4, 0.5
 
 @dataclass(frozen=True)
 class Reference:
-    """Images and what the run's network says about them in PyTorch."""
+    """Images and the run's outputs for them in PyTorch."""
 
     images: list[Tensor]
     """fp32 [N, 3, H, W] for the sizes in `BATCHES`"""
@@ -115,7 +115,7 @@ def compare(reference: Reference, run: Callable[[Tensor], Tensor], *, is_same_ar
     """Return how `run` agrees with the reference.
 
     Args:
-        is_same_arithmetic: `run` is PyTorch itself in fp32, where no rounding has to be told from a fault: the outputs
+        is_same_arithmetic: `run` is PyTorch itself in fp32, where rounding cannot be mistaken for a fault: the outputs
             in fp32 are what it is compared with.
     """
     with torch.inference_mode():

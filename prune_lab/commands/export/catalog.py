@@ -98,10 +98,10 @@ def _needs(entry: Format) -> str:
 
 
 def split(text: str, option: str) -> list[str]:
-    """Return the words between the commas of an option's value.
+    """Return the names between the commas of an option's value.
 
     Raises:
-        UserError: nothing between two commas, or a word twice.
+        UserError: nothing between two commas, or a name twice.
     """
     words = [word.strip() for word in text.split(",")]
     if not all(words) or len(set(words)) < len(words):

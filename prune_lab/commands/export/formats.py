@@ -25,7 +25,7 @@ INPUT, OUTPUT = "images", "logits"
 
 
 class NotExportable(UserError):
-    """The network holds something that no file of the format can say."""
+    """The network holds something that the format cannot express."""
 
 
 def refusal(model: nn.Module) -> str | None:
@@ -94,7 +94,7 @@ def _write_onnx(program: ExportedProgram, folder: Path, image_size: int) -> None
         input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: "batch"},),
     )  # fmt: skip
     network = written.model_proto
-    # Inner shapes may be left out. They say "batch", so that a runtime which is told a number there refuses them.
+    # Inner shapes may be left out. They hold "batch", which a runtime that gets a fixed number refuses.
     del network.graph.value_info[:]
     for constant in network.graph.initializer:
         values = onnx.numpy_helper.to_array(constant)
@@ -135,7 +135,7 @@ def import_openvino() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what exporters say about themselves off the console; errors are exceptions."""
+    """Keep the chatter of exporters off the console; errors are exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

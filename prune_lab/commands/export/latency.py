@@ -21,7 +21,7 @@ def interleaved(
     """Return seconds per call: one list per function, with one sample per round.
 
     Every round times each function once, in an order that turns round from round to round, so that whatever else the
-    machine does meets all of them alike.
+    machine does affects all of them equally.
 
     Args:
         rounds: at least `MIN_ROUNDS`.

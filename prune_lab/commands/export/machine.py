@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "safetensors", "onnx", "onnxscript", "onnxruntime", "openv
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Return the machine as flat keys; the load average tells how busy it was with other work."""
+    """Return the machine as flat keys; the load average shows how busy it was with other work."""
     return {
         "cpu": _cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -76,6 +76,6 @@ def _open_openvino(path: Path, threads: int, shape: tuple[int, ...] | None, prec
 
 
 def openvino_has_bf16() -> bool:
-    """Return whether OpenVINO computes in bf16 on this CPU; elsewhere it takes fp32 without a word."""
+    """Return whether OpenVINO computes in bf16 on this CPU; elsewhere it takes fp32 silently."""
     capabilities: Any = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return "BF16" in capabilities

@@ -141,7 +141,7 @@ def _sparse(model: nn.Module, images: Tensor, tolerance: float) -> tuple[list[st
 
 
 def _agrees(model: nn.Module, run: Callable[[Tensor], Tensor], tolerance: float, image_size: int) -> bool:
-    """Return whether another form of `model` computes the same, on images enough to tell them apart."""
+    """Return whether another form of `model` computes the same, on enough images to show a difference."""
     reference = agreement.make_reference(model, image_size, batches=(8,))
     return agreement.compare(reference, run).within(tolerance)
 

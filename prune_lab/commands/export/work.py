@@ -33,7 +33,7 @@ _FP32_ONLY = (
 
 @dataclass(frozen=True)
 class Plan:
-    """What the command line asks for."""
+    """The options of the command line."""
 
     out: Path
     formats: Sequence[str]

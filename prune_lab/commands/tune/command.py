@@ -1,4 +1,4 @@
-"""prune-lab tune: searches options with Optuna. Each trial is an ordinary run; a stopped search goes on."""
+"""prune-lab tune: searches options with Optuna. Each trial is an ordinary run; a stopped search resumes."""
 
 from __future__ import annotations
 

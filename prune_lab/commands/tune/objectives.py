@@ -28,7 +28,7 @@ class Objective:
 
     @property
     def direction(self) -> Direction:
-        """In Optuna's word."""
+        """In Optuna's term."""
         return "maximize" if self.key in _LARGER else "minimize"
 
     @property

@@ -49,7 +49,7 @@ class Search:
         return [trial for trial in current(self.study) if _state(trial) in (states or _STATES.values())]
 
     def command(self, trial: FrozenTrial) -> str:
-        """Return what repeats the trial's run, and goes on with a pruned one."""
+        """Return the command that repeats the trial's run, or resumes a pruned one."""
         return shlex.join(["prune-lab", *self.space.command(trial.params)])
 
     def parameters(self, trial: FrozenTrial | Trial) -> str:
@@ -110,7 +110,7 @@ class Search:
         return code
 
     def _judge(self, trial: Trial) -> Callable[[int, float], str | None]:
-        """Return what says after an epoch why the trial is not worth going on."""
+        """Return the judge that gives, after an epoch, the reason to prune the trial."""
         trials = self.study.get_trials(deepcopy=False)
         reported = set(trials[trial.number].intermediate_values)
         # A median exists only where a trial has finished, and that one has noted whether its sparsity changed.

@@ -1,4 +1,4 @@
-"""A study on disk: one SQLite file that knows which command it belongs to; its trials go on where they stopped."""
+"""A study on disk: one SQLite file that knows which command it belongs to; its trials resume where they stopped."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _suggest(trial: Trial, name: str, distribution: Distribution) -> None:
 
 
 def importances(study: Study, *, objective: int) -> dict[str, Any]:
-    """Return the share of each parameter in the variance of an objective; empty if trials are too few or all alike."""
+    """Return the share of each parameter in the variance of an objective; empty if trials are too few or all equal."""
     finished = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len(finished) < 10 or len({trial.values[objective] for trial in finished}) < 2:
         return {}

@@ -10,13 +10,13 @@ from prune_lab.tracking import BaseSink, RunInfo
 
 _FIRST_JUDGED_EPOCH = 2
 _FIRST_JUDGED_FRACTION = 1 / 3
-"""of the phase's epochs: before that, accuracy tells of the warm-up and not of the end"""
+"""of the phase's epochs: before that, accuracy reflects the warm-up and not the end"""
 
 
 class TrialWatch(BaseSink):
-    """Hands the top-1 after each epoch of the last training phase to `judge`, and asks the run to stop if that says so.
+    """Passes the top-1 after each epoch of the last training phase to `judge`, and stops the run if it gives a reason.
 
-    The phases before are shared by trials or decide little: what they reach tells nothing about the end.
+    The phases before are shared by trials or decide little: their accuracy says nothing about the end.
     """
 
     def __init__(self, judge: Callable[[int, float], str | None]) -> None:

@@ -20,7 +20,7 @@ REWOUND = "IMP-rewind"
 """the paper's appendix: the ticket starts from theta_t and trains T - t epochs; RR-IMP with its mask still trains T"""
 
 PARAMS_TOLERANCE = 0.1
-"""a small dense network stands for a sparse one whose number of parameters differs by less; levels lie 20 % apart"""
+"""a small dense network matches a sparse one whose number of parameters differs by less; levels lie 20 % apart"""
 
 _NOT_RECIPE = {"device", "compile", "checkpoint_interval_s", "threads", "eval_batch_size", "eval_interval",
                "limit_eval_batches"}  # fmt: skip

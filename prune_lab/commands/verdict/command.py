@@ -25,7 +25,7 @@ from prune_lab.foundations.signals import STOPPED
 
 
 def main(argv: list[str]) -> int:
-    """Judge the runs named in `argv`, or do and judge those that its options ask for; return the exit code.
+    """Judge the runs named in `argv`, or do and judge those of its options; return the exit code.
 
     Raises:
         UserError: wrong option, nothing to judge, or no margin for the data set.

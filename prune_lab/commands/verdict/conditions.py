@@ -1,7 +1,7 @@
 """Is a pruned network a winning ticket? The five conditions of Ma et al. 2021, from accuracies alone. No torch.
 
 Source: Ma et al. 2021, Sanity Checks for Lottery Tickets, NeurIPS, arXiv 2107.00166, section 2. The paper gives the
-order of the conditions and the margins; what is our own says so.
+order of the conditions and the margins; what is our own is marked so.
 """
 
 from __future__ import annotations

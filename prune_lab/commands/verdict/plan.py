@@ -51,7 +51,7 @@ def with_preset(typed: Sequence[str], preset: str | None) -> list[str]:
     """Return the typed options and those of the preset that are not typed."""
     names = {argument.partition("=")[0] for argument in typed}
     if "method.sparsity" in names:
-        names.add("method.levels")  # either of them says how sparse
+        names.add("method.levels")  # either of them decides how sparse
     added = [line for line in PRESETS[preset] if line.partition("=")[0] not in names] if preset else []
     return [*added, *typed]
 
@@ -138,7 +138,7 @@ def small_sparsity(config: RunConfig) -> float:
 
 
 def _varied(jobs: Sequence[RunConfig]) -> set[str]:
-    """Return the names of the options that tell runs apart."""
+    """Return the names of the options that separate runs."""
     lines = {line for config in jobs for line in config.overrides if not line.startswith(("method=", "method.arm="))}
     names = [line.partition("=")[0] for line in lines]
     return {name for name in names if names.count(name) > 1} | {"method.levels", "method.sparsity", "method.rewind_to"}

@@ -82,7 +82,7 @@ def _listed(sparsities: Sequence[float]) -> str:
 
 
 def _groups(judged: Sequence[Judged]) -> dict[str, list[Judged]]:
-    """Return the cases of each network, recipe and kind of ticket under a title that tells them apart."""
+    """Return the cases of each network, recipe and kind of ticket under a title that separates them."""
     groups: dict[str, list[Judged]] = defaultdict(list)
     for entry in judged:
         case = entry[0]

@@ -21,7 +21,7 @@ def load(path: str, channels: ChannelMap) -> Tensor:
 
     Args:
         path: JSON, {module path of a batch norm: [true where its channel stays, else false]}; a norm that is missing
-            keeps all. Norms whose outputs are added must say the same.
+            keeps all. Norms whose outputs are added must have the same.
 
     Raises:
         UserError: unreadable file, no batch norm of the network, another number of channels, values other than true

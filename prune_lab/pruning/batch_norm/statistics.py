@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def measure_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
     """Give every batch norm of `model` the means of its statistics over `batches`; everything else stays as it was.
 
-    Mean and (unbiased) variance are averaged over the batches, each of which counts alike. All other modules work as in
+    Mean and (unbiased) variance are averaged over the batches, with equal weights. All other modules work as in
     evaluation.
 
     Returns:

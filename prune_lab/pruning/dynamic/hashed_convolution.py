@@ -1,9 +1,9 @@
-"""Convolution that merges its input channels while it runs: alike on a tile, they share one kernel, the sum of theirs.
+"""Convolution that merges its input channels while it runs: similar on a tile, they share the sum of their kernels.
 
 On each tile of the output plane the channels of the input window are hashed: the signs of their products with a few
 sparse random hyperplanes are the code, and channels with the same code fall into one bucket. With x_c the channels and
 W_c their kernels, sum_c W_c * x_c becomes sum_b (sum of W_c over b) * (mean of x_c over b), which is exact where the
-members of a bucket are equal and near where they are alike.
+members of a bucket are equal, and near where they are similar.
 
 Idea: Meiner, Mehnert, Condurache 2023, arXiv 2309.17211. No code and no full text were at hand: tiles without overlap
 in the output, halo and centring are reconstructed.
@@ -45,7 +45,7 @@ def draw_hyperplanes(num: int, window: Pair, *, zero_fraction: float, seed: int)
 
 
 def hash_codes(windows: Tensor, hyperplanes: Tensor) -> Tensor:
-    """Return the code of every channel, int64 [tiles, channels]: bit i tells the side of hyperplane i.
+    """Return the code of every channel, int64 [tiles, channels]: bit i is the side of hyperplane i.
 
     Channels are centred. A product of zero gives bit 0, so constant channels have code 0.
 
@@ -142,7 +142,7 @@ def _pair(values: tuple[int, ...]) -> Pair:
 
 
 class HashedConv2d(nn.Conv2d):
-    """A convolution for inference that merges alike input channels tile by tile; the weights stay what they are."""
+    """A convolution for inference that merges similar input channels tile by tile; the weights do not change."""
 
     export_refusal = (
         "the number of merged channels depends on the image, so that a static graph cannot hold a HashedConv2d"
@@ -277,7 +277,7 @@ class HashedConv2d(nn.Conv2d):
         Tiles with equally many buckets are convolved together, so that none of them is filled up with zeros.
         """
         num, channels, height, width = windows.shape
-        hashed = height * width > 1  # centred, a single value is zero in every channel: nothing tells them apart
+        hashed = height * width > 1  # centred, a single value is zero in every channel: they are all equal
         if hashed:
             codes = hash_codes(windows, self.hyperplanes[:, :height, :width])
         else:

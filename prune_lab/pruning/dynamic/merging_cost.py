@@ -1,7 +1,7 @@
 """What convolutions with merged channels cost on the images they saw, by the buckets that their tiles really had.
 
-The convention of accounting.py, and on top of it single additions, which only merging needs. What hashing takes is told
-by a public review of arXiv 2309.17211, L (1 - s) d additions per channel: what the hyperplanes' expected share of zeros
+The convention of accounting.py, with single additions on top, which only merging needs. The cost of hashing is from
+a public review of arXiv 2309.17211, L (1 - s) d additions per channel: what the hyperplanes' expected share of zeros
 leaves; the rest is reconstructed.
 """
 

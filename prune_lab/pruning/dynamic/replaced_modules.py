@@ -1,4 +1,4 @@
-"""Modules that take the place of an architecture's own: told in model.json, and put in again before tensors load."""
+"""Modules that replace an architecture's own: listed in model.json, and put in again before tensors load."""
 
 from __future__ import annotations
 

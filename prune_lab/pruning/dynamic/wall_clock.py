@@ -1,4 +1,4 @@
-"""Measured time of networks on the same images, taken in turn so that whatever else the machine does hits all alike."""
+"""Measured time of networks on the same images, taken in turn so that other work on the machine affects all equally."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class GateGenerator(nn.Module):
         return torch.tanh(self.inner()) * LIMIT
 
     def inner(self) -> Tensor:
-        """Return what tanh bounds, which still tells gates apart that are at the bounds [sum of sizes]."""
+        """Return what tanh bounds, which still separates gates that are at the bounds [sum of sizes]."""
         hidden = self.biases[0].new_ones(self._width)
         made = []
         for weight, bias in zip(self.weights, self.biases, strict=True):

@@ -90,13 +90,13 @@ class Term:
 
     amount: float
     rows: int | None = None
-    """index of the group whose gates stand on the rows; None: none do"""
+    """index of the group whose gates scale the rows; None: none do"""
     columns: int | None = None
     """index of the group whose gates decide about the input columns; None: none do"""
 
 
 def cost_matrix(terms: Sequence[Term], num_groups: int) -> Tensor:
-    """Return A [groups + 1, groups + 1] for `expected_cost`; the last row and column stand for what has no gates."""
+    """Return A [groups + 1, groups + 1] for `expected_cost`; the last row and column are for what has no gates."""
     matrix = torch.zeros(num_groups + 1, num_groups + 1, dtype=torch.float64)
     for term in terms:
         row, column = (num_groups if index is None else index for index in (term.rows, term.columns))

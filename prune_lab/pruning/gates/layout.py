@@ -1,4 +1,4 @@
-"""Which gate stands on which weights: one per weight, or one per hidden channel with all that hangs on it.
+"""Which gate scales which weights: one per weight, or one per hidden channel with all that hangs on it.
 
 All gates of a network are one flat vector; a group of gates is a layer's part of it.
 """
@@ -49,7 +49,7 @@ class WeightGates:
         self.parameters = [layer.parameter for layer in layers]
         """paths of all parameters that gates change"""
         self.rows = {layer.parameter: index for index, layer in enumerate(layers)}
-        """parameter -> group whose gates stand on its rows or weights"""
+        """parameter -> group whose gates scale its rows or weights"""
         self.columns: dict[str, int] = {}
         """parameter -> group whose closed gates close its input columns"""
         self._count(network)

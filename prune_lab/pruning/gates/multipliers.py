@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 def dual_rate(num_gates: int, num_steps: int) -> float:
     """Return the learning rate of a multiplier where none is given: 0.01 x gates under its constraint / steps.
 
-    So the price of a single gate rises alike in networks of all sizes and trainings of all lengths. This rule is not
-    the paper's; the rates of the official scripts are 0.006 to 0.05 x gates / steps.
+    So the price of a single gate rises at the same rate in networks of all sizes and trainings of all lengths. This
+    rule is not the paper's; the rates of the official scripts are 0.006 to 0.05 x gates / steps.
     """
     return 0.01 * num_gates / max(num_steps, 1)
 

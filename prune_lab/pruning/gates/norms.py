@@ -23,7 +23,7 @@ def find_norms(model: nn.Module, image_size: int) -> list[tuple[ChannelGroup, st
     """Return the channels of a layer that a batch norm follows, and the module path of the norm behind which gates go.
 
     It is the last batch norm before the channels part or reach a layer that mixes them, so behind a depthwise
-    convolution its own: a batch norm after the gate would undo whatever the gate does to all images alike. Left out are
+    convolution its own: a batch norm after the gate would undo whatever the gate does to all images. Left out are
     channels that an addition ties or that pass a norm on a way of their own, and norms without scale and shift or with
     an activation in them.
     """
@@ -69,7 +69,7 @@ class Draw:
         self._given: set[int] = set()
 
     def gates(self, index: int, num_images: int) -> Tensor:
-        """Return z [num_images, gates] of norm `index`; a norm that asks again begins the next forward pass.
+        """Return z [num_images, gates] of norm `index`; a second call for a norm begins the next forward pass.
 
         All processes draw for all images and each takes its own, so that together they are one process.
         """

@@ -1,6 +1,6 @@
 """Gates that are exactly 0 or far from it: their values, their training, and what open gates cost.
 
-t is the parameter of a gate, g its value. A gate stands before the layers that read a channel: it multiplies their
+t is the parameter of a gate, g its value. A gate precedes the layers that read a channel: it multiplies their
 input columns, which is the same as to multiply the channel, also where the input is padded with zeros.
 
 Source: Guo, Yuan, Tan, Wang, Yang, Liu 2021, arXiv 2109.02220, whose text was not at hand: see the card of method=gdp.

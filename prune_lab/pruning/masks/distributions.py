@@ -247,7 +247,7 @@ def file_counts(
     At `target` layer l keeps its density d_l of the file, at a lower sparsity s the density 1 - (1 - d_l) s / target.
 
     Raises:
-        UserError: the densities ask for another sparsity than `target` (by more than 0.001), or for no weight at all
+        UserError: the densities give another sparsity than `target` (by more than 0.001), or for no weight at all
             in a layer.
         ValueError: `sparsity` lies beyond `target`.
     """

@@ -1,4 +1,4 @@
-"""Which functions choose among the weights of a layer, by the method's distribution, and what 2:4 asks of options."""
+"""Which functions choose among the weights of a layer, by the method's distribution, and what 2:4 requires."""
 
 from __future__ import annotations
 

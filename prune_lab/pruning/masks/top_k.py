@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) -> Tensor:
     """Return a bool mask shaped like `score` with exactly `num_keep` True: the highest scores among `candidates`.
 
-    Ties go to the lower index in row-major order, whatever the memory format, so every process chooses alike.
+    Ties go to the lower index in row-major order, whatever the memory format, so every process chooses the same.
 
     Args:
         score: any shape, higher is kept first.

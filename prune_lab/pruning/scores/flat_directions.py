@@ -126,7 +126,7 @@ def measure(
         data: returns the images of the Hessian and their labels, in batches, the same in every call.
         eigenvectors: k, how many of the largest eigenvalues count as not flat.
         num_images: how many images `data` gives.
-        generator: returns the source of the random numbers of a word.
+        generator: returns the random generator of a key.
         validating: one product shows that the shapes fit; the result does not count.
 
     Raises:

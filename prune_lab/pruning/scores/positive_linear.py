@@ -12,14 +12,14 @@ from torch.overrides import TorchFunctionMode
 ACTIVATIONS = frozenset(
     ("relu6", "hardtanh", "hardswish", "silu", "gelu", "mish", "elu", "selu", "celu", "softplus", "tanh")
 )
-"""functions that do not scale with their input, or saturate: ReLU stands in for them"""
+"""functions that do not scale with their input, or saturate: ReLU replaces them"""
 GATES = frozenset(("sigmoid", "hardsigmoid"))
-"""functions whose values multiply a feature map, as in squeeze-and-excitation: 1 stands in for them"""
+"""functions whose values multiply a feature map, as in squeeze-and-excitation: 1 replaces them"""
 _SHOWN = {"hardtanh": "relu6/hardtanh", "relu6": "relu6/hardtanh"}  # torch's ReLU6 calls hardtanh
 
 
 class PositiveLinear(TorchFunctionMode):
-    """Within it ReLU stands in for ACTIVATIONS and 1 for GATES, called as modules, functions or methods alike."""
+    """Within it ReLU replaces ACTIVATIONS and 1 replaces GATES, called as modules, functions or methods."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -80,7 +80,7 @@ def _add_product(
         direction = [slope.detach() / len(images) for slope in slopes]
     try:
         # Not autograd.grad: with chosen inputs it never reaches the error that torch plants behind a function marked
-        # @once_differentiable, and the result would lack a part without a word.
+        # @once_differentiable, and the result would silently lack a part.
         torch.autograd.backward(slopes, direction)
     except RuntimeError as error:
         found = without_second_derivative(model, images[:2])
