@@ -44,8 +44,8 @@ def profile(model: nn.Module, image_size: int, *, channels: int = 3) -> list[Lay
     """Return the cost of every conv and linear layer that a forward pass uses, in the order of first use.
 
     One image passes through a copy of the model without memory or arithmetic ("meta" device). A layer used twice counts
-    twice; a weight shared by two layers is one entry. Weights that are used without calling their layer, as in
-    torchvision's attention, and kernels that are computed in the pass, such as mixtures, count as well.
+    twice; a weight shared by two layers is one entry. Weights count too that are used without calling their
+    layer, as in torchvision's attention. So do kernels that are computed in the pass, such as mixtures.
     """
     from prune_lab.accounting.weight_use import observe  # its file subclasses a mode of torch
 

@@ -95,8 +95,8 @@ class Dataset(Protocol):
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
         """Yield this rank's shard of the global batches `start`, `start` + 1, ... of `epoch`.
 
-        Order and augmentation depend on `seed`, `epoch` and the position in the epoch only, so the shards
-        of all ranks put together are the batch of a single process.
+        Order and augmentation depend on `seed`, `epoch` and the position in the epoch only. So the shards
+        of all ranks together are the batch of a single process.
 
         Raises:
             UserError: `batch_size` exceeds the training images or is no multiple of `world_size`.

@@ -49,8 +49,8 @@ class Request:
 class StreamDataset:
     """Batches read from image files, or from their copy in smaller size (`dataset.cached_side`).
 
-    The random crop of an image is drawn from (seed, epoch, image), so it depends neither on the number of
-    workers nor on the rank or batch that the image falls to.
+    The random crop of an image is drawn from (seed, epoch, image). It depends neither on the number of
+    workers nor on rank or batch.
     """
 
     def __init__(self, config: Config, info: DatasetInfo, train: Listing, test: Listing, fmt: BatchFormat) -> None:

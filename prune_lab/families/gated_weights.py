@@ -71,8 +71,8 @@ def gate_rate(optimizer: str, num_steps: int) -> float:
     """Return the learning rate of the gates where none is given.
 
     sgd: 6, published for the filters of a WRN-28-10. adam: 20 / steps, but at least 0.001 (Li, Ji 2021, arXiv
-    2107.00070) and at most 0.1. Adam's steps are about as long as its rate, so that in a short training a gate can
-    still cross [-log 100, log 100] twice, and in a long one gates stay calm.
+    2107.00070) and at most 0.1. Adam's steps are about as long as its rate. So in a short training a gate can still
+    cross [-log 100, log 100] twice, and in a long one gates stay calm.
     """
     return 6.0 if optimizer == "sgd" else min(max(20 / max(num_steps, 1), 1e-3), 0.1)
 
@@ -80,8 +80,8 @@ def gate_rate(optimizer: str, num_steps: int) -> float:
 class GatedWeights(Method):
     """Keeps the raw weights, which the optimizer moves; the network holds them times the gates.
 
-    In a step these are the gates drawn for it, between steps the gates without chance (`rule`), so that evaluation,
-    moving average, saved network and costs see real zeros. Subclasses define in `price` what open gates cost.
+    In a step these are the gates drawn for it, between steps the deterministic gates (`rule`). So evaluation, moving
+    average, saved network and costs see real zeros. Subclasses define in `price` what open gates cost.
     """
 
     rule: Literal["louizos", "median"]

@@ -63,8 +63,8 @@ def places(model: nn.Module) -> dict[str, str]:
 def call(model: nn.Module, places: Mapping[str, str], tensors: Mapping[str, Tensor], images: Tensor) -> Any:
     """Return model(images) computed with `tensors` (by name) in their `places`.
 
-    By itself torch's function exchanges the tensors of a module that is there twice twice, and what it puts back the
-    second time are not those of the network.
+    By itself torch's function exchanges the tensors of a shared module twice. The second time it restores tensors that
+    are not the network's.
     """
     exchanged = {place: tensors[name] for place, name in places.items() if name in tensors}
     return torch.func.functional_call(model, exchanged, (images,), tie_weights=False)

@@ -98,8 +98,8 @@ class GDPConfig(MethodConfig):
 def gate_rate(num_steps: int) -> float:
     """Return the learning rate of t where none is given: 2000 / steps, but at least 0.01 and at most 2.
 
-    At t = 1 the slope of a gate is about 0.2 and the gradients dL/dg of batches have means of about 0.0005 (ResNet-20
-    on CIFAR-10), so that the loss moves t by some tenths in trainings of all lengths. With much smaller rates the price
+    At t = 1 the slope of a gate is about 0.2, and the gradients dL/dg of batches have means of about 0.0005 (ResNet-20
+    on CIFAR-10). So the loss moves t by some tenths in trainings of all lengths. With much smaller rates the price
     alone decides which gates close. The rule is this program's.
     """
     return min(max(2000 / max(num_steps, 1), 0.01), 2.0)
@@ -108,7 +108,7 @@ def gate_rate(num_steps: int) -> float:
 def dual_rate(price: float, excess: float, num_steps: int, gate_lr: float) -> float:
     """Return the learning rate of the multiplier where none is given: 18 / (gate_lr x price x excess x steps^2).
 
-    With it the price alone moves t from 1 to 0 in a third of the steps, as long as the target is missed as at the
+    With it the price alone moves t from 1 to 0 in a third of the steps, if the target is missed by as much as at the
     start. The loss holds gates open for longer. The rule is this program's.
 
     Args:

@@ -114,7 +114,7 @@ class _Problem:
     def target(self) -> int:
         """Return the cost of the reference: a fixed mask of its layout, whatever the method is.
 
-        Its training is that of the schedule's train block, 3 f_S per image, so that two methods with the same reference
+        Its training is that of the schedule's train block, 3 f_S per image. So two methods with the same reference
         cost the same in all.
 
         Raises:

@@ -20,8 +20,8 @@ def interleaved(
 ) -> list[list[float]]:
     """Return seconds per call: one list per function, with one sample per round.
 
-    Every round times each function once, in an order that turns round from round to round, so that whatever else the
-    machine does affects all of them equally.
+    Every round times each function once, in an order that rotates from round to round. So other work of the machine
+    affects all of them equally.
 
     Args:
         rounds: at least `MIN_ROUNDS`.
@@ -92,9 +92,9 @@ class Ratio:
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
     """Return the median of slow / fast over rounds, with its interval.
 
-    The interval lies between the k-th smallest and the k-th largest ratio with the largest k for which a median lies
-    outside in at most 1 % of cases (a table holds many ratios), whatever the distribution:
-    2 P[Binomial(n, 1/2) < k] <= 0.01.
+    The interval lies between the k-th smallest and the k-th largest ratio. k is the largest number for which a median
+    lies outside in at most 1 % of cases, whatever the distribution: 2 P[Binomial(n, 1/2) < k] <= 0.01. A table holds
+    many ratios, hence 1 %.
 
     Raises:
         ValueError: fewer than `MIN_ROUNDS` rounds.

@@ -2,8 +2,8 @@
 
 On each tile of the output plane the channels of the input window are hashed: the signs of their products with a few
 sparse random hyperplanes are the code, and channels with the same code fall into one bucket. With x_c the channels and
-W_c their kernels, sum_c W_c * x_c becomes sum_b (sum of W_c over b) * (mean of x_c over b), which is exact where the
-members of a bucket are equal, and near where they are similar.
+W_c their kernels, sum_c W_c * x_c becomes sum_b (sum of W_c over b) * (mean of x_c over b). This is exact where the
+members of a bucket are equal, and close where they are similar.
 
 Idea: Meiner, Mehnert, Condurache 2023, arXiv 2309.17211. No code and no full text were at hand: tiles without overlap
 in the output, halo and centring are reconstructed.

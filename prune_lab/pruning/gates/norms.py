@@ -24,8 +24,8 @@ def find_norms(model: nn.Module, image_size: int) -> list[tuple[ChannelGroup, st
 
     It is the last batch norm before the channels part or reach a layer that mixes them, so behind a depthwise
     convolution its own: a batch norm after the gate would undo whatever the gate does to all images. Left out are
-    channels that an addition ties or that pass a norm on a way of their own, and norms without scale and shift or with
-    an activation in them.
+    channels that an addition ties or that pass a norm on a way of their own. So are norms without scale and shift or
+    with an activation in them.
     """
     from prune_lab.pruning.channels.trace import trace  # its file subclasses torch's tracer
 
