@@ -44,8 +44,8 @@ def refill(
 ) -> Sent:
     """Send metrics.jsonl, layers.json and summary.json of a run to the W&B run of the same id.
 
-    Records that W&B holds already stay, the missing ones follow. So it can be repeated, and completes a run whose upload
-    broke off. Times in W&B are those of the upload.
+    Records that W&B holds already stay, the missing ones follow. So it can be repeated, and completes a broken upload.
+    Times in W&B are those of the upload.
 
     Args:
         project: W&B project; None: the one in the run's options. Likewise `entity`.
