@@ -50,9 +50,9 @@ def specification(workspace: Workspace) -> dict[str, Any]:
 def save(workspace: Workspace) -> tuple[str, bool]:
     """Store the workspace as the saved view of its name; return its address and whether it was there before.
 
-    W&B identifies views by an internal name, which every client draws at random. Here it is derived from entity, project
-    and name: the same command finds its view again, even one renamed there, and overwrites all changes. Views that a
-    person made are never changed, and the private workspace of a user cannot be written.
+    W&B identifies views by an internal name, which every client draws at random. Here it is derived from entity,
+    project and name: the same command finds its view again, even one renamed there, and overwrites all changes. Views
+    that a person made are never changed, and the private workspace of a user cannot be written.
 
     Raises:
         UserError: there is no such project.
