@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: threads that share a busy core wait for each other
 os.environ.setdefault("WANDB_MODE", "disabled")
@@ -24,13 +29,44 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         method = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         by_method = item.path.name == "test_contract.py" and method is not None
-        item.add_marker(pytest.mark.xdist_group(str(method) if by_method else str(item.path.relative_to(REPO))))
+        together = item.path.parent if item.path.parent.name == "recipes" else item.path  # recipes are composed once
+        item.add_marker(pytest.mark.xdist_group(str(method) if by_method else str(together.relative_to(REPO))))
         thin = item.get_closest_marker("thin")
         if thin is not None and item.get_closest_marker("slow") is None:
             test = item.nodeid.partition("[")[0]
             if seen[test] % thin.args[0]:
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection() -> Iterator[Any]:
+    """Search no garbage in what is made while tests are collected: it stays, and searching it takes seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def files_are_parsed_once() -> Iterator[None]:
+    """Keep what a text of YAML says: thousands of compositions read the same files of conf/."""
+    known: dict[str, Any] = {}
+    load = OmegaConf.load
+
+    def load_once(source: Any) -> Any:
+        text = source.read() if hasattr(source, "read") else Path(source).read_text()
+        if hasattr(source, "seek"):
+            source.seek(0)
+        if text not in known:
+            known[text] = load(source)
+        return copy.deepcopy(known[text])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", load_once)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prune_lab.accounting.eligibility import layer_kind, weight_path
+from prune_lab.foundations.shapes import QuickShapes, meta_like
 
 aten = torch.ops.aten
 _OPERANDS = {
@@ -71,7 +72,7 @@ def observe(model: nn.Module, image_size: int, *, channels: int = 3) -> WeightUs
     precision = next((parameter.dtype for parameter in ghost.parameters()), torch.float32)
     image = torch.zeros(1, channels, image_size, image_size, device="meta", dtype=precision)
     watch = _Watch(ghost, image)
-    with torch.no_grad(), watch:
+    with torch.no_grad(), QuickShapes(), watch:
         ghost(image)
     watch.finish()
     return watch.uses
@@ -83,7 +84,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(value, Tensor):
-                empty = torch.empty_like(value, device="meta", requires_grad=False)
+                empty = meta_like(value)
                 is_parameter = isinstance(value, nn.Parameter)
                 known[id(value)] = nn.Parameter(empty, value.requires_grad) if is_parameter else empty
     return copy.deepcopy(model, known).eval()

@@ -28,6 +28,8 @@ def init_weights(model: nn.Module) -> None:
 
     Linear layers keep PyTorch's default draw. Source: He et al. 2015, arXiv 1502.01852.
     """
+    if next(model.parameters()).is_meta:  # no values, and torch takes longer over their draw than over the network
+        return
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -52,7 +52,9 @@ def check_training_pass(model: nn.Module, config: ModelConfig, *, num_classes: i
     Raises:
         UserError: naming what it returns instead.
     """
-    with one_line(config, image_size), torch.no_grad():
+    from prune_lab.foundations.shapes import QuickShapes  # its file subclasses a mode of torch
+
+    with one_line(config, image_size), torch.no_grad(), QuickShapes():
         scores = model.train()(torch.zeros(_IMAGES, 3, image_size, image_size, device="meta"))
     model.eval()
     if not torch.is_tensor(scores) or scores.shape != (_IMAGES, num_classes):

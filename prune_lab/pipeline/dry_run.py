@@ -26,7 +26,7 @@ from prune_lab.pipeline.validation import RandomImages, one_step, task_without_f
 from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.tracking.lines import quantity, summary_lines
 from prune_lab.training.device_config import DeviceConfig, resolve_device_config
-from prune_lab.training.phases import build_model, dense_note, layer_costs, open_context
+from prune_lab.training.phases import build_model, dense_note, layer_costs, open_context, uncounted_macs
 
 
 def dry_run(config: RunConfig) -> int:
@@ -105,7 +105,10 @@ def _count(
     costs = layer_costs(plan.model_config, **info.sizes)
     layers = usable_layers(method, model, costs)
     rows = layer_table(layers, costs, chain.kept)
-    counts = pipeline_summary.cost_counts(model, costs, chain.kept or {}, dense_config=config.model, **info.sizes)
+    counts = pipeline_summary.cost_counts(
+        model, costs, chain.kept or {}, uncounted=uncounted_macs(plan.model_config, **info.sizes),
+        dense_config=config.model, **info.sizes,
+    )  # fmt: skip
     counts |= pipeline_summary.sparsity_counts(layers, chain.kept or {}, method.requested_sparsity())
     counts |= _open_counts(method, layers, chain.kept, counts["params/total"])
     if method.costs_depend_on_images:

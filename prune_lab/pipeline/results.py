@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prune_lab import models
-from prune_lab.accounting.costs import layer_table, profile
+from prune_lab.accounting.costs import layer_table, macs_without_weight, profile
 from prune_lab.accounting.eligibility import Layer, reshaped
 from prune_lab.core.method import Measured, Method, build_method
 from prune_lab.core.phase_result import PhaseResult
@@ -22,7 +22,7 @@ from prune_lab.pipeline.summary import control_lines, cost_counts, observed_coun
 from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.evaluation import measure
-from prune_lab.training.phases import layer_costs, restore_model
+from prune_lab.training.phases import layer_costs, restore_model, uncounted_macs
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,14 @@ def _count(run: Run, done: Finished) -> tuple[list[dict[str, Any]], dict[str, An
     """Return the layer table, and the summary's parameters, MACs and sparsity."""
     sizes, is_cut = run.dataset.info.sizes, done.widths is not None
     as_built = done.is_unchanged and not is_cut
-    costs = layer_costs(run.model_config, **sizes) if as_built else profile(done.model, sizes["image_size"])
+    if as_built:
+        costs, uncounted = layer_costs(run.model_config, **sizes), uncounted_macs(run.model_config, **sizes)
+    else:
+        costs = tuple(profile(done.model, sizes["image_size"]))
+        uncounted = macs_without_weight(done.model, sizes["image_size"])
     layers = reshaped(done.layers, done.model) if is_cut else done.layers
     counts = sparsity_counts(layers, done.masked, done.method.requested_sparsity()) | cost_counts(
-        done.model, costs, done.masked, dense_config=run.config.model, is_cut=is_cut, **sizes
+        done.model, costs, done.masked, uncounted=uncounted, dense_config=run.config.model, is_cut=is_cut, **sizes
     )
     return layer_table(done.layers, costs, done.kept), counts
 

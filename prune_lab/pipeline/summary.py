@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from prune_lab import models
-from prune_lab.accounting import costs as accounting
 from prune_lab.accounting import targets
 from prune_lab.accounting.costs import LayerCost, count_parameters, dense_macs, sparse_macs
 from prune_lab.accounting.eligibility import sparsity
@@ -56,12 +55,15 @@ def sparsity_counts(layers: list, kept: dict[str, int], requested: float | None)
 
 
 def cost_counts(
-    model: nn.Module, costs: Sequence[LayerCost], kept: dict[str, int], *, dense_config: Any, is_cut: bool = False,
-    **sizes: int,
+    model: nn.Module, costs: Sequence[LayerCost], kept: dict[str, int], *, uncounted: int, dense_config: Any,
+    is_cut: bool = False, **sizes: int,
 ) -> dict[str, Any]:
     """Return parameters and MACs of the finished network beside those of the network as configured, dense.
 
     params/nonzero is None where channels were removed and no masks are left; params/kept is there for all.
+
+    Args:
+        uncounted: `macs_without_weight` of `model`.
     """
     dense = models.build_on_meta(dense_config, **sizes)
     total = count_parameters(model)
@@ -77,7 +79,7 @@ def cost_counts(
         "macs/dense": dense_forward,
         "macs/inference": forward,
         "macs/inference_ratio": forward / dense_forward,
-        "macs/not_counted": accounting.macs_without_weight(model, sizes["image_size"]),
+        "macs/not_counted": uncounted,
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from prune_lab import models
-from prune_lab.accounting.costs import LayerCost, computed_note, profile
+from prune_lab.accounting.costs import LayerCost, computed_note, macs_without_weight, profile
 from prune_lab.config.run import RunConfig
 from prune_lab.core.chain import PlannedPhase
 from prune_lab.core.context import Context
@@ -251,6 +251,13 @@ def layer_costs(model_config: Any, *, num_classes: int, image_size: int) -> tupl
     models.check_training_pass(model, model_config, **sizes)
     tied.require_tensors(model, model_config.name)
     return costs
+
+
+@lru_cache(maxsize=32)
+def uncounted_macs(model_config: Any, *, num_classes: int, image_size: int) -> int:
+    """Return the `macs_without_weight` of a network as its options build it."""
+    model = models.build_on_meta(model_config, num_classes=num_classes, image_size=image_size)
+    return macs_without_weight(model, image_size)
 
 
 def dense_note(config: RunConfig, model_config: Any, sizes: Sizes) -> str | None:

@@ -23,6 +23,7 @@ from tests.helpers.runs import (
     METHODS,
     TINY,
     assert_same_run,
+    compose,
     execute,
     fork_pair,
     records,
@@ -36,6 +37,7 @@ from tests.helpers.runs import (
 def pair(folder: Path, *overrides: str) -> tuple[list[int], str]:
     """Run one command with two processes; return their exit codes and what they printed."""
     log = folder.with_name(f"{folder.name}.pair.log")
+    compose(*overrides)  # both know the options then
     codes = [wait_for(child) for child in fork_pair(log, lambda: execute(folder, *overrides))]
     return codes, log.read_text()
 
@@ -78,9 +80,9 @@ SOME = [pytest.param(name, marks=[pytest.mark.slow] * (index % 8 > 0)) for index
 @pytest.mark.parametrize("method", SOME)
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path, method):
     options = (*TINY, *METHODS[method], *SLOW_LR, "dataset.num_test=21", "trainer.eval_batch_size=4")
+    assert execute(tmp_path / "single", *options) == 0
     codes, shown = pair(tmp_path / "double", *options)
     assert codes == [0, 0], shown
-    assert execute(tmp_path / "single", *options) == 0
     assert_same_network(tmp_path / "double", tmp_path / "single")
     assert shown.count("finished") == 1  # the second process says and writes nothing
     assert {path.name for path in run_dir(tmp_path / "double").iterdir()} == {
@@ -113,7 +115,7 @@ def test_bf16_and_average_in_two_processes(tmp_path):
 
 @pytest.mark.parametrize("sync_bn", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_a_stopped_pair_goes_on_bit_equal(tmp_path, sync_bn):
-    options = (*TINY, *METHODS["rigl"], f"trainer.sync_bn={sync_bn}", "schedule.train.epochs=5",
+    options = (*TINY, *METHODS["rigl"], f"trainer.sync_bn={sync_bn}", "schedule.train.epochs=3",
                "trainer.checkpoint_interval_s=1e-9")  # fmt: skip
 
     def stopped() -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ import pytest
 import torch
 
 from prune_lab.compose.choices import choices, options_of
-from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
 from prune_lab.core.method import Method
 from prune_lab.foundations import checkpoint
@@ -21,6 +22,7 @@ from prune_lab.foundations.schema import parse
 from prune_lab.pipeline import runner
 from prune_lab.training import loop
 from prune_lab.training.loop import TrainState
+from tests.helpers.runs import composed
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -47,6 +49,11 @@ SHORT_OF = {"structured_directional": {"c": "null"}}
 
 def yaml_node(name: str) -> dict[str, Any]:
     """Return the options of conf/method/NAME.yaml, inherited ones included."""
+    return copy.deepcopy(_read(name))
+
+
+@cache
+def _read(name: str) -> dict[str, Any]:
     return options_of(CONF / "method" / f"{name}.yaml")
 
 
@@ -55,13 +62,15 @@ def brings(name: str, group: str) -> bool:
     return f"- override /{group}@" in (CONF / "method" / f"{name}.yaml").read_text()
 
 
+@cache
 def method_class(name: str) -> type[Method]:
     module, _, attribute = yaml_node(name)["_target_"].rpartition(".")
     return getattr(importlib.import_module(module), attribute)
 
 
-def option_names(name: str) -> set[str]:
-    return {field.name for field in fields(method_class(name).Config)}
+@cache
+def option_names(name: str) -> frozenset[str]:
+    return frozenset(field.name for field in fields(method_class(name).Config))
 
 
 def make(name: str, **changes: Any) -> Method:
@@ -76,8 +85,7 @@ def configure(output_dir: Path, name: str, *overrides: str, short: dict[str, Any
     values = short | SHORT_OF.get(name, {})
     options = [f"method.{key}={value}" for key, value in values.items() if key in option_names(name)]
     chosen = {line.partition("=")[0]: line for line in (*TINY, f"method={name}", *options, *overrides)}
-    (config,) = compose_checked(CONF, [*chosen.values(), f"output_dir={output_dir}"], sweep=False)
-    return config
+    return composed(*chosen.values(), f"output_dir={output_dir}")
 
 
 def finish(config: RunConfig) -> Path:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from prune_lab import models
+from prune_lab.foundations.shapes import QuickShapes
 
 REPO = Path(__file__).parents[2]
 
@@ -43,7 +44,7 @@ def count_macs(model: nn.Module, image_size: int) -> int:
     layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
     hooks = [module.register_forward_hook(record) for module in layers]
     device = next(model.parameters()).device
-    with torch.no_grad():
+    with torch.no_grad(), QuickShapes():
         model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     for hook in hooks:
         hook.remove()

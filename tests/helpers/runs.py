@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -9,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +91,26 @@ METHODS = {
 
 def compose(*overrides: str) -> RunConfig:
     """Return the checked configuration of a recipe with these options: none of them counts as typed."""
+    return replace(composed(*overrides), overrides=())
+
+
+def composed(*overrides: str) -> RunConfig:
+    """Return the checked configuration of a command with these options.
+
+    Composing takes as long as a small run. It is done once for all that differ in an absolute `output_dir` only.
+    """
+    folders = [line.removeprefix("output_dir=") for line in overrides if line.startswith("output_dir=/")]
+    rest = tuple(line for line in overrides if not line.startswith("output_dir=/"))
+    environment = os.environ.get("PRUNE_LAB_CACHE"), os.environ.get("HOME")
+    config = replace(copy.deepcopy(_composed(rest, *environment)), overrides=overrides)
+    return replace(config, output_dir=folders[-1]) if folders else config
+
+
+@cache
+def _composed(overrides: tuple[str, ...], *_environment: str | None) -> RunConfig:
+    """Return the configuration; the part of the environment that composing reads is not in the overrides."""
     (config,) = compose_checked(conf_dir(), list(overrides), sweep=False)
-    return replace(config, overrides=())
+    return config
 
 
 def execute(folder: Path, *overrides: str) -> int:
@@ -181,6 +201,7 @@ def fork_run(folder: Path, *overrides: str) -> int:
     """Start one command with its outputs in `folder` and what it prints beside it; return the process id."""
     log = folder.with_name(f"{folder.name}.{len(list(folder.parent.glob(f'{folder.name}.*.log')))}.log")
     log.touch()
+    compose(*overrides, f"output_dir={folder}")  # here, so that the process and its successors know the options
     return fork(log, lambda: execute(folder, *overrides))
 
 

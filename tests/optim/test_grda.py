@@ -112,7 +112,8 @@ def test_without_a_threshold_no_weight_ever_gets_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mu", "reached", "flat", "bias"), [(0.51, 0.1733684, 0.1266316, 8.842e-6), (0.7, 0.9976, 0.0, 6.98e-5)]
+    ("mu", "reached", "flat", "bias"),
+    [pytest.param(0.51, 0.1733684, 0.1266316, 8.842e-6, marks=pytest.mark.slow), (0.7, 0.9976, 0.0, 6.98e-5)],
 )
 def test_flat_direction_goes_to_zero_and_sharp_one_stays(mu: float, reached: float, flat: float, bias: float) -> None:
     """f = (w1 - 1)^2 / 2, w2 absent: the curvature gives w1 back what the threshold takes, w2 gets nothing back."""

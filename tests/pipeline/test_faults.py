@@ -16,7 +16,7 @@ import torch
 
 from prune_lab.foundations import distributed
 from prune_lab.training import loop
-from tests.helpers.runs import METHODS, TINY, assert_same_run, execute, fork_pair, status, wait_for
+from tests.helpers.runs import METHODS, TINY, assert_same_run, compose, execute, fork_pair, status, wait_for
 
 OPTIONS = (*TINY, *METHODS["rigl"], "trainer.checkpoint_interval_s=1e-9")
 LONG = (*OPTIONS, "schedule.train.epochs=40", "trainer.eval_interval=20")
@@ -26,6 +26,7 @@ TIMEOUT_S = 240
 def pair(folder: Path, *options: str) -> str:
     """Run one command with two processes to its end and return what they printed."""
     log = folder.with_name(f"{folder.name}.log")
+    compose(*options)  # both know the options then
     assert [wait_for(child) for child in fork_pair(log, lambda: execute(folder, *options))] == [0, 0], log.read_text()
     return log.read_text()
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from prune_lab import datasets
-from prune_lab.compose import choices
-from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig, as_mapping
 from prune_lab.core.method import build_method
 from prune_lab.families.weight_pruning import WeightPruning
@@ -19,8 +17,19 @@ from prune_lab.pipeline.dry_run import dry_run
 from prune_lab.pipeline.matching import matched, nearest, nearest_epochs, reachable, sparsity_of
 from prune_lab.pruning.masks.distributions import num_keep_total
 from prune_lab.training.device_config import resolve_device_config
-from tests.helpers.method_runs import watch
-from tests.helpers.runs import METHODS, TINY, assert_same_run, compose, execute, fork_pair, run_dir, summary, wait_for
+from tests.helpers.method_runs import NAMES, method_class, watch
+from tests.helpers.runs import (
+    METHODS,
+    TINY,
+    assert_same_run,
+    compose,
+    composed,
+    execute,
+    fork_pair,
+    run_dir,
+    summary,
+    wait_for,
+)  # fmt: skip
 
 RESNET20 = ("model=resnet20", "dataset=fake", "dataset.num_train=640", "dataset.num_test=10", "dataset.image_size=32",
             "schedule=cifar_short", "schedule.batch_size=8", "logger.wandb=disabled")  # fmt: skip
@@ -35,8 +44,7 @@ def solve(*overrides: str) -> RunConfig:
 
 def planned(folder: Path, *overrides: str) -> dict:
     """Return the dry run's figures."""
-    (config,) = compose_checked(choices.conf_dir(), [*overrides, f"output_dir={folder}", "dry_run=true"], sweep=False)
-    assert dry_run(config) == 0
+    assert dry_run(composed(*overrides, f"output_dir={folder}", "dry_run=true")) == 0
     (path,) = folder.glob("*/dry_run.json")
     return json.loads(path.read_text())
 
@@ -220,9 +228,8 @@ def test_epochs_of_a_control_are_those_of_its_method() -> None:
 
 
 MATCHABLE = [
-    name for name, options in METHODS.items()
-    if name in {path.stem for path in (choices.conf_dir() / "method").glob("*.yaml")}
-    and isinstance(build_method(compose(*options)), WeightPruning)
+    name for name in METHODS
+    if name in NAMES and issubclass(method_class(name), WeightPruning)
 ]  # fmt: skip
 
 

@@ -252,7 +252,7 @@ def test_kill_9_at_random_moments_on_digits_changes_nothing(tmp_path, whole, met
 
 
 def test_kill_9_of_the_real_command(tmp_path, child_environment, whole):
-    options = (*TINY, *METHODS["rigl"], "schedule.train.epochs=12", OFTEN)
+    options = (*TINY, *METHODS["rigl"], "schedule.train.epochs=6", OFTEN)
     command = [sys.executable, "-m", "prune_lab", *options, "output_dir=out"]
     child = subprocess.Popen(command, cwd=tmp_path, env=child_environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

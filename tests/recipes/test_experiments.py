@@ -10,8 +10,8 @@ import yaml
 
 from prune_lab.cli.command import main
 from prune_lab.compose.choices import choices, conf_dir
-from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
+from tests.helpers.runs import compose
 
 NAMES = choices(conf_dir(), "experiment")
 QUICK = ("demo_rigl", "rigl/resnet50_imagenet_erk_90", "grasp/resnet32_cifar10_95", "l1_filter/resnet56_cifar10_a",
@@ -95,8 +95,7 @@ RECIPES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
 
 @cache
 def recipe(name: str) -> RunConfig:
-    (config,) = compose_checked(conf_dir(), [f"experiment={name}"], sweep=False)
-    return config
+    return compose(f"experiment={name}")
 
 
 @pytest.mark.thin(2)

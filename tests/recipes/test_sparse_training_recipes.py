@@ -15,12 +15,12 @@ from prune_lab.accounting.costs import dense_macs, sparse_macs
 from prune_lab.accounting.training import training_macs
 from prune_lab.cli.command import main
 from prune_lab.compose.choices import choices, conf_dir
-from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
 from prune_lab.core.context import Context
 from prune_lab.core.method import build_method
 from prune_lab.pipeline.phase_plan import PhasePlan
 from prune_lab.training.phases import layer_costs
+from tests.helpers.runs import compose
 
 INFERENCE = {
     "rigl/resnet50_imagenet_erk_80": 0.4138,
@@ -116,8 +116,7 @@ class Recipe:
 
 @cache
 def recipe(name: str) -> Recipe:
-    (config,) = compose_checked(conf_dir(), [f"experiment={name}"], sweep=False)
-    return Recipe(config)
+    return Recipe(compose(f"experiment={name}"))
 
 
 NARROW = ("rigl/resnet50_imagenet_80_small_dense", "rigl_report/wrn_22_2_cifar10_80_small_dense",

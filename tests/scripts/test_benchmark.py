@@ -13,6 +13,7 @@ import torch
 
 from prune_lab.core.method import build_method
 from tests.conftest import REPO
+from tests.helpers.method_runs import option_names
 
 sys.path.insert(0, str(REPO / "scripts"))
 timing, report, workload, checkpoints, plain, gpu, main = (
@@ -165,13 +166,15 @@ def test_steps_stay_where_they_are_in_the_schedule_and_updates_change_the_mask()
     assert any(not torch.equal(mask, before[name]) for name, mask in work.training.context.masks.masks.items())
 
 
-def test_every_method_with_scheduled_masks_has_its_updates_found():
-    """Those whose options say when masks change."""
-    for name in workload.methods():
-        config = workload.compose([f"method={name}", *workload.SMALL, *TINY])
-        if hasattr(config.method, "interval") or hasattr(config.method, "num_cuts"):
-            work = workload.workload(name, (*workload.SMALL, *TINY))
-            assert len(work.updates) > 1 and work.interval > 1, name
+SCHEDULED = [name for name in workload.methods() if option_names(name) & {"interval", "num_cuts"}]
+"""methods whose options say when masks change"""
+
+
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_every_method_with_scheduled_masks_has_its_updates_found(name):
+    work = workload.workload(name, (*workload.SMALL, *TINY))
+    assert len(work.updates) > 1 and work.interval > 1
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ import torch
 from prune_lab.training.allocator import keep_freed_memory
 
 def num_faults():
-    # Page faults of ten steps that allocate 240 MiB in six tensors and free them, after thirty in which the heap grows.
+    # Page faults of ten steps that allocate 80 MiB in two tensors and free them, after thirty in which the heap grows.
     for index in range(41):
-        del [torch.ones(10 * 2**20) for _ in range(6)][:]
+        del [torch.ones(10 * 2**20) for _ in range(2)][:]
         if index == 30:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -15,6 +15,7 @@ from torch import fx, nn
 from prune_lab.accounting.eligibility import layer_kind
 from prune_lab.accounting.weight_use import computed_weights
 from prune_lab.foundations.errors import UserError
+from prune_lab.foundations.shapes import QuickShapes
 from prune_lab.models.resnet_cifar import ZeroPadShortcut
 from prune_lab.pruning.batch_norm.kind import is_norm
 
@@ -46,7 +47,7 @@ def trace(model: nn.Module, image_size: int) -> TracedNetwork:
         ghost = copy.deepcopy(model).to("meta").eval()
         traced = fx.GraphModule(ghost, _Tracer(_plain_layers(model, image_size)).trace(ghost))
         recorder = _ShapeRecorder(traced)
-        with torch.no_grad():
+        with torch.no_grad(), QuickShapes():
             precision = next(model.parameters()).dtype
             recorder.run(torch.zeros(2, 3, image_size, image_size, device="meta", dtype=precision))
     except Exception as error:  # a traced forward may raise anything

@@ -149,7 +149,9 @@ def test_the_right_cut_passes_and_every_wrong_one_is_refused(kind: type[Branch])
             pytest.fail(f"the wrong {place} pass")
 
 
-@pytest.mark.parametrize("family", ["resnet20-A", "vgg16-imagenet", "mobilenet_v3_small"])
+@pytest.mark.parametrize("family", [
+    "resnet20-A", "vgg16-imagenet", pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_the_right_cut_of_whole_networks_passes_and_wrong_ones_are_refused(family: str) -> None:
     torch.manual_seed(0)
     model = NARROW[family]().eval()
@@ -175,7 +177,8 @@ def test_the_message_names_the_first_layer_that_reads_the_wrong_channels() -> No
 
 
 @pytest.mark.parametrize("name", [
-    "efficientnet_v2_s", pytest.param("efficientnet_b3", marks=pytest.mark.slow), "regnet_y_400mf",
+    pytest.param("efficientnet_v2_s", marks=pytest.mark.slow), pytest.param("efficientnet_b3", marks=pytest.mark.slow),
+    "regnet_y_400mf",
 ])  # fmt: skip
 def test_maps_of_one_position_do_not_blow_rounding_up(name: str) -> None:
     for seed in range(1 if name == "efficientnet_v2_s" else 3):
