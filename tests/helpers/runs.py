@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from prune_lab.compose import check
 from prune_lab.compose.choices import conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.config.run import RunConfig
@@ -101,6 +102,8 @@ def composed(*overrides: str) -> RunConfig:
     """
     folders = [line.removeprefix("output_dir=") for line in overrides if line.startswith("output_dir=/")]
     rest = tuple(line for line in overrides if not line.startswith("output_dir=/"))
+    for folder in folders:
+        check._check_output_dir(folder)
     environment = os.environ.get("PRUNE_LAB_CACHE"), os.environ.get("HOME")
     config = replace(copy.deepcopy(_composed(rest, *environment)), overrides=overrides)
     return replace(config, output_dir=folders[-1]) if folders else config
