@@ -6,6 +6,7 @@ import copy
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -24,19 +25,38 @@ REPO = Path(__file__).parents[1]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep a file's tests in one process, since they share what they build; what all methods hold, by method."""
+    """Leave all but every n-th repetition of a thin test to the slow ones."""
     seen: Counter[str] = Counter()
     for item in items:
-        method = item.callspec.params.get("name") if hasattr(item, "callspec") else None
-        by_method = item.path.name == "test_contract.py" and method is not None
-        together = item.path.parent if item.path.parent.name == "recipes" else item.path  # recipes are composed once
-        item.add_marker(pytest.mark.xdist_group(str(method) if by_method else str(together.relative_to(REPO))))
         thin = item.get_closest_marker("thin")
         if thin is not None and item.get_closest_marker("slow") is None:
             test = item.nodeid.partition("[")[0]
             if seen[test] % thin.args[0]:
                 item.add_marker(pytest.mark.slow)
             seen[test] += 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep tests that share what they build in one process; with pytest 9.2 the marks of xdist 3.8 do nothing."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return ByGroup(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+def group(nodeid: str) -> str:
+    """Return the file of a test, the folder of the recipes, or the method that the contract is tested with."""
+    file, _, test = nodeid.partition("::")
+    if file.startswith("tests/recipes/"):
+        return "tests/recipes"
+    if not file.endswith("/test_contract.py"):
+        return file
+    method = re.search(r"\[(\w+)", test)
+    return f"{file}, {method[1]}" if method else file
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
