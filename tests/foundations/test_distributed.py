@@ -76,7 +76,7 @@ SLOW_LR = ("schedule.train.lr=0.002", "schedule.finetune.lr=0.002")
 SOME = [pytest.param(name, marks=[pytest.mark.slow] * (index % 8 > 0)) for index, name in enumerate(METHODS)]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("method", SOME)
 def test_two_processes_equal_one_with_the_joined_batch(tmp_path, method):
     options = (*TINY, *METHODS[method], *SLOW_LR, "dataset.num_test=21", "trainer.eval_batch_size=4")

@@ -137,7 +137,7 @@ SLOW = ("dense", "gmp", "directional", "slimming", "autosparse", "l0", "snip", "
 TOGETHER = ("magnitude", "rigl", "str", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW))
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("method", TOGETHER)
 def test_runs_end_as_they_end_alone_but_for_rounding(method: str, tmp_path: Path, monkeypatch) -> None:
     options = (*TINY, *CALM, *METHODS[method])

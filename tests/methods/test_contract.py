@@ -200,7 +200,7 @@ def test_unknown_and_missing_options_are_refused_by_name(name: str) -> None:
 SLOW_VALUES = [pytest.param(text, marks=pytest.mark.slow) for text in ("1.5", "-0.1", "null", "[0.5]")]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("value", ["0", "1", "nan", "much", *SLOW_VALUES])
 @pytest.mark.parametrize("name", WITH_SPARSITY)
 def test_command_refuses_a_bad_sparsity(name: str, value: str, capsys: pytest.CaptureFixture) -> None:
@@ -245,7 +245,7 @@ def densities_file(path: Path, name: str, sparsity: float) -> Path:
     return path
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("name", "distribution", "sparsity"), budgets())
 def test_achieved_sparsity_is_the_requested_one(name: str, distribution: str, sparsity: float, tmp_path: Path) -> None:
     options = [f"method.sparsity={sparsity}", "schedule.train.epochs=2", "schedule.finetune.epochs=1"]
@@ -285,7 +285,7 @@ STEPPED = [
 ]  # fmt: skip
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("name", "optimizer"), STEPPED)
 def test_pruned_weights_are_zero_after_every_step(
     name: str, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -309,7 +309,7 @@ HALF = [pytest.param(name, marks=[pytest.mark.slow] * (index % 2)) for index, na
 """every other method; all with -m slow"""
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", HALF)
 def test_layout_is_what_is_in_force_at_each_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[int] = []
@@ -339,7 +339,7 @@ def test_layout_is_what_is_in_force_at_each_step(name: str, tmp_path: Path, monk
 # Dry run
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", HALF)
 def test_dry_run_counts_what_the_run_spends(name: str, finished, tmp_path: Path) -> None:
     assert dry_run(configure(tmp_path, name, *awkward(name))) == 0

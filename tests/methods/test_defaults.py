@@ -33,7 +33,7 @@ are drawn anew in each step learn the slower the more of them are shut."""
 DEMO = ("dataset=digits", "logger.wandb=disabled")
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_plan_is_accepted_without_a_warning(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert dry_run(compose(*DEMO, f"method={name}", f"output_dir={tmp_path}")) == 0

@@ -164,7 +164,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("case", VARIANTS)
 def test_every_variant_keeps_exactly_its_budget(case: str) -> None:
     method, context = prepared(channels_ratio=0.5, macs_ratio=None, **VARIANTS[case])

@@ -138,7 +138,7 @@ def final_weights(folder: Path, name: str, *options: str) -> dict[str, torch.Ten
     return last_result(finish(config))["model"]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(("name", "option", "value"), variants())
 def test_every_option_changes_the_run(name: str, option: str, value: Any, usual, tmp_path: Path) -> None:
     """GraNet accepts --growth and --prune and ignores them: its users believe an ablation was run."""

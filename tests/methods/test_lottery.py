@@ -124,7 +124,7 @@ def test_schedules_start_again_where_the_arm_says() -> None:
     assert make("lottery", levels=2, arm="fine-tune-IMP").chain()[-1].schedule == "finetune"
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_runs_to_its_sparsity_and_says_which_it_is(arm: str, tmp_path: Path) -> None:
     folder = finish(configure(tmp_path, "lottery", "method.levels=2", f"method.arm={arm}", short={}))
@@ -312,7 +312,7 @@ def usual(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return last_result(finish(configure(tmp_path_factory.mktemp("usual"), "lottery", *options, short={})))["model"]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     "option",
     ["arm=OMP-rewind", "levels=3", "fraction=0.3", "distribution=uniform", "rewind_to=5it", "optimizer_state=zero",

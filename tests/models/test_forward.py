@@ -20,7 +20,7 @@ def small(name: str, image_size: int = 32, **changes) -> nn.Module:
     return build(name, num_classes=7, image_size=image_size, width=SMALL_WIDTH, **changes)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("image_size", [8, 28, 32, 64, 96])
 @pytest.mark.parametrize("name", models.names())
 def test_forward_and_backward(name, image_size):
@@ -91,7 +91,7 @@ def test_option_a_shortcut_by_hand():
     assert ZeroPadShortcut(2, 5)(images).abs().amax((0, 2, 3)).gt(0).tolist() == [False, True, True, False, False]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "vgg16_bn", "vgg19_bn"])
 def test_same_function_as_torchvision(name):
     """torchvision's state dict loads key for key and gives torchvision's logits."""

@@ -188,7 +188,7 @@ def test_torchrun_does_both_runs(child_environment) -> None:
     assert control_and_own("shuffle")
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", METHODS)
 def test_only_controls_have_a_run_beside_them(name: str) -> None:
     config = compose(*TINY, *METHODS[name])

@@ -27,7 +27,7 @@ def run(folder: Path, *overrides: str) -> dict:
     return json.loads(files[0].read_text())
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     ("distribution", "ratio", "first_layer"), [("erk", 0.2418, None), ("uniform", 0.1260, "conv1")]
 )
@@ -123,7 +123,7 @@ def small(name: str) -> list[str]:
     return ["model.name=squeezenet1_1", "dataset.image_size=64"] if name == "torchvision" else ["dataset.image_size=16"]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in choices(conf_dir(), "model")]
 )

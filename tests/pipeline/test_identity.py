@@ -82,7 +82,7 @@ def test_a_limited_evaluation_counts_in_images():
     )
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("method", METHODS)
 def test_keys_are_stable_and_end_with_the_method(method):
     assert keys(*TINY, *METHODS[method]) == keys(*TINY, *METHODS[method])

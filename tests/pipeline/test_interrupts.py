@@ -29,7 +29,7 @@ def wait_until(there, log) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("pauses", [(0.0,), (0.02, 0.02, 0.02, 0.02)], ids=str)
 def test_more_than_one_ctrl_c_leaves_neither_a_traceback_nor_a_damaged_run(tmp_path, child_environment, pauses):
     log, out = tmp_path / "log", tmp_path / "out"

@@ -233,7 +233,7 @@ MATCHABLE = [
 ]  # fmt: skip
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", MATCHABLE)
 def test_the_run_costs_what_was_solved(name: str, tmp_path: Path) -> None:
     erk = ("method.distribution=erk", "method.match_to=0.4:uniform")

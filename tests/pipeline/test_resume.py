@@ -83,7 +83,7 @@ def test_a_signal_leaves_a_checkpoint_and_the_same_command_ends_bit_equal(tmp_pa
 SOME = [pytest.param(name, marks=[pytest.mark.slow] * (index % 8 > 0)) for index, name in enumerate(METHODS)]
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("method", SOME)
 def test_resume_anywhere_is_bit_exact_with_all_extras(tmp_path, monkeypatch, whole, method):
     """Average, accumulation, clipping, momentum and masks all come back; the cut epoch's loss is complete."""
@@ -237,7 +237,7 @@ def kill_until_done(folder: Path, options: tuple[str, ...], *, kills: int, seed:
     return hits
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     "method", ["rigl", "magnitude", *(pytest.param(name, marks=pytest.mark.slow) for name in ("set", "gmp"))]
 )

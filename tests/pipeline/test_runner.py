@@ -208,7 +208,7 @@ def full_disk(*_arguments, **_options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("where", ["checkpoint", "record", "run record", "phase figures", "model", "status"])
 def test_full_disk_ends_in_one_line_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, where):
     def refuse(path, *_arguments):

@@ -82,7 +82,7 @@ def test_dense_networks_cost_what_the_reference_table_says(name: str, macs: int,
     assert dense(name) == (macs, params)
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", RECIPES)
 def test_dense_costs_in_a_recipe_are_those_of_its_network(name: str) -> None:
     values, (macs, params) = recipe(name).paper.values, dense(name)

@@ -98,7 +98,7 @@ def recipe(name: str) -> RunConfig:
     return compose(f"experiment={name}")
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_experiment_composes_and_says_where_its_numbers_come_from(name: str) -> None:
     config = recipe(name)
@@ -107,7 +107,7 @@ def test_every_experiment_composes_and_says_where_its_numbers_come_from(name: st
         assert config.paper.values or config.paper.remark, "says why it has no numbers"
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", [name for name in NAMES if "/" in name])
 def test_variants_inherit_no_numbers(name: str) -> None:
     """Hydra merges dictionaries: a number of the recipe below would pass for the variant's own."""
@@ -124,14 +124,14 @@ def test_headlines_are_the_published_ones(name: str, top1: float, std: float | N
     assert (config.paper.values[key], config.paper.std.get(key)) == (top1, std)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_experiment_passes_a_dry_run(name: str, tmp_path: Path) -> None:
     assert main([f"experiment={name}", "dry_run=true", f"output_dir={tmp_path}"]) == 0
     assert len(list(tmp_path.glob("*/dry_run.json"))) == 1
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_experiment_trains_on_fake_data(name: str, tmp_path: Path) -> None:
     config = recipe(name)

@@ -130,7 +130,7 @@ TRAINING = (
 )  # fmt: skip
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", INFERENCE)
 def test_masks_cost_what_was_computed_elsewhere(name: str) -> None:
     assert recipe(name).inference == pytest.approx(INFERENCE[name], abs=5.1e-5)  # four decimals

@@ -170,7 +170,7 @@ SCHEDULED = [name for name in workload.methods() if option_names(name) & {"inter
 """methods whose options say when masks change"""
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_every_method_with_scheduled_masks_has_its_updates_found(name):
     work = workload.workload(name, (*workload.SMALL, *TINY))

@@ -21,7 +21,7 @@ def survey():
     sys.modules.pop("survey_networks", None)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 def test_small_networks_of_torchvision_are_right_in_all_three_ways(survey, capsys):
     assert survey.main(["squeezenet1_1@32", "mobilenet_v3_small@32", "shufflenet_v2_x0_5@32"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -105,7 +105,7 @@ def test_the_moving_average_counts_its_steps_on_the_host() -> None:
     assert average.module.weight.device.type == "meta" and average.n_averaged.device.type == "cpu"
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("method", [method for method in METHODS if method not in SELECTING])
 def test_an_ordinary_step_reads_nothing_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     options = [o for o in METHODS[method] if not o.startswith(("method.interval", "method.threshold_decay"))]

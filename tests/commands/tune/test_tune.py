@@ -569,7 +569,7 @@ def test_a_control_is_compared_after_the_run_it_belongs_to() -> None:
     assert trials()[0].values == [control["final/top1"]]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_a_stopped_or_killed_search_resumes_its_run(number: int) -> None:
     often = "trainer.checkpoint_interval_s=1e-9"

@@ -265,7 +265,7 @@ REMOVING = ("l1_filter", "fpgm", "slimming", "masksparsity", "greedy", "gdp", "d
 """names in METHODS of those that remove channels"""
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", REMOVING)
 @pytest.mark.parametrize("command", [runner.run, dry_run])
 def test_a_cut_that_would_fail_is_refused_before_the_training(

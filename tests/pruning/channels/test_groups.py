@@ -95,7 +95,7 @@ def assert_removable(model: nn.Module, image_size: int = IMAGE_SIZE) -> None:
         assert not torch.equal(zeroed, whole), group.producer
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_zeroed_channels_can_be_sliced_off(family: str) -> None:
     assert_removable(network(f"model={family}", *FAMILIES[family]))
@@ -108,7 +108,7 @@ def test_zeroed_channels_of_torchvision_networks_can_be_sliced_off(name: str) ->
     assert_removable(disturb(torchvision.models.get_model(name, weights=None)).eval(), 64)
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_norms_of_a_channel_without_columns_do_not_matter(family: str) -> None:
     model = network(f"model={family}", *FAMILIES[family])

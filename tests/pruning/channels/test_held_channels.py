@@ -106,7 +106,7 @@ def test_the_plan_says_it(command: str, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 # Blocks make 4, 8, 16 channels of their own three times each: 84. Those of layer1's trunk run on through all layers.
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(("options", "left"), [
     (("method=l1_filter", "method.residual=false"), 84),
     (("method=l1_filter", "method.exclude=[layer1.*]"), 120),

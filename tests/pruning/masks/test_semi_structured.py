@@ -328,7 +328,7 @@ def assert_two_of_four(training: TrainState, *, exactly: bool) -> None:
 
 
 # Every run takes part of a second and is done once more with three stops; half of them with -m slow only.
-@pytest.mark.thin(3)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (index % 5 > 0)) for index, name in enumerate(METHODS)]
 )
