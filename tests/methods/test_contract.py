@@ -245,7 +245,7 @@ def densities_file(path: Path, name: str, sparsity: float) -> Path:
     return path
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("name", "distribution", "sparsity"), budgets())
 def test_achieved_sparsity_is_the_requested_one(name: str, distribution: str, sparsity: float, tmp_path: Path) -> None:
     options = [f"method.sparsity={sparsity}", "schedule.train.epochs=2", "schedule.finetune.epochs=1"]
