@@ -1,1 +1,1 @@
-"""What any program needs and no pruning knows."""
+"""Tools that any program needs; nothing here knows of pruning."""

@@ -52,7 +52,7 @@ def save(state: dict[str, Any], path: Path) -> None:
         hashing = _Hashing(file)
         try:
             torch.save(state, hashing)  # type: ignore[arg-type]  # it uses no more of a file than write and flush
-        except RuntimeError as error:  # torch answers an error of the disk with one about positions
+        except RuntimeError as error:  # torch reports a disk error as one about positions
             raise hashing.refused or error from None
         file.seek(0)
         file.write(hashing.hash.digest())
@@ -84,10 +84,10 @@ class CheckpointPair:
         self._report = report
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write, then let the newest become the previous one. At every moment `load` finds a whole checkpoint.
+        """Write, then make the newest the previous one. At every moment `load` finds a whole checkpoint.
 
         Raises:
-            SaveError: the disk refused; the checkpoints there are as before.
+            SaveError: the disk refused; the existing checkpoints are as before.
         """
         save(state, self._staged)
         try:
@@ -99,11 +99,11 @@ class CheckpointPair:
             raise SaveError(error.errno, f"cannot write {self.newest}: {error.strerror}") from error
 
     def _by_age(self) -> tuple[Path, Path, Path]:
-        """Newest first: a staged file that is still there was written last, by a process killed before its renames."""
+        """Newest first: a leftover staged file was written last, by a process killed before its renames."""
         return self._staged, self.newest, self.previous
 
     def load(self) -> dict[str, Any] | None:
-        """Return the newest intact checkpoint, or None; a damaged one is reported and passed over."""
+        """Return the newest intact checkpoint, or None; a damaged one is reported and skipped."""
         found_damage = False
         for path in self._by_age():
             try:
@@ -112,7 +112,7 @@ class CheckpointPair:
                 continue
             except DamagedFile as error:
                 self._report(f"{error}; the one before it is used")
-                path.unlink()  # it must neither become the previous one nor be named as good
+                path.unlink()  # it must neither become the previous one nor be reported as good
                 found_damage = True
         if found_damage:
             self._report("no checkpoint is left; the phase begins again")

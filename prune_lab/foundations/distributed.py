@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The main process may wait for hours while another run works on a phase that both need, and the others wait with it.
+# The main process may wait for hours while another run trains a phase that both need, and the others wait with it.
 _TIMEOUT = timedelta(days=7)
 
-# Groups that this process joined. Each has names of its own: torchrun's store keeps the addresses of groups that are
+# Groups that this process joined. Each has its own names: torchrun's store keeps the addresses of groups that are
 # gone.
 _groups = itertools.count()
 
@@ -45,9 +45,9 @@ def start(device: torch.device) -> None:
 
 @functools.cache
 def _rendezvous() -> tuple[Store, int, int]:
-    """Return where the processes meet, this one's rank and how many there are.
+    """Return the store where the processes meet, this one's rank and the number of processes.
 
-    Once for all runs of a sweep: a store that is opened anew may still be the one another process is closing.
+    Called once for all runs of a sweep: a store opened again may be the one that another process is still closing.
     """
     store, own_rank, size = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
     return torch.distributed.PrefixStore(meet(store, own_rank, size), store), own_rank, size
@@ -56,13 +56,13 @@ def _rendezvous() -> tuple[Store, int, int]:
 def meet(store: Store, own_rank: int, size: int) -> str:
     """Return a key that the processes of this start share with those of no other start.
 
-    When torchrun starts a group again, its store still holds what the dead processes wrote, and torch would connect to
-    their addresses. torchrun's own count of starts differs between a machine that stayed and one that came anew.
+    When torchrun restarts a group, its store still holds the dead processes' addresses, and torch would connect to
+    them. The restart count of torchrun differs between a machine that stayed and one that has just joined.
     """
     own = uuid.uuid4().hex
     store.set(f"here {own_rank}", own)
     while True:
-        if own_rank == 0:  # names whom it sees, perhaps dead ones still, until all of them answer with its own key
+        if own_rank == 0:  # lists whom it sees, dead ones perhaps included, until all of them answer with its own key
             here = [store.get(f"here {rank}").decode() for rank in range(size)]
             store.set("together", " ".join(here))
             if store.check([f"{own} {word}" for word in here[1:]]):
@@ -146,7 +146,7 @@ def parallel(model: nn.Module) -> nn.Module:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give every rank the buffers of rank 0, which differ where batch norm works on each rank's own images."""
+    """Copy rank 0's buffers to every rank; they differ where batch norm sees each rank's own images."""
     if torch.distributed.is_initialized():
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
@@ -156,7 +156,7 @@ def assert_same(digest: str, what: str) -> None:
     """Stop every rank if `digest` differs between them.
 
     Raises:
-        RuntimeError: the ranks disagree; going on would average gradients of different networks.
+        RuntimeError: the ranks disagree; training would average gradients of different networks.
     """
     if not torch.distributed.is_initialized():
         return

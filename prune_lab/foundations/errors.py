@@ -1,4 +1,4 @@
-"""The error that is the user's to mend."""
+"""The error that the user can fix."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ class UserError(ValueError):
     def __init__(self, message: str, option: str | None = None) -> None:
         super().__init__(message)
         self.option = option
-        """dotted name of the option, where the error is about a single one"""
+        """dotted name of the option, if the error is about a single one"""

@@ -1,4 +1,4 @@
-"""How every command ends that did not work out: one line on standard error, exit code 1. Torch-free."""
+"""How a command fails: one line on standard error, exit code 1. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from prune_lab.foundations.errors import UserError
 
 
 def lost_decoder(error: BaseException) -> str | None:
-    """Return one line if a process that decodes images is gone, None for any other error.
+    """Return one line if a process that decodes images has died, None for any other error.
 
-    torch raises this wherever the main process is when it hears of it, with no type of its own.
+    torch raises this wherever the main process happens to be, and the error has no type of its own.
     """
     if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
         return None
@@ -19,7 +19,7 @@ def lost_decoder(error: BaseException) -> str | None:
 
 
 def fail(error: Exception) -> int:
-    """Say in one line what went wrong and return the exit code; a defect's traceback goes before it or into a log."""
+    """Report the error in one line and return the exit code; a defect's traceback goes before it or into a log."""
     if isinstance(error, UserError):
         line = str(error)
     elif isinstance(error, OSError):

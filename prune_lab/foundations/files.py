@@ -45,10 +45,10 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Rename `source` to `target`, which is replaced if it is there.
+    """Rename `source` to `target`, which is replaced if it exists.
 
-    An NFS server that lost its answer is asked again and finds nothing to rename: the error is none if `target` is the
-    very file that `source` was.
+    When an NFS reply is lost, the client repeats the request and the server finds nothing to rename. That error is
+    ignored if `target` is the very file that `source` was.
 
     Raises:
         OSError: not renamed.
@@ -57,13 +57,13 @@ def move(source: Path, target: Path) -> None:
     try:
         os.replace(source, target)
     except FileNotFoundError:
-        with open(target, "rb") as file:  # opening reaches the server; looking a name up may only reach a cache
+        with open(target, "rb") as file:  # opening reaches the server; a lookup may only reach a cache
             if os.fstat(file.fileno()).st_ino != number:
                 raise
 
 
 def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` outlast a power cut; a file system that knows no such order is left alone."""
+    """Make renames in `directory` survive a power cut; does nothing where the file system does not support it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -75,7 +75,7 @@ def sync_directory(directory: Path) -> None:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the content of a file. One that another machine replaces meanwhile is asked for once more.
+    """Return the content of a file. One that another machine replaces meanwhile is read once more.
 
     Raises:
         FileNotFoundError: no such file.
@@ -109,10 +109,10 @@ def read_json(path: Path) -> Any:
 
 
 def jsonable(value: Any) -> Any:
-    """Return `value` as containers, texts and numbers that JSON can hold.
+    """Return `value` as containers, strings and numbers that JSON can hold.
 
     NaN and infinities become None: JSON has no such numbers, and a reader must not fail on them. Numbers with an
-    `item()` method (NumPy, torch) become Python numbers, paths become texts.
+    `item()` method (NumPy, torch) become Python numbers, paths become strings.
 
     Raises:
         TypeError: a value of any other type.
@@ -136,7 +136,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`; an empty one if there is no such file.
 
     Raises:
-        ValueError: the file is no JSON, or holds something else than an object; the message begins with `path`.
+        ValueError: the file is not JSON or not an object; the message begins with `path`.
     """
     try:
         content = read_json(path)

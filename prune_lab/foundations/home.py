@@ -1,4 +1,4 @@
-"""A ~ at the beginning of a typed path means the user's own folder."""
+"""A ~ at the beginning of a typed path means the user's home directory."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any
 
 
 def with_home(arguments: Iterable[str]) -> list[str]:
-    """Return the arguments with the user's own folder for ~ where a path can begin.
+    """Return the arguments with the home directory for ~ where a path can begin.
 
-    Shells replace a ~ at the beginning of an argument only: not in --out=~/x, nor at all in
-    dataset.root=~/a,~/b.
+    Shells expand a ~ at the beginning of an argument only: not in --out=~/x, nor in dataset.root=~/a,~/b.
     """
     return [re.sub(r"""(^|[=,\["'])~(?=[/,\]"']|$)""", lambda found: found[1] + os.path.expanduser("~"), argument)
             for argument in arguments]  # fmt: skip
 
 
 def without_home(value: Any) -> Any:
-    """Return plain containers with ~ for the user's own folder at the beginning of every path, so that others fit too.
+    """Return plain containers with ~ for the home directory at the beginning of every path, so they fit other users.
 
     Options that are paths take the ~ back (see schema.FilePath).
     """

@@ -1,4 +1,4 @@
-"""Batch norm over the joined batch of all processes, on a CPU too."""
+"""Batch norm over the joined batch of all processes, also on a CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class JoinedBatchNorm(nn.BatchNorm2d):
         return (centred * (self.weight * scale).view(shape) + self.bias.view(shape)).to(x.dtype)
 
     def _follow(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Move the running statistics, if there are any; momentum None means the plain average over all batches."""
+        """Update the running statistics, if there are any; momentum None means the plain average over all batches."""
         if self.num_batches_tracked is None or self.running_mean is None or self.running_var is None:
             return
         self.num_batches_tracked.add_(1)
@@ -41,4 +41,4 @@ class JoinedBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variance * (count / (count - 1)), fraction)
 
     def _check_input_dim(self, x: Tensor) -> None:
-        """Accept what BatchNorm1d and BatchNorm2d accept."""
+        """Accept the inputs that BatchNorm1d and BatchNorm2d accept."""

@@ -1,6 +1,6 @@
-"""torch, imported when something of it is first used: options, help and lists are answered without it, in milliseconds.
+"""torch, imported on first use: options, help and lists do without it and take milliseconds.
 
-Files that are read before a run is checked (methods, and what they are made of) write
+Files that are imported before a run is checked (methods and their parts) write
 `from prune_lab.foundations.lazy import torch`. Nothing else is lazy.
 """
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
 
     class _Torch:
-        """Looks everything up in the module and keeps nothing of it, so that what is patched there is seen here."""
+        """Looks up every attribute in the module and caches none, so that patches to torch are seen here."""
 
         __slots__ = ()
 
@@ -31,7 +31,7 @@ else:
 
 
 def no_grad(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorate a function that is no generator as torch.no_grad() does, which would import torch at once."""
+    """Decorate a function (not a generator) as torch.no_grad() does, which would import torch at once."""
 
     @functools.wraps(function)
     def without_gradients(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -1,4 +1,4 @@
-"""Locks between processes, also where the file system knows none."""
+"""Locks between processes, also where the file system has none."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ def lock(
     option: str = "output_dir",
     with_children: bool = False,
 ) -> Iterator[None]:
-    """Hold the lock file `path`; it falls with the process, however that ends.
+    """Hold the lock file `path`; it is released when the process ends, however that happens.
 
     Where the file system has no locks (NFS without a lock service, Lustre without `flock`), heartbeats replace them.
 
     Args:
         what: named in the message while another process holds it.
-        poll: called again and again while waiting; should let some time pass, may raise to give up.
+        poll: called repeatedly while waiting; should let some time pass, may raise to give up.
         option: name of the option that locates the file, for errors.
-        with_children: processes forked meanwhile hold it too, for they work on what it protects; others are to call
+        with_children: processes forked meanwhile hold it too, because they use what it protects; others must call
             `leave_to_parent`.
 
     Raises:
-        UserError: the directory cannot be made or written, or the lock cannot be asked for.
+        UserError: the directory cannot be created or written, or the lock cannot be requested.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,9 +80,9 @@ def lock(
 def _claim(file: TextIO, path: Path, report: Callable[[str], None]) -> SystemLock | HeartbeatLock:
     """Return the kind of lock that the file system has."""
     claim = SystemLock(file)
-    for _ in range(_TRIES):  # a lock service that starts again has none for a moment
+    for _ in range(_TRIES):  # a lock service that restarts has none for a moment
         try:
-            claim.attempt()  # if it is had now, it is had again
+            claim.attempt()  # if it succeeds now, the next attempt does too
             return claim
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
@@ -94,17 +94,17 @@ def _claim(file: TextIO, path: Path, report: Callable[[str], None]) -> SystemLoc
 
 
 def leave_to_parent() -> None:
-    """Give up, in a forked process, the locks that are the parent's alone: they fall when it dies."""
+    """Drop, in a forked process, the locks that are the parent's alone, so that they are released when it dies."""
     for file in _held:
         os.close(file.fileno())
     _held.clear()
 
 
 def is_held(path: Path) -> bool:
-    """Return whether a process holds the lock file `path`, which may be on a file system that is only read."""
+    """Return whether a process holds the lock file `path`, which may be on a read-only file system."""
     try:
         with open(path) as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: enough for a file that may only be read
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: possible on a read-only file
     except FileNotFoundError:
         return False
     except BlockingIOError:
@@ -141,13 +141,13 @@ class SystemLock:
 
 
 class HeartbeatLock:
-    """A lock that needs no more of a file system than creating a file that is not there yet, for one process only.
+    """A lock that needs only one thing of the file system: that a new file is created by one process only.
 
-    The files PATH.1, PATH.2, ... are the lock's owners in turn; the one with the highest number counts. Its owner
-    changes it every few seconds and writes `free` into it at the end. Whoever finds it free, or unchanged for
-    `STALE_S` by the own clock (clocks of machines differ), creates the next number: of several only one can. An owner
-    deletes the numbers below its own and never its own, so that no number is ever given twice: a waiter that judged
-    long ago either finds its number taken, or higher ones, which only deleting can have hidden, beside it.
+    The files PATH.1, PATH.2, ... belong to the lock's owners in turn; the one with the highest number counts. Its owner
+    changes it every few seconds and writes `free` into it at the end. A waiter that finds it free, or unchanged for
+    `STALE_S` by its own clock (clocks of machines differ), creates the next number: of several only one can. An owner
+    deletes the numbers below its own and never its own, so that no number is ever given twice. A waiter whose judgement
+    is out of date finds its number taken; or, if that was deleted, it finds higher numbers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -159,7 +159,7 @@ class HeartbeatLock:
         self._heart: threading.Thread | None = None
 
     def attempt(self) -> bool:
-        """Return whether this process is the owner now; to be called again and again."""
+        """Return whether this process is the owner now; to be called repeatedly."""
         number = max(self._numbers(), default=0)
         if number and not self._is_over(number):
             return False
@@ -191,7 +191,7 @@ class HeartbeatLock:
             return True
 
     def _is_over(self, number: int) -> bool:
-        """Return whether the owner has finished, or has not been heard of for as long as this process looks."""
+        """Return whether the owner has finished, or has been silent for as long as this process has watched."""
         try:
             content = self._file(number).read_bytes()
         except OSError:  # deleted by the next owner, or replaced while it was read
@@ -199,7 +199,7 @@ class HeartbeatLock:
         if content.startswith(_FREE):
             return True
         now = time.monotonic()
-        # Whoever could not look for a while, because the server or this process stood still, has seen no silence.
+        # A process that could not look, because it or the server was suspended, has observed no silence.
         if self._seen != (number, content) or now - self._looked > BEAT_S:
             self._seen, self._since = (number, content), now
         self._looked = now
@@ -208,12 +208,12 @@ class HeartbeatLock:
     def _beat(self, descriptor: int) -> None:
         """Change the file until the end.
 
-        An owner that was suspended may find itself replaced: its process is killed, for whatever it still wrote would
-        be written over its successor's.
+        An owner that was suspended may find itself replaced. Its process is then killed, because its writes would
+        overwrite those of its successor.
         """
         beats = 0
         while not self._ended.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # a server that does not answer now may do so at the next beat
+            with contextlib.suppress(OSError):  # a server that does not answer now may answer the next beat
                 if max(self._numbers(), default=self._number) > self._number:
                     print(f"prune-lab: error: {self._path} was taken over by another process while this one stood "
                           "still; it ends here", file=sys.stderr, flush=True)

@@ -45,7 +45,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Word:
-    """Allowed texts: those that can be part of a file name."""
+    """Allowed strings: those that can be part of a file name."""
 
     def contains(self, value: str) -> bool:
         return re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", value) is not None
@@ -56,14 +56,14 @@ class Word:
 
 @dataclass(frozen=True)
 class Example:
-    """A text of a form of its own: anything else, such as half of it read as a number, is answered with an example."""
+    """A string in its own format: the error for anything else, such as half of it read as a number, has an example."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Home:
-    """A path, in which a leading ~ means the user's own folder, as in a shell."""
+    """A path, in which a leading ~ means the home directory, as in a shell."""
 
 
 FilePath = Annotated[str, Home()]
@@ -89,7 +89,7 @@ def require_one(path: str, options: Mapping[str, Any], *, unset: str = "null") -
     Args:
         path: dotted name of their group as the user types it.
         options: name -> value, None: not set.
-        unset: how the user types an option that is not set.
+        unset: how the user leaves an option unset.
     """
     names = [f"{path}.{name}" for name in options]
     given = [f"{path}.{name}={value:g}" if isinstance(value, float) else f"{path}.{name}"
@@ -107,8 +107,8 @@ def parse(cls: type[T], node: Mapping[str, Any], path: str) -> T:
     Args:
         cls: a dataclass. Every field must be in `node`: YAML files hold the values, dataclasses the rules.
             A nested dataclass is parsed likewise. If `cls` has a method `check(path)`, it is called last and
-            may raise UserError for rules across fields. If it has a function `absent(key)`, what that returns
-            about an unknown key (None: nothing) replaces the nearest name.
+            may raise UserError for rules across fields. If it has a function `absent(key)`, its text about an
+            unknown key (None: no text) replaces the nearest name.
         node: plain mapping, such as OmegaConf.to_container(cfg, resolve=True).
         path: dotted name of the node as the user types it, "" at the root.
 
@@ -180,7 +180,7 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
 
 
 def _misread(value: Any, choices: Iterable[Any]) -> str:
-    """Return advice if `value` is what YAML makes of a text among `choices` without quotes, such as 124 of 2:4."""
+    """Return advice if `value` is how YAML reads an unquoted string of `choices`, such as 124 for 2:4."""
     for choice in (choice for choice in choices if isinstance(choice, str)):
         read = yaml.safe_load(choice)
         if read == value and type(read) is type(value):
@@ -200,7 +200,7 @@ def _coerce_union(options: tuple, value: Any, path: str) -> Any:
             return coerce(option, value, path)
         except UserError as error:
             refused.append(error)
-    if refused and bool not in kept and typing.get_origin(last) is Literal:  # a number, or a word
+    if refused and bool not in kept and typing.get_origin(last) is Literal:  # a number, or a named choice
         return _number_or_word(last, value, path, refused[0])
     if bool in kept and typing.get_origin(last) is Literal:  # one list of everything allowed
         last = Literal["true", "false", *typing.get_args(last)]
@@ -210,7 +210,7 @@ def _coerce_union(options: tuple, value: Any, path: str) -> Any:
 
 
 def _number_or_word(words: Any, value: Any, path: str, refused: UserError) -> str:
-    """Return `value` if it is among `words`; else raise UserError that names them after what `refused` says."""
+    """Return `value` if it is among `words`; else raise UserError that lists them after the text of `refused`."""
     choices = typing.get_args(words)
     if value in choices:
         return value
@@ -242,7 +242,7 @@ def _coerce_scalar(hint: Any, value: Any, path: str) -> Any:
 
 
 def as_typed(value: Any) -> str:
-    """Return `value` on one line as it is written on the command line."""
+    """Return `value` on one line as the user types it on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):

@@ -11,7 +11,7 @@ STOPPED = 128
 
 
 class StopFlag:
-    """Remembers the first signal, or that the program itself asked; `number` is None until there is a signal."""
+    """Records the first signal, or the program's own request; `number` is None until a signal arrives."""
 
     number: int | None = None
     _asked: str | None = None
@@ -25,7 +25,7 @@ class StopFlag:
 
     @property
     def reason(self) -> str:
-        """Why the run stops, and how it is resumed; a signal comes before what the program asked."""
+        """Why the run stops, and how it is resumed; a signal takes precedence over the program's request."""
         if self.number is None and self._asked is not None:
             return self._asked
         return "stopped by a signal; the same command goes on"
@@ -42,7 +42,7 @@ class StopFlag:
 
 
 def _stop_at_once(_number: int, _frame: object) -> None:
-    """End by an exception after a second Ctrl-C; further ones would only break into what is done about this one."""
+    """Raise an exception after a second Ctrl-C; further ones would only interrupt its handling."""
     leave_in_peace()
     raise KeyboardInterrupt
 
@@ -54,7 +54,7 @@ def leave_in_peace() -> None:
 
 @contextlib.contextmanager
 def stop_flag() -> Iterator[StopFlag]:
-    """Catch SIGTERM and SIGINT while the block runs, and give the old handlers back."""
+    """Catch SIGTERM and SIGINT while the block runs, then restore the old handlers."""
     flag = StopFlag()
     before = {number: signal.signal(number, flag._set) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

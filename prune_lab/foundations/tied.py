@@ -1,4 +1,4 @@
-"""Tensors that a network has under several names (shared modules): written once, read and exchanged under each name."""
+"""Tensors that a network has under several names (shared modules): written once, read and replaced under each name."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def first_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def written(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """Return what a safetensors file takes of a state dict: contiguous tensors on the CPU, each once, and metadata.
+    """Return a state dict as a safetensors file takes it: contiguous tensors on the CPU, each once, and metadata.
 
-    The metadata maps every other name to the one that is written, as safetensors.torch.save_model does; None: there is
-    no other name. Tensors that overlap without being the same are copied, because the format refuses them.
+    The metadata maps every other name to the one that is written, as safetensors.torch.save_model does; None: each
+    tensor has one name. Tensors that overlap without being the same are copied, because the format refuses them.
     """
     first = first_names(state)
     tensors: dict[str, Tensor] = {}
@@ -46,7 +46,7 @@ def completed(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tens
 
 
 def places(model: nn.Module) -> dict[str, str]:
-    """Return every place of a parameter or buffer in a network, each module counted once, with the tensor's name.
+    """Return every path of a parameter or buffer in a network, each module counted once, with the tensor's name.
 
     The name is the one under which `named_parameters` or `named_buffers` yield the tensor.
     """
@@ -61,9 +61,9 @@ def places(model: nn.Module) -> dict[str, str]:
 
 
 def call(model: nn.Module, places: Mapping[str, str], tensors: Mapping[str, Tensor], images: Tensor) -> Any:
-    """Return model(images) computed with `tensors` (by name) in their `places`.
+    """Return model(images) computed with `tensors` (by name) at the paths in `places`.
 
-    By itself torch's function exchanges the tensors of a shared module twice. The second time it restores tensors that
+    On its own torch's function replaces the tensors of a shared module twice. The second time it restores tensors that
     are not the network's.
     """
     exchanged = {place: tensors[name] for place, name in places.items() if name in tensors}
@@ -71,7 +71,7 @@ def call(model: nn.Module, places: Mapping[str, str], tensors: Mapping[str, Tens
 
 
 def require_tensors(model: nn.Module, name: str) -> None:
-    """Raise UserError if the state of a network holds more than tensors, which no file of tensors takes."""
+    """Raise UserError if the state of a network holds anything but tensors: a file of tensors cannot store it."""
     state: dict[str, Any] = model.state_dict()
     others = [key for key, value in state.items() if not torch.is_tensor(value)]
     if others:
