@@ -1,4 +1,4 @@
-"""Options of what a run reports, and to whom."""
+"""Options of what a run reports, and where."""
 
 from __future__ import annotations
 

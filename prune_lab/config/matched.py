@@ -15,7 +15,7 @@ COSTS = {
 
 @dataclass(frozen=True)
 class Matched:
-    """What was asked to cost as much as what, and the outcome."""
+    """Which budget was matched to which reference, and the outcome."""
 
     kind: str
     """params, macs or train_macs"""

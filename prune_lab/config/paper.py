@@ -1,4 +1,4 @@
-"""Published figures that a recipe is set against."""
+"""Published figures that a recipe is compared with."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class PaperConfig:
     std: dict[str, float]
     """their standard deviations over seeds, where published"""
     remark: str | None
-    """what in the recipe is not the paper's, or how its numbers were counted"""
+    """where the recipe differs from the paper, or how its numbers were counted"""
 
     def check(self, path: str) -> None:
         for name, numbers in (("values", self.values), ("std", self.std)):
@@ -41,4 +41,4 @@ class PaperConfig:
 PAPER_KEYS = ("final/top1", "final/top5", "test/top1", "test/top5", "dense/top1", "delta/top1", "sparsity/achieved",
               "sparsity/all_parameters", "params/nonzero", "params/total", "params/dense", "macs/dense",
               "macs/inference", "macs/inference_ratio", "macs/train_ratio", "macs/train_ratio_paper")  # fmt: skip
-"""keys of summary.json that a publication can have numbers for"""
+"""keys of summary.json that a publication may report"""

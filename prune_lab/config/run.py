@@ -43,19 +43,19 @@ class RunConfig:
     """how the budget was solved, with method.match; `method` and `schedule` hold the outcome"""
 
     def require_training(self, what: str) -> None:
-        """Refuse a schedule whose block `train` has no epochs.
+        """Reject a schedule whose block `train` has no epochs.
 
         Args:
-            what: what needs them, as typed, and why.
+            what: the option that needs them, as typed, and why.
 
         Raises:
-            UserError: `what` does not go with schedule.train.epochs=0.
+            UserError: `what` is incompatible with schedule.train.epochs=0.
         """
         if self.schedule.train.epochs == 0:
             raise UserError(f"schedule.train.epochs=0 does not go with {what}", "schedule.train.epochs")
 
     def require_trained(self, option: str) -> None:
-        """Refuse to prune an untrained network: no epochs in the block `train`, and no start weights.
+        """Reject pruning an untrained network: no epochs in the block `train`, and no start weights.
 
         Raises:
             UserError: naming `option`, as typed.

@@ -34,7 +34,7 @@ class PhaseSchedule:
             raise UserError(f"{path}.final_lr must not exceed {path}.lr={self.lr:g}, got {self.final_lr:g}")
 
     def stretched(self, factor: float) -> PhaseSchedule:
-        """Return the schedule `factor` times as long; epochs are rounded, a phase that is there keeps at least one."""
+        """Return the schedule `factor` times as long; epochs are rounded, and an existing phase keeps at least one."""
         return replace(
             self,
             epochs=max(1, round(self.epochs * factor)) if self.epochs else 0,

@@ -10,12 +10,12 @@ from prune_lab.foundations.errors import UserError
 
 @dataclass(frozen=True)
 class Time:
-    """A time in a training schedule: so many epochs ("ep") or optimizer steps ("it") after its start."""
+    """A time in a training schedule, as a number of epochs ("ep") or optimizer steps ("it") since its start."""
 
     count: float
     unit: str
     typed: str = field(default="", compare=False)
-    """the option that asked for it, as typed: stretched or not, messages name it so"""
+    """the option that set it, as typed: messages name it so even when it is stretched"""
 
     def stretched(self, factor: float) -> Time:
         """Return the time in a schedule `factor` times as long: epochs stretch with it, steps do not."""
