@@ -1,4 +1,4 @@
-"""One checked `RunConfig` of what Hydra has composed. Imports no torch."""
+"""From Hydra's composed configuration to one checked `RunConfig`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check(node: Mapping[str, Any]) -> RunConfig:
 
 
 def _check_output_dir(name: str) -> None:
-    """Refuse a place where no directory can be made, before the minutes of a run are spent."""
+    """Reject a location where no directory can be created, before the run spends minutes."""
     if not name.strip():
         raise UserError("output_dir must name a folder, got an empty text", "output_dir")
     path = Path(name).absolute()

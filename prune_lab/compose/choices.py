@@ -22,7 +22,7 @@ def conf_dir() -> Path:
 def choices(conf_dir: Path, group: str) -> list[str]:
     """Return the file names of a group without their ending; those in folders as folder/name.
 
-    Files that begin with _ hold what others inherit and are no choice.
+    Files that begin with _ hold options for others to inherit and cannot be chosen.
     """
     folder = conf_dir / group
     files = (path for path in folder.rglob("*.yaml") if not path.name.startswith("_"))
@@ -30,13 +30,13 @@ def choices(conf_dir: Path, group: str) -> list[str]:
 
 
 def own_options(path: Path) -> dict[str, Any]:
-    """Return a file's own options, its defaults list among them."""
-    node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # 1e-8 is a number here, not in YAML 1.1
+    """Return a file's own options, including its defaults list."""
+    node: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # reads 1e-8 as a number, unlike YAML 1.1
     return node
 
 
 def options_of(path: Path) -> dict[str, Any]:
-    """Return the options of a file that is no recipe, with those that it inherits from others of its folder."""
+    """Return the options of a file that is not a recipe, with those that it inherits from others of its folder."""
     own = own_options(path)
     parents = [name for name in own.pop("defaults", ()) if isinstance(name, str) and name != "_self_"]
     inherited: dict[str, Any] = {}
@@ -50,5 +50,5 @@ def groups(conf_dir: Path) -> list[str]:
 
 
 def listed(group: str, allowed: list[str]) -> str:
-    """Return all choices on one line, or where to see them if they are too many for one."""
+    """Return all choices on one line, or the command that lists them if they are too many."""
     return ", ".join(allowed) if len(allowed) <= 40 else f"the {len(allowed)} of prune-lab list {group}s"

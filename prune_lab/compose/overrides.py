@@ -1,4 +1,4 @@
-"""Command-line overrides checked before Hydra runs: one line with the nearest name instead of a page. Torch-free."""
+"""Command-line overrides, checked before Hydra runs: errors take one line with the nearest name. Torch-free."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RECIPES = ("experiment", "debug")
 
 
 LAUNCHER = "hydra/launcher"
-"""the one group of Hydra's own that a command may choose from"""
+"""the only group of Hydra's own that a command may choose from"""
 
 
 def launcher_options(overrides: list[str]) -> tuple[list[str], list[str]]:
@@ -78,7 +78,7 @@ def parse_overrides(overrides: list[str]) -> list[Override]:
 
 
 def _check_name(conf_dir: Path, override: Override) -> None:
-    """Refuse what is wrong with an override by itself, whatever the other ones are."""
+    """Reject an override that is wrong by itself, whatever the others are."""
     key, line = override.key_or_group, override.input_line
     if not key:
         raise UserError(f"{line}: the name before = is missing")
@@ -125,12 +125,12 @@ def _jobs(parsed: list[Override], *, sweep: bool) -> list[list[str]]:
     for override in parsed:
         if override.is_interval_sweep():
             raise UserError(f"{override.input_line} has no end of values; write a,b,c or range(start,stop,step)")
-    texts = {override.get_key_element(): _texts(override) for override in parsed}  # of two of a name the last counts
+    texts = {override.get_key_element(): _texts(override) for override in parsed}  # the last of equal names counts
     return [list(job) for job in product(*texts.values())]
 
 
 def _texts(override: Override) -> list[str]:
-    """Return the override for each of its values, one that is no sweep among them."""
+    """Return the override for each of its values; without a sweep there is one."""
     swept = override.is_sweep_override()
     values = override.sweep_string_iterator() if swept else [override.get_value_element_as_str()]
     return [f"{override.get_key_element()}={value}" for value in values]
@@ -153,7 +153,7 @@ def _compose_one(conf_dir: Path, overrides: list[str]) -> RunConfig:
 
 
 def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str | None]) -> None:
-    """Raise UserError for a choice that is given the name of another one: every table shows the name.
+    """Raise UserError if a choice is renamed to another choice: every table shows the name.
 
     Only a file that leaves its name open, such as model/torchvision.yaml, lets the command set it.
     """
@@ -167,7 +167,7 @@ def _check_names(conf_dir: Path, node: dict[str, Any], chosen: Mapping[str, str 
 
 
 def _drop_default_goals(conf_dir: Path, node: dict[str, Any], overrides: list[str], method: str) -> None:
-    """Take the goals of a method's file out of `node` where the command or a recipe chooses other ones."""
+    """Remove the goals of a method's file from `node` where the command or a recipe chooses others."""
     own, options = options_of(conf_dir / "method" / f"{method}.yaml"), node["method"]
     goals = [goal for goal in _method_options(options.get("_target_")).GOALS if goal in options]
     typed = {override.key_or_group for override in parse_overrides(overrides)}
@@ -181,7 +181,7 @@ def _method_options(target: Any) -> type[MethodConfig]:
 
 
 def _located(conf_dir: Path, overrides: list[str], error: UserError) -> UserError:
-    """Return `error` with the recipe file that sets its option, unless the command line sets it itself."""
+    """Return `error` with the recipe file that sets its option, unless the command line sets it."""
     parsed = parse_overrides(overrides)
     if error.option is None or any(override.key_or_group == error.option for override in parsed):
         return error
@@ -194,7 +194,7 @@ def _located(conf_dir: Path, overrides: list[str], error: UserError) -> UserErro
 
 
 def _explained(conf_dir: Path, overrides: list[str], error: Exception) -> UserError:
-    """Return the error for an override of a key that does not exist, naming the nearest one that does."""
+    """Return the error for an override of an unknown key, naming the nearest valid one."""
     parsed = parse_overrides(overrides)
     values = [override for override in parsed if override.key_or_group not in groups(conf_dir)]
     others = [_line(override) for override in parsed if override not in values]
@@ -211,7 +211,7 @@ def _explained(conf_dir: Path, overrides: list[str], error: Exception) -> UserEr
 
 
 def _unknown(conf_dir: Path, node: dict[str, Any], known: list[str], key: str) -> str:
-    """Return the message for an option that does not exist in the composed `node` with the dotted names `known`."""
+    """Return the message for an option missing from the composed `node`, whose dotted names are `known`."""
     parent, _, last = key.rpartition(".")
     while parent and parent not in known:
         parent = parent.rpartition(".")[0]
