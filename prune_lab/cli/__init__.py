@@ -1,4 +1,4 @@
-"""The command line as typed: help, completion, lists, and which command answers. Nothing below imports it."""
+"""The command line as typed: help, completion, lists and dispatch to commands. Nothing below imports it."""
 
 from prune_lab.cli.command import main
 

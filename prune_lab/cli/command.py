@@ -32,7 +32,7 @@ _MODULES = {
     "dashboard": "prune_lab.commands.dashboard.command",
     "wandb-sync": "prune_lab.commands.dashboard.wandb_sync",
 }
-"""sub-command -> module whose `main` does it"""
+"""sub-command -> module whose `main` runs it"""
 FLAGS = (*SWEEP_FLAGS, *_PRINT_FLAGS, *_COMPLETION_FLAGS)
 
 HELP = """prune-lab {version}: trains, prunes and fine-tunes neural networks, and keeps exact accounts.
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> int:
 def _main(arguments: list[str]) -> int:
     try:
         return _dispatch(arguments)
-    except KeyboardInterrupt:  # once a run is under way it catches the signal itself and writes a checkpoint
+    except KeyboardInterrupt:  # a run that has started catches the signal itself and writes a checkpoint
         print("prune-lab: interrupted", file=sys.stderr)
         return STOPPED + signal.SIGINT
-    except BrokenPipeError:  # the reader, such as `head`, has gone
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -136,19 +136,19 @@ def _run(arguments: list[str]) -> int:
     launcher, overrides = launcher_options(typed)
     if launcher and not sweep:
         raise UserError(f"{launcher[0]} is for sweeps: add -m")
-    configs = list(compose_checked(conf_dir(), overrides, sweep=sweep))  # all, before the first one starts
+    configs = list(compose_checked(conf_dir(), overrides, sweep=sweep))  # all of them, before the first one starts
     if flags and not sweep:
         return hydra_main(conf_dir(), arguments)
     return run_all(configs, conf_dir=conf_dir(), sweep=sweep, launcher=launcher)
 
 
 def hydra_main(conf_dir: Path, arguments: list[str]) -> int:
-    """Let Hydra answer what it answers by itself: composed options and completion."""
+    """Run Hydra's own features: composed options and completion."""
     import hydra
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *with_home(arguments)]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here instead of being printed by Hydra
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are raised here instead of printed by Hydra
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir), config_name="config")(lambda node: None)()
     except SystemExit as error:
@@ -161,7 +161,7 @@ def hydra_main(conf_dir: Path, arguments: list[str]) -> int:
 
 
 def _complete(arguments: list[str]) -> int:
-    """Answer or install shell completion; the line typed so far is in the environment variable COMP_LINE."""
+    """Print or install shell completion; the line typed so far is in the environment variable COMP_LINE."""
     line = os.environ.get("COMP_LINE", "")
     found = completions(line) if arguments[-1].startswith("query=") else None
     if found is None:

@@ -1,4 +1,4 @@
-"""prune-lab list: what can be chosen, read from the YAML files and the methods' cards. Torch-free."""
+"""prune-lab list: the choices, read from the YAML files and the methods' cards. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WHAT = {name: name.removesuffix("s") for name in LISTS}
 
 
 def show(conf_dir: Path, arguments: list[str]) -> int:
-    """Print the choices of one group, a line each: name and what it is."""
+    """Print the choices of one group, one per line: name and description."""
     if len(arguments) != 1 or arguments[0] not in WHAT:
         typed = arguments[0] if arguments else ""
         near = "" if typed in WHAT else suggestion(typed, WHAT)
