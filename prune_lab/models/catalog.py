@@ -39,8 +39,7 @@ def names() -> list[str]:
 def parse_config(node: Mapping[str, Any]) -> ModelConfig:
     """Return the checked options of the group `model`. Imports no torch.
 
-    A node with the key `source` is a torchvision or timm model; whether that library has the name is
-    checked in `build`.
+    A node with the key `source` is a torchvision or timm model; `build` checks that the library has the name.
 
     Raises:
         UserError: unknown model, unknown or missing option, value out of range.
@@ -75,7 +74,7 @@ def build(config: ModelConfig, *, num_classes: int, image_size: int) -> nn.Modul
         Module from images [N, 3, image_size, image_size] to logits [N, num_classes].
 
     Raises:
-        UserError: a torchvision or timm name that does not exist there, or that cannot be built for these images.
+        UserError: torchvision or timm does not have the name, or cannot build it for these images.
     """
     with one_line(config, image_size):
         return _build(config, num_classes=num_classes, image_size=image_size)
@@ -95,8 +94,8 @@ def build_on_meta(config: ModelConfig, *, num_classes: int, image_size: int) -> 
     except UserError:
         raise
     except Exception:
-        # torch raises NotImplementedError or RuntimeError on the meta device where a network, as torchvision's RegNet,
-        # computes its widths with tensors. Any other error comes again from the build with values.
+        # torch raises NotImplementedError or RuntimeError on the meta device if a network, such as torchvision's
+        # RegNet, computes its widths with tensors. Any other error is raised again by the build with values.
         with torch.random.fork_rng(devices=[]):
             return build(config, **sizes).to("meta")
 
@@ -105,7 +104,7 @@ def describe(config: ModelConfig, num_classes: int, image_size: int) -> dict[str
     """Return a JSON-able dict from which `from_description` builds the same architecture."""
     options = asdict(config)
     if options["weights"] != "torchvision":
-        # The weights travel beside the description; a path would mean nothing on another machine.
+        # The weights are stored beside the description; a path would mean nothing on another machine.
         options["weights"] = None
     return {"model": options, "num_classes": num_classes, "image_size": image_size}
 
@@ -114,7 +113,7 @@ def from_description(description: Mapping[str, Any]) -> nn.Module:
     """Return the network of a `describe` dict with fresh weights.
 
     Raises:
-        UserError: the description is incomplete or holds options that do not exist.
+        UserError: the description is incomplete or holds unknown options.
     """
     missing = [key for key in ("model", "num_classes", "image_size") if key not in description]
     if missing:

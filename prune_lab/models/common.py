@@ -28,7 +28,7 @@ def init_weights(model: nn.Module) -> None:
 
     Linear layers keep PyTorch's default draw. Source: He et al. 2015, arXiv 1502.01852.
     """
-    if next(model.parameters()).is_meta:  # no values, and torch takes longer over their draw than over the network
+    if next(model.parameters()).is_meta:  # no values here, and drawing them takes longer than building the network
         return
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):

@@ -77,7 +77,7 @@ class ExternalConfig(ModelConfig):
     """Any classifier of torchvision or timm, built unmodified."""
 
     source: Literal["auto", "torchvision", "timm"]
-    """Library to take the name from; auto = torchvision if it has the name, otherwise timm."""
+    """Library of the model; auto = torchvision if it has the name, otherwise timm."""
 
     def check(self, path: str) -> None:
         if self.width != 1.0:

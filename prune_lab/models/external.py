@@ -13,17 +13,17 @@ from prune_lab.foundations.errors import UserError
 from prune_lab.models.configs import ExternalConfig
 
 _NUM_NEAREST = 3
-# Their training output is a tuple with the auxiliary classifiers unless these are left out.
+# Their training output is a tuple with the auxiliary classifiers unless these are disabled.
 _WITH_AUXILIARY = ("googlenet", "inception_v3")
 # Constructor arguments of torchvision's classes for one image size: ViT takes a number, MaxViT height and width.
 _SIZE_ARGUMENTS = {"image_size": lambda size: size, "input_size": lambda size: (size, size)}
 
 
 def build(config: ExternalConfig, *, num_classes: int, image_size: int) -> nn.Module:
-    """Return the network with fresh weights; one that works for a single image size is built for `image_size`.
+    """Return the network with fresh weights; one that is made for a fixed image size is built for `image_size`.
 
     Raises:
-        UserError: the library does not have the name, or timm is asked for and not installed.
+        UserError: the library does not have the name, or timm is requested but not installed.
     """
     available = torchvision.models.list_models(module=torchvision.models)
     if config.source != "timm" and config.name in available:
@@ -42,10 +42,10 @@ def build(config: ExternalConfig, *, num_classes: int, image_size: int) -> nn.Mo
 
 
 def usual_size(config: ExternalConfig) -> int:
-    """Return the height and width of the images that the library's own weights of the network are for, px.
+    """Return the image height and width that the library's own weights of the network expect, px.
 
     Raises:
-        Exception: of any kind; the library does not know.
+        Exception: of any type, if the library does not state it.
     """
     if config.source != "timm" and config.name in torchvision.models.list_models(module=torchvision.models):
         return torchvision.models.get_model_weights(config.name).DEFAULT.transforms().crop_size[0]
@@ -62,7 +62,7 @@ def _build_torchvision(config: ExternalConfig, *, num_classes: int, image_size: 
     accepted = inspect.signature(made).parameters
     extra = {name: form(image_size) for name, form in _SIZE_ARGUMENTS.items() if name in accepted}
     if config.name in _WITH_AUXILIARY:
-        # The official weights of these two expect images normalised in another way; transform_input converts.
+        # The official weights of these two expect a different normalisation; transform_input converts.
         extra |= {"aux_logits": False, "init_weights": True, "transform_input": config.weights == "torchvision"}
     return torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **extra)
 

@@ -1,4 +1,4 @@
-"""Networks of other libraries: whatever they raise while a run is planned ends in one line with their name."""
+"""Networks of other libraries: any error they raise while a run is planned becomes one line with their name."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _IMAGES = 2
 
 @contextlib.contextmanager
 def one_line(config: ModelConfig, image_size: int) -> Iterator[None]:
-    """Turn what building or using a network raises into a UserError with its name and the image size."""
+    """Convert any error from building or using a network into a UserError with its name and the image size."""
     try:
         yield
     except UserError:
@@ -35,7 +35,7 @@ def one_line(config: ModelConfig, image_size: int) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of an error; where it has no text, its type and the line of code outside torch."""
+    """Return the first line of an error; if it has no text, its type and the line of code outside torch."""
     if text := str(error).strip():
         return text.splitlines()[0]
     library = str(Path(torch.__file__).parent)
@@ -44,13 +44,13 @@ def reason(error: Exception) -> str:
 
 
 def check_training_pass(model: nn.Module, config: ModelConfig, *, num_classes: int, image_size: int) -> None:
-    """Refuse a network that does not map images to class scores in training.
+    """Reject a network that does not map images to class scores in training.
 
     Args:
         model: without memory ("meta" device).
 
     Raises:
-        UserError: naming what it returns instead.
+        UserError: naming its actual output.
     """
     from prune_lab.foundations.shapes import QuickShapes  # its file subclasses a mode of torch
 
@@ -64,10 +64,10 @@ def check_training_pass(model: nn.Module, config: ModelConfig, *, num_classes: i
 
 
 def _usual(config: ModelConfig, image_size: int) -> str:
-    """Return what to add about the size that a library's network is made for, empty if it is this one or unknown."""
+    """Return a hint at the image size that a library's network is made for, empty if it is this one or unknown."""
     if not isinstance(config, ExternalConfig):
         return ""
-    with contextlib.suppress(Exception):  # not every network has one, and this is a hint only
+    with contextlib.suppress(Exception):  # not every network has one, and this is only a hint
         from prune_lab.models.external import usual_size  # its file imports torchvision
 
         size = usual_size(config)

@@ -16,7 +16,7 @@ _BUILDERS = {
 
 
 def build(config: MobileNetConfig, *, num_classes: int, image_size: int) -> nn.Module:
-    """Return torchvision's network; only the stride of its first convolution may differ.
+    """Return torchvision's network; only the stride of its first convolution may be changed.
 
     `width` is torchvision's `width_mult`: channel counts become multiples of 8, and MobileNetV2 keeps at least
     1280 channels before the classifier.

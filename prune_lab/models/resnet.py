@@ -104,5 +104,5 @@ class ResNet(nn.Module):
 
 
 def build(config: ResNetConfig, *, num_classes: int, image_size: int) -> ResNet:
-    """Return the network; `width` scales inner and output channels each on their own."""
+    """Return the network; `width` scales inner and output channels separately."""
     return ResNet(config.name, num_classes=num_classes, width=config.width, small=is_small(image_size))

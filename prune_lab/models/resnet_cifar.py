@@ -26,7 +26,7 @@ class ZeroPadShortcut(nn.Module):
         return functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.front, self.back))
 
     def for_export(self) -> nn.Module:
-        """Return the same function, bit for bit, without a slice with steps, which ncnn does not have.
+        """Return the same function, bit for bit, without a strided slice, which ncnn does not support.
 
         The mean over one pixel is that pixel.
         """

@@ -43,7 +43,7 @@ class Vgg(nn.Module):
 def build(config: VggConfig, *, num_classes: int, image_size: int) -> Vgg:
     """Return the network.
 
-    A max-pooling layer that would meet a map of 1 px is left out, so images below 32 px work as well.
+    A max-pooling layer whose input would be 1 px wide is left out, so images below 32 px work as well.
     """
     head = config.head
     if head == "auto":

@@ -1,4 +1,4 @@
-"""Files of weights in the forms people have: what can be read safely, and every state dict within. Torch-free."""
+"""Files of weights in common formats: what can be read safely, and every state dict within. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 _NESTING = 3
-"""levels of mappings that are looked into"""
+"""levels of nested mappings that are searched"""
 _WRAPPED = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""what torch.compile, FSDP and activation checkpointing put into names, at any level"""
+"""parts that torch.compile, FSDP and activation checkpointing insert into names, at any level"""
 _MASKED = (("_orig", "_mask"), (".original", ".0.mask"))
 """weight and mask of torch.nn.utils.prune, and of a parametrization by a mask (torch.ao.pruning)"""
 _PARAMETRIZED = re.compile(r"(.*?)parametrizations\.([^.]+)$")
@@ -32,9 +32,9 @@ _RENAMED = (
     (re.compile(r"(.*encoder_layer_\d+\.mlp\.)linear_1(\.\w+)"), r"\g<1>0\2"),
     (re.compile(r"(.*encoder_layer_\d+\.mlp\.)linear_2(\.\w+)"), r"\g<1>3\2"),
 )
-"""names in torchvision's older files, as its densenet.py and vision_transformer.py rename them"""
+"""names in torchvision's older files, renamed as its densenet.py and vision_transformer.py do"""
 _COMPUTED = re.compile(r"(?:_g|_v|_u|_orig|parametrizations\.\w+\.(?:original|0\.).*)$")
-"""ends of the names of what weight norm, spectral norm and other parametrizations compute a weight from"""
+"""name endings of tensors from which weight norm, spectral norm and other parametrizations compute a weight"""
 _PATHS = ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")
 _AVERAGES = re.compile(r"ema|averag|avg|swa|shadow", re.IGNORECASE)
 _SHOWN = 8
@@ -54,7 +54,7 @@ class Found:
 
     @property
     def is_average(self) -> bool:
-        """Whether the file calls it a running average of weights."""
+        """Whether the file marks it as a running average of weights."""
         return bool(_AVERAGES.search(f"{self.place}.{self.prefix}"))
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Found:
 
 
 def read(path: Path) -> Any:
-    """Return the content of a file of weights on the CPU, read without running code of the file.
+    """Return the content of a file of weights on the CPU, without running code from the file.
 
     Raises:
         UserError: damaged, or with objects of types that cannot be read safely.
@@ -77,26 +77,26 @@ def read(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # Damaged or foreign files raise many types (pickle, zip, safetensors, runtime); all mean the same here. Their
-        # texts do not help: torch's advises unrestricted unpickling.
+        # messages do not help: torch's advises unrestricted unpickling.
         raise UserError(f"model.weights={path} cannot be read as weights ({type(error).__name__}): "
                           f"{_unsafe(path)}") from error  # fmt: skip
 
 
 def _safe_types() -> list[Any]:
-    """Return types that checkpoints hold beside weights and that nothing can be done with but hold values."""
+    """Return types that checkpoints hold beside weights and that can do nothing but hold values."""
     import numpy
 
     arrays = importlib.import_module(f"numpy.{'_core' if int(numpy.__version__[0]) > 1 else 'core'}.multiarray")
     makers = {name: getattr(arrays, name) for name in ("scalar", "_reconstruct")}
     named = [(made, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for name, made in makers.items()]
     kinds = {type(numpy.dtype(code)) for code in "?bBhHiIlLqQefd"}
-    # Python 3.13 calls the module of the paths otherwise, and no Windows path can be made elsewhere.
+    # Python 3.13 renamed the module of the paths, and a Windows path cannot be created elsewhere.
     paths = [(pathlib.PurePath, f"{module}.{name}") for module in ("pathlib", "pathlib._local") for name in _PATHS]
     return [*named, numpy.ndarray, numpy.dtype, *kinds, argparse.Namespace, *paths]
 
 
 def _unsafe(path: Path) -> str:
-    """Return why a file was not read: the types in it that are not read, where torch can list them."""
+    """Return why a file was rejected: the unsafe types in it, if torch can list them."""
     with contextlib.suppress(Exception), torch.serialization.safe_globals(_safe_types()):
         if names := torch.serialization.get_unsafe_globals_in_checkpoint(path):
             return f"it holds objects of {_shown(names)}; save the network's state_dict() alone"
@@ -137,24 +137,24 @@ def _mappings(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[s
 
 
 def _strided(tensor: Tensor) -> Tensor:
-    """Return a tensor that is stored as its nonzero values as the same with its zeros."""
+    """Return a tensor stored by its nonzero values in dense form."""
     return tensor if tensor.layout == torch.strided else tensor.to_dense()
 
 
 def is_computed(name: str) -> bool:
-    """Return whether a file's tensor of this name is one that another program computes a weight from."""
+    """Return whether another program computes a weight from a tensor of this name."""
     return bool(_COMPUTED.search(name))
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors by the names they have in a plain network: no wrappers, masks multiplied in, nothing renamed."""
+    """Return tensors under the names of a plain network: without wrappers, with masks applied, old names replaced."""
     tensors = {_WRAPPED.sub("", key): value for key, value in tensors.items()}
     for weight, mask in _MASKED:
         for key in [key for key in tensors if key.endswith(weight)]:
             stem = key.removesuffix(weight)
             if stem + mask in tensors:
                 kept = tensors.pop(stem + mask) != 0
-                # Not a product: infinity or NaN under a mask is not there, and no zero gets a sign.
+                # Not a product: infinity or NaN under a mask must become 0, and no zero may get a sign.
                 tensors[_PARAMETRIZED.sub(r"\1\2", stem)] = torch.where(kept, tensors.pop(key), 0)
     for old, new in _RENAMED:
         tensors = {old.sub(new, key): value for key, value in tensors.items()}

@@ -1,4 +1,4 @@
-"""Start weights: from a file or torchvision's official ones; a mismatch lists the keys. Torch-free at import."""
+"""Start weights: from a file or torchvision's official ones; errors list mismatched keys. Torch-free at import."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NO_OFFICIAL = "model.weights=torchvision: torchvision has no weights for {}; gi
 def weights_digest(config: ModelConfig) -> str | None:
     """Return a SHA-256 that changes when the start weights can change, None for fresh weights. Torch-free.
 
-    A file counts by its content, the official weights by their name.
+    A file is identified by its content, the official weights by their name.
 
     Raises:
         UserError: the file does not exist.
@@ -61,8 +61,8 @@ def load_weights(model: nn.Module, config: ModelConfig) -> list[str]:
         Lines for the user: what was chosen and left out, if there was a choice.
 
     Raises:
-        UserError: no such file, unreadable, keys or shapes that differ from the model's, values that are not finite
-            (nothing is loaded then), official weights that do not exist or cannot be fetched.
+        UserError: no such file; unreadable; keys or shapes that differ from the model's, or values that are not
+            finite (nothing is loaded then); official weights that do not exist or cannot be downloaded.
     """
     if config.weights is None:
         return []
@@ -81,7 +81,7 @@ def load_weights(model: nn.Module, config: ModelConfig) -> list[str]:
 
 
 class _Unfit(Exception):
-    """Why the content of a file is no start; `fits_not`: it has weights, but of another network."""
+    """Why the content of a file cannot be start weights; `fits_not`: it has weights, but of another network."""
 
     def __init__(self, reason: str, *, fits_not: bool = False) -> None:
         super().__init__(reason)
@@ -120,7 +120,7 @@ def _choices(taken: Found, averages: list[Found]) -> list[str]:
 
 
 def _removed_channels(path: Path) -> str:
-    """Return what to add to an error about a run's file whose network has lost channels; empty for other files."""
+    """Return a note for an error about a run's file whose channels were removed; empty for other files."""
     with contextlib.suppress(OSError, ValueError):
         if path.name == "model.safetensors" and read_json(path.with_name("model.json")).get("channels"):
             return "; the channels of this run's network were removed, start weights are those of whole networks"
@@ -194,14 +194,14 @@ def _equal(one: Found, other: Found) -> bool:
 
 
 def _check_values(found: Found, model: nn.Module) -> None:
-    """Raise _Unfit for values that are not finite, or no weights but codes of them (quantised networks)."""
+    """Raise _Unfit for values that are not finite, or for integer codes of weights (quantised networks)."""
     wanted = model.state_dict()
     for name, tensor in found.tensors.items():
         what = f"{found.prefix}{name}"
         if name in wanted and wanted[name].is_floating_point() and not tensor.is_floating_point():
             raise _Unfit(f"cannot be a start: {what} holds {str(tensor.dtype).removeprefix('torch.')}, not "
                          "floating-point numbers")  # fmt: skip
-        # In float32, because 8-bit floats cannot be asked.
+        # In float32, because 8-bit floats do not support the check.
         values = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
         wrong = int((~torch.isfinite(values)).sum()) if tensor.is_floating_point() else 0
         if wrong:
@@ -215,7 +215,7 @@ class _State(OrderedDict[str, "Tensor"]):
 
 
 def _with_versions(found: Found, model: nn.Module) -> _State:
-    """Return the tensors with the versions of their modules, by which modules rename what they once called otherwise.
+    """Return the tensors with the versions of their modules, which modules need to rename old keys.
 
     A file without versions counts as written by the modules at hand.
     """
@@ -251,20 +251,20 @@ class _Problems:
 
 
 def _compare(model: nn.Module, found: Found) -> _Problems:
-    """Return how a state dict differs from what `model` needs, after all renaming that its modules do themselves."""
+    """Return how a state dict differs from what `model` needs, after its modules have renamed old keys."""
     wanted, state = model.state_dict(), _with_versions(found, model)
     reshaped = [key for key in wanted if key in state and state[key].shape != wanted[key].shape]
     shown = [f"{key} file {_shape(state[key])} model {_shape(wanted[key])}" for key in reshaped]
     for key in reshaped:
         del state[key]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # loading tensors without memory does nothing, as is wanted here
+        warnings.simplefilter("ignore")  # loading tensors without memory does nothing, which is intended here
         try:
             absent, unexpected = copy.deepcopy(model).to("meta").load_state_dict(state, strict=False)
         except RuntimeError as error:  # renamed ones of another shape
             absent, unexpected = [], []
             shown += re.findall(r"size mismatch for ([\w.]+)", str(error))
-    # Files may hold a tensor that the model has under several names once.
+    # A file may hold only once a tensor that the model has under several names.
     there = tied.completed(state, model)
     missing = [key for key in absent if not key.endswith("num_batches_tracked") and key not in {*reshaped, *there}]
     only_head = bool(reshaped) and not missing and not unexpected and _are_head(model, reshaped)

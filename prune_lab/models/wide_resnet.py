@@ -30,7 +30,7 @@ class PreActivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         active = self.relu1(self.bn1(x))
         out = self.conv2(self.dropout(self.relu2(self.bn2(self.conv1(active)))))
-        # A convolutional shortcut starts from the activated input, an identity from the raw one (official code).
+        # A convolutional shortcut takes the activated input, an identity shortcut the raw one (official code).
         return out + (x if self.shortcut is None else self.shortcut(active))
 
 
