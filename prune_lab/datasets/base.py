@@ -1,4 +1,4 @@
-"""What every data set offers to the loop, and the options all data sets share."""
+"""The interface between every data set and the loop, and the options all data sets share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class BatchFormat:
 
 
 class Sizes(TypedDict):
-    """What the data decide about a network, under the names of the functions that build one."""
+    """Sizes of a network that the data determine, named as the arguments of functions that build one."""
 
     num_classes: int
     image_size: int
@@ -47,11 +47,11 @@ class DatasetInfo:
     """Images held out of training; 0: none."""
     num_test: int
     note: str = field(default="", compare=False)
-    """One line on files and classes that are not as usual, "" if all are."""
+    """One line on unusual files and classes, "" if there are none."""
 
     @property
     def sizes(self) -> Sizes:
-        """What the data decide about a network."""
+        """Sizes of a network that the data determine."""
         return {"num_classes": self.num_classes, "image_size": self.image_size}
 
     @property
@@ -80,7 +80,7 @@ class Dataset(Protocol):
     fingerprint: str
     """Hash of everything about the data that can change a result: images, labels, split, preparation."""
     content: str | None
-    """What separates the data from others under the same options, for names of directories; None: the options do."""
+    """Identifies the data among others with the same options, for directory names; None: the options suffice."""
     eval_split: Split
     """"val" where training images are held out, otherwise "test"."""
 
@@ -88,7 +88,7 @@ class Dataset(Protocol):
     """int64 [num_train] on the CPU"""
 
     def num_batches(self, batch_size: int) -> int:
-        """Return the batches of one epoch; the last partial batch is dropped."""
+        """Return the number of batches per epoch; the last partial batch is dropped."""
 
     def train_batches(
         self, *, epoch: int, batch_size: int, start: int, seed: int, rank: int, world_size: int
@@ -114,9 +114,10 @@ class Dataset(Protocol):
     def train_subset(
         self, batches: Sequence[torch.Tensor], *, augment_seed: int | None
     ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield the training images whose positions in `train_labels` each of `batches` lists, the same on all ranks.
+        """Yield the training images at the positions listed in each element of `batches`, the same on all ranks.
 
         Args:
+            batches: positions in `train_labels`, one tensor per batch.
             augment_seed: draws crops and flips; None: as for evaluation.
         """
 
@@ -165,7 +166,7 @@ class InMemoryConfig(CommonConfig):
     """Mirror half of the training images."""
 
 
-# Options that say where data lies or how fast it is read. They cannot change a result.
+# Options for the location of the data and the speed of reading. They cannot change a result.
 _NOT_IDENTITY = ("root", "cache_dir", "download", "workers", "check_counts")
 
 

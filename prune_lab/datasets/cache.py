@@ -1,4 +1,4 @@
-"""Decoded images on disk: written once and atomically, verified on every read, rebuilt when damaged."""
+"""Cache of decoded images on disk: written atomically, verified on every read, rebuilt when damaged."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _FORMAT = 2
 
 
 def cached(source: Path, cache_dir: Path, *, name: str, decode: Callable[[], Decoded]) -> ImageArrays:
-    """Return the arrays of `source`, decoding it only if `cache_dir` has no sound copy.
+    """Return the arrays of `source`, decoding it only if `cache_dir` has no intact copy.
 
     Args:
         source: file or folder; its path, sizes and modification times identify the entry.
         name: readable beginning of the entry's folder name.
-        decode: called at most once. Processes that want the same entry wait for the first one.
+        decode: called at most once. Processes that need the same entry wait for the first one.
 
     Raises:
         UserError: `cache_dir` cannot be written, or from `decode`.
@@ -61,10 +61,10 @@ def _source_key(source: Path) -> str:
 
 
 def locked(entry: Path) -> AbstractContextManager[None]:
-    """Return what holds the lock of a cache entry; it falls if the process dies.
+    """Return a context that holds the lock of a cache entry; the lock is released if the process dies.
 
     Raises:
-        UserError: on entering, the folder of the entry cannot be made or written.
+        UserError: on entering, if the folder of the entry cannot be created or written.
     """
     path, what = entry.with_name(f"{entry.name}.lock"), f"the images of {entry.name}"
     return lock(path, what=what, report=log.info, option="dataset.cache_dir", with_children=True)
@@ -72,9 +72,9 @@ def locked(entry: Path) -> AbstractContextManager[None]:
 
 @contextmanager
 def replaced(entry: Path) -> Iterator[Path]:
-    """Hand out a temporary folder and rename it to `entry` at the end, so that a killed process leaves no half entry.
+    """Yield a temporary folder and rename it to `entry` at the end, so that a killed process leaves no partial entry.
 
-    What a killed process left is removed first, what a failing one wrote at once.
+    Leftovers of a killed process are removed first; a failing process removes its own at once.
 
     Raises:
         UserError: the disk refused.

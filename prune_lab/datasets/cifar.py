@@ -20,7 +20,7 @@ class Config(InMemoryConfig):
     """Options of conf/dataset/cifar10.yaml and cifar100.yaml."""
 
     archive: Literal["cifar10", "cifar100"]
-    """Whose URL and checksums count."""
+    """The archive whose URL and checksums apply."""
     root: FilePath
     cache_dir: FilePath
     download: bool
@@ -66,7 +66,7 @@ def read(config: Config) -> ImageArrays:
 
 
 def content(config: Config) -> str | None:
-    """Return the data set's `content`; images of one's own are decoded, if they never were.
+    """Return the data set's `content`; the user's own images are decoded if they have not been.
 
     Raises:
         UserError: as `read`; nothing is downloaded.

@@ -1,4 +1,4 @@
-"""The CIFAR files as published by their authors: where to find, how to check, how to read them."""
+"""The CIFAR files as published by their authors: how to find, check and read them."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ PUBLISHED = {
 
 
 def find_source(root: str, archive: str, *, download: bool) -> Path:
-    """Return what to read: a folder of published files, the published tar.gz, or a folder or tar of images.
+    """Return the path to read: a folder of published files, the published tar.gz, or a folder or tar of images.
 
     Args:
-        root: any of these, or a folder that holds the published folder or tar.gz.
+        root: any of these, or a folder that contains the published folder or tar.gz.
         archive: key of `PUBLISHED`.
         download: fetch the published tar.gz into the folder `root` if nothing is there.
 
     Raises:
-        UserError: nothing found (and no download asked for), or the download failed.
+        UserError: nothing found (and no download requested), or the download failed.
     """
     published = PUBLISHED[archive]
     path = Path(root)
@@ -155,7 +155,7 @@ def _check_md5(content: bytes, expected: str, path: Path) -> None:
 
 
 class _PlainDataUnpickler(pickle.Unpickler):
-    """Builds containers, numbers, bytes and numpy arrays; a pickle that names anything else is refused."""
+    """Builds containers, numbers, bytes and numpy arrays; a pickle that names anything else is rejected."""
 
     # The published files were written with an old numpy; the module of this function has moved since.
     _RECONSTRUCT = np.empty(0).__reduce__()[0]

@@ -12,7 +12,7 @@ NUM_IMAGES = 1797
 NUM_CLASSES = 10
 SOURCE_SIZE = 8
 TEST_FRACTION = 0.2
-# A constant of the data set, as if its authors had published the split: results on it stay comparable.
+# A constant of the data set, as if its authors had published the split, so that results stay comparable.
 SPLIT_SEED = 0
 
 

@@ -1,4 +1,4 @@
-"""Random images and labels of any size, for dry runs and speed measurements. There is nothing to learn."""
+"""Random images and labels of any size, for dry runs and speed measurements. Nothing can be learned from them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load(config: Config, fmt: BatchFormat) -> Dataset:
 
 
 def read(config: Config) -> ImageArrays:
-    """Return random images; image i has label i mod num_classes, so that classes have equal size."""
+    """Return random images; image i has label i mod num_classes, so that class sizes are equal."""
     from prune_lab.datasets.in_memory import ImageArrays, hash_arrays
 
     train, test = _drawn(config, "train", config.num_train), _drawn(config, "test", config.num_test)

@@ -1,4 +1,4 @@
-"""Which image files a folder data set holds, and whether they are the ones that were expected."""
+"""The image files of a folder data set, checked against the expected layout and counts."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Listing:
     folder: Path
     classes: list[str]
     paths: np.ndarray
-    """Byte strings [N], relative to `folder`. One flat array: worker processes share its memory, whereas a
-    list of a million texts is copied piece by piece by reference counting."""
+    """Byte strings [N], relative to `folder`. One flat array: worker processes share its memory, whereas reference
+    counting copies a list of a million strings piece by piece."""
     labels: np.ndarray
     """int64 [N]."""
     sizes: np.ndarray
     """File sizes in bytes, int64 [N]."""
     modified: np.ndarray
-    """Times of the last change in nanoseconds, int64 [N]."""
+    """Modification times in nanoseconds, int64 [N]."""
     left_out: Counter[str]
-    """How many files and hidden folders of each kind are no images of the data set."""
+    """Number of files and hidden folders of each kind that are not images of the data set."""
 
     def path(self, index: int) -> Path:
-        """Return where image `index` lies."""
+        """Return the path of image `index`."""
         return self.folder / os.fsdecode(self.paths[index])
 
 
@@ -47,8 +47,8 @@ def list_splits(config: Config) -> tuple[Listing, Listing]:
     """Return the training and test images.
 
     Raises:
-        UserError: no such folder, images without class folders, an empty class, a class that training does
-            not know, or other counts than `config` states.
+        UserError: no such folder, images without class folders, an empty class, a class missing from
+            training, or counts that differ from those in `config`.
     """
     root = Path(config.root)
     if not (root / "train").is_dir():
@@ -110,7 +110,7 @@ def _images_below(
 ) -> Iterator[tuple[str, os.stat_result]]:
     """Yield the images in `folder` and all folders below; `place` precedes the name of each."""
     for entry in os.scandir(folder):
-        # os.path.relpath of every image would take half of the time of listing ImageNet.
+        # Calling os.path.relpath for every image would take half the time of listing ImageNet.
         path = f"{place}/{entry.name}" if place else entry.name
         if entry.is_dir() and not is_hidden(entry.name):
             yield from _images_below(entry, left_out, path)
@@ -126,7 +126,7 @@ def _annotated(
     """Tiny ImageNet's own layout: images/NAME and a table with NAME and class in its first two columns."""
     class_of = dict(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line.count("\t") >= 1)
     if reason := why_left_out(annotations.name):
-        left_out[reason] -= 1  # known, and not counted as left out below
+        left_out[reason] -= 1  # recognised, so not counted as left out below
     for path, stat in _images_below(folder, left_out):
         name = os.path.basename(path)
         if name not in class_of:

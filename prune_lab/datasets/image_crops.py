@@ -1,4 +1,4 @@
-"""One decoded image to one uint8 crop: random for training, central for evaluation."""
+"""From a decoded image to a uint8 crop: random for training, central for evaluation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Decoded = Image.Image | np.ndarray
 
 @contextlib.contextmanager
 def opened(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
-    """Open an image of which Pillow has read the header only.
+    """Open an image; Pillow reads only its header.
 
     Raises:
-        UnreadableImage: in place of whatever Pillow raises, here or where the caller decodes the pixels. Its readers
-            stumble over broken files in many ways: OSError and SyntaxError, but also RuntimeError (AVIF), TypeError,
+        UnreadableImage: replaces any error of Pillow, here or where the caller decodes the pixels. On broken files
+            its readers raise many types: OSError and SyntaxError, but also RuntimeError (AVIF), TypeError,
             zlib.error, IndexError.
     """
     try:
@@ -42,28 +42,28 @@ def opened(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
 def read_rgb(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
     """Return the first frame of an image as 8-bit RGB, whatever its mode.
 
-    Grey, palette and 1-bit images keep their look, CMYK is converted, transparency is ignored. Of 16-bit values the
-    upper 8 bits count, as Pillow takes them of 16-bit colours.
+    Grey, palette and 1-bit images keep their appearance, CMYK is converted, transparency is ignored. Of 16-bit values
+    the upper 8 bits are kept, as Pillow does for 16-bit colours.
 
     Raises:
-        UnreadableImage: missing or broken, or with integers of more than 16 bits or floating-point numbers, whose range
-            no file states.
+        UnreadableImage: missing, broken, or with integers of more than 16 bits or floating-point numbers: files do not
+            state their range.
     """
     with opened(file) as image:
         shift = surplus_bits(image)
         if shift is None:
             return image.convert("RGB")
         pixels = (np.asarray(image) >> shift).astype(np.uint8)
-        # Tag 262, 0: white is zero. Pillow obeys it in images of 8 bits and less only.
+        # Tag 262, 0: white is zero. Pillow applies it only to images of at most 8 bits.
         is_negative = _tiff_tags(image).get(262) == 0
         return Image.fromarray(~pixels if is_negative else pixels).convert("RGB")
 
 
 def surplus_bits(image: Image.Image) -> int | None:
-    """Return how many low bits of a grey image are too many for 8; None: Pillow converts its mode by itself.
+    """Return how many low bits a grey image has beyond 8; None: Pillow converts its mode by itself.
 
     Raises:
-        ValueError: its mode has values of unknown range.
+        ValueError: the values of its mode have an unknown range.
     """
     if image.mode.startswith("I;16") and image.format not in ("FITS", "MCIDAS"):
         return _tiff_tags(image).get(258, (16,))[0] - 8  # tag 258: bits per sample
@@ -75,7 +75,7 @@ def surplus_bits(image: Image.Image) -> int | None:
 
 
 def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
-    """Return the tags of a TIFF file; none of a file in any other format."""
+    """Return the tags of a TIFF file; empty for any other format."""
     return image.tag_v2 if isinstance(image, TiffImageFile) and image.format == "TIFF" else {}
 
 
@@ -124,8 +124,8 @@ def resize(image: Decoded, width: int, height: int, *, box: tuple[int, int, int,
     left, top, right, bottom = box or (0, 0, *_size(image))
     if (right - left, bottom - top) == (width, height):
         return image[top:bottom, left:right]
-    # A copy, because torch warns of memory that it may not write to. The axes are moved after the batch axis is
-    # added: only so does the kernel see channels_last, in which it is fastest.
+    # A copy, because torch warns about read-only memory. The axes are moved after the batch axis is added: only then
+    # does the kernel see channels_last, in which it is fastest.
     part = torch.from_numpy(np.array(image[top:bottom, left:right]))[None].permute(0, 3, 1, 2)
     return F.interpolate(part, (height, width), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
 
@@ -133,8 +133,8 @@ def resize(image: Decoded, width: int, height: int, *, box: tuple[int, int, int,
 def random_box(width: int, height: int, *, min_scale: float, draws: list[float]) -> tuple[int, int, int, int]:
     """Return (left, top, width, height) of a random part of a width x height image.
 
-    Area uniform in [min_scale, 1] of the image, aspect ratio log-uniform in [3/4, 4/3], position uniform;
-    boxes that do not fit are drawn again, at last the largest central box of allowed ratio is taken.
+    Area uniform in [min_scale, 1] of the image, aspect ratio log-uniform in [3/4, 4/3], position uniform. Boxes
+    that do not fit are drawn again; after the last try the largest central box of allowed ratio is taken.
 
     Args:
         draws: 4 uniform numbers in [0, 1) per try.

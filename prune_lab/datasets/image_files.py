@@ -38,8 +38,8 @@ def decode_folder_or_tar(source: Path, *, image_size: int) -> dict[str, Any]:
         image_size: the height and width S that every image must have.
 
     Raises:
-        UserError: no image in one of the splits, different classes in them, a truncated tar, or a broken
-            image; the line names the file.
+        UserError: a split without images, splits with different classes, a truncated tar, or a broken image; the
+            message names the file.
     """
     left_out: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
     entries = _folder_entries(source, left_out) if source.is_dir() else _tar_entries(source, left_out)
@@ -70,7 +70,7 @@ def _decode(content: bytes, name: str, image_size: int) -> np.ndarray:
 
 
 def _same_classes(source: Path, splits: dict[str, dict[tuple[str, str], bytes]]) -> list[str]:
-    """Return the sorted names of the classes, which must be those of both splits."""
+    """Return the sorted class names, which must be the same in both splits."""
     train, test = ({class_name for class_name, _ in splits[name]} for name in ("train", "test"))
     if not train or train != test:
         lacks = {"train": test - train, "test": train - test}
@@ -84,7 +84,7 @@ def _same_classes(source: Path, splits: dict[str, dict[tuple[str, str], bytes]])
 
 
 def _split_name(path: str, left_out: dict[str, Counter[str]]) -> tuple[str, str, str] | None:
-    """Return (split, class, file) if `path` ends like that, None for anything else in the archive."""
+    """Return (split, class, file) if `path` ends that way, None for anything else in the archive."""
     *_, split, class_name, file_name = ("", "", *path.split("/"))
     if split not in left_out:
         return None

@@ -1,4 +1,4 @@
-"""Which files of a data set count as images, and the messages on those that do not or cannot be read."""
+"""Which files of a data set count as images, and messages about files that do not or cannot be read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-"""formats that Pillow names but does not decode by itself"""
+"""formats that Pillow lists but does not decode by itself"""
 
 
 def _suffixes() -> frozenset[str]:
@@ -25,11 +25,11 @@ _NUM_SHOWN = 5
 
 
 class UnreadableImage(Exception):
-    """A file is missing, broken, or has pixels that are no colours; the text names it in one line."""
+    """A file is missing, broken, or has pixels that are not colours; the message names it in one line."""
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is no part of a data set: copies and caches of other programs."""
+    """Return whether a file or folder of this name is not part of a data set: a copy or cache of another program."""
     return name.startswith(".")
 
 
@@ -52,13 +52,13 @@ def left_out_line(counts: Mapping[str, Counter[str]]) -> str:
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first names on one line, and how many more there are."""
+    """Return the first names on one line, and the number of the rest."""
     shown = ", ".join(names[:_NUM_SHOWN])
     return shown if len(names) <= _NUM_SHOWN else f"{shown} and {len(names) - _NUM_SHOWN} more"
 
 
 def reason(error: Exception) -> str:
-    """Return an image reader's error on one line, with its type where the text alone explains little (KeyError)."""
+    """Return an image reader's error on one line, with its type if the message alone explains little (KeyError)."""
     text = " ".join(str(error).split())
     is_sentence = isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError))
     return text if text and is_sentence else f"{type(error).__name__} {text}".strip()

@@ -1,4 +1,4 @@
-"""Image folders that are read during training: ImageNet, Tiny ImageNet and any train/CLASS/*, val/CLASS/*."""
+"""Image folders read during training: ImageNet, Tiny ImageNet and any train/CLASS/*, val/CLASS/*."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def describe(config: Config) -> DatasetInfo:
 
 
 def load(config: Config, fmt: BatchFormat) -> Dataset:
-    """Return the data set, which lists the files now and reads them batch by batch.
+    """Return the data set: the files are listed now and read batch by batch.
 
     Raises:
-        UserError: folders missing or not laid out as expected, or other counts than the options state.
+        UserError: folders missing or not laid out as expected, or counts that differ from the options.
     """
     from prune_lab.datasets.folder_listing import list_splits
     from prune_lab.datasets.stream import StreamDataset

@@ -85,7 +85,7 @@ class InMemoryDataset:
         shard = splits.batch_shard(batch_size, rank=rank, world_size=world_size)
         order = splits.epoch_order(self.info.num_train, epoch=epoch, seed=seed)
         batches = order[: num_batches * batch_size].view(num_batches, batch_size)[start:]
-        # Everything random is drawn before the first batch: one transfer per epoch and no wait for the device.
+        # All random numbers are drawn before the first batch: one transfer per epoch and no wait for the device.
         starts = [
             self._windows.draw(batch, generator(seed, "augment", epoch, start + i))[shard]
             for i, batch in enumerate(batches)
@@ -117,11 +117,11 @@ class InMemoryDataset:
             yield self._normalise(images[chosen]), labels[chosen]
 
     def close(self) -> None:
-        """Nothing to release: no workers, and the memory goes with the object."""
+        """Do nothing: there are no workers, and the memory is freed with the object."""
 
     @staticmethod
     def _place(images: np.ndarray, labels: np.ndarray, fmt: BatchFormat) -> tuple[Tensor, Tensor]:
-        # Image folders come class by class; in a shuffled order the first batches represent the whole split.
+        # Image folders are sorted by class; in a shuffled order the first batches represent the whole split.
         order = splits.eval_order(len(labels)).numpy()
         images, labels = images[order], labels[order]
         pixels = torch.from_numpy(np.array(images))

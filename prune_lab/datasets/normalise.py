@@ -1,4 +1,4 @@
-"""uint8 pixels to normalised floating-point batches."""
+"""From uint8 pixels to normalised floating-point batches."""
 
 from __future__ import annotations
 

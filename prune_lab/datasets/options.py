@@ -18,7 +18,7 @@ class Config(CommonConfig):
     test_folder: str | None
     """null: test where there is one, otherwise val."""
     num_classes: Count | None
-    """null: as many as there are folders."""
+    """null: the number of folders."""
     expect_train: Count | None
     expect_test: Count | None
     check_counts: bool
@@ -32,7 +32,7 @@ class Config(CommonConfig):
     cached_side: Count | None
     """Shorter side of the resized copies that batches are cut from; null: from the files themselves."""
     cache_dir: FilePath
-    """Where these copies are kept."""
+    """Folder of these copies."""
 
     def check(self, path: str) -> None:
         super().check(path)

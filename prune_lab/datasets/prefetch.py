@@ -1,4 +1,4 @@
-"""Batches on the training device, on a GPU copied while the step before is computed."""
+"""Batches on the training device; on a GPU they are copied while the previous step is computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Batch = tuple[Tensor, ...]
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Yield `batches` in order with their tensors on `device`.
 
-    With CUDA one batch is fetched and copied ahead on a stream of its own. The copy overlaps with computing if the
+    With CUDA one batch is fetched and copied ahead on a separate stream. The copy overlaps with computation if the
     tensors are in pinned memory.
     """
     if device.type != "cuda":
@@ -34,7 +34,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 
 
 def _handed_over(batch: Batch, arrived: torch.cuda.Event) -> Batch:
-    """Return `batch` once the current stream waits for it and its memory is kept until it is used."""
+    """Make the current stream wait for `batch` and keep its memory until that stream has used it; return it."""
     current = torch.cuda.current_stream(batch[0].device)
     current.wait_event(arrived)
     for tensor in batch:

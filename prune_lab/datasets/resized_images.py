@@ -1,4 +1,4 @@
-"""Images of a folder, resized once: uint8 pixels in one memory-mapped file, an index beside it."""
+"""Images of a folder, resized once: uint8 pixels in one memory-mapped file, with an index beside it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class ResizedImages:
         return self._pixels[offset : offset + 3 * height * width].reshape(height, width, 3)
 
     def fault(self) -> str | None:
-        """Return what is wrong with the files: their size, or pixels of a few images; None: nothing was found."""
+        """Return the fault of the files, in their size or in the pixels of a few images; None: none was found."""
         offset, height, width, _ = self._index[-1].tolist()
         expected, found = offset + 3 * height * width, self._path.stat().st_size
         if found != expected:
@@ -73,12 +73,12 @@ class ResizedImages:
 
 
 def open_resized(listing: Listing, *, side: int, cache_dir: Path, name: str, workers: int) -> ResizedImages:
-    """Return the images of `listing`, which are decoded only if `cache_dir` has no sound copy.
+    """Return the images of `listing`, which are decoded only if `cache_dir` has no intact copy.
 
     Args:
         side: pixels of the shorter side after resizing; smaller images are kept as they are.
-        name: readable beginning of the entry's folder name; names, sizes and times of the files make the rest.
-        workers: processes that decode. Other processes that want the same entry wait for the first one.
+        name: readable beginning of the entry's folder name; the rest follows from names, sizes and times of the files.
+        workers: processes that decode. Other processes that need the same entry wait for the first one.
 
     Raises:
         UserError: an image cannot be read, the disk is too small, or `cache_dir` cannot be written.
@@ -131,7 +131,7 @@ def _write(entry: Path, listing: Listing, side: int, workers: int) -> None:
         _reserve(folder / _PIXELS, int(ends[-1]), side, len(listing.labels))
         index[:, CHECKSUM] = _collect(partial(_store, listing, index, folder / _PIXELS), requests, workers)
         with open(folder / _PIXELS, "rb+") as file:
-            os.fsync(file.fileno())  # what the workers wrote is on the disk before the entry gets its name
+            os.fsync(file.fileno())  # the workers' data reach the disk before the entry gets its name
         np.save(folder / _INDEX, index)
         meta: dict[str, Any] = {"format": _FORMAT, "side": side, "images": len(index), "bytes": int(ends[-1])}
         meta["index_sha256"] = hashlib.sha256(index.data).hexdigest()
@@ -139,10 +139,10 @@ def _write(entry: Path, listing: Listing, side: int, workers: int) -> None:
 
 
 def _reserve(path: Path, size: int, side: int, num_images: int) -> None:
-    """Make the file, after saying what it takes.
+    """Create the file, after reporting its size.
 
     Raises:
-        UserError: the disk has less space left.
+        UserError: the disk has too little free space.
     """
     entry = path.parent.with_suffix("")
     free = shutil.disk_usage(path.parent).free
@@ -155,7 +155,7 @@ def _reserve(path: Path, size: int, side: int, num_images: int) -> None:
 
 
 def _collect(answer: partial, requests: list[np.ndarray], workers: int) -> np.ndarray:
-    """Return the rows of all answers, from processes that end with it."""
+    """Return the rows of all answers, computed by processes that end with this call."""
     rows = []
     with closing(WorkerPool(answer, workers=workers)) as pool:
         for found in pool.map(requests):
@@ -166,7 +166,7 @@ def _collect(answer: partial, requests: list[np.ndarray], workers: int) -> np.nd
 
 
 def _shapes(listing: Listing, side: int, indices: np.ndarray) -> np.ndarray | str:
-    """Return height and width of images after resizing, from the files' headers, or which file is broken."""
+    """Return height and width of images after resizing, from the files' headers, or a message on a broken file."""
     shapes = np.empty((len(indices), 2), dtype=np.int64)
     for row, index in zip(shapes, indices.tolist(), strict=True):
         try:
@@ -181,7 +181,7 @@ def _shapes(listing: Listing, side: int, indices: np.ndarray) -> np.ndarray | st
 
 
 def _store(listing: Listing, index: np.ndarray, path: Path, indices: np.ndarray) -> np.ndarray | str:
-    """Write the pixels of images to their places and return their checksums, or in one line what went wrong."""
+    """Write the pixels of images to their offsets and return their checksums, or a message on the failure."""
     checksums = np.empty(len(indices), dtype=np.int64)
     try:
         with open(path, "rb+") as file:

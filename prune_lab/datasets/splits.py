@@ -1,4 +1,4 @@
-"""Which image goes where: held-out images, order of an epoch, shards of ranks. No images here."""
+"""Assignment of images: held-out images, order of an epoch, shards of ranks. No images here."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def epoch_order(num_images: int, *, epoch: int, seed: int) -> Tensor:
 
 
 def count_batches(num_images: int, batch_size: int) -> int:
-    """Return the full batches of an epoch.
+    """Return the number of full batches in an epoch.
 
     Raises:
         UserError: not even one batch is full.

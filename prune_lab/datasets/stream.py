@@ -1,4 +1,4 @@
-"""Data sets too large for memory: worker processes read, crop and resize, the training device normalises."""
+"""Data sets too large for memory: worker processes read, crop and resize; the training device normalises."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 
 
 PIECE = 64
-"""Images per request to a worker. Workers share a large batch, so that the first one of an epoch comes sooner and
+"""Images per request to a worker. Workers share a large batch, so that the first one of an epoch arrives sooner and
 less memory is in flight."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A batch, or a piece of one, that a worker is to make."""
+    """A batch, or part of one, for a worker to prepare."""
 
     split: str
     """train or test"""
     indices: np.ndarray
-    """int64 [b] into the split's listing. NumPy, because tensors would travel through shared-memory files."""
+    """int64 [b] into the split's listing. NumPy, because tensors would be passed through shared-memory files."""
     draw: tuple[int, int] | None
-    """(seed, epoch) of the random crops; None cuts the centre"""
+    """(seed, epoch) of the random crops; None: central crops"""
 
 
 class StreamDataset:
-    """Batches read from image files, or from their copy in smaller size (`dataset.cached_side`).
+    """Batches read from image files, or from resized copies (`dataset.cached_side`).
 
     The random crop of an image is drawn from (seed, epoch, image). It depends neither on the number of
     workers nor on rank or batch.
@@ -118,7 +118,7 @@ class StreamDataset:
 
 
 class _Reader:
-    """Makes batches: uint8 [b, S, S, 3], labels int64 [b], message ("" if all went well)."""
+    """Makes batches: uint8 [b, S, S, 3], labels int64 [b], error message ("" if there is none)."""
 
     def __init__(self, config: Config, listings: dict[str, Listing]) -> None:
         self._config, self._listings = config, listings
@@ -165,9 +165,9 @@ class _Reader:
 
 
 def _require_readable(listing: Listing) -> None:
-    """Raise UserError if the header of a class's first image shows already that it cannot be read.
+    """Raise UserError if the header of a class's first image shows that it cannot be read.
 
-    Folders are mostly of one kind: this names floating-point images before the training, not in its first batch.
+    Most folders hold one kind of image: this reports floating-point images before training, not in its first batch.
     """
     for index in np.unique(listing.labels, return_index=True)[1].tolist():
         try:

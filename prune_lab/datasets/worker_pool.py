@@ -14,11 +14,11 @@ import torch
 from prune_lab.foundations import locks
 
 _GRACE_S = 20
-"""seconds that a worker works on after a signal to end"""
+"""seconds that a worker continues after a termination signal"""
 
 
 def num_usable_cores() -> int:
-    """Return the cores that this process may use; processes that torchrun started on this machine share them."""
+    """Return the number of cores this process may use; processes started by torchrun on this machine share them."""
     num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, num_cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
@@ -27,9 +27,9 @@ class WorkerPool:
     """Answers requests ahead of their use, two per worker.
 
     Args:
-        answer: called in a worker with one request; what it raises ends the iteration with a traceback.
-        workers: processes, at most one per core; 0: answers are made in this process when they are needed.
-        pin_memory: put tensors of the answers where a GPU can fetch them by itself.
+        answer: called in a worker with one request; an exception ends the iteration with a traceback.
+        workers: processes, at most one per core; 0: answers are computed in this process when they are needed.
+        pin_memory: put tensors of the answers into pinned memory, which a GPU can read directly.
     """
 
     def __init__(self, answer: Callable[[Any], Any], *, workers: int, pin_memory: bool = False) -> None:
@@ -38,14 +38,14 @@ class WorkerPool:
         self._kept = self._loader(keep=True)
         self._is_busy = False
         self._running: weakref.WeakSet[Generator[Any, None, None]] = weakref.WeakSet()
-        # At exit Python ends the workers by a signal, which they leave to the training: they are to be gone before.
+        # At exit Python sends the workers a signal, which they leave to the training process: end them before that.
         atexit.register(_close, weakref.ref(self))
 
     def map(self, requests: Sequence[Any]) -> Generator[Any, None, None]:
         """Return the answers to `requests`, in order.
 
         The workers start with the first request and stay for later calls. An iteration that begins before another one
-        has ended gets workers of its own.
+        has ended gets its own workers.
         """
         answers = self._answers(requests)
         self._running.add(answers)
@@ -78,12 +78,12 @@ class WorkerPool:
             num_workers=self._num_workers,
             pin_memory=self._pin_memory,
             persistent_workers=keep and self._num_workers > 0,
-            generator=torch.Generator(),  # every loader draws a number, which would move torch's global generator
+            generator=torch.Generator(),  # every loader draws a number, which would advance torch's global generator
         )
 
 
 class _Requests:
-    """What a loader takes for batches of indices; other ones for every iteration."""
+    """Stands in for a loader's batches of indices; replaced for every iteration."""
 
     def __init__(self) -> None:
         self.current: Sequence[Any] = ()
@@ -120,12 +120,12 @@ def _close(pool: weakref.ref[WorkerPool]) -> None:
 
 
 def _leave_to_the_training(_worker: int) -> None:
-    """Hold no locks of the training process, and continue when all processes of a job get a signal.
+    """Drop the training process's locks, and continue when all processes of a job receive a signal.
 
-    The training process may need more answers to end well.
+    The training process may need more answers to end cleanly.
 
-    Workers end when their pool is closed and soon after the death of the process that started them; the alarm is for
-    the case that a worker itself was meant.
+    Workers end when their pool is closed and soon after the process that started them dies. The alarm covers a signal
+    meant for the worker itself.
     """
     locks.leave_to_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
