@@ -1,1 +1,1 @@
-"""Layers, what of them may be pruned, and what they cost in parameters and MACs; counted nowhere else."""
+"""Layers, their eligibility for pruning, and their cost in parameters and MACs; counted nowhere else."""

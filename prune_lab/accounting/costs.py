@@ -33,7 +33,7 @@ class LayerCost:
     weights: int
     positions: int
     computed: str = ""
-    """why a mask on the parameter would not act on the products that are counted; empty if it does"""
+    """why a mask on the parameter would not affect the counted products; empty if it does"""
 
     @property
     def macs(self) -> int:
@@ -44,8 +44,8 @@ def profile(model: nn.Module, image_size: int, *, channels: int = 3) -> list[Lay
     """Return the cost of every conv and linear layer that a forward pass uses, in the order of first use.
 
     One image passes through a copy of the model without memory or arithmetic ("meta" device). A layer used twice counts
-    twice; a weight shared by two layers is one entry. Weights count too that are used without calling their
-    layer, as in torchvision's attention. So do kernels that are computed in the pass, such as mixtures.
+    twice; a weight shared by two layers is one entry. Weights used without calling their layer, as in torchvision's
+    attention, count too. So do kernels that are computed in the pass, such as mixtures.
     """
     from prune_lab.accounting.weight_use import observe  # its file subclasses a mode of torch
 
@@ -58,7 +58,7 @@ def profile(model: nn.Module, image_size: int, *, channels: int = 3) -> list[Lay
         positions, rest = divmod(macs, math.prod(shape))
         computed = uses.computed.get(name, "")
         costs.append(LayerCost(name, path, kind, shape, math.prod(shape), positions, computed))
-        if rest:  # parts of the weight are used differently often
+        if rest:  # parts of the weight are used an unequal number of times
             costs.append(LayerCost(name, f"{path} (further use of a part)", kind, (rest,), rest, 1, computed))
     return costs
 
@@ -68,9 +68,9 @@ def dense_macs(costs: Sequence[LayerCost]) -> int:
 
 
 def macs_without_weight(model: nn.Module, image_size: int) -> int:
-    """Return the MACs per image of matrix products that no weight enters, which no other figure here counts.
+    """Return the MACs per image of matrix products without a weight, which no other figure here counts.
 
-    Those are attention, and layers whose matrix another layer mixes for each image (timm's CondLinear).
+    These are attention, and layers whose matrix another layer mixes for each image (timm's CondLinear).
     """
     from prune_lab.accounting.weight_use import observe
 
@@ -78,7 +78,7 @@ def macs_without_weight(model: nn.Module, image_size: int) -> int:
 
 
 def computed_note(costs: Sequence[LayerCost]) -> str | None:
-    """Return one line on the layers in which no mask acts on the weight that is used; None: there are none."""
+    """Return one line on the layers in which no mask affects the weight in use; None: there are none."""
     computed = [cost for cost in costs if cost.computed]
     if not computed:
         return None
@@ -88,12 +88,12 @@ def computed_note(costs: Sequence[LayerCost]) -> str | None:
 
 
 def sparse_macs(costs: Sequence[LayerCost], kept: Mapping[str, int]) -> int:
-    """Return MACs per image when the parameters in `kept` keep so many weights and all others are dense."""
+    """Return MACs per image when `kept` gives the number of weights left per parameter and all others are dense."""
     return sum(kept.get(cost.parameter, cost.weights) * cost.positions for cost in costs)
 
 
 def masked_macs(costs: Sequence[LayerCost], kept: DeviceCounts) -> int | Tensor:
-    """Return `sparse_macs` of kept weights that may still be on the device; a tensor if some are."""
+    """Return `sparse_macs` for kept weights that may still be on the device; a tensor if some are."""
     positions: Counter[str] = Counter()
     for cost in costs:
         positions[cost.parameter] += cost.positions
@@ -108,7 +108,7 @@ def count_parameters(model: nn.Module) -> int:
 def layer_table(
     layers: Sequence[Layer], costs: Sequence[LayerCost], kept: Mapping[str, int] | None
 ) -> list[dict[str, Any]]:
-    """Return one row per layer, so that MACs add up to the totals.
+    """Return one row per layer; their MACs add up to the totals.
 
     Weights of other modules that cost MACs (packed attention projections) follow the layers of `layers`.
 

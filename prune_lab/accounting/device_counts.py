@@ -1,4 +1,4 @@
-"""Whole numbers that the device works out and the host reads late, because every reading stalls a GPU."""
+"""Whole numbers that the device computes and the host reads late, because every reading stalls a GPU."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 class DeviceCounts:
-    """Whole numbers by name, exact; what only the device knows of them is read when asked for, all at once."""
+    """Whole numbers by name, exact; those still on the device are read on request, all at once."""
 
     def __init__(self, numbers: Mapping[str, int | Tensor]) -> None:
-        """Take the first numbers; tensors are int64 without dimensions."""
+        """Set the initial numbers; tensors are int64 without dimensions."""
         self._known = dict.fromkeys(numbers, 0)
-        self._unknown: dict[str, Tensor] = {}  # to be added: only what comes between two readings must fit into 64 bits
+        self._unknown: dict[str, Tensor] = {}  # to be added: only sums between two readings must fit into 64 bits
         self.add(numbers)
 
     @property
@@ -33,7 +33,7 @@ class DeviceCounts:
                 self._known[name] += number
 
     def read(self) -> dict[str, int]:
-        """Return the numbers; the host waits for the device if something was added there since the last reading."""
+        """Return the numbers; the host waits for the device if it has added any since the last reading."""
         if self._unknown:
             values = torch.stack(list(self._unknown.values())).tolist()
             added, self._unknown = dict(zip(self._unknown, values, strict=True)), {}
@@ -41,7 +41,7 @@ class DeviceCounts:
         return dict(self._known)
 
     def weighted_sum(self, factors: Mapping[str, int]) -> int | Tensor:
-        """Return the sum of all numbers times their factors, as a tensor if something was not read yet."""
+        """Return the sum of all numbers times their factors, as a tensor if any has not been read yet."""
         known = sum(number * factors[name] for name, number in self._known.items())
         if not self._unknown:
             return known

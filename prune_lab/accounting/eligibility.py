@@ -1,4 +1,4 @@
-"""Which weights may be pruned, and why the others may not."""
+"""Which weights may be pruned, and the reasons why others may not."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Layer:
 
 
 def layer_kind(module: nn.Module) -> str | None:
-    """Return the kind of a layer with weights that MACs are counted for, None for every other module."""
+    """Return the kind of a layer whose MACs are counted, None for every other module."""
     if isinstance(module, torch.nn.Linear):
         return "linear"
     if not isinstance(module, torch.nn.Conv2d):
@@ -68,7 +68,7 @@ def select_layers(
         include: patterns (* and ?) of module paths to prune although they are dense by default (depthwise).
         exclude: patterns of module paths to keep dense; wins over include.
         dense_first: keep the first layer dense and out of the budget.
-        grouped: keep layers dense whose input channels do not come in the groups of 2:4 sparsity.
+        grouped: keep layers dense whose input channels cannot be divided into the groups of 2:4 sparsity.
 
     Raises:
         UserError: a pattern matches no layer, or nothing is left to prune.
@@ -83,7 +83,7 @@ def select_layers(
     path_of = {id(parameter): path for path, parameter in model.named_parameters()}  # one path per shared weight
     layers, seen = [], set()
     for index, (name, module) in enumerate(found):
-        weight = module.weight  # a parametrization computes it anew each time it is asked for
+        weight = module.weight  # a parametrization recomputes it on each access
         path = path_of.get(id(weight), weight_path(name))
         if path in seen:
             continue
@@ -104,14 +104,14 @@ def sparsity(layers: Sequence[Layer], kept: Mapping[str, int]) -> float:
     """Return the fraction of zeros among the weights of the eligible layers.
 
     Args:
-        kept: weights left per parameter under a mask; all are where a parameter is missing.
+        kept: weights left per parameter under a mask; a missing parameter keeps all.
     """
     eligible = [layer for layer in layers if layer.eligible]
     return 1 - sum(kept.get(layer.parameter, layer.size) for layer in eligible) / sum(layer.size for layer in eligible)
 
 
 def reshaped(layers: Sequence[Layer], model: nn.Module) -> list[Layer]:
-    """Return the layers with the shapes that they have in `model`, the same network with fewer channels."""
+    """Return the layers with their shapes in `model`, the same network with fewer channels."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     return [replace(layer, shape=shapes.get(layer.parameter, layer.shape)) for layer in layers]
 
@@ -138,5 +138,5 @@ GROUP = 4
 
 
 def has_groups(shape: tuple[int, ...]) -> bool:
-    """Return whether the input channels of a weight come in groups of four."""
+    """Return whether the input channels of a weight divide into groups of four."""
     return len(shape) >= 2 and shape[1] % GROUP == 0

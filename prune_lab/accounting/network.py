@@ -1,4 +1,4 @@
-"""A network as the parts of methods see it: its modules, its layers and what they cost, without the run around it."""
+"""A network as the parts of methods see it: its modules, its layers and their cost, without the surrounding run."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class TrainingCost:
         return self.forward / self.images if self.images else None
 
     def add(self, images: int, forward: int | Tensor, dense_gradient: int | None = None) -> None:
-        """Add one step; a number that is still on the device is read when the sums are asked for.
+        """Add one step; a number that is still on the device is read with the sums.
 
         Args:
             images: images of the step over all processes.
@@ -71,9 +71,9 @@ def planned_training_macs(
     """Return the MACs of a training phase whose masks are known beforehand.
 
     Args:
-        first_step, last_step: the phase does the steps from `first_step` up to `last_step` - 1 of its schedule.
+        first_step, last_step: the phase runs the steps from `first_step` up to `last_step` - 1 of its schedule.
         layout: (first step, kept weights per parameter) in order, as from Method.layout.
-        dense_steps: the steps that need gradients of pruned weights, rising.
+        dense_steps: the steps that need gradients of pruned weights, ascending.
     """
     cost, dense = TrainingCost(), dense_macs(costs)
     starts = [min(max(start, first_step), last_step) for start, _ in layout] + [last_step]
@@ -86,7 +86,7 @@ def planned_training_macs(
 
 
 def rigl_training_ratio(sparse: int, dense: int, interval: int) -> float:
-    """Return RigL's training cost over dense training by its paper's formula, which has updates until the end.
+    """Return RigL's training cost over dense training by its paper's formula, which assumes updates until the end.
 
     Source: Evci et al. 2020, appendix H, arXiv 1911.11134: (3 f_S dT + 2 f_S + f_D) / (3 f_D (dT + 1)).
     """
@@ -94,9 +94,9 @@ def rigl_training_ratio(sparse: int, dense: int, interval: int) -> float:
 
 
 def training_macs(config: RunConfig, forward: int, steps_per_epoch: int) -> int:
-    """Return the MACs of training a network that never changes once over the schedule's train phase.
+    """Return the MACs of training a fixed network once over the schedule's train phase.
 
-    The phase has its length as configured, also where method.match_by=epochs has stretched it.
+    The phase has its configured length, even if method.match_by=epochs has stretched it.
 
     Args:
         forward: MACs per image of the network, dense or masked; a training step costs 3 times as much.

@@ -1,6 +1,6 @@
-"""How a forward pass uses the weights of a network: in which products, how often, and as they are or computed anew.
+"""How a forward pass uses the weights of a network: in which products, how often, and directly or recomputed.
 
-A mask on a parameter acts only where the parameter itself is passed to the convolution or matrix product. Weight
+A mask on a parameter acts only if the parameter itself is passed to the convolution or matrix product. Weight
 standardisation, parametrizations and mixtures of kernels compute another tensor from it, which no mask reaches.
 """
 
@@ -29,7 +29,7 @@ _OPERANDS = {
 }  # fmt: skip
 """operator -> its arguments that may be a weight, the likelier one first"""
 _WITH_VECTOR = {aten.mv.default, aten.addmv.default, aten.dot.default}
-"""of a weight with a fixed vector they only estimate its norm"""
+"""with a fixed vector they only estimate the norm of a weight"""
 _COPIES = {aten.clone.default, aten._to_copy.default}
 """operators whose result has the zeros of the parameter they read, like a view of it"""
 COMPUTED = "its weight is computed anew in each pass, a mask on the parameter would not reach it"
@@ -38,7 +38,7 @@ PARTS = "parts of its weight are used differently often, its MACs under a mask a
 
 @dataclass
 class WeightUses:
-    """What one image does with the weights of a network, in order of first use."""
+    """How one image uses the weights of a network, in order of first use."""
 
     macs: dict[str, int] = field(default_factory=dict)
     """parameter path, or a name for a kernel that is larger or smaller than it -> multiply-accumulates"""
@@ -51,7 +51,7 @@ class WeightUses:
 
 
 def computed_weights(model: nn.Module, image_size: int, *, channels: int = 3) -> dict[str, str]:
-    """Return the modules that do not hand their own parameter to the convolution or matrix product, each with a reason.
+    """Return the modules that do not pass their own parameter to the convolution or matrix product, with reasons.
 
     Views and copies of the parameter (transposed, reshaped, a part of a packed projection) are the parameter.
 
@@ -64,9 +64,9 @@ def computed_weights(model: nn.Module, image_size: int, *, channels: int = 3) ->
 def observe(model: nn.Module, image_size: int, *, channels: int = 3) -> WeightUses:
     """Return how one image of `image_size` px uses the weights of `model`.
 
-    The image passes through a copy of the model without memory or arithmetic ("meta" device). Counted are all
-    convolutions, and matrix products with an operand that is a parameter or is computed from parameters alone. Products
-    of two activations are counted apart: those of attention, and those with a matrix that a layer made of the image.
+    The image passes through a copy of the model without memory or arithmetic ("meta" device). All convolutions count,
+    and matrix products with an operand that is a parameter or is computed from parameters alone. Products of two
+    activations are counted separately: those of attention, and those with a matrix computed from the image.
     """
     ghost = meta_copy(model)
     precision = next((parameter.dtype for parameter in ghost.parameters()), torch.float32)
@@ -92,10 +92,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a tensor was computed from."""
+    """The sources from which a tensor was computed."""
 
     image: bool
-    """whether the image had a part in it"""
+    """whether the image is among them"""
     parameters: frozenset[str]
     """parameters that entered by themselves, not through a convolution or matrix product"""
 
@@ -110,7 +110,7 @@ class _Watch(TorchDispatchMode):
         paths = {id(parameter): path for path, parameter in self._parameters.items()}
         self._owners = {_storage(parameter): path for path, parameter in self._parameters.items()}
         self._origins = {_storage(image): _Origin(True, frozenset())}
-        self._alive: list[Tensor] = []  # another tensor could take the place of one that is freed
+        self._alive: list[Tensor] = []  # a new tensor could reuse the storage of a freed one
         self._running: list[tuple[str, nn.Module, int]] = []
         self._num_products = 0
         self._called: dict[str, None] = {}
@@ -147,7 +147,7 @@ class _Watch(TorchDispatchMode):
             return
         path = self._weight_of[module]
         self._called[path] = None
-        if self._num_products == before and isinstance(output, Tensor):  # an operator of another library
+        if self._num_products == before and isinstance(output, Tensor):  # an operator from another library
             self._list([path])
             weight = module.get_parameter("weight")
             self._add(path, tuple(weight.shape), output.numel() * weight[0].numel())
@@ -166,7 +166,7 @@ class _Watch(TorchDispatchMode):
         return any(origin.image for tensor in read if (origin := self._origins.get(_storage(tensor))))
 
     def _follow(self, read: Iterable[Tensor], made: Iterable[Tensor], *, enters: bool) -> None:
-        """Note what an operator's results were computed from; those of constants alone are constants."""
+        """Record the sources of an operator's results; results of constants alone are constants."""
         known = [origin for tensor in read if (origin := self._origins.get(_storage(tensor)))]
         if not known:
             return
@@ -203,7 +203,7 @@ class _Watch(TorchDispatchMode):
         self._add(path, tuple(self._parameters[path].shape), macs)
 
     def _home(self, entered: frozenset[str]) -> str:
-        """Return the parameter that a computed kernel counts as: of the layer at work, or the largest in question."""
+        """Return the parameter that a computed kernel counts as: that of the running layer, else the largest source."""
         name, module, _ = self._running[-1]
         if module in self._weight_of:
             return self._weight_of[module]
@@ -231,19 +231,19 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _num_values(weight: Tensor) -> int:
-    """Return the size of a tensor without dimensions that only repeat it."""
+    """Return the number of values of a tensor, without dimensions that only repeat them."""
     return math.prod(size for size, stride in zip(weight.shape, weight.stride(), strict=True) if stride)
 
 
 def _operator_macs(func: Any, args: tuple[Any, ...], output: Tensor) -> int:
     """Return the multiply-accumulates of a convolution or matrix product."""
     second: Tensor = args[1]
-    if func is aten._trilinear.default:  # of nn.Bilinear: each weight once for every output of its kind
+    if func is aten._trilinear.default:  # from nn.Bilinear: each weight is used once per value of its output feature
         return output.numel() * second[0].numel()
-    if func is aten.addbmm.default:  # adds up over the batch
+    if func is aten.addbmm.default:  # sums over the batch
         return output.numel() * second.shape[0] * second.shape[-1]
     if func is not aten.convolution.default:
         left: Tensor = args[min(_OPERANDS[func])]
         return output.numel() * left.shape[-1]
-    image: Tensor = args[0] if args[6] else output  # of a transposed convolution the input
+    image: Tensor = args[0] if args[6] else output  # the input of a transposed convolution
     return image.numel() * second[0].numel()
