@@ -1,1 +1,1 @@
-"""Optimizers, among them those with a sparsity of their own, and learning rates."""
+"""Optimizers, including those that sparsify by themselves, and learning rates."""

@@ -16,24 +16,24 @@ class GRDA(torch.optim.Optimizer):
 
     State of each parameter: `v`, the SGD iterate, which starts as a copy of the weight; `n`, its steps; `T`, its
     threshold. Each step with gradient g: v -= lr * g, T += increment(n, lr), w = sign(v) * max(|v| - T, 0). The
-    threshold is summed up with the learning rates in force: from the closed form it would drop whenever the learning
-    rate does, and give back weights that had become zero. With c = 0 this is SGD, bit for bit.
+    threshold accumulates with the current learning rates. In the closed form it would drop whenever the learning
+    rate does, and restore weights that had become zero. With c = 0 this is SGD, bit for bit.
 
     Source: algorithm of the official code (grda_pytorch.py) of Chao et al. 2020, arXiv 2006.09358. Weights are written
     in place; n is a Python integer and T a Python float: a float32 counter would stop at 2^24 steps.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, *, c: float, mu: float) -> None:
-        """Take over `params`; weights that are changed from outside afterwards fall back to `v` in the next step.
+        """Optimize `params`; weights changed from outside afterwards revert to `v` in the next step.
 
         Args:
-            params: parameters, or groups that may have an lr, c and mu of their own.
+            params: parameters, or groups that may have their own lr, c and mu.
             lr: learning rate, at least 0.
             c: size of the threshold, at least 0.
             mu: exponent of its growth, in (0, 1].
 
         Raises:
-            ValueError: a number out of its range.
+            ValueError: a number out of range.
         """
         super().__init__(params, {"lr": lr, "c": c, "mu": mu})
 
@@ -48,7 +48,7 @@ class GRDA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one step for every parameter that has a gradient; the others count no step."""
+        """Perform one step for every parameter that has a gradient; the others count no step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -74,10 +74,10 @@ class GRDA(torch.optim.Optimizer):
         return max(state["T"] for state in self.state.values())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the state.
+        """Restore the state.
 
         Raises:
-            ValueError: v, n or T of a parameter is missing: without them the thresholds would start again from 0.
+            ValueError: v, n or T of a parameter is missing: without them the thresholds would restart from 0.
         """
         held = state_dict["state"]
         for index in (index for group in state_dict["param_groups"] for index in group["params"]):

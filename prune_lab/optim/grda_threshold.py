@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 
 def increment(step: int, lr: float, *, c: float, mu: float) -> float:
-    """Return by how much the threshold grows at `step` (from 1): c * lr^(mu + 1/2) * (step^mu - (step - 1)^mu).
+    """Return the growth of the threshold at `step` (from 1): c * lr^(mu + 1/2) * (step^mu - (step - 1)^mu).
 
     Source: official PyTorch and TensorFlow code of Chao et al. 2020, arXiv 2006.09358. With a constant learning rate
     the increments add up to the paper's c * lr^(1/2) * (step * lr)^mu.
@@ -24,7 +24,7 @@ def thresholds(rates: Iterable[float], *, c: float, mu: float) -> Iterator[float
 
 
 def steps_to_reach(threshold: float, lr: float, *, c: float, mu: float) -> float:
-    """Return after how many steps at a constant learning rate the threshold is there; infinite with c = 0."""
+    """Return the steps at a constant learning rate until the threshold is reached; infinite with c = 0."""
     scale = c * lr ** (mu + 0.5)
     try:
         return math.ceil((threshold / scale) ** (1 / mu))

@@ -1,4 +1,4 @@
-"""Group gRDA: momentum-free SGD whose weights are its iterate, shrunk group by group by a threshold that grows."""
+"""Group gRDA: momentum-free SGD whose weights are its iterate, shrunk group by group by a growing threshold."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class GroupGRDA(torch.optim.Optimizer):
     State of each grouped parameter: `a`, the SGD iterate, which starts as a copy of the weight. Steps `n` and
     threshold `T` are those of the whole network. Each step with gradients g: a -= lr g, T += increment(n, lr), but not
     beyond `cap` (see `limit`), w_G = max(0, 1 - T s_G / |a_G|) a_G. All other parameters take plain SGD steps; with
-    c = 0 all do, bit for bit. A group that is zero continues to collect the gradients that the network has there, and
-    comes back when |a_G| exceeds its threshold again.
+    c = 0 all do, bit for bit. A zero group continues to accumulate the network's gradients, and returns when |a_G|
+    exceeds its threshold again.
 
     Source: reconstruction. Accumulator and growth of the threshold: official code of the unstructured gRDA (Chao et
-    al. 2020, arXiv 2006.09358); the group soft threshold is what thresholds whole groups instead of weights.
+    al. 2020, arXiv 2006.09358). The group soft threshold extends it from single weights to whole groups.
     """
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, *, c: float, mu: float,
         rows: Mapping[nn.Parameter, Tensor], scales: Tensor,
     ) -> None:
-        """Take over `params`; grouped weights that are changed from outside fall back to `a` in the next step.
+        """Optimize `params`; grouped weights changed from outside revert to `a` in the next step.
 
         Args:
             lr: learning rate, at least 0.
@@ -52,7 +52,7 @@ class GroupGRDA(torch.optim.Optimizer):
             scales: s_G, positive, [groups].
 
         Raises:
-            ValueError: a number out of its range.
+            ValueError: a number out of range.
         """
         if not lr >= 0 or not c >= 0 or not 0 < mu <= 1:
             raise ValueError(f"lr and c must be at least 0 and mu in (0, 1], got lr={lr}, c={c}, mu={mu}")
@@ -67,7 +67,7 @@ class GroupGRDA(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Do one step for every parameter that has a gradient; the threshold grows for all groups."""
+        """Perform one step for every parameter that has a gradient; the threshold grows for all groups."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -88,7 +88,7 @@ class GroupGRDA(torch.optim.Optimizer):
             torch.mul(self.state[parameter]["a"], as_rows(factor, parameter), out=parameter)
 
     def limit(self, cap: float) -> None:
-        """Let the threshold grow to `cap` at most; it never falls."""
+        """Let the threshold grow to `cap` at most; it never decreases."""
         self.param_groups[0]["cap"] = cap
 
     @property
@@ -101,11 +101,11 @@ class GroupGRDA(torch.optim.Optimizer):
         return self._rows.norms([self.state[parameter]["a"] for parameter in self._grouped])
 
     def factors(self) -> Tensor:
-        """Return what each group of the iterate is multiplied with [groups]; 0: the group is zero."""
+        """Return the factor on each group of the iterate [groups]; 0: the group is zero."""
         return shrink_factors(self.norms(), self.threshold * self.scales)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back the state.
+        """Restore the state.
 
         Raises:
             ValueError: a of a grouped parameter, n or T is missing: the weights alone are not enough to resume.

@@ -11,15 +11,15 @@ from prune_lab.foundations.lazy import torch
 def learning_rate(schedule: PhaseSchedule, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0).
 
-    Warm-up rises linearly and reaches the peak at its end; cosine and linear fall from there to `final_lr`,
-    which the step after the last one would have.
+    Warm-up rises linearly and reaches the peak at its end; cosine and linear fall from there to `final_lr`, the
+    value for the step after the last one.
     """
     epoch = step / steps_per_epoch
     if epoch < schedule.warmup_epochs:
         # A warm-up that ends between two steps must not overshoot.
         return schedule.lr * min(1.0, (step + 1) / (schedule.warmup_epochs * steps_per_epoch))
     if schedule.policy == "step":
-        # Exact step counts: 0.1 epochs of 7 steps must not depend on how the division rounds.
+        # Exact step counts: 0.1 epochs of 7 steps must not depend on rounding in the division.
         passed = sum(step >= round(milestone * steps_per_epoch) for milestone in schedule.milestones)
         return schedule.lr * schedule.gamma**passed
     if schedule.policy == "constant":

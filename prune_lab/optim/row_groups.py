@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class RowGroups:
-    """Groups of rows of several tensors: sums over each group, and values per group brought back to the rows."""
+    """Groups of rows of several tensors: sums over each group, and values per group expanded to the rows."""
 
     def __init__(self, rows: Sequence[Tensor], num_groups: int) -> None:
         """Take the group of every row of each tensor.
@@ -24,7 +24,7 @@ class RowGroups:
         ids = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])
         self._group_of = torch.where(ids < 0, num_groups, ids)
         counts = torch.bincount(self._group_of, minlength=num_groups + 1)[:num_groups]
-        # A gathered table instead of index_add_, whose order of adding is left to chance on a GPU: processes that
+        # A gathered table instead of index_add_, whose order of additions is not deterministic on a GPU: processes that
         # disagreed about the last bit of a norm would disagree about which groups are zero.
         self._places = torch.full((num_groups, int(counts.max()) if num_groups else 0), len(ids))
         order = self._group_of.argsort(stable=True)[: int(counts.sum())]
@@ -49,7 +49,7 @@ class RowGroups:
         return self.sums([_row_norms(tensor).square() for tensor in tensors]).sqrt()
 
     def spread(self, values: Tensor, *, outside: float) -> tuple[Tensor, ...]:
-        """Return for each tensor the values of its rows' groups [rows].
+        """Return for each tensor the value of each row's group [rows].
 
         Args:
             values: [groups].
