@@ -1,4 +1,4 @@
-"""The card of a method: its paper, its options there, and where the code departs from it."""
+"""The card of a method: its paper, where it acts, its cost, and how the code differs from the official one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """What a user should know about a method; `prune-lab list methods` prints it."""
+    """Facts about a method for its users; `prune-lab list methods` prints them."""
 
     summary: str
     """one line: what is pruned, when, by which rule"""

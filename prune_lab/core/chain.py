@@ -1,4 +1,4 @@
-"""The phases of a run in order: where in the schedule each of them lies, and what it starts from. Imports no torch."""
+"""The phases of a run in order: the position of each in the schedule, and its starting point. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prune_lab.core.phase_result import PhaseResult
 @dataclass(frozen=True)
 class PlannedPhase:
     phase: Phase
-    """`begin` and `end` are places in `schedule`"""
+    """`begin` and `end` are positions in `schedule`"""
     key: str
     schedule: PhaseSchedule | None
     """with the multiplier applied"""
@@ -39,7 +39,7 @@ class PlannedPhase:
 
     @property
     def length(self) -> str:
-        """The training's length as text, empty for a phase without one."""
+        """The length of the training as text, empty for a phase without training."""
         if self.schedule is None or self.epochs == 0:
             return ""
         if self.epochs is not None:

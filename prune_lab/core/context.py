@@ -1,4 +1,4 @@
-"""What a method sees of the run it works in: the model, its masks, its optimizer, the clock and the cost."""
+"""A method's view of its run: the model, its masks, its optimizer, the schedule and the cost."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Context(LayeredNetwork):
-    """One phase at work. Methods read all of it and change `model` and masks only through the functions below."""
+    """A running phase. Methods read all of it and change `model` and masks only through the functions below."""
 
     phase: str
     seed: int
@@ -34,7 +34,7 @@ class Context(LayeredNetwork):
     """optimizer steps of the phase's schedule, 0 for a phase without training"""
     steps_per_epoch: int
     first_step: int = 0
-    """step of the schedule with which the phase starts"""
+    """step of the schedule at which the phase starts"""
     last_step: int | None = None
     """step of the schedule before which the phase ends; None: `total_steps`"""
     schedule: PhaseSchedule | None = None
@@ -44,27 +44,27 @@ class Context(LayeredNetwork):
     origin: PhaseResult | None = None
     """result of the earlier phase that the chain names as origin"""
     optimizer_state: dict[str, Any] | None = None
-    """state with which the optimizer of the next phase starts; None: anew"""
+    """initial state of the next phase's optimizer; None: fresh"""
     dataset: Any = None
     """the training images, for methods that score weights on them (see images.batches)"""
     fresh_model: Callable[[str], nn.Module] | None = None
-    """returns the network initialised anew, drawn from the seed and the given key"""
+    """returns the network with fresh initial weights, drawn from the seed and the given key"""
     poll: Callable[[], None] = lambda: None
-    """to be called now and then in long work outside of the training loop: stops the run if a signal asked for it"""
+    """to be called regularly in long work outside the training loop: stops the run if a signal requested it"""
     validating: bool = False
-    """True in a dry run: repeated work is done once, results do not count"""
+    """True in a dry run: repeated work is done once, and its results are discarded"""
     widths: dict[str, list[int]] | None = None
     """sizes of a network whose channels were removed (see surgery.Widths); None: as its options build it"""
     removes_channels: bool = False
     """True: masks represent channels until a phase of the chain has removed them"""
     masks: MaskSet | None = None
     history: MaskHistory | None = None
-    """where the masks have been in this phase"""
+    """history of the masks in this phase"""
     optimizer: torch.optim.Optimizer | None = None
     cost: TrainingCost = field(default_factory=TrainingCost)
     report: Callable[[str], None] = lambda text: None
     amp_scaled: bool = False
-    """True under fp16, where a gradient may overflow and the step is then skipped"""
+    """True under fp16, where a gradient may overflow, which skips the step"""
 
     def __post_init__(self) -> None:
         self._named: tuple[nn.Module, Mapping[str, nn.Parameter]] | None = None
@@ -74,17 +74,17 @@ class Context(LayeredNetwork):
 
     @property
     def network(self) -> Network:
-        """What parts of methods need of a run: the network, its layers and their costs."""
+        """The part of a run that components of methods need: the network, its layers and their costs."""
         return Network(self.model, self.layers, self.costs, self.dataset.info.image_size)
 
     @property
     def forward_macs(self) -> int:
-        """MACs per image of the network as it was masked at the last `commit`."""
+        """MACs per image of the network under the masks of the last `commit`."""
         self._macs = int(self.forward_macs_without_waiting())
         return self._macs
 
     def forward_macs_without_waiting(self) -> int | Tensor:
-        """Return `forward_macs`, as an int64 tensor on the device where the host would have to wait for the number."""
+        """Return `forward_macs`, as an int64 tensor on the device if the host would have to wait for the number."""
         if self._macs is None:
             self._macs = self.dense_macs if self.masks is None else masked_macs(self.costs, self.masks.kept)
         return self._macs
@@ -97,13 +97,13 @@ class Context(LayeredNetwork):
         return sparsity(self.layers, self.masks.counts())
 
     def mask_figures(self) -> dict[str, float]:
-        """Return a record's figures on the masks: sparsity, where there is one, and their history."""
+        """Return the figures on the masks for a record: sparsity, if defined, and their history."""
         assert self.masks is not None and self.history is not None
         sparsity, figures = self.sparsity, self.history.figures(self.masks.masks)
         return figures if sparsity is None else {"sparsity": sparsity} | figures
 
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Return the network's parameters by path; looked up once, because finding them means a walk over modules."""
+        """Return the network's parameters by path; cached, because finding them walks over all modules."""
         if self._named is None or self._named[0] is not self.model:
             self._named = self.model, MappingProxyType(dict(self.model.named_parameters()))
         return self._named[1]
@@ -119,11 +119,11 @@ class Context(LayeredNetwork):
         self.commit()
 
     def unmask(self) -> None:
-        """Go on without masks, in the network as it is now."""
+        """Continue without masks, with the network's current weights."""
         self.masks = self.history = self._macs = None
 
     def commit(self, *, compare: bool = True) -> None:
-        """Make changed masks count: weights zeroed, cost recounted, history noted, processes compared.
+        """Apply changed masks: zero weights, recount the cost, record the history, compare processes.
 
         Args:
             compare: False for masks that change in every step, where comparing would take longer than the step.

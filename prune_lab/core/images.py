@@ -1,4 +1,4 @@
-"""Minibatches of training images for measurements outside of the training loop."""
+"""Minibatches of training images for measurements outside the training loop."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ if TYPE_CHECKING:
 
 
 class DrawnImages:
-    """Training images drawn from the seed, the phase and a key of their own; the same on every process."""
+    """Training images drawn from the seed, the phase and their own key; the same on every process."""
 
     def __init__(self, context: Context, layer: str, *, augment: bool) -> None:
-        """Take `layer` as part of the key of every draw.
+        """Make `layer` part of the key of every draw.
 
         Args:
-            augment: crops and flips of training; False: images as for evaluation.
+            augment: crops and flips as in training; False: images as for evaluation.
         """
         self.context, self._layer, self._augment = context, layer, augment
 
     def positions(self, key: str, count: int) -> Tensor:
-        """Return `count` different positions in the training set, or all of it in random order if it has no more."""
+        """Return `count` distinct positions in the training set, or all in random order if it has no more."""
         order = torch.randperm(
             self.context.dataset.info.num_train, generator=self.context.generator(key, self._layer)
         )
         return order[:count]
 
     def read(self, key: str, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels) at each of `batches` of positions."""
+        """Yield (images, labels) for each batch of positions."""
         seed = stable_hash(self.context.seed, key, self._layer) if self._augment else None
         for images, labels in self.context.dataset.train_subset(list(batches), augment_seed=seed):
             self.context.poll()
@@ -43,7 +43,7 @@ class DrawnImages:
     def stream(
         self, key: str, batch: int, *, fresh: bool, count: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield minibatches, `count` of them or without end: epoch after epoch in random order, or always the first."""
+        """Yield `count` minibatches, or an endless stream: epochs in random order, or always the first one."""
         num_train = self.context.dataset.info.num_train
         batch, done = min(batch, num_train), 0
         for round_number in range(1 << 62):
@@ -60,7 +60,7 @@ class DrawnImages:
 
 
 def evenly(available: int, wanted: int) -> Tensor:
-    """Return positions evenly spread over `available`, all of them if no more are there."""
+    """Return `wanted` positions evenly spread over `available`, or all if there are no more."""
     wanted = min(wanted, available)
     return torch.arange(wanted) * available // wanted
 
@@ -82,11 +82,11 @@ def batches(
     The images are drawn from the seed, the same on every process and in every call.
 
     Args:
-        batch_size: most images per batch.
+        batch_size: maximum number of images per batch.
         order: stratified: classes take turns, so that every batch holds equally many of each; class_sorted: class after
             class (official GraSP code); random.
-        augment: crops and flips of training, the same in every call; False: images as for evaluation.
-        rounds: this many times `per_class` images of every class, each round others, none shared by two batches.
+        augment: crops and flips as in training, the same in every call; False: images as for evaluation.
+        rounds: number of draws of `per_class` images of every class; no image is drawn twice.
 
     Raises:
         UserError: a class has fewer images.
@@ -104,7 +104,7 @@ def batches(
 
 
 def _draw(labels: Tensor, count: int, num_classes: int, source: torch.Generator) -> Tensor:
-    """Return random positions [num_classes, count] in `labels`, a row per class."""
+    """Return random positions [num_classes, count] in `labels`, one row per class."""
     rows = []
     for label in range(num_classes):
         members = (labels == label).nonzero().flatten()
@@ -131,5 +131,5 @@ def check_classes(labels: Tensor, per_class: int, num_classes: int, *, rounds: i
 
 
 def most_per_class(labels: Tensor, wanted: int, num_classes: int) -> int:
-    """Return how many images every class can give, up to `wanted`; 0 if one has none."""
+    """Return the number of images that every class can provide, up to `wanted`; 0 if a class has none."""
     return min(wanted, int(torch.bincount(labels, minlength=num_classes).min()))

@@ -1,4 +1,4 @@
-"""What a method may do: the hooks the loop and the pipeline call. Imports no torch."""
+"""The interface of a method: the hooks that the loop and the pipeline call. Imports no torch."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class MethodConfig:
     """the method's name as in method=NAME"""
 
     GOALS: ClassVar[tuple[str, ...]] = ()
-    """options each of which alone fixes how much is kept: one that is typed replaces those set by default"""
+    """options that each fix the kept amount: a typed one replaces those set by default"""
 
     @classmethod
     def absent(cls, option: str) -> str | None:
-        """Return a hint for a user who typed `option`, which the method does not have; None: nothing special."""
+        """Return a hint for a user who typed `option`, which the method does not have; None: no hint."""
         return None
 
 
@@ -50,21 +50,21 @@ class Measured:
     scores: dict[str, float]
     """loss, top1 and top5 of the network that is saved"""
     layers: dict[str, dict[str, float]]
-    """layer -> columns of its row in layers.json; macs_kept: MACs per image, the mean over the images"""
+    """layer -> columns of its row in layers.json; macs_kept: mean MACs per image"""
     figures: dict[str, float | None]
     """further keys of the summary; measured times begin with time/"""
 
 
 class Method:
-    """A method without any effect: dense training. Others override the hooks they use.
+    """A method without effect: dense training. Others override the hooks they use.
 
-    One instance lives through one phase. What must survive a checkpoint goes into `state_dict`.
+    One instance lives for one phase. State that must survive a checkpoint goes into `state_dict`.
     """
 
     Config: type = MethodConfig
     card: Card
     can_compile: bool = True
-    """False: the forward pass changes too often for torch.compile, which trainer.compile=auto then leaves out"""
+    """False: the forward pass changes too often for torch.compile, so trainer.compile=auto does not use it"""
     costs_depend_on_images: bool = False
     """True: only `measure` knows the MACs of the eligible layers"""
 
@@ -72,27 +72,27 @@ class Method:
         self.config = config
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the method's results: its options; a file counts by its content, not by its name."""
+        """Return the options that decide the method's results; a file is identified by its content, not its name."""
         return asdict(self.config)
 
     def phase_identity(self, phase: Phase) -> dict[str, Any]:
-        """Return what decides the result of one active phase, given the result of the phase before it.
+        """Return the options that decide the result of one active phase, given that of the previous phase.
 
-        A method that leaves out what a phase does not depend on lets runs with other options share it.
+        A method that omits options which do not affect a phase lets runs that differ in them share it.
         """
         return self.identity()
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse options of other groups, such as an optimizer, that do not go with the method.
+        """Reject options of other groups, such as an optimizer, that are incompatible with the method.
 
         Raises:
             UserError: naming the option as typed.
         """
 
     def for_schedule(self, config: RunConfig, steps_per_epoch: int) -> MethodConfig:
-        """Return the options with numbers in place of those that follow the length of the schedule.
+        """Return the options with numbers in place of those that depend on the length of the schedule.
 
-        The run is named after these numbers, so that a typed one and the same one found here share their phases.
+        The run is named after these numbers, so that equal numbers share their phases, typed or resolved here.
         """
         options: MethodConfig = self.config
         return options
@@ -102,13 +102,13 @@ class Method:
         return (TRAIN_DENSE,)
 
     def removes_channels(self) -> bool:
-        """Return whether the chain takes channels out, whose count, not a sparsity, then shows what is left."""
+        """Return whether the chain removes channels; their count, not a sparsity, is then reported."""
         return any(phase.acts is REMOVE.acts for phase in self.chain())
 
     def without_control(self) -> MethodConfig | None:
         """Return the options of the method itself if its option `control` chooses a sanity check, else None.
 
-        That run is done first, and both results are shown side by side.
+        That run comes first, and both results are shown side by side.
         """
         return None
 
@@ -117,16 +117,16 @@ class Method:
         return None
 
     def asked(self) -> dict[str, float]:
-        """Return the targets of the finished network, by their units (see targets.UNITS); the summary compares."""
+        """Return the targets of the finished network by unit (see targets.UNITS), for comparison in the summary."""
         requested = self.requested_sparsity()
         return {} if requested is None else {"sparsity": requested}
 
     def budget_is_exact(self) -> bool:
-        """Return whether the target is met to the weight; False for rules that only come near it."""
+        """Return whether the target is met to the weight; False for rules that only approximate it."""
         return True
 
     def adapt_model(self, config: Any, *, num_classes: int, image_size: int) -> Any:
-        """Return the model options to build; a method that changes the architecture from the start changes them."""
+        """Return the options of the model to build, for methods that change the architecture from the start."""
         return config
 
     def layers(self, model: nn.Module) -> list[Layer]:
@@ -134,7 +134,7 @@ class Method:
         return eligibility.select_layers(model)
 
     def build_optimizer(self, model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
-        """Return the optimizer of an active training phase; a method with one of its own builds it here."""
+        """Return the optimizer of an active training phase; a method with its own optimizer builds it here."""
         return optimizer.build_optimizer(model, config)
 
     def setup(self, context: Context) -> None:
@@ -152,30 +152,30 @@ class Method:
         return False
 
     def weight_gradient_macs(self, context: Context, step: int) -> int | None:
-        """Return the MACs per image of the weights' gradients at `step`; None: as many as the forward pass."""
+        """Return the MACs per image of the weight gradients at `step`; None: as many as the forward pass."""
         return context.dense_macs if self.needs_dense_gradient(step) else None
 
     def after_backward(self, context: Context, step: int) -> bool:
         """Act on `param.grad`: averaged over processes and micro-batches, unscaled, before clipping, never masked.
 
         Returns:
-            True to let the optimizer take its step on this batch, False to leave it out.
+            True to let the optimizer take its step on this batch, False to skip it.
         """
         return True
 
     def after_step(self, context: Context, step: int) -> None:
-        """Act after the optimizer step (also when it was left out) and before the masks are applied."""
+        """Act after the optimizer step (also if it was skipped) and before the masks are applied."""
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return figures for the epoch's record."""
         return {}
 
     def trains_pruned(self) -> bool:
-        """Return whether weights that count as pruned are trained too, so that clipping must see their gradients."""
+        """Return whether pruned weights are trained too, so that clipping must include their gradients."""
         return False
 
     def phase_cost(self, context: Context) -> int | None:
-        """Return the MACs that an active phase without steps spends, such as scoring passes; known beforehand."""
+        """Return the MACs that an active phase without steps spends, such as for scoring; known in advance."""
         return 0
 
     def explain(self) -> dict[str, float]:
@@ -187,29 +187,29 @@ class Method:
         return {}
 
     def prune(self, context: Context) -> dict[str, float] | None:
-        """Do the work of the phase PRUNE; return figures for its record, if there are any.
+        """Run the phase PRUNE; return figures for its record, if there are any.
 
         Raises:
-            TypeError: the chain has such a phase, the method does not define its work.
+            TypeError: the chain has such a phase but the method does not implement it.
         """
         raise TypeError(f"{type(self).__name__} has a prune phase but no function prune")
 
     def remove(self, context: Context) -> dict[str, float]:
-        """Do the work of the phase REMOVE: take the channels out whose masks leave nothing of them."""
+        """Run the phase REMOVE: remove the channels that are fully masked."""
         figures = removal.remove_dead(context)
-        if not figures:  # a validation in which nothing has closed
+        if not figures:  # a validation run in which no channel has closed
             removal.try_cut(context, self.trial_cut(context))
         return figures
 
     def trial_cut(self, context: Context) -> TrialCut:
-        """Return a cut of the whole network that is tried before the training, and which channels may go.
+        """Return a trial cut of the whole network before training, and which channels may be removed.
 
-        Here: half of the channels of eligible layers that can go without a change to any other channel.
+        By default: half of the channels of eligible layers that can be removed without changing any other channel.
         """
         return removal.half_of_groups(context, {layer.name for layer in context.eligible()})
 
     def finish(self, model: nn.Module) -> nn.Module:
-        """Return the plain module to keep: zeros are baked in, channels were removed in a phase of its own."""
+        """Return the plain module to save: zeros are written into it, channels were removed in an earlier phase."""
         return model
 
     def measure(
@@ -229,9 +229,9 @@ class Method:
         return None
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
-        """Return (first step, kept weights per parameter) in order: what will be in force in this training phase.
+        """Return (first step, kept weights per parameter) in order: the layouts of this training phase.
 
-        Parameters that are not named are dense. None: layer shares depend on trained weights. Known before training,
+        Parameters that are not listed are dense. None: layer shares depend on trained weights. Known before training,
         because budgets are integers; the dry run counts costs from it.
         """
         return [(0, {})]
@@ -245,7 +245,7 @@ class Method:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` returned."""
+        """Restore the state that `state_dict` returned."""
 
 
 def build_method(config: RunConfig) -> Method:
@@ -257,7 +257,7 @@ def method_class(target: Any) -> type[Method]:
     """Return the class of a dotted name, as `_target_` in a method's file gives it.
 
     Raises:
-        UserError: there is none, or it is no Method.
+        UserError: there is no such class, or it is not a Method.
     """
     option = "method._target_"
     if not isinstance(target, str) or "." not in target:

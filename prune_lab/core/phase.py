@@ -33,25 +33,25 @@ class Phase:
     name: str
     """unique in the chain; the value of `phase` in metrics.jsonl"""
     acts: Action | None
-    """the work of a phase without training; None: the phase runs the training loop"""
+    """the function of a phase without training; None: the phase runs the training loop"""
     schedule: str | None
     """block of the schedule with epochs and learning rate; None for phases without training"""
     active: bool
-    """False: the method does nothing here, so that every method shares the finished phase"""
+    """False: the method does nothing here, so that all methods share the finished phase"""
     fresh: bool = False
-    """True: starts from the initial network, whatever comes before it in the chain"""
+    """True: starts from the initial network, regardless of earlier phases in the chain"""
     origin: str | None = None
-    """name of an earlier phase whose result is read besides that of the one before"""
+    """name of an earlier phase whose result is read in addition to that of the previous one"""
     begin: Time | None = None
-    """training: where in the schedule it starts; None: at the start"""
+    """training: position in the schedule where it starts; None: the start"""
     end: Time | None = None
-    """training: where in the schedule it ends; None: at the end"""
+    """training: position in the schedule where it ends; None: the end"""
     order: str | None = None
     """training: phases with the same key see their batches in the same order; None: its name"""
     keeps_optimizer: bool = False
     """True: the result holds the optimizer's state, so that a later phase can resume from it"""
     repeated: bool = False
-    """True: a later phase of the chain takes the same steps once more; the run's cost counts them there"""
+    """True: a later phase of the chain repeats the same steps; the run's cost counts them there"""
 
     @property
     def is_training(self) -> bool:

@@ -1,4 +1,4 @@
-"""A little training outside of the training loop: between the layers of a pruning phase."""
+"""Short training outside the training loop: between the layers of a pruning phase."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def short_finetune(
     momentum: float,
     weight_decay: float,
 ) -> int:
-    """Take a step of SGD on the whole network per batch, batch norm on batch statistics; return the images seen.
+    """Take one SGD step on the whole network per batch, with batch-norm batch statistics; return the images seen.
 
-    Every process takes the same steps and ends with the weights of the first, from which rounding would lead it away.
+    Every process takes the same steps and ends with the weights of the first, because rounding makes them diverge.
 
     Args:
         batches: (images, labels).

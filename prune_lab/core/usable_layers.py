@@ -1,4 +1,4 @@
-"""Which layers a method may prune in a network whose weights reach the products as they are."""
+"""Which layers a method may prune, given how the network uses their weights."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 def usable_layers(method: Method, model: nn.Module, costs: Sequence[LayerCost]) -> list[Layer]:
     """Return every conv and linear layer of `model`, eligible by the method's rule and by how its weight is used.
 
-    Where the product reads a weight that is computed from the parameter, a mask would remove nothing: such layers stay
-    dense, with the reason that `costs` give.
+    If a product reads a weight that is computed from the parameter, a mask would remove nothing. Such layers stay
+    dense, with the reason given in `costs`.
 
     Raises:
-        UserError: a pattern of the method matches no layer, or nothing is left that the method could prune.
+        UserError: a pattern of the method matches no layer, or no layer is left to prune.
     """
     computed = {cost.parameter: cost.computed for cost in costs if cost.computed}
     layers = [
