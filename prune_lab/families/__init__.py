@@ -1,1 +1,1 @@
-"""What several methods share: classes to derive from. A method file itself never imports another method."""
+"""Base classes that several methods share. A method file never imports another method."""

@@ -1,4 +1,4 @@
-"""Methods whose pruned weights live on beside the network and get their gradients times a factor that falls to zero."""
+"""Methods that keep pruned weights beside the network; a factor on their gradients falls to zero."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class AnnealingConfig(MethodConfig):
     schedule: Shape
     """how the factor falls from epoch to epoch, over the whole training"""
     cutoff: Annotated[float, Range(0, 1, open_low=True)]
-    """fraction of the training from which on the factor is 0, whatever the schedule gives"""
+    """fraction of the training after which the factor is 0, regardless of the schedule"""
     compound: bool
-    """false: alpha times the schedule's value of the epoch; true: the factor is multiplied by that value after every
+    """false: alpha times the schedule's value for the epoch; true: the factor is multiplied by that value after every
     epoch, so that values compound (the PQuant library)"""
 
 
@@ -39,7 +39,7 @@ def decline(shape: str, progress: float) -> float:
     """Return the schedule's value at `progress` in [0, 1]: from 1 (sigmoid: 0.9975) to 0 (sigmoid: 0.0025).
 
     Args:
-        shape: sigmoid_cosine is the larger one of the two at each point, so it does not end at 0 either.
+        shape: sigmoid_cosine is the larger of the two at each point, so it does not end at 0 either.
     """
     cosine = (1 + math.cos(math.pi * progress)) / 2
     sigmoid = 1 / (1 + math.exp(12 * progress - 6))
@@ -52,8 +52,8 @@ def alpha_at(epoch: int, *, alpha: float, shape: str, epochs: int, compound: boo
     """Return the factor on the gradients of pruned weights in `epoch`, from 0 to `epochs` - 1.
 
     Args:
-        epochs: how many the schedule stretches over.
-        compound: the product of the values of all epochs before this one instead of the value of this one.
+        epochs: length of the schedule.
+        compound: use the product of the values of all earlier epochs instead of this epoch's value.
     """
     if not compound:
         return alpha * decline(shape, epoch / epochs)
@@ -61,10 +61,10 @@ def alpha_at(epoch: int, *, alpha: float, shape: str, epochs: int, compound: boo
 
 
 class RawWeights(Method):
-    """Keeps the raw weights, which the optimizer moves; between steps the model holds the effective ones.
+    """Keeps the raw weights, which the optimizer updates; between steps the model holds the effective ones.
 
-    So evaluation, moving average, saved network and cost see zeros where the method prunes. Subclasses define in
-    `project` what is effective, and in `alpha` how much of a pruned weight's gradient counts.
+    So evaluation, moving average, saved network and cost see zeros where the method prunes. Subclasses define the
+    effective weights in `project`, and the factor on a pruned weight's gradient in `alpha`.
     """
 
     def __init__(self, config: Any) -> None:
@@ -98,7 +98,7 @@ class RawWeights(Method):
         return torch.where(context.masks.masks[name], 1.0, self.alpha(step))
 
     def after_backward(self, context: Context, step: int) -> bool:
-        """Scale the gradients and hand the raw weights to the optimizer."""
+        """Scale the gradients and give the raw weights to the optimizer."""
         named = context.parameters()
         for name, raw in self.raw.items():
             if named[name].grad is not None:
@@ -107,7 +107,7 @@ class RawWeights(Method):
         return True
 
     def after_step(self, context: Context, step: int) -> None:
-        """Take the raw weights back; a step that fp16 skipped has left them as they were."""
+        """Read the raw weights back; a step that fp16 skipped has not changed them."""
         named = context.parameters()
         for name, raw in self.raw.items():
             raw.copy_(named[name].detach())
@@ -127,7 +127,7 @@ class RawWeights(Method):
 
 
 class GradientAnnealing(RawWeights):
-    """Has the factor of `AnnealingConfig`."""
+    """Raw weights with the factor of `AnnealingConfig`."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -146,11 +146,11 @@ class GradientAnnealing(RawWeights):
             )
 
     def cutoff(self) -> float:
-        """Return the step from which on the factor is 0; it may lie within an epoch."""
+        """Return the first step at which the factor is 0; it may lie within an epoch."""
         return round(self.config.cutoff * self.total_steps, 6)  # 0.29 * 100 is 28.999999999999996 in binary
 
     def alpha(self, step: int) -> float:
-        """Return the schedule's value of the step's epoch, 0 from the cut-off on."""
+        """Return the schedule's value for the step's epoch, 0 from the cut-off on."""
         config = self.config
         if step >= self.cutoff():
             return 0.0
@@ -163,7 +163,7 @@ class GradientAnnealing(RawWeights):
 
 
 def restore(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Copy `state` into the tensors that are there already, which an optimizer may know, and add the others."""
+    """Copy `state` into the existing tensors, which an optimizer may reference, and add the others."""
     for name, value in state.items():
         if name in tensors:
             tensors[name].detach().copy_(value)

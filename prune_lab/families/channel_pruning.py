@@ -1,4 +1,4 @@
-"""Methods that rank channels and remove the lowest for good under a budget: options, phases, exact counts, controls."""
+"""Methods that rank channels and remove the lowest under a budget: options, phases, exact counts, controls."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ _RATIOS = ("macs_ratio", "params_ratio", "channels_ratio")
 
 
 def reinitialise(method: ChannelPruning, context: Context) -> None:
-    """Give the small network new weights, drawn for its own widths."""
+    """Reinitialise the small network, with draws for its own widths."""
     fresh = context.fresh_model("control scratch")
     surgery.narrow(fresh, context.widths)
     for module in fresh.modules():
-        # PyTorch's draw, which never gives zeros, depends on the width; that of the VGGs and MobileNets does not.
+        # PyTorch's draw, which never yields zeros, depends on the width; that of the VGGs and MobileNets does not.
         if isinstance(module, torch.nn.Linear) and (module.bias is None or bool(module.bias.any())):
             module.reset_parameters()
-    common.init_weights(fresh)  # draws continue those of the whole network, which the seed decides
+    common.init_weights(fresh)  # draws continue those of the whole network, which the seed determines
     context.model.load_state_dict(fresh.state_dict())
 
 
@@ -60,30 +60,30 @@ class ChannelPruningConfig(MethodConfig):
     channels_ratio: OpenFraction | None
     """kept fraction of the network's channels; scope=layer: of each layer's, rounded as the paper does"""
     layer_channels: list[str]
-    """instead of a ratio: PATTERN:KEPT, the fraction (or with a whole number the count) kept of the layers' channels;
-    later patterns win, layers that none matches keep all"""
+    """instead of a ratio: PATTERN:KEPT, the fraction (if a whole number, the count) of the layers' channels to keep;
+    later patterns win, and layers that match none keep all"""
     scope: Literal["layer", "global"]
     """whether layers keep equal fractions, or all channels compete"""
     residual: bool
-    """whether channels that are added to others may go; they go from all layers of their trunk at once"""
+    """whether channels that are added to others may be removed; they leave all layers of their trunk at once"""
     exclude: list[str]
     """patterns of layers that keep all of their output channels"""
     round_to: Count
-    """layers keep multiples of this many channels, or all"""
+    """layers keep a multiple of this number of channels, or all"""
     least_channels: Count
-    """channels that every layer keeps at least"""
+    """minimum number of channels of every layer"""
     control: Literal["none", "random", "scratch"]
-    """random: channels drawn by chance under the same budget; scratch: the pruned architecture trained from new
+    """random: channels drawn at random under the same budget; scratch: the pruned architecture trained from new
     weights over the schedule's train block"""
 
     GOALS: ClassVar[tuple[str, ...]] = (*_RATIOS, "layer_channels")
 
     def targets(self) -> dict[str, Any]:
-        """Return the options of which exactly one fixes how much is kept; None: not set."""
+        """Return the options of which exactly one fixes the kept amount; None: not set."""
         return {name: getattr(self, name) for name in _RATIOS} | {"layer_channels": self.layer_channels or None}
 
     def target(self) -> str:
-        """Return the option that fixes how much is kept."""
+        """Return the option that fixes the kept amount."""
         return next(name for name, value in self.targets().items() if value is not None)
 
     def check(self, path: str) -> None:
@@ -98,7 +98,7 @@ def parse_kept(entry: str, path: str) -> tuple[str, float | int]:
     """Return (pattern, kept) of PATTERN:KEPT; a whole number of 1 or more counts channels.
 
     Raises:
-        UserError: another form.
+        UserError: wrong format.
     """
     pattern, _, text = entry.rpartition(":")
     try:
@@ -119,13 +119,13 @@ class ChannelPruning(Method):
     Config: type[ChannelPruningConfig] = ChannelPruningConfig
 
     def chain(self) -> tuple[Phase, ...]:
-        """Return train -> prune -> remove -> fine-tune; for the control `scratch`, new weights and a whole training."""
+        """Return train -> prune -> remove -> fine-tune; the control `scratch` has new weights and a full training."""
         if self.config.control == "scratch":
             return (*self.before(), PRUNE, REMOVE, _REINITIALISE, _SCRATCH)
         return (*self.before(), PRUNE, REMOVE, *self.after())
 
     def before(self) -> tuple[Phase, ...]:
-        """Return the phases that make the network whose channels are ranked."""
+        """Return the phases that produce the network whose channels are ranked."""
         return (TRAIN_DENSE,)
 
     def after(self) -> tuple[Phase, ...]:
@@ -133,7 +133,7 @@ class ChannelPruning(Method):
         return (FINETUNE,)
 
     def asked(self) -> dict[str, float]:
-        """Return the target for the whole network; what is asked of each layer is counted there, and rounded."""
+        """Return the target for the whole network; targets per layer are counted and rounded there."""
         target = self.config.target()
         if target not in _RATIOS or (target == "channels_ratio" and self.config.scope == "layer"):
             return {}
@@ -143,41 +143,41 @@ class ChannelPruning(Method):
         return None if self.config.control == "none" else replace(self.config, control="none")
 
     def phase_identity(self, phase: Phase) -> dict[str, Any]:
-        """Return the options; a control that acts later shares the phases before with the method's own run."""
+        """Return the options; a control that acts later shares earlier phases with the method's own run."""
         options = self.identity()
         if self.config.control == "scratch" and phase not in (_REINITIALISE, _SCRATCH):
             options["control"] = "none"
         return options
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse to rank the channels of an untrained network."""
+        """Reject ranking the channels of an untrained network."""
         config.require_trained(f"method={self.config.name}")
 
     def layers(self, model: nn.Module) -> list[Layer]:
-        """Return all layers, depthwise ones too: their filters go with the channel."""
+        """Return all layers, including depthwise ones: their filters are removed with the channel."""
         return eligibility.select_layers(model, include=["*"])
 
     def scores(self, context: Context, channels: ChannelMap) -> Tensor:
-        """Return how much each class of channels is worth, [num_classes], higher is kept first."""
+        """Return the score of each class of channels, [num_classes]; higher is kept first."""
         raise TypeError(f"{type(self).__name__} does not say what a channel is worth")
 
     def comparable(self, scores: Tensor, channels: ChannelMap) -> Tensor:
-        """Return scores that can be compared between layers, for scope=global."""
+        """Return scores that are comparable between layers, for scope=global."""
         return selection.relative(scores, channels)
 
     def count(self, size: int) -> int:
-        """Return how many of a layer's `size` channels channels_ratio keeps with scope=layer."""
+        """Return the number of a layer's `size` channels that channels_ratio keeps with scope=layer."""
         return max(1, floor_product(self.config.channels_ratio * size))
 
     def can_rank(self, channels: ChannelMap, lane: Lane) -> bool:
-        """Return whether the method can score the channels of a lane; the others stay."""
+        """Return whether the method can score the channels of a lane; other lanes are kept."""
         return True
 
     def prune(self, context: Context) -> dict[str, float]:
-        """Choose the channels and mask all others; return the target and what came of it.
+        """Choose the channels and mask all others; return the target and the outcome.
 
         Raises:
-            UserError: a budget out of reach, a pattern that matches nothing, nothing to prune.
+            UserError: an unreachable budget, a pattern that matches nothing, or nothing to prune.
         """
         problem = Problem(self, context)
         return self.leave_out(context, problem, self.choose(context, problem))
@@ -188,7 +188,7 @@ class ChannelPruning(Method):
         return selection.top(scores, problem.channels, problem.counts(scores))
 
     def ranking(self, context: Context, problem: Problem) -> Tensor:
-        """Return the scores that decide, equal on all processes, float64 [num_classes]: drawn for the control random.
+        """Return the deciding scores, equal on all processes, float64 [num_classes]; random ones for that control.
 
         Raises:
             UserError: a score is infinite or NaN.
@@ -203,7 +203,7 @@ class ChannelPruning(Method):
         return distributed.share(scores)
 
     def leave_out(self, context: Context, problem: Problem, alive: Tensor) -> dict[str, float]:
-        """Mask the channels that are not kept; return and report what is left."""
+        """Mask the channels that are not kept; return and report the remaining size."""
         problem.check_removes(problem.costs.kept(alive))
         masks = problem.channels.weight_masks(alive, context.model)
         context.install_masks({name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())})
@@ -212,7 +212,7 @@ class ChannelPruning(Method):
         return figures
 
     def trial_cut(self, context: Context) -> TrialCut:
-        """Return a cut of the size asked for, its channels drawn by chance."""
+        """Return a cut of the requested size, with channels drawn at random."""
         problem = Problem(self, context)
         drawn = context.generator("trial cut")
         scores = torch.rand(problem.channels.num_classes, generator=drawn, dtype=torch.float64)
@@ -225,8 +225,8 @@ class ChannelPruning(Method):
         if context.widths is not None:
             return [(0, {cost.parameter: cost.weights for cost in context.costs})] if known else None
         problem = Problem(self, context)
-        counts = problem.counts(torch.zeros(problem.channels.num_classes, dtype=torch.float64))  # refuses what is
-        problem.check_removes(counts)  # out of reach with any scores
+        counts = problem.counts(torch.zeros(problem.channels.num_classes, dtype=torch.float64))  # raises if out of
+        problem.check_removes(counts)  # reach with any scores
         return [(0, problem.costs.layer_weights(counts))] if known else None
 
 
@@ -279,7 +279,7 @@ class Problem:
         return self.fixed_counts(wanted)
 
     def _named_lanes(self, pattern: str) -> dict[int, Lane]:
-        """Return the lanes that a pattern of method.layer_channels names, of those that may lose channels."""
+        """Return the lanes that match a pattern of method.layer_channels, among those that may lose channels."""
         option, lanes = "method.layer_channels", self.channels.lanes
         patterns.check(option, [pattern], self.channels.producers(), "layer that makes channels")
         named = {index: lane for index, lane in enumerate(lanes)
@@ -292,7 +292,7 @@ class Problem:
         return named
 
     def fixed_counts(self, wanted: dict[int, int]) -> np.ndarray:
-        """Return the sizes of the lanes with `wanted` in place of those that may lose channels."""
+        """Return the lane sizes, with those in `wanted` for lanes that may lose channels."""
         counts, step = self.costs.sizes.copy(), self._config.round_to
         for index, count in wanted.items():
             if self.free[index]:
@@ -307,11 +307,11 @@ class Problem:
 
     @property
     def asked(self) -> str:
-        """The option that fixes how much is kept, as typed."""
+        """The option that fixes the kept amount, as typed."""
         return self.budget.option if self._config.target() in _RATIOS else f"method.{self._config.target()}"
 
     def figures(self, counts: np.ndarray) -> dict[str, float]:
-        """Return what is kept of the channels, MACs and parameters."""
+        """Return the kept fractions of channels, MACs and parameters."""
         kept = {unit: self.costs.at(unit, counts) / self.costs.at(unit, self.costs.sizes)
                 for unit in ("channels", "macs", "params")}
         return {f"prune/{unit}_kept": value for unit, value in kept.items()}

@@ -1,4 +1,4 @@
-"""What methods share whose optimizer is dual averaging: they take plain SGD only, and report where its theory ends."""
+"""Checks for methods that optimise by dual averaging: plain SGD only, and a warning where its theory ends."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def check_plain_sgd(config: RunConfig) -> None:
 
 
 def theory_note(mu: float) -> str | None:
-    """Return a warning about an exponent that the theory does not cover; None: it does."""
+    """Return a warning about an exponent that the theory does not cover; None if it does."""
     covered = 0.5 < mu < 1
     return None if covered else f"method.mu={mu:g} lies outside of (0.5, 1), which the theory of gRDA covers"

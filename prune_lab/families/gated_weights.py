@@ -1,4 +1,4 @@
-"""Methods that multiply weights by hard-concrete gates, drawn anew in each step and trained with the weights."""
+"""Methods that multiply weights by hard-concrete gates, redrawn in each step and trained with the weights."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ LOWEST = 0.04713
 @dataclass(frozen=True)
 class GatesConfig(MethodConfig):
     granularity: Literal["weight", "filter"]
-    """one gate per weight, or one per hidden channel; channels that end closed are removed for good"""
+    """one gate per weight, or one per hidden channel; channels closed at the end are removed"""
     drop_rate: OpenFraction
     """rho: gates start at a = log((1 - rho) / rho) with a standard deviation of 0.01"""
     rescale: bool
     """whether gated weights are divided by 1 - rho at the start"""
     gate_optimizer: Literal["adam", "sgd"]
-    """what moves the gates; sgd has momentum 0.9"""
+    """optimizer of the gates; sgd has momentum 0.9"""
     gate_lr: Positive | None
     """learning rate of the gates, which no schedule changes; None: see `gate_rate`"""
     clamp_gates: bool
-    """whether a is kept within +-log 100 after each step"""
+    """whether a is clamped to +-log 100 after each step"""
     decay_moves_gates: bool
     """whether the weight decay 0.5 wd P(open) |w|^2 also pushes gates shut"""
     bn_images: Index
-    """training images on which batch norm measures its statistics with the gates without chance, after each epoch;
-    0: statistics gathered with drawn gates, as published"""
+    """training images on which batch norm measures its statistics with the deterministic gates, after each epoch;
+    0: statistics accumulated with drawn gates, as published"""
     include: list[str]
     """weight: layer patterns to gate although they are dense by default (depthwise convolutions)"""
     exclude: list[str]
-    """layer patterns to leave without gates"""
+    """layer patterns without gates"""
 
     def check(self, path: str) -> None:
         if self.include and self.granularity == "filter":
@@ -68,20 +68,20 @@ class GatesConfig(MethodConfig):
 
 
 def gate_rate(optimizer: str, num_steps: int) -> float:
-    """Return the learning rate of the gates where none is given.
+    """Return the learning rate of the gates if none is given.
 
     sgd: 6, published for the filters of a WRN-28-10. adam: 20 / steps, but at least 0.001 (Li, Ji 2021, arXiv
     2107.00070) and at most 0.1. Adam's steps are about as long as its rate. So in a short training a gate can still
-    cross [-log 100, log 100] twice, and in a long one gates stay calm.
+    cross [-log 100, log 100] twice, and in a long one gates remain stable.
     """
     return 6.0 if optimizer == "sgd" else min(max(20 / max(num_steps, 1), 1e-3), 0.1)
 
 
 class GatedWeights(Method):
-    """Keeps the raw weights, which the optimizer moves; the network holds them times the gates.
+    """Keeps the raw weights, which the optimizer updates; the network holds them times the gates.
 
     In a step these are the gates drawn for it, between steps the deterministic gates (`rule`). So evaluation, moving
-    average, saved network and costs see real zeros. Subclasses define in `price` what open gates cost.
+    average, saved network and costs see real zeros. Subclasses define the cost of open gates in `price`.
     """
 
     rule: Literal["louizos", "median"]
@@ -102,7 +102,7 @@ class GatedWeights(Method):
         return (TRAIN, REMOVE) if self.config.granularity == "filter" else (TRAIN,)
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse a training without steps, and an average of the weights, whose batch norm cannot be measured here."""
+        """Reject training without steps, and averaged weights, whose batch norm cannot be measured here."""
         config.require_training(f"method={self.config.name}: the gates are trained there")
         if self.config.bn_images and config.trainer.ema_decay is not None:
             raise UserError(
@@ -112,12 +112,12 @@ class GatedWeights(Method):
             )
 
     def layers(self, model: nn.Module) -> list[Layer]:
-        """Return the layers; filters of depthwise convolutions go with their channel."""
+        """Return the layers; filters of depthwise convolutions are removed with their channel."""
         include = ["*"] if self.config.granularity == "filter" else self.config.include
         return eligibility.select_layers(model, include=include, exclude=self.config.exclude)
 
     def price(self, context: Context, probability: Tensor) -> Tensor:
-        """Return the derivative [gates] of what is added to the loss with respect to each gate's P(open)."""
+        """Return the derivative [gates] of the added loss term with respect to each gate's P(open)."""
         raise TypeError(f"{type(self).__name__} does not say what an open gate costs")
 
     def forward_macs(self, context: Context) -> int:
@@ -128,7 +128,7 @@ class GatedWeights(Method):
         return True
 
     def setup(self, context: Context) -> None:
-        """Make gates and raw weights; what is left after the training needs none.
+        """Create gates and raw weights; phases after the training need none.
 
         Raises:
             UserError: a network without channels to gate.
@@ -160,7 +160,7 @@ class GatedWeights(Method):
         context.install_masks(self.project(context))
 
     def project(self, context: Context) -> dict[str, Tensor]:
-        """Write the weights times the gates without chance into the model and return the masks."""
+        """Write the weights times the deterministic gates into the model and return the masks."""
         gates = hard_concrete.fixed_gate(self.log_alpha.detach(), self.rule)
         self.write(context, gates)
         return self.layout_of.masks(context.model, gates)
@@ -172,7 +172,7 @@ class GatedWeights(Method):
         torch._foreach_copy_([named[path].detach() for path in factors], products)
 
     def before_forward(self, context: Context, step: int) -> None:
-        """Draw the gates of the step: on every process the same."""
+        """Draw the gates of the step, the same on every process."""
         source = seeding.generator(context.seed, context.phase, "gates", step, device=context.device)
         logistic = hard_concrete.noise(self.layout_of.num_gates, source)
         self.drawn = hard_concrete.sample(self.log_alpha.detach(), logistic)
@@ -180,7 +180,7 @@ class GatedWeights(Method):
         self.layout_of.save_statistics()
 
     def after_backward(self, context: Context, step: int) -> bool:
-        """Turn dL/d(w z) into dL/dw and dL/da, and hand the raw weights to the optimizer."""
+        """Convert dL/d(w z) into dL/dw and dL/da, and give the raw weights to the optimizer."""
         named = context.parameters()
         self.layout_of.restore_statistics(self.drawn)
         self.overflow = context.amp_scaled and not _finite(context.model)
@@ -210,11 +210,11 @@ class GatedWeights(Method):
         return [(path, groups[index]) for path, index in self.optimizer_group.items()]
 
     def _correct_decay(self, context: Context, targets: dict[str, Tensor], *, decoupled: bool) -> None:
-        """Make the optimizer's weight decay wd w of gated weights wd P(open) w.
+        """Change the optimizer's weight decay of gated weights from wd w to wd P(open) w.
 
         Args:
-            targets: gradients, of an optimizer that adds wd w to them; or the weights after the step of one that
-                shrinks them by lr wd apart from the gradient (AdamW).
+            targets: gradients, if the optimizer adds wd w to them; the weights after its step, if it shrinks them by
+                lr wd separately from the gradient (AdamW).
 
         Source: Louizos et al. 2018, section 2.3: the L2 norm counts open weights.
         """
@@ -225,7 +225,7 @@ class GatedWeights(Method):
                 targets[path].addcmul_(self.raw[path], part, value=factor)
 
     def after_step(self, context: Context, step: int) -> None:
-        """Take the raw weights back and move the gates; a step that fp16 skipped moves neither."""
+        """Read the raw weights back and update the gates; a step that fp16 skipped updates neither."""
         if not self.overflow:
             weights = {path: context.parameters()[path].detach() for path in self.raw}
             self._correct_decay(context, weights, decoupled=True)
@@ -235,7 +235,7 @@ class GatedWeights(Method):
         context.commit(compare=False)
 
     def move_gates(self) -> None:
-        """Do the step of the gates."""
+        """Perform the optimizer step of the gates."""
         self.optimizer.step()
         if self.config.clamp_gates:
             self.log_alpha.detach().clamp_(-hard_concrete.LIMIT, hard_concrete.LIMIT)
@@ -245,11 +245,11 @@ class GatedWeights(Method):
         return self.layout_of.fractions(hard_concrete.open_probability(self.log_alpha.detach()))
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return what the gates leave: all densities as fractions of the gated weights.
+        """Return the densities under the gates, as fractions of the gated weights.
 
-        l0/expected_density: sum of P(open) times the weights of the gate; l0/density: of the gates without chance;
+        l0/expected_density: sum of P(open) times the weights of the gate; l0/density: of the deterministic gates;
         l0/open_gates: open ones among all gates; l0/undecided: gates that are neither 0 nor 1. sparsity: of all
-        eligible weights; with filters instead channels/kept: what the masks leave of all channels.
+        eligible weights; with filters instead channels/kept: the fraction of all channels that the masks keep.
         """
         if distributed.world_size() > 1:
             distributed.assert_same(context.masks.digest(), "masks")
@@ -272,13 +272,13 @@ class GatedWeights(Method):
         return self.figures | self._left(context) | {"macs/inference": context.forward_macs}
 
     def _left(self, context: Context) -> dict[str, float]:
-        """Return what the gates leave of the network, now that they may have been settled."""
+        """Return the size of the network under the gates, which may have been settled."""
         if isinstance(self.layout_of, FilterGates):
             return {"channels/kept": self.layout_of.map.fraction_kept(context.masks)}
         return {"sparsity": context.sparsity}
 
     def settle(self, context: Context) -> None:
-        """Do what is left to do to the network after the last step: a layer without channels keeps its best one."""
+        """Finalise the network after the last step: a layer without channels keeps its best one."""
         if isinstance(self.layout_of, FilterGates):
             log_alpha = self.log_alpha.detach()
             opened = hard_concrete.fixed_gate(log_alpha, self.rule) > 0
@@ -287,9 +287,9 @@ class GatedWeights(Method):
                 self.leave(context, kept)
 
     def leave(self, context: Context, kept: Tensor) -> None:
-        """Write and mask the network with just these gates open, bool [num_gates].
+        """Write and mask the network with exactly these gates open, bool [num_gates].
 
-        A closed gate among them takes the middle of its variable before it is stretched, which is never 0.
+        A closed gate among them takes the middle of its variable before stretching, which is never 0.
         """
         log_alpha = self.log_alpha.detach()
         gates = hard_concrete.fixed_gate(log_alpha, self.rule)
@@ -299,14 +299,14 @@ class GatedWeights(Method):
         context.commit()
 
     def remove(self, context: Context) -> dict[str, float]:
-        """Remove the closed channels; after the one step of a dry run this means nothing."""
+        """Remove the closed channels; after the single step of a dry run this is meaningless."""
         if not context.validating:
             return super().remove(context)
         removal.try_cut(context, self.trial_cut(context))
         return {}
 
     def _measure_statistics(self, context: Context) -> None:
-        """Let batch norm see the network as it is evaluated; the forward passes count as training."""
+        """Measure batch-norm statistics of the network as it is evaluated; the forward passes count as training."""
         dataset, source = context.dataset, context.generator("batch norm")
         drawn = torch.randperm(len(dataset.train_labels), generator=source)[: self.config.bn_images]
         whole = drawn[: len(drawn) // _BATCH * _BATCH] if len(drawn) > _BATCH else drawn  # batches have equal weight
@@ -342,7 +342,7 @@ class GatedWeights(Method):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the state; the gates' optimizer only after `setup`, as nothing else needs it."""
+        """Restore the state; the gates' optimizer only after `setup`, because nothing else needs it."""
         restore(self.raw, state.get("raw", {}))
         self.figures = dict(state["figures"])
         if self.log_alpha is not None:
@@ -351,7 +351,7 @@ class GatedWeights(Method):
 
 
 def _optimizer_groups(context: Context, paths: list[str]) -> dict[str, int]:
-    """Return the index of the optimizer's group of each parameter, by its path."""
+    """Return the index of each parameter's optimizer group, by path."""
     groups = context.optimizer.param_groups
     owner = {id(parameter): index for index, group in enumerate(groups) for parameter in group["params"]}
     named = context.parameters()
@@ -363,6 +363,6 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _finite(model: nn.Module) -> bool:
-    """Return whether all gradients are; the loss scaler skips the step otherwise."""
+    """Return whether all gradients are finite; otherwise the loss scaler skips the step."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())

@@ -1,4 +1,4 @@
-"""Drop and grow where the loss gradient is largest: what RigL and its relatives share."""
+"""Drop and grow where the loss gradient is largest: the base of RigL and its relatives."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GradientGrowthConfig(DropAndGrowConfig):
     grow_batches: Count
-    """growth score: |mean dense gradient| over so many steps up to the update (1: the update's batch, as published)"""
+    """growth score: |mean dense gradient| over this many steps before the update (1: its own batch, as published)"""
     redistribution: Literal["none", "gradient", "momentum"]
-    """whether layers keep their counts, or what they freed goes to those with the largest mean |gradient| (RigL-SG) or
+    """whether layers keep their counts, or freed weights move to layers with the largest mean |gradient| (RigL-SG) or
     |momentum| (RigL-SM) of active weights"""
 
     def check(self, path: str) -> None:
@@ -80,7 +80,7 @@ class GradientGrowth(DropAndGrow):
         due = step in self.updates or self.postponed
         gradients = {name: context.parameters()[name].grad for name in context.masks.masks}
         if context.amp_scaled and not all(bool(torch.isfinite(gradient).all()) for gradient in gradients.values()):
-            self.postponed = due  # fp16 overflowed; the scaler leaves the step out as well
+            self.postponed = due  # fp16 overflowed; the scaler skips the step as well
             return True
         self.postponed = False
         if self.config.grow_batches > 1 or not self.config.skip_step_on_update:  # clipping comes before `after_step`
@@ -101,7 +101,7 @@ class GradientGrowth(DropAndGrow):
         self.gradient_sums, self.num_summed = {}, 0
 
     def _accumulate(self, gradients: dict[str, Tensor]) -> None:
-        """Add to the sums; after a resume they come from the CPU."""
+        """Add to the sums, which are on the CPU after a resume."""
         sums = self.gradient_sums
         self.num_summed += 1
         for name, gradient in gradients.items():
@@ -110,7 +110,7 @@ class GradientGrowth(DropAndGrow):
     def gradients(self, context: Context, names: Iterable[str]) -> dict[str, Tensor]:
         """Return the gradient of the task loss of one batch, or the mean of several: before clipping, without decay.
 
-        Processes and micro-batches are averaged before anybody takes the absolute value.
+        They are averaged over processes and micro-batches before absolute values are taken.
         """
         if not self.gradient_sums:
             named = context.parameters()
@@ -121,7 +121,7 @@ class GradientGrowth(DropAndGrow):
         """Return |gradient| per position.
 
         Raises:
-            RuntimeError: every gradient of the pruned weights is zero: they were masked.
+            RuntimeError: every gradient of the pruned weights is zero, because they were masked.
         """
         scores = {name: gradient.abs() for name, gradient in self.gradients(context, candidates).items()}
         check_dense(scores, candidates, f"gradients at step {step}")
@@ -138,7 +138,7 @@ class GradientGrowth(DropAndGrow):
         return self.momenta(context, names)
 
     def paper_train_ratio(self, context: Context) -> float | None:
-        if self.redistributes():  # the formula has one f_S
+        if self.redistributes():  # the formula assumes a constant f_S
             return None
         from prune_lab.accounting.training import rigl_training_ratio  # its file imports torch
 

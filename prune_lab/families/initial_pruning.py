@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class InitialPruningConfig(WeightPruningConfig):
     min_per_layer: Index
-    """global: weights that every layer keeps at least, whatever their scores; 0 as published"""
+    """global: minimum number of weights that every layer keeps, regardless of scores; 0 as published"""
     control: Literal["none", "shuffle", "reinit", "invert", "random"]
-    """sanity checks of Frankle et al. 2021, arXiv 2009.08576. shuffle: the mask's positions at random within each
-    layer; reinit: the mask on new initial weights; invert: the lowest scores are kept; random: scores at random"""
+    """sanity checks of Frankle et al. 2021, arXiv 2009.08576. shuffle: random positions of the mask within each
+    layer; reinit: the mask on new initial weights; invert: the lowest scores are kept; random: random scores"""
     samples_per_class: Count
-    """training images of each class, for scores (if they need data) and gradient norms, which take fewer where a class
-    has no more"""
+    """training images of each class, for scores (if they need data) and gradient norms, which use fewer if a class has
+    fewer"""
     scoring_batch: Count
-    """most images per scoring pass: fewer take less memory, and batch norm sees fewer at a time"""
+    """maximum number of images per scoring pass: fewer take less memory, and batch norm sees fewer at a time"""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -53,14 +53,14 @@ class ImageScoresConfig(InitialPruningConfig):
     """Options of the methods whose scores come from training images."""
 
     bn_mode: Literal["train", "eval"]
-    """while scoring: train: batch norm with the statistics of each batch; eval: with the running ones, which before
-    training are 0 and 1"""
+    """while scoring: train: batch norm uses the statistics of each batch; eval: the running ones, which are 0 and 1
+    before training"""
     augment_scoring: bool
     """whether the scoring images are cropped and flipped as in training"""
 
 
 class InitialPruning(WeightPruning):
-    """Subclasses give `scores`; higher is kept."""
+    """Subclasses define `scores`; higher is kept."""
 
     Config: type[InitialPruningConfig] = InitialPruningConfig
 
@@ -71,7 +71,7 @@ class InitialPruning(WeightPruning):
         return None if self.config.control == "none" else replace(self.config, control="none")
 
     def setup(self, context: Context) -> None:
-        """Refuse more weights per layer than there are, before anything is written."""
+        """Reject a minimum above the size of a layer, before anything is written."""
         least = self.config.min_per_layer
         floor = sum(min(least, layer.size) for layer in context.eligible())
         total = self.total(context, self.config.sparsity)
@@ -86,7 +86,7 @@ class InitialPruning(WeightPruning):
         raise TypeError(f"{type(self).__name__} does not say how weights are scored")
 
     def choose(self, context: Context) -> dict[str, Tensor]:
-        """Return the masks that the scores lead to; methods of several rounds override it and use `select` in each."""
+        """Return the masks that follow from the scores; methods with several rounds override it, using `select`."""
         return self.select(context, self.scores(context), self.config.sparsity)
 
     def select(
@@ -96,7 +96,7 @@ class InitialPruning(WeightPruning):
         sparsity: float,
         candidates: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Return masks with exactly the weights to keep at `sparsity`: the best of each layer or of all together.
+        """Return masks that keep exactly the budget at `sparsity`: the best weights of each layer or of all together.
 
         Args:
             candidates: weights that may be kept, bool; None: all.
@@ -119,7 +119,7 @@ class InitialPruning(WeightPruning):
         return self.keep_best(scores, self.allocate(context, sparsity), candidates)
 
     def prune(self, context: Context) -> dict[str, float]:
-        """Choose masks, apply the control if there is one; return gradient norms and the number of empty layers."""
+        """Choose masks, apply the control if any; return gradient norms and the number of empty layers."""
         if self.config.control == "random":
             chosen = self.select(context, random_scores(context), self.config.sparsity)
         else:
@@ -129,7 +129,7 @@ class InitialPruning(WeightPruning):
         if self.config.control == "reinit":
             context.model.load_state_dict(context.fresh_model("control reinit").state_dict())
         before = self._gradient_norm(context)
-        # Scores of processes differ by rounding; one weight at the edge would make their masks differ.
+        # Scores differ between processes by rounding; one weight at the edge would make their masks differ.
         self.cut(context, distributed.share_masks(chosen))
         after = self._gradient_norm(context)
         if after == 0:
@@ -147,9 +147,9 @@ class InitialPruning(WeightPruning):
         }
 
     def _gradient_norm(self, context: Context) -> float | None:
-        """Return the norm on the first scoring batch: enough to compare by, and it costs large data sets little.
+        """Return the norm on the first scoring batch: enough for comparison, and cheap on large data sets.
 
-        Classes with few images give what they have. None: one has no image, or the norm is infinite or NaN.
+        Classes with few images contribute all of them. None: a class has no image, or the norm is infinite or NaN.
         """
         config, dataset = self.config, context.dataset
         each = images.most_per_class(dataset.train_labels, config.samples_per_class, dataset.info.num_classes)
@@ -179,7 +179,7 @@ class InitialPruning(WeightPruning):
         return 0 if self.config.control == "random" else self.scoring_cost(context)
 
     def num_images(self, context: Context) -> int:
-        """Return the images of one pass over `batches`."""
+        """Return the number of images in one pass over `batches`."""
         return self.config.samples_per_class * context.dataset.info.num_classes
 
 
@@ -189,7 +189,7 @@ class ImageScores(InitialPruning):
     Config: type[ImageScoresConfig] = ImageScoresConfig
 
     def setup(self, context: Context) -> None:
-        """Refuse more scoring images than there are, before anything is written."""
+        """Reject more scoring images than exist, before anything is written."""
         super().setup(context)
         if self.config.control != "random":
             labels, num_classes = context.dataset.train_labels, context.dataset.info.num_classes
@@ -197,7 +197,7 @@ class ImageScores(InitialPruning):
 
     @property
     def rounds(self) -> int:
-        """How often so many images are drawn, each time others."""
+        """Number of times that a new set of images is drawn."""
         return 1
 
 

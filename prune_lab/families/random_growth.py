@@ -1,4 +1,4 @@
-"""Drop and grow at random places: what SET and its relatives share."""
+"""Drop and grow at random positions: the base of SET and its relatives."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class RandomGrowth(DropAndGrow):
         }
         if self.config.growth == "random":
             return scores
-        # In double precision adding 1 merges no two of the numbers.
+        # In double precision adding 1 keeps all numbers distinct.
         ever = context.history.ever
         return {name: score.double() + ~ever[name] for name, score in scores.items()}
 

@@ -1,4 +1,4 @@
-"""Channels ranked by the scales of their batch norms, which a penalty has driven towards zero during training."""
+"""Channels ranked by their batch-norm scales, which a penalty has driven towards zero during training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _SMALL = 0.1
-"""removed scales above this fraction of the others are called out: their channels still count"""
+"""removed scales above this fraction of the others are reported: their channels still matter"""
 
 
 class ScalePruning(ChannelPruning):
@@ -45,13 +45,13 @@ class ScalePruning(ChannelPruning):
         return bool(thresholds.passed_norms(channels, lane))
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
-        """Return what is kept; the phases under the penalty train the whole network."""
-        penalty.scales(context.model)  # refuses networks without
+        """Return the kept weights; the phases under the penalty train the whole network."""
+        penalty.scales(context.model)  # raises for networks without
         known = super().layout(context)
         return [(0, {})] if context.phase in self.sparse_phases else known
 
     def leave_out(self, context: Context, problem: Problem, alive: Tensor) -> dict[str, float]:
-        """Mask the channels that are not kept; return and report what is left, and what their scales were."""
+        """Mask the channels that are not kept; return and report the remaining size and the removed scales."""
         found = thresholds.absolute_scales(context.model, problem.channels)
         marked = torch.cat(list(masks.left_out(problem.channels, alive).values()))
         values = torch.cat(list(found.values())).cpu()
@@ -67,17 +67,17 @@ class ScalePruning(ChannelPruning):
         raise TypeError(f"{type(self).__name__} does not say what it penalises")
 
     def setup(self, context: Context) -> None:
-        """Make the penalty of a phase that trains under one.
+        """Create the penalty of a phase that trains under one.
 
         Raises:
-            UserError: no batch norm, or one whose scale does not train.
+            UserError: no batch norm, or one whose scale is not trainable.
         """
         if context.phase in self.sparse_phases:
             penalty.check_training(context.model)
             self.penalty = self.make_penalty(context)
 
     def after_backward(self, context: Context, step: int) -> bool:
-        """Add the penalty to the gradients of the scales; the shifts are left alone."""
+        """Add the penalty to the gradients of the scales, not of the shifts."""
         if self.penalty is not None:
             self.penalty.add(context.optimizer.param_groups[0]["lr"])
         return True

@@ -1,4 +1,4 @@
-"""Defaults where sparsity is an outcome: the published value on long trainings, on short ones by the weights."""
+"""Defaults where sparsity is an outcome: published values on long trainings, derived from the weights on short ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 LONG = 10_000
-"""optimizer steps from which on published values are taken. They are of trainings of 60,000 steps and more; in far
-fewer steps weights and thresholds do not get from where they start to where the values mean something."""
+"""minimum number of optimizer steps for published values. These come from trainings of 60,000 steps and more; in far
+fewer steps weights and thresholds do not move far enough for the values to be meaningful."""
 
 
 def is_long(config: RunConfig, steps_per_epoch: int) -> bool:
@@ -21,7 +21,7 @@ def is_long(config: RunConfig, steps_per_epoch: int) -> bool:
 
 
 def median_weight(context: Context) -> float:
-    """Return the median |w| of all eligible weights, as they are now."""
+    """Return the median |w| of all eligible weights in their current state."""
     named = context.parameters()
     sizes = [named[layer.parameter].detach().abs().flatten() for layer in context.eligible()]
     return float(torch.cat(sizes).median())

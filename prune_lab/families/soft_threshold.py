@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 
 AWAKE = -10.0
-"""below it a raw threshold prunes next to nothing, and its gradient is next to nothing: sigmoid(-10) is 4.5e-5"""
+"""below it a raw threshold prunes almost nothing and has almost no gradient: sigmoid(-10) is 4.5e-5"""
 
 HIGHER_STARTS = (-1000.0, -300.0, -100.0, -30.0, -15.0)
-"""of thresholds, that are looked at where no decay fits the published ones"""
+"""starts of thresholds to try if no decay fits the published ones"""
 
 _HIGHEST_DECAY = 1e3
-"""of those that are looked at for a proposal"""
+"""of the decays that are tried for a proposal"""
 
 
 @dataclass(frozen=True)
 class SoftThresholdConfig(MethodConfig):
     threshold_init: Annotated[float, Range(high=0)] | Literal["auto"]
-    """start of the raw thresholds T; sigmoid(T) is what weights are compared with; auto: the published start on long
-    trainings, one that fits on short ones"""
+    """start of the raw thresholds T; weights are compared with sigmoid(T); auto: the published start on long
+    trainings, a suitable one on short ones"""
     granularity: Literal["layer", "channel"]
     """one threshold per layer or one per output channel"""
     include: list[str]
@@ -56,7 +56,7 @@ class SoftThresholdConfig(MethodConfig):
 
 
 def check_decay(path: str, *, init: float, decay: float) -> None:
-    """Raise UserError if a threshold that is awake from the start would be pushed towards 0 by its decay as well."""
+    """Raise UserError if the decay would also push towards 0 a threshold that is active from the start."""
     if decay > 0 and init > AWAKE:
         raise UserError(
             f"{path}.threshold_decay={decay:g} pushes T towards 0, where weights up to 0.5 are pruned; with "
@@ -90,7 +90,7 @@ def threshold_gradient(gradient: Tensor, raw: Tensor, threshold: Tensor) -> Tens
 
 
 def decayed(init: float, decay: float, rates: Sequence[float], group: Mapping[str, Any]) -> Iterator[float]:
-    """Yield T after each step when nothing but its weight decay moves it, as long as its gradient is exactly 0.
+    """Yield T after each step when only its weight decay changes it, because its gradient is exactly 0.
 
     Args:
         rates: learning rate of each step.
@@ -106,14 +106,14 @@ def decayed(init: float, decay: float, rates: Sequence[float], group: Mapping[st
             first, second = beta1 * first + (1 - beta1) * slope, beta2 * second + (1 - beta2) * slope**2
             spread = math.sqrt(second / (1 - beta2**step)) + group["eps"]
             value -= rate * first / (1 - beta1**step) / spread
-        else:  # AdamW decays apart from its moments: as SGD without momentum
+        else:  # AdamW decays separately from its moments: as SGD without momentum
             first = momentum * first + slope
             value -= rate * (slope + momentum * first if nesterov else first)
         yield value
 
 
 def wake_step(init: float, decay: float, rates: Sequence[float], group: Mapping[str, Any]) -> int | None:
-    """Return after how many steps the decay alone has brought T to -10; None: not within `rates`."""
+    """Return the number of steps until the decay alone has brought T to -10; None: not within `rates`."""
     if init >= AWAKE:
         return 0
     values = decayed(init, decay, rates, group)
@@ -126,7 +126,7 @@ def waking_decay(init: float, rates: Sequence[float], group: Mapping[str, Any]) 
     None: there is no such decay.
     """
     early = rates[: len(rates) // 3]
-    if wake_step(init, _HIGHEST_DECAY, early, group) is None:  # Adam's steps have a limit that no decay raises
+    if wake_step(init, _HIGHEST_DECAY, early, group) is None:  # Adam's step size has a limit that no decay raises
         return None
     low, high = 0.0, 1e-8
     while wake_step(init, high, early, group) is None:
@@ -144,7 +144,7 @@ def waking_decay(init: float, rates: Sequence[float], group: Mapping[str, Any]) 
 def waking_start(
     starts: Iterable[float], rates: Sequence[float], group: Mapping[str, Any]
 ) -> tuple[float, float] | None:
-    """Return the first of `starts` for which `waking_decay` finds a decay, and that decay; None: for none of them."""
+    """Return the first of `starts` for which `waking_decay` finds a decay, and that decay; None: there is none."""
     decays = ((start, waking_decay(start, rates, group)) for start in starts)
     return next(((start, decay) for start, decay in decays if decay is not None), None)
 
@@ -161,7 +161,7 @@ def _advice(init: float, rates: Sequence[float], group: Mapping[str, Any]) -> st
 
 
 CHECK_EVERY = 20
-"""steps between looks for a dead layer: each makes the host wait for the device"""
+"""steps between checks for a dead layer: each makes the host wait for the device"""
 
 
 class SoftThreshold(RawWeights):
@@ -172,11 +172,11 @@ class SoftThreshold(RawWeights):
         self.thresholds: dict[str, Tensor] = {}
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse a training without steps."""
+        """Reject training without steps."""
         config.require_training(f"method={self.config.name}: the thresholds are trained there")
 
     def start(self, context: Context) -> float:
-        """Return the T that every threshold starts with."""
+        """Return the initial T of every threshold."""
         return self.config.threshold_init
 
     def decay(self, context: Context) -> float:
@@ -187,7 +187,7 @@ class SoftThreshold(RawWeights):
         return eligibility.select_layers(model, include=self.config.include, exclude=self.config.exclude)
 
     def setup(self, context: Context) -> None:
-        """Create the thresholds, add them to the optimizer, and refuse those that would sleep through the training.
+        """Create the thresholds, add them to the optimizer, and reject those that would never become active.
 
         Raises:
             UserError: decay and start of the thresholds do not fit each other or the schedule.
@@ -212,10 +212,10 @@ class SoftThreshold(RawWeights):
         )
 
     def _waking(self, context: Context, init: float, decay: float) -> str:
-        """Return a text on the step at which the decay alone has brought T to where pruning begins.
+        """Return a text on the step at which the decay alone has brought T to the value where pruning begins.
 
         Raises:
-            UserError: never, or it takes T past 0.
+            UserError: there is no such step, or the decay takes T past 0.
         """
         total = context.total_steps
         if init >= AWAKE and not decay:
@@ -241,12 +241,12 @@ class SoftThreshold(RawWeights):
         return f", which alone brings T to {AWAKE:g} (there pruning begins) at step {step} of {total}"
 
     def gate(self, context: Context, name: str, step: int) -> Tensor:
-        """Return the factor on each gradient; it is 0 where W is exactly 0, as sign(W) in dw/dW is."""
+        """Return the factor on each gradient; it is 0 where W is exactly 0, like sign(W) in dw/dW."""
         factor = super().gate(context, name, step)
         return factor.masked_fill_(self.raw[name] == 0, 0) if self.alpha(step) else factor
 
     def after_backward(self, context: Context, step: int) -> bool:
-        """Give the thresholds their gradients; clipping, which comes next, sees the model's only."""
+        """Set the thresholds' gradients; clipping, which comes next, includes only the model's."""
         super().after_backward(context, step)
         named = context.parameters()
         for name, threshold in self.thresholds.items():
@@ -279,7 +279,7 @@ class SoftThreshold(RawWeights):
             self.check_alive(context, f"after step {step}")
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return the mean threshold of each layer as weights are compared with it; report if nothing was pruned.
+        """Return the mean effective threshold of each layer; report if nothing was pruned.
 
         Raises:
             UserError: a layer has no weight left.

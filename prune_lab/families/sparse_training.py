@@ -1,4 +1,4 @@
-"""Sparse from the first step: random masks with a fixed budget per layer, moved now and then by drop and grow."""
+"""Sparse from the first step: random masks with a fixed budget per layer, updated periodically by drop and grow."""
 
 from __future__ import annotations
 
@@ -72,26 +72,26 @@ class DropAndGrowConfig(SparseTrainingConfig):
     alpha: Momentum
     """fraction of a layer's kept weights that the first update may move"""
     floor: Momentum
-    """that fraction at `end`"""
+    """the same fraction at `end`"""
     interval: Count | Literal["auto"] | None
-    """optimizer steps between updates; None: one epoch; auto: the published number, less where the schedule is so short
-    that it would leave fewer than ten updates"""
+    """optimizer steps between updates; None: one epoch; auto: the published number, or fewer on schedules so short that
+    it would leave fewer than ten updates"""
     begin: Index | None
     """step of the first update; None: after the first interval"""
     end: Fraction
-    """no updates from this fraction of the training on; never after the last step"""
+    """fraction of the training at which updates end; none follows the last step"""
     decay: Literal["cosine", "constant", "linear", "cubic"]
     """shape of the moved fraction from alpha to floor at `end`"""
     drop: Literal["magnitude", "by_sign"]
-    """magnitude: smallest |w|; by_sign: the weakest positives and the weakest negatives apart (SET paper)"""
+    """magnitude: smallest |w|; by_sign: the weakest positives and the weakest negatives separately (SET paper)"""
     regrown: Literal["keep", "zero"]
-    """a weight dropped and grown at once: keep: value and momentum stay (official code); zero: it restarts at 0
+    """a weight dropped and regrown at once: keep: value and momentum stay (official code); zero: it restarts at 0
     (rigl-reproducibility)"""
     skip_step_on_update: bool
-    """true: an update replaces the optimizer step of its batch (RigL alg. 1); false: it follows it"""
+    """true: an update replaces the optimizer step of its batch (RigL alg. 1); false: it follows that step"""
     reset_state: bool
-    """true: optimizer state of newly grown weights starts at zero (official RigL code); false: with what their dense
-    gradients have gathered while they were pruned"""
+    """true: optimizer state of newly grown weights starts at zero (official RigL code); false: with the state that
+    their dense gradients accumulated while they were pruned"""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -102,7 +102,7 @@ class DropAndGrowConfig(SparseTrainingConfig):
 
 
 _FEW = 10
-"""updates below which masks hardly move: of a layer's weights none has been tried more than ten times"""
+"""number of updates below which masks hardly change: no weight of a layer has been tried more than ten times"""
 
 
 class DropAndGrow(SparseTraining):
@@ -114,7 +114,7 @@ class DropAndGrow(SparseTraining):
 
     Config: type[DropAndGrowConfig] = DropAndGrowConfig
     published_interval: int | None = 100
-    """what `auto` means on the schedules of the papers; None: one epoch"""
+    """meaning of `auto` on the papers' schedules; None: one epoch"""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -122,7 +122,7 @@ class DropAndGrow(SparseTraining):
         self.churn = dict.fromkeys(("updates", "dropped", "grown", "regrown"), 0)
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse to move weights between layers that all keep half."""
+        """Reject moving weights between layers that all keep half."""
         if self.redistributes() and self.config.distribution == SEMI_STRUCTURED:
             raise UserError(
                 "method.redistribution must be none with method.distribution=2:4: every layer keeps half of its weights"
@@ -133,11 +133,11 @@ class DropAndGrow(SparseTraining):
         raise TypeError(f"{type(self).__name__} does not say where weights grow")
 
     def redistributes(self) -> bool:
-        """Return whether weights that layers freed may go to other layers."""
+        """Return whether weights freed in one layer may move to others."""
         return False
 
     def redistribution_signal(self, context: Context, names: Iterable[str]) -> dict[str, Tensor] | None:
-        """Return a value per weight whose mean over a layer's active weights is its claim on the freed weights.
+        """Return a value per weight; its mean over a layer's active weights is the layer's claim on freed weights.
 
         None: every layer grows as many weights as it dropped.
         """
@@ -153,7 +153,7 @@ class DropAndGrow(SparseTraining):
         context.report(steps + self._warning(context))
 
     def needs_dense_gradient(self, step: int) -> bool:
-        """Return True while pruned weights gather optimizer state that a later update hands to them."""
+        """Return True while pruned weights accumulate optimizer state that a later update gives them."""
         return not self.config.reset_state and step <= max(self.updates, default=-1)
 
     def after_backward(self, context: Context, step: int) -> bool:
@@ -184,17 +184,17 @@ class DropAndGrow(SparseTraining):
         return {name: optimizer.momentum(context.optimizer, named[name]) for name in names}
 
     def _report_redistribution(self, context: Context) -> None:
-        """Say that budgets do not stay what `distribution` made them."""
+        """Report that layer budgets will depart from `distribution`."""
         if len(context.eligible()) < 2:
             context.report("one layer only: there is nothing to redistribute")
         else:
             context.report(f"layer budgets start as {self.config.distribution} and move with method.redistribution")
 
     def _check_moves(self, context: Context) -> None:
-        """Say which layers keep so few weights that no update moves one.
+        """Report the layers that keep so few weights that no update moves one.
 
         Raises:
-            UserError: none of them moves although `alpha` is above 0.
+            UserError: no layer moves any weight although `alpha` is above 0.
         """
         if self.config.drop != "magnitude" or self.config.alpha == 0:
             return
@@ -241,7 +241,7 @@ class DropAndGrow(SparseTraining):
         return len(sparsity_schedules.update_steps(begin, self._end_of(total), interval))
 
     def _warning(self, context: Context) -> str:
-        """Return what to add where so few updates hardly differ from a fixed mask; empty if there are enough."""
+        """Return a warning that so few updates hardly differ from a fixed mask; empty if there are enough."""
         if len(self.updates) >= _FEW:
             return ""
         fitting = self._fitting(self.interval(context), context.total_steps)
@@ -269,7 +269,7 @@ class DropAndGrow(SparseTraining):
         return steps
 
     def end_step(self, context: Context) -> int:
-        """Return the step from which on masks stay; what grew after the last step would never be trained."""
+        """Return the step after which masks stay fixed; weights grown after the last step would never be trained."""
         return self._end_of(context.total_steps)
 
     def _end_of(self, total: int) -> int:
@@ -287,7 +287,7 @@ class DropAndGrow(SparseTraining):
         )
 
     def num_dropped(self, fraction: float, count: int, shape: tuple[int, ...]) -> int:
-        """Return how many of the `count` kept weights of a layer to drop."""
+        """Return the number of a layer's `count` kept weights to drop."""
         return sparsity_schedules.floor_product(fraction * count)
 
     def drop_scores(self, weight: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ class DropAndGrow(SparseTraining):
         return weight.abs()
 
     def update(self, context: Context, step: int) -> None:
-        """Drop and grow in every layer that can move, then make the new masks count."""
+        """Drop and grow in every layer that can change, then apply the new masks."""
         fraction, named, counts = self.moved_fraction(context, step), context.parameters(), context.masks.counts()
         signal = self.redistribution_signal(context, counts)
         movable = {
@@ -329,7 +329,7 @@ class DropAndGrow(SparseTraining):
     def new_totals(
         self, shares: dict[str, float], left: dict[str, int], before: dict[str, int], sizes: dict[str, int]
     ) -> dict[str, int]:
-        """Return weights per layer after growing; all together as many as `before`.
+        """Return weights per layer after growing; their sum equals that of `before`.
 
         Args:
             left: weights per layer after dropping.
@@ -351,7 +351,7 @@ class DropAndGrow(SparseTraining):
         return top_k.keep_top(self.drop_scores(weight), count - dropped, candidates=mask)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return sums since the phase began: updates; weights dropped, of these regrown at once, and newly grown."""
+        """Return sums since the phase began: updates; dropped weights, those regrown at once, and newly grown ones."""
         return self.explain()
 
     def explain(self) -> dict[str, float]:
@@ -365,7 +365,7 @@ class DropAndGrow(SparseTraining):
 
 
 def check_dense(scores: dict[str, Tensor], active: dict[str, Tensor], what: str) -> None:
-    """Raise UserError if the scores of all pruned positions are zero: nothing could be chosen to grow."""
+    """Raise UserError if the scores of all pruned positions are zero, so that growth has no basis."""
     if scores and not any(bool(score[~active[name]].any()) for name, score in scores.items()):
         raise UserError(
             f"all {what} are zero at pruned weights, so none can be chosen to grow: no signal passes a network as "
@@ -374,7 +374,7 @@ def check_dense(scores: dict[str, Tensor], active: dict[str, Tensor], what: str)
 
 
 def _mean_active(signal: Tensor, mask: Tensor) -> float:
-    """Return the mean |signal| over the active positions of a layer that has some."""
+    """Return the mean |signal| over the active positions of a layer, which must have some."""
     return float((signal.abs() * mask).sum(dtype=torch.float64)) / int(mask.sum())
 
 

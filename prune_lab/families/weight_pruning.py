@@ -1,4 +1,4 @@
-"""Methods that zero single weights under a budget: options, eligible layers, exact counts per layer."""
+"""Methods that zero individual weights under a budget: options, eligible layers, exact counts per layer."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class WeightPruningConfig(MethodConfig):
     exclude: list[str]
     """layer patterns to keep dense and out of the budget"""
     match: Literal["none", "params", "macs", "train_macs"]
-    """a cost that is to equal the reference's: nonzero parameters, inference MACs, MACs of the whole training"""
+    """the cost to match to the reference: nonzero parameters, inference MACs, or MACs of the whole training"""
     match_to: Annotated[str, Example("0.1:uniform")] | None
     """the reference as DENSITY:DISTRIBUTION, with this method's first_layer, include and exclude; train_macs: fixed
     masks of that layout, or the dense network, trained over the schedule's train block"""
     match_by: Literal["density", "epochs"]
-    """what is solved for: the density, which replaces `sparsity`, or the epochs of the schedule's train block"""
+    """the unknown to solve for: the density, which replaces `sparsity`, or the epochs of the schedule's train block"""
 
     def check(self, path: str) -> None:
         if (self.distribution == "file") != (self.densities is not None):
@@ -88,7 +88,7 @@ def _parse_reference(text: str, path: str) -> tuple[Fraction, Literal["uniform",
     """Return the density in (0, 1] and the distribution that DENSITY:DISTRIBUTION names.
 
     Raises:
-        UserError: another form, or a value that is not allowed.
+        UserError: wrong format, or a value that is not allowed.
     """
     found = re.fullmatch(r"(\d*\.?\d+(?:[eE]-?\d+)?|\d+\.):(uniform|er|erk)", text)
     if found is None or not 0 < Fraction(found[1]) <= 1:
@@ -100,14 +100,14 @@ def _parse_reference(text: str, path: str) -> tuple[Fraction, Literal["uniform",
 
 
 class WeightPruning(Method):
-    """Base of the methods whose target is `method.sparsity` over single weights."""
+    """Base of the methods whose target is `method.sparsity` over individual weights."""
 
     Config: type[WeightPruningConfig] = WeightPruningConfig
 
     def identity(self) -> dict[str, Any]:
         """Return the options, the file of densities by its content.
 
-        How a cost was matched is left out: what it was solved to decides the results.
+        The matching options are left out: the solution alone determines the results.
 
         Raises:
             UserError: the file cannot be read.
@@ -127,7 +127,7 @@ class WeightPruning(Method):
 
     @property
     def selection(self) -> ModuleType:
-        """What chooses among the weights of a layer: `keep_top`, `grow` and `random_mask`."""
+        """The module that selects among a layer's weights: `keep_top`, `grow` and `random_mask`."""
         return selection(self.config.distribution)
 
     def layers(self, model: nn.Module) -> list[Layer]:
@@ -150,7 +150,7 @@ class WeightPruning(Method):
         layers = context.eligible()
         num_weights = sum(layer.size for layer in layers)
         keep = distributions.num_keep_total(num_weights, sparsity)
-        if self.config.distribution == "global" and keep < len(layers):  # the others are refused by `allocate`
+        if self.config.distribution == "global" and keep < len(layers):  # `allocate` checks the others
             raise UserError(
                 f"method.sparsity={sparsity} leaves {keep} weights for {len(layers)} layers; the reachable maximum is "
                 f"about {1 - len(layers) / num_weights:.6g}"
@@ -158,7 +158,7 @@ class WeightPruning(Method):
         return keep
 
     def cut(self, context: Context, masks: dict[str, Tensor]) -> None:
-        """Take the masks of a cut and name the layers it leaves without any weight."""
+        """Install the masks of a cut and report the layers it leaves empty."""
         context.install_masks(masks)
         empty = [name.removesuffix(".weight") for name, count in context.masks.counts().items() if count == 0]
         if empty:
@@ -167,7 +167,7 @@ class WeightPruning(Method):
     def allocate(self, context: Context, sparsity: float) -> dict[str, int]:
         """Return kept weights per parameter at `sparsity`; they add up to `total` exactly.
 
-        With distribution=file layers go straight from dense to the file's densities at method.sparsity.
+        With distribution=file layers move linearly from dense to the file's densities at method.sparsity.
 
         Raises:
             UserError: no such layout exists; the message gives the reachable maximum.
@@ -190,7 +190,7 @@ class WeightPruning(Method):
     def allocate_nested(self, context: Context, sparsity: float, above: dict[str, int]) -> dict[str, int]:
         """Return kept weights per parameter at a sparsity on the way to the target, `total` in all.
 
-        No layer grows beyond `above`, the counts before, or passes below what the target leaves it.
+        No layer grows beyond `above`, the previous counts, or falls below its count at the target.
         """
         final = self.allocate(context, self.config.sparsity)
         wanted = self.allocate(context, sparsity)
@@ -203,7 +203,7 @@ class WeightPruning(Method):
     def keep_best(
         self, scores: dict[str, Tensor], budget: int | dict[str, int], candidates: dict[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return masks of the highest scores: `budget` in all, or so many of each parameter."""
+        """Return masks of the highest scores: `budget` in all, or per parameter if it is a mapping."""
         if isinstance(budget, int):
             return top_k.keep_top_global(scores, budget, candidates=candidates)
         return {
@@ -212,5 +212,5 @@ class WeightPruning(Method):
         }
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
-        self.total(context, self.config.sparsity)  # refuses what a global cut could not reach, too
+        self.total(context, self.config.sparsity)  # also rejects what a global cut cannot reach
         return None if self.config.distribution == "global" else [(0, self.allocate(context, self.config.sparsity))]
