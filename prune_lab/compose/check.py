@@ -10,7 +10,7 @@ from typing import Any
 
 from prune_lab import datasets, models
 from prune_lab.config.logger import LoggerConfig
-from prune_lab.config.optimizer import OPTIMIZERS, AdamConfig, SGDConfig
+from prune_lab.config.optimizer import PLAIN, FrankWolfeConfig, OptimizerConfig, PlainConfig
 from prune_lab.config.paper import PaperConfig
 from prune_lab.config.run import RunConfig
 from prune_lab.config.schedule import ScheduleConfig
@@ -76,12 +76,20 @@ def _check_output_dir(name: str) -> None:
         raise UserError(f"output_dir={name}: no permission to write to {there}", "output_dir")
 
 
-def _optimizer(node: Mapping[str, Any]) -> SGDConfig | AdamConfig:
-    if node.get("name") not in OPTIMIZERS:
-        raise UserError(
-            f"optimizer.name={node.get('name')} is not allowed; allowed: {', '.join(OPTIMIZERS)}", "optimizer.name"
-        )
-    return parse(OPTIMIZERS[node["name"]], node, "optimizer")
+def _optimizer(node: Mapping[str, Any]) -> OptimizerConfig:
+    if node.get("name") != "frank_wolfe":
+        return _plain_optimizer(node, "optimizer", (*PLAIN, "frank_wolfe"))
+    if not isinstance(node.get("outer"), Mapping):
+        raise UserError("optimizer.outer must be a group of options, those of an optimizer", "optimizer.outer")
+    outer = _plain_optimizer(node["outer"], "optimizer.outer", tuple(PLAIN))
+    return parse(FrankWolfeConfig, {**node, "outer": outer}, "optimizer")
+
+
+def _plain_optimizer(node: Mapping[str, Any], path: str, allowed: tuple[str, ...]) -> PlainConfig:
+    name = node.get("name")
+    if name not in PLAIN:
+        raise UserError(f"{path}.name={name} is not allowed; allowed: {', '.join(allowed)}", f"{path}.name")
+    return parse(PLAIN[name], node, path)
 
 
 def _method(node: Mapping[str, Any]) -> MethodConfig:

@@ -40,8 +40,9 @@ def options_of(path: Path) -> dict[str, Any]:
     own = own_options(path)
     parents = [name for name in own.pop("defaults", ()) if isinstance(name, str) and name != "_self_"]
     inherited: dict[str, Any] = {}
-    for name in parents:
-        inherited |= options_of(path.with_name(f"{name}.yaml"))
+    for name, _, group in (parent.partition("@") for parent in parents):
+        found = options_of(path.with_name(f"{name}.yaml"))
+        inherited |= {group: found} if group else found
     return inherited | own
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from prune_lab.foundations.errors import UserError
-from prune_lab.foundations.schema import Momentum, NonNegative, Positive
+from prune_lab.foundations.schema import Count, Momentum, NonNegative, Positive
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,26 @@ class AdamConfig:
     decay_norm_and_bias: bool
 
 
-OPTIMIZERS = {"sgd": SGDConfig, "adam": AdamConfig, "adamw": AdamConfig}
+PlainConfig = SGDConfig | AdamConfig
+
+PLAIN = {"sgd": SGDConfig, "adam": AdamConfig, "adamw": AdamConfig}
+"""name -> options of an optimizer of torch"""
+
+
+@dataclass(frozen=True)
+class FrankWolfeConfig:
+    name: Literal["frank_wolfe"]
+    outer: Any
+    """a PlainConfig, checked beforehand"""
+    inner_steps: Count
+    inner_radius: Positive
+    inner_point: Literal["official", "ball"]
+
+    @property
+    def weight_decay(self) -> float:
+        """That of the outer optimizer."""
+        decay: float = self.outer.weight_decay
+        return decay
+
+
+OptimizerConfig = PlainConfig | FrankWolfeConfig

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.config.logger import LoggerConfig
-from prune_lab.config.optimizer import AdamConfig, SGDConfig
+from prune_lab.config.optimizer import OptimizerConfig
 from prune_lab.config.paper import PaperConfig
 from prune_lab.config.schedule import ScheduleConfig
 from prune_lab.config.trainer import TrainerConfig
@@ -29,7 +29,7 @@ class RunConfig:
     method_target: str
     """dotted name of the method's class: `_target_` in its file"""
     schedule: ScheduleConfig
-    optimizer: SGDConfig | AdamConfig
+    optimizer: OptimizerConfig
     trainer: TrainerConfig
     logger: LoggerConfig
     seed: int

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prune_lab.accounting.eligibility import Layer
-    from prune_lab.config.optimizer import AdamConfig, SGDConfig
+    from prune_lab.config.optimizer import OptimizerConfig
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
     from prune_lab.core.removal import TrialCut
@@ -133,7 +133,7 @@ class Method:
         """Return every conv and linear layer with its eligibility; sparsity is counted over the eligible ones."""
         return eligibility.select_layers(model)
 
-    def build_optimizer(self, model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
+    def build_optimizer(self, model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
         """Return the optimizer of an active training phase; a method with its own optimizer builds it here."""
         return optimizer.build_optimizer(model, config)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from prune_lab.accounting.eligibility import Layer
-    from prune_lab.config.optimizer import AdamConfig, SGDConfig
+    from prune_lab.config.optimizer import OptimizerConfig
     from prune_lab.config.run import RunConfig
     from prune_lab.core.context import Context
     from prune_lab.optim.grda import GRDA
@@ -99,7 +99,7 @@ class Directional(Method):
     def layers(self, model: nn.Module) -> list[Layer]:
         return eligibility.select_layers(model, include=["*"])
 
-    def build_optimizer(self, model: nn.Module, config: SGDConfig | AdamConfig) -> GRDA:
+    def build_optimizer(self, model: nn.Module, config: OptimizerConfig) -> GRDA:
         """Return gRDA; parameters that are not to be thresholded are a group with c = 0."""
         from prune_lab.optim.grda import GRDA  # its file defines an Optimizer and so imports torch
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prune_lab.config.optimizer import AdamConfig, SGDConfig
+from prune_lab.config.optimizer import FrankWolfeConfig, OptimizerConfig, PlainConfig
 from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.lazy import torch
 
@@ -12,8 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return the optimizer over all parameters of `model`; vectors have no weight decay if the options say so."""
+    if not isinstance(config, FrankWolfeConfig):
+        return _plain_optimizer(model, config)
+    from prune_lab.optim.frank_wolfe import FrankWolfe  # its file defines an Optimizer and so imports torch
+
+    outer = _plain_optimizer(model, config.outer)
+    return FrankWolfe(outer, radius=config.inner_radius, steps=config.inner_steps, point=config.inner_point)
+
+
+def _plain_optimizer(model: nn.Module, config: PlainConfig) -> torch.optim.Optimizer:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]]
     if config.decay_norm_and_bias:
@@ -31,6 +40,12 @@ def build_optimizer(model: nn.Module, config: SGDConfig | AdamConfig) -> torch.o
         return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.nesterov, **common)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
     return kind(groups, betas=(config.beta1, config.beta2), eps=config.eps, **common)
+
+
+def leave_inner_loop(optimizer: torch.optim.Optimizer) -> None:
+    """Put weights back that the optimizer has moved for a while only, at the end of a training."""
+    if hasattr(optimizer, "leave_inner_loop"):
+        optimizer.leave_inner_loop()
 
 
 def require_momentum(optimizer: torch.optim.Optimizer, who: str) -> None:

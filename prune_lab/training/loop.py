@@ -20,6 +20,7 @@ from prune_lab.foundations import distributed
 from prune_lab.foundations.checkpoint import CheckpointPair
 from prune_lab.foundations.seeding import seed_device
 from prune_lab.optim.learning_rate import learning_rate, set_learning_rate
+from prune_lab.optim.optimizer import leave_inner_loop
 from prune_lab.training import averaging
 from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.evaluation import measure
@@ -234,6 +235,7 @@ def train_step(training: TrainState, images: Tensor, labels: Tensor) -> None:
     training.scaler.unscale_(optimizer)
     if method.after_backward(context, step):
         _clip(training)
+        _mask_gradients(training)
         training.scaler.step(optimizer)
     training.scaler.update()
     method.after_step(context, step)
@@ -277,6 +279,13 @@ def _clip(training: TrainState) -> None:
     counted = [masked.get(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
     norm = torch.nn.utils.get_total_norm(counted)
     torch.nn.utils.clip_grads_with_norm_(training.context.model.parameters(), limit, norm)
+
+
+def _mask_gradients(training: TrainState) -> None:
+    """Zero gradients of pruned weights for an optimizer that normalises the gradients of whole tensors."""
+    masks = training.context.masks
+    if masks is not None and getattr(training.optimizer, "normalises", False) and not training.method.trains_pruned():
+        masks.mask_grads()
 
 
 def check_finite(training: TrainState, *, weights: bool = False) -> None:
@@ -349,6 +358,8 @@ def _end_epoch(training: TrainState, *, seconds: float, images_per_s: float) -> 
     if training.ema is not None:
         averaging.follow(training.ema, context.model)
     last = progress.step == context.last_step
+    if last:
+        leave_inner_loop(training.optimizer)
     if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:
         # The last epoch is what is reported: measured in fp32, once.
         device_config = training.device_config.in_fp32() if last else training.device_config

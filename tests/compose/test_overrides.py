@@ -21,7 +21,8 @@ def test_groups_and_choices_are_the_folders_and_files() -> None:
     assert {"model", "dataset", "method", "schedule", "optimizer", "trainer", "logger", "experiment", "debug"} <= set(
         groups(conf_dir())
     )
-    assert choices(conf_dir(), "optimizer") == ["adam", "adamw", "sgd", "sgd_imagenet", "sgd_plain"]
+    optimizers = ["adam", "adamw", "frank_wolfe", "frank_wolfe_sgd", "sgd", "sgd_imagenet", "sgd_plain"]
+    assert choices(conf_dir(), "optimizer") == optimizers
 
 
 def test_a_sweep_is_every_combination_in_order() -> None:

@@ -305,6 +305,23 @@ def test_pruned_weights_are_zero_after_every_step(
     assert len(seen) >= 9 and seen[-1] > 0
 
 
+@pytest.mark.parametrize("name", ["rigl", "gmp", "lottery"])
+def test_pruned_weights_stay_zero_within_a_frank_wolfe_loop(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner: list[int] = []
+
+    def look(training: TrainState, step: int) -> None:
+        masks = training.context.masks
+        for path, mask in ({} if masks is None else masks.masks).items():
+            assert not training.context.parameters()[path][~mask].any(), f"{path} after step {step}"
+        inner.append(training.optimizer.calls)
+
+    watch(monkeypatch, look)
+    finish(configure(tmp_path, name, "optimizer=frank_wolfe_sgd", "optimizer.inner_steps=3"))
+    assert {0, 1, 2} <= set(inner)
+
+
 HALF = [pytest.param(name, marks=[pytest.mark.slow] * (index % 2)) for index, name in enumerate(NAMES)]
 """every other method; all with -m slow"""
 

@@ -96,7 +96,7 @@ def test_resume_anywhere_is_bit_exact_with_all_extras(tmp_path, monkeypatch, who
     assert_same_run(tmp_path, whole(*options))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "frank_wolfe"])
 def test_resume_with_another_optimizer_and_number_format(tmp_path, monkeypatch, whole, optimizer):
     options = (*TINY, *METHODS["set"], f"optimizer={optimizer}", "schedule.train.lr=0.01", "trainer.precision=bf16",
                "trainer.channels_last=true")  # fmt: skip

@@ -53,6 +53,12 @@ class MaskSet:
         """Zero every pruned weight in place."""
         torch._foreach_mul_([self._parameters[name] for name in self.masks], list(self.masks.values()))
 
+    @torch.no_grad()
+    def mask_grads(self) -> None:
+        """Zero the gradients of pruned weights in place."""
+        named = [(grad, mask) for name, mask in self.masks.items() if (grad := self._parameters[name].grad) is not None]
+        torch._foreach_mul_([grad for grad, _ in named], [mask for _, mask in named])
+
     def masked_grads(self) -> dict[str, Tensor]:
         """Return copies of the gradients with zeros at pruned positions."""
         found = {name: grad for name in self.masks if (grad := self._parameters[name].grad) is not None}
