@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypedDict
 
+from prune_lab.datasets.task import Classification, Task
 from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.schema import Count, Index, Name, Positive, Range
 
@@ -48,6 +49,7 @@ class DatasetInfo:
     num_test: int
     note: str = field(default="", compare=False)
     """One line on unusual files and classes, "" if there are none."""
+    task: Task = field(default=Classification(), compare=False)
 
     @property
     def sizes(self) -> Sizes:

@@ -8,7 +8,6 @@ from functools import partial
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
@@ -89,7 +88,7 @@ class JointNetworks:
         images = torch.stack([batch.images for batch in batches])
         logits = self._together(self._stacked, self._stacked_buffers, images).float()
         losses = [
-            F.cross_entropy(output, batch.labels, label_smoothing=batch.training.label_smoothing)
+            batch.training.task.loss(output, batch.labels, label_smoothing=batch.training.label_smoothing)
             for output, batch in zip(logits, batches, strict=True)
         ]
         scaled = [

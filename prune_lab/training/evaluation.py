@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from prune_lab.config.trainer import TrainerConfig
@@ -24,7 +23,7 @@ def measure(
     trainer: TrainerConfig,
     poll: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Return loss, top1 and top5 (percent) over every image of `split`, each counted once over all processes.
+    """Return the task's figures over every image of `split`, each counted once over all processes.
 
     Where `trainer.limit_eval_batches` left some of them out, `images` is how many were used.
 
@@ -36,7 +35,8 @@ def measure(
     """
     was_training = model.training
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device_config.torch_device)
+    task = dataset.info.task
+    sums = torch.zeros(task.num_evaluation_sums, dtype=torch.float64, device=device_config.torch_device)
     batches = dataset.eval_batches(
         split, trainer.eval_batch_size, rank=distributed.rank(), world_size=distributed.world_size()
     )
@@ -45,16 +45,12 @@ def measure(
             break
         with device_config.autocast():
             logits = model(images).float()
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        sums[0] += F.cross_entropy(logits, labels, reduction="sum")
-        sums[1] += best[:, 0].sum()
-        sums[2] += best.sum()
-        sums[3] += len(labels)
+        task.add_evaluation(sums, logits, labels)
         poll()
     model.train(was_training)
-    loss, top1, top5, images = distributed.total(sums).tolist()
-    scores = {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+    counted = distributed.total(sums).tolist()
+    scores = task.evaluation_figures(counted)
     if trainer.limit_eval_batches is None:
         return scores
     every = dataset.info.num_val if split == "val" else dataset.info.num_test
-    return scores | {"images": int(images)} if images < every else scores
+    return scores | {"images": int(counted[-1])} if counted[-1] < every else scores

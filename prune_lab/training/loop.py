@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prune_lab.config.schedule import PhaseSchedule
 from prune_lab.config.trainer import TrainerConfig
 from prune_lab.core.context import Context
 from prune_lab.core.method import Method
+from prune_lab.datasets.task import Task
 from prune_lab.foundations import distributed
 from prune_lab.foundations.checkpoint import CheckpointPair
 from prune_lab.foundations.seeding import seed_device
@@ -54,7 +54,7 @@ def differentiate(training: TrainState, images: Tensor, labels: Tensor) -> tuple
     """Add the gradient of a micro-batch to the parameters and return (mean loss, logits in fp32), detached."""
     with training.device_config.autocast():
         logits = training.forward(images).float()
-    loss = F.cross_entropy(logits, labels, label_smoothing=training.label_smoothing)
+    loss = training.task.loss(logits, labels, label_smoothing=training.label_smoothing)
     training.scaler.scale(loss / training.trainer.accumulate).backward()
     return loss.detach(), logits.detach()
 
@@ -86,13 +86,17 @@ class TrainState:
 
     def __post_init__(self) -> None:
         device = self.device_config.torch_device
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, images of this epoch
+        self.sums = torch.zeros(self.task.num_training_sums, dtype=torch.float64, device=device)  # of this epoch
         self.first_bad = torch.tensor(_NEVER, device=device)  # step of the first non-finite loss
         self.last_scores: dict[str, float] | None = None  # of the last epoch, if it ended in this process
         self.train_s = 0.0  # seconds of training steps in this process
         self.earlier_s = 0.0  # seconds of the processes before, up to the checkpoint that was resumed from
         self._first_here = self.progress.step
         self.saves = Saves(self.checkpoints, self.trainer.checkpoint_interval_s, device)
+
+    @property
+    def task(self) -> Task:
+        return self.dataset.info.task
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -261,9 +265,7 @@ def _forward_backward(training: TrainState, images: Tensor, labels: Tensor) -> N
 
 def _count(training: TrainState, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
     """Add to the epoch's sums on the device; nothing is read back here."""
-    training.sums[0] += loss * len(labels)
-    training.sums[1] += (logits.argmax(1) == labels).sum()
-    training.sums[2] += len(labels)
+    training.task.add_training(training.sums, loss, logits, labels)
     here = torch.where(torch.isfinite(loss), _NEVER, training.progress.step)
     training.first_bad = torch.minimum(training.first_bad, here)
 
@@ -337,14 +339,13 @@ def _interrupt(training: TrainState) -> NoReturn:
 
 def _end_epoch(training: TrainState, *, seconds: float, images_per_s: float) -> None:
     context, progress = training.context, training.progress
-    loss, correct, images = distributed.total(training.sums.clone()).tolist()
+    figures = training.task.training_figures(distributed.total(training.sums.clone()).tolist())
     row = {
         "phase": context.phase,
         "epoch": progress.epoch + 1,
         "step": progress.step - context.first_step,
         "lr": training.optimizer.param_groups[0]["lr"],
-        "train/loss": loss / images,
-        "train/top1": 100 * correct / images,
+        **{f"train/{key}": value for key, value in figures.items()},
         "macs/inference": context.forward_macs,
         "macs/train": context.cost.total,
         "time/epoch_s": seconds,
@@ -370,7 +371,7 @@ def _end_epoch(training: TrainState, *, seconds: float, images_per_s: float) -> 
 
 
 def evaluate(model: nn.Module, training: TrainState, *, device_config: DeviceConfig) -> dict[str, float]:
-    """Return loss and percent top-1 and top-5 of the training's evaluation split (see `measure`)."""
+    """Return the figures of the training's evaluation split (see `measure`)."""
     def stop() -> None:
         if distributed.world_size() == 1 and training.stop():
             _interrupt(training)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prune_lab.cli import command as cli
+from prune_lab.datasets.task import Classification
 from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.loop import differentiate
 from prune_lab.training.phases import build_model
@@ -50,7 +51,7 @@ def trainings_of(models: Sequence[nn.Module], precision: str = "fp32") -> list[S
         SimpleNamespace(
             context=SimpleNamespace(model=model), forward=model, label_smoothing=0.1 * seed,
             trainer=SimpleNamespace(accumulate=2), device_config=DeviceConfig("cpu", precision, False, False),
-            scaler=torch.amp.GradScaler("cpu", enabled=False),
+            scaler=torch.amp.GradScaler("cpu", enabled=False), task=Classification(),
         )
         for seed, model in enumerate(models)
     ]  # fmt: skip

@@ -13,6 +13,7 @@ from prune_lab.accounting.costs import profile
 from prune_lab.accounting.eligibility import select_layers
 from prune_lab.core.context import Context
 from prune_lab.core.method import Method, MethodConfig
+from prune_lab.datasets.task import Classification
 from prune_lab.foundations import checkpoint
 from prune_lab.foundations.checkpoint import CheckpointPair
 from prune_lab.optim.optimizer import build_optimizer
@@ -24,6 +25,10 @@ from prune_lab.training.loop import TrainState, train_step
 from tests.helpers.runs import TINY, compose, execute, records, run_dir, status, summary
 
 FP32 = DeviceConfig("cpu", "fp32", False, False)
+
+
+IMAGES = SimpleNamespace(task=Classification())
+"""of a data set of images"""
 
 
 def small_network(*, norm: bool = False) -> nn.Module:
@@ -42,7 +47,7 @@ def training(
     )  # fmt: skip
     return TrainState(
         context=context, method=method or Method(MethodConfig("dense")),
-        dataset=SimpleNamespace(num_batches=lambda batch_size: 4),
+        dataset=SimpleNamespace(num_batches=lambda batch_size: 4, info=IMAGES),
         schedule=config.schedule.phase("train"), batch_size=8, label_smoothing=config.schedule.label_smoothing,
         trainer=config.trainer, device_config=device_config, forward=model, data_seed=0,
         checkpoints=CheckpointPair(tmp_path, print), record=lambda row: None, show=lambda *_: None, stop=lambda: False,
@@ -237,6 +242,8 @@ def test_evaluation_counts_every_image_once_whatever_the_batch(size):
     images = torch.arange(23.0).view(23, 1, 1, 1).expand(23, 3, 1, 1)
 
     class Images:
+        info = IMAGES
+
         def eval_batches(self, split, batch_size, *, rank, world_size):
             yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
 
@@ -253,6 +260,8 @@ def test_evaluation_with_fewer_than_five_classes_and_mode_restored(tmp_path):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     class Images:
+        info = IMAGES
+
         def eval_batches(self, split, batch_size, *, rank, world_size):
             yield batch()
 
@@ -271,7 +280,7 @@ def test_eval_interval_skips_epochs_but_never_the_last(tmp_path):
 
 def diverge_at(monkeypatch, step: int, value: float = float("nan")) -> None:
     """Let the loss of one step be no number."""
-    real = loop.F.cross_entropy
+    real = F.cross_entropy
     calls = []
 
     def cross_entropy(logits, labels, **options):
@@ -281,7 +290,7 @@ def diverge_at(monkeypatch, step: int, value: float = float("nan")) -> None:
                 return (logits * value).sum()
         return real(logits, labels, **options)
 
-    monkeypatch.setattr(loop.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(F, "cross_entropy", cross_entropy)
 
 
 @pytest.mark.parametrize("method", ["dense", "rigl"])
