@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from prune_lab.accounting.device_counts import DeviceCounts
-from prune_lab.accounting.eligibility import Layer, layer_kind, weight_path
+from prune_lab.accounting.eligibility import Layer, weights_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,10 +50,11 @@ def profile(model: nn.Module, image_size: int, *, channels: int = 3) -> list[Lay
     from prune_lab.accounting.weight_use import observe  # its file subclasses a mode of torch
 
     uses = observe(model, image_size, channels=channels)
-    kinds = {weight_path(name): layer_kind(module) for name, module in model.named_modules()}
+    known = [weight for name, module in model.named_modules() for weight in weights_of(name, module)]
+    names, kinds = {path: name for name, path, _ in known}, {path: kind for _, path, kind in known}
     costs = []
     for path, macs in uses.macs.items():
-        name, shape = path.rpartition(".")[0], uses.shapes[path]
+        name, shape = names.get(path, path.rpartition(".")[0]), uses.shapes[path]
         kind = kinds.get(path) or ("linear" if len(shape) == 2 else "conv")
         positions, rest = divmod(macs, math.prod(shape))
         computed = uses.computed.get(name, "")

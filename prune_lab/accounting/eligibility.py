@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,14 @@ NO_PARAMETER = "its weight is no parameter but computed from others"
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution or linear layer."""
+    """One convolution or linear layer, or one matrix of a recurrent layer."""
 
     name: str
     """module path, such as layer1.0.conv1"""
     parameter: str
     """path of its weight, such as layer1.0.conv1.weight"""
     kind: str
-    """conv, depthwise conv, grouped conv or linear"""
+    """conv, depthwise conv, grouped conv, linear, input matrix or recurrent matrix"""
     shape: tuple[int, ...]
     eligible: bool
     reason: str
@@ -49,6 +50,21 @@ def layer_kind(module: nn.Module) -> str | None:
     return "depthwise conv" if module.groups == module.in_channels else "grouped conv"
 
 
+def weights_of(name: str, module: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """Yield (layer, path of its weight, kind) of each weight of a module that MACs are counted for.
+
+    A recurrent module has an input and a recurrent matrix per layer (and direction), which hold those of all its gates.
+    """
+    kind = layer_kind(module)
+    if kind:
+        yield name, weight_path(name), kind
+    elif isinstance(module, torch.nn.RNNBase):
+        for path, _ in module.named_parameters(name, recurse=False):
+            attribute = path.rpartition(".")[2]
+            if attribute.startswith("weight_"):
+                yield path, path, "recurrent matrix" if attribute.startswith("weight_hh") else "input matrix"
+
+
 def weight_path(module: str) -> str:
     """Return the path of the weight of the layer at the path `module`."""
     return f"{module}.weight" if module else "weight"
@@ -62,7 +78,7 @@ def select_layers(
     dense_first: bool = False,
     grouped: bool = False,
 ) -> list[Layer]:
-    """Return every conv and linear layer of `model` in definition order; a shared weight is listed once.
+    """Return every conv, linear and recurrent layer of `model` in definition order; a shared weight is listed once.
 
     Args:
         include: patterns (* and ?) of module paths to prune although they are dense by default (depthwise).
@@ -73,8 +89,8 @@ def select_layers(
     Raises:
         UserError: a pattern matches no layer, or nothing is left to prune.
     """
-    found = [(name, module) for name, module in model.named_modules() if layer_kind(module)]
-    names = [name for name, _ in found]
+    found = [weight for name, module in model.named_modules() for weight in weights_of(name, module)]
+    names = [name for name, _, _ in found]
     for option, patterns in (("method.include", include), ("method.exclude", exclude)):
         for pattern in patterns:
             if not fnmatch.filter(names, pattern):
@@ -82,13 +98,13 @@ def select_layers(
                 raise UserError(f"{option}: {pattern!r} matches no layer{near}; see dry_run=true")
     path_of = {id(parameter): path for path, parameter in model.named_parameters()}  # one path per shared weight
     layers, seen = [], set()
-    for index, (name, module) in enumerate(found):
-        weight = module.weight  # a parametrization recomputes it on each access
-        path = path_of.get(id(weight), weight_path(name))
+    for index, (name, own_path, kind) in enumerate(found):
+        weight = operator.attrgetter(own_path)(model)  # a parametrization recomputes it on each access
+        path = path_of.get(id(weight), own_path)
         if path in seen:
             continue
         seen.add(path)
-        kind, shape = layer_kind(module) or "", tuple(weight.shape)
+        shape = tuple(weight.shape)
         reason = _reason(name, kind, include=include, exclude=exclude, first=dense_first and index == 0)
         if id(weight) not in path_of:
             reason = NO_PARAMETER

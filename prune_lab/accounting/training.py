@@ -64,7 +64,7 @@ def planned_training_macs(
     layout: Sequence[tuple[int, Mapping[str, int]]],
     *,
     last_step: int,
-    batch_size: int,
+    units_per_step: int,
     dense_steps: Sequence[int],
     first_step: int = 0,
 ) -> int:
@@ -80,8 +80,8 @@ def planned_training_macs(
     for (_, kept), start, end in zip(layout, starts[:-1], starts[1:], strict=True):
         forward = sparse_macs(costs, kept)
         num_dense = bisect_left(dense_steps, end) - bisect_left(dense_steps, start)
-        cost.add(batch_size * (end - start - num_dense), forward)
-        cost.add(batch_size * num_dense, forward, dense)
+        cost.add(units_per_step * (end - start - num_dense), forward)
+        cost.add(units_per_step * num_dense, forward, dense)
     return cost.total
 
 
@@ -93,15 +93,16 @@ def rigl_training_ratio(sparse: int, dense: int, interval: int) -> float:
     return (3 * sparse * interval + 2 * sparse + dense) / (3 * dense * (interval + 1))
 
 
-def training_macs(config: RunConfig, forward: int, steps_per_epoch: int) -> int:
+def training_macs(config: RunConfig, forward: int, steps_per_epoch: int, *, units_per_row: int = 1) -> int:
     """Return the MACs of training a fixed network once over the schedule's train phase.
 
     The phase has its configured length, even if method.match_by=epochs has stretched it.
 
     Args:
-        forward: MACs per image of the network, dense or masked; a training step costs 3 times as much.
+        forward: MACs per unit (image, symbol) of the network, dense or masked; training costs 3 times as much.
+        units_per_row: see DatasetInfo.
     """
     epochs = config.matched.configured_epochs if config.matched else config.schedule.phase("train").epochs
     limit = config.trainer.limit_train_batches
     steps = steps_per_epoch if limit is None else min(steps_per_epoch, limit)
-    return 3 * forward * epochs * steps * config.schedule.batch_size
+    return 3 * forward * epochs * steps * config.schedule.batch_size * units_per_row

@@ -70,12 +70,21 @@ def observe(model: nn.Module, image_size: int, *, channels: int = 3) -> WeightUs
     """
     ghost = meta_copy(model)
     precision = next((parameter.dtype for parameter in ghost.parameters()), torch.float32)
-    image = torch.zeros(1, channels, image_size, image_size, device="meta", dtype=precision)
+    image = _example(model, image_size, channels, precision)
     watch = _Watch(ghost, image)
     with torch.no_grad(), QuickShapes(), watch:
         ghost(image)
     watch.finish()
     return watch.uses
+
+
+def _example(model: nn.Module, image_size: int, channels: int, dtype: torch.dtype) -> Tensor:
+    """Return one input on the meta device: what the network says of itself, else an image."""
+    own: Any = getattr(model, "example_input", None)
+    if own is not None:
+        symbols: Tensor = own("meta")
+        return symbols
+    return torch.zeros(1, channels, image_size, image_size, device="meta", dtype=dtype)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

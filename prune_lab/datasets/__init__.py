@@ -30,6 +30,7 @@ _KINDS = {
     "cifar": "prune_lab.datasets.cifar",
     "imagefolder": "prune_lab.datasets.imagefolder",
     "fake": "prune_lab.datasets.fake",
+    "text": "prune_lab.datasets.text",
 }
 
 

@@ -57,6 +57,11 @@ class DatasetInfo:
         return {"num_classes": self.num_classes, "image_size": self.image_size}
 
     @property
+    def units_per_row(self) -> int:
+        """What one row of a batch counts as, in units of the task: 1 image, or the symbols of a sequence."""
+        return 1
+
+    @property
     def num_eval(self) -> int:
         """Images of the split that runs are evaluated on (`Dataset.eval_split`)."""
         return self.num_val or self.num_test

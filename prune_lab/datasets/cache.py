@@ -39,7 +39,7 @@ def cached(source: Path, cache_dir: Path, *, name: str, decode: Callable[[], Dec
     Raises:
         UserError: `cache_dir` cannot be written, or from `decode`.
     """
-    entry = cache_dir / f"{name}-{_source_key(source)}"
+    entry = cache_dir / f"{name}-{source_key(source)}"
     with locked(entry):
         arrays = _read(entry)
         if arrays is None:
@@ -51,7 +51,8 @@ def cached(source: Path, cache_dir: Path, *, name: str, decode: Callable[[], Dec
     return arrays
 
 
-def _source_key(source: Path) -> str:
+def source_key(source: Path) -> str:
+    """Return what changes with path, sizes and modification times of a file or folder."""
     digest = hashlib.sha256(f"{_FORMAT} {source.resolve()}".encode())
     paths = sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
     for path in paths:
@@ -66,7 +67,7 @@ def locked(entry: Path) -> AbstractContextManager[None]:
     Raises:
         UserError: on entering, if the folder of the entry cannot be created or written.
     """
-    path, what = entry.with_name(f"{entry.name}.lock"), f"the images of {entry.name}"
+    path, what = entry.with_name(f"{entry.name}.lock"), f"the data of {entry.name}"
     return lock(path, what=what, report=log.info, option="dataset.cache_dir", with_children=True)
 
 

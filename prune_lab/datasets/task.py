@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prune_lab.foundations.lazy import torch
 
@@ -22,6 +23,11 @@ class Metric:
     unit: str
     """such as %, may be empty"""
     more_is_better: bool
+    digits: int = 2
+
+    def text(self, value: float) -> str:
+        """Return title, value and unit."""
+        return " ".join(filter(None, [self.title, f"{value:.{self.digits}f}", self.unit]))
 
 
 class Task(Protocol):
@@ -40,12 +46,22 @@ class Task(Protocol):
         """The metric by which networks are compared."""
 
     @property
+    def figures(self) -> tuple[str, ...]:
+        """The keys of an evaluation's figures."""
+
+    @property
     def num_training_sums(self) -> int:
         """Length of the sums of a training."""
 
     @property
     def num_evaluation_sums(self) -> int:
         """Length of the sums of an evaluation."""
+
+    def forward(self, network: Callable[..., Any], inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return the outputs of a batch in fp32, and the state with which the next batch goes through the network."""
+
+    def num_units(self, targets: Tensor) -> int:
+        """Return how many units a batch holds; costs are per unit."""
 
     def loss(self, outputs: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
         """Return the mean loss of a batch."""
@@ -69,8 +85,15 @@ class Classification:
 
     unit: str = "images"
     headline: Metric = Metric("top1", "top-1", "%", more_is_better=True)
+    figures: tuple[str, ...] = ("loss", "top1", "top5")
     num_training_sums: int = 3
     num_evaluation_sums: int = 4
+
+    def forward(self, network: Callable[..., Any], inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return network(inputs).float(), None
+
+    def num_units(self, targets: Tensor) -> int:
+        return len(targets)
 
     def loss(self, outputs: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
         return torch.nn.functional.cross_entropy(outputs, targets, label_smoothing=label_smoothing)
@@ -94,3 +117,65 @@ class Classification:
     def evaluation_figures(self, sums: Sequence[float]) -> dict[str, float]:
         loss, top1, top5, images = sums
         return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+
+
+IGNORED = -100
+"""target that does not count: torch's ignore_index"""
+
+
+@dataclass(frozen=True)
+class LanguageModelling:
+    """The next symbol of a text: cross-entropy in nats. Outputs [rows, time, symbols], targets [rows, time].
+
+    Bits per character are nats / ln 2 where a symbol is a byte; perplexity is e^nats where it is a word.
+    """
+
+    unit: str = "bytes"
+    carry_state: bool = True
+    """False: the state of a recurrent network begins anew with each batch"""
+    num_training_sums: int = 2
+    num_evaluation_sums: int = 2
+
+    @property
+    def headline(self) -> Metric:
+        if self.unit == "bytes":
+            return Metric("bpc", "bits per character", "", more_is_better=False, digits=4)
+        return Metric("perplexity", "perplexity", "", more_is_better=False)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        return ("loss", self.headline.key)
+
+    def forward(self, network: Callable[..., Any], inputs: Tensor, state: Any) -> tuple[Tensor, Any]:
+        outputs, state = network(inputs, state if self.carry_state else None)
+        return outputs.float(), state
+
+    def loss(self, outputs: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
+        return _cross_entropy(outputs, targets, label_smoothing=label_smoothing)
+
+    def num_units(self, targets: Tensor) -> int:
+        return targets.numel()
+
+    def add_training(self, sums: Tensor, loss: Tensor, outputs: Tensor, targets: Tensor) -> None:
+        sums[0] += loss * targets.numel()
+        sums[1] += targets.numel()
+
+    def training_figures(self, sums: Sequence[float]) -> dict[str, float]:
+        nats = sums[0] / sums[1]
+        return {"loss": nats, self.headline.key: nats / math.log(2) if self.unit == "bytes" else _exp(nats)}
+
+    def add_evaluation(self, sums: Tensor, outputs: Tensor, targets: Tensor) -> None:
+        sums[0] += _cross_entropy(outputs, targets, reduction="sum")
+        sums[1] += (targets != IGNORED).sum()
+
+    def evaluation_figures(self, sums: Sequence[float]) -> dict[str, float]:
+        return self.training_figures(sums)
+
+
+def _cross_entropy(outputs: Tensor, targets: Tensor, **options: Any) -> Tensor:
+    return torch.nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, **options)
+
+
+def _exp(nats: float) -> float:
+    """Return e^nats, infinite where that is no float64."""
+    return math.exp(nats) if nats < 700 else math.inf

@@ -168,7 +168,7 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
         near = suggestion(value, names) if isinstance(value, str) else _misread(value, allowed)
         raise UserError(f"{path}={as_typed(value)} is not allowed{near}; allowed: {', '.join(names)}", path)
     if origin in (list, tuple):
-        return _coerce_list(typing.get_args(hint)[0], value, path)
+        return origin(_coerce_list(typing.get_args(hint)[0], value, path))
     if origin is dict:
         item = typing.get_args(hint)[1]
         if not isinstance(value, Mapping):

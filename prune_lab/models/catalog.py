@@ -25,6 +25,7 @@ _FAMILIES = (
     (configs.VGG_NAMES, configs.VggConfig, "vgg"),
     (configs.MOBILENET_NAMES, configs.MobileNetConfig, "mobilenet"),
     (configs.WIDE_RESNET_NAMES, configs.WideResNetConfig, "wide_resnet"),
+    (configs.RECURRENT_NAMES, configs.RecurrentConfig, "recurrent"),
 )
 _CONFIGS: dict[str, type[ModelConfig]] = {name: config for names, config, _ in _FAMILIES for name in names}
 _MODULES: dict[type[ModelConfig], str] = {config: module for _, config, module in _FAMILIES}

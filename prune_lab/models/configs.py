@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from prune_lab.foundations.errors import UserError
-from prune_lab.foundations.schema import FilePath, Positive, Range
+from prune_lab.foundations.schema import Count, FilePath, Positive, Range
 
 RESNET_CIFAR_NAMES = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
 RESNET_NAMES = ("resnet18", "resnet34", "resnet50")
 VGG_NAMES = ("vgg16", "vgg19")
 MOBILENET_NAMES = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
 WIDE_RESNET_NAMES = ("wrn_16_8", "wrn_22_2", "wrn_28_10")
+RECURRENT_NAMES = ("gru_lm", "lstm_lm")
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,29 @@ class WideResNetConfig(ModelConfig):
     name: Literal["wrn_16_8", "wrn_22_2", "wrn_28_10"]
     dropout: Annotated[float, Range(0, 1, open_high=True)]
     """Probability of dropping a value between the two convolutions of a block."""
+
+
+@dataclass(frozen=True)
+class RecurrentConfig(ModelConfig):
+    """Recurrent language models."""
+
+    name: Literal["gru_lm", "lstm_lm"]
+    layers: Count
+    embedding: Count
+    hidden: Count
+    """Size of the recurrent state."""
+    readout: tuple[Count, ...]
+    """Outputs of the linear layers between state and output, ReLU between them."""
+    tied: bool
+    """The output matrix is the embedding."""
+    dropout: Annotated[float, Range(0, 1, open_high=True)]
+    """Of embedded symbols, between layers and of the last states."""
+
+    def check(self, path: str) -> None:
+        last = self.readout[-1] if self.readout else self.hidden
+        if self.tied and last != self.embedding:
+            raise UserError(f"{path}.tied=true needs as many values before the output as in the embedding, "
+                            f"{self.embedding}, got {last}")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -32,18 +32,21 @@ def baseline_run(config: RunConfig) -> RunConfig | None:
     return replace(config, method=method, overrides=(*typed, *(f"{key}={value}" for key, value in changed.items())))
 
 
-def figures(kind: str, top1: float, *, baseline: dict[str, Any], baseline_name: str) -> dict[str, Any]:
+def figures(
+    kind: str, key: str, summary: dict[str, Any], *, baseline: dict[str, Any], baseline_name: str
+) -> dict[str, Any]:
     """Return the flat keys that a control adds to its summary.
 
     Args:
-        top1: the control's own accuracy, percent.
+        key: of the headline metric, such as top1.
+        summary: the control's own.
         baseline: summary of the method's own run.
         baseline_name: directory name of that run.
     """
     return {
         "control/kind": kind,
-        "control/method_top1": baseline["final/top1"],
-        "control/method_minus_control": baseline["final/top1"] - top1,
+        f"control/method_{key}": baseline[f"final/{key}"],
+        "control/method_minus_control": baseline[f"final/{key}"] - summary[f"final/{key}"],
         "control/method_run": baseline_name,
     }
 

@@ -85,7 +85,7 @@ def _step_through(plan: SettledRun, info: datasets.DatasetInfo, device_config: D
             result, context = one_step(task)
         done.add(entry.phase, result)
         found.figures |= result.figures
-        costs = PhasePlan(entry.phase, task.method, context, plan.config.schedule.batch_size)
+        costs = PhasePlan(entry.phase, task.method, context, plan.config.schedule.batch_size * info.units_per_row)
         layout = costs.layout()
         if layout is None:
             found.kept = None
@@ -119,7 +119,7 @@ def _count(
         **pipeline_summary.origin(config, plan.folder.group, device_config, info),
         **counts,
         **method.chosen(),
-        **pipeline_summary.training_cost(config, chain.spent, counts["macs/dense"], steps),
+        **pipeline_summary.training_cost(config, info, chain.spent, counts["macs/dense"], steps),
         "phases": [{"name": entry.phase.name, "epochs": entry.epochs} for entry in plan.planned],
     }
     summary |= config.matched.figures(summary) if config.matched else {}

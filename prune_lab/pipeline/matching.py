@@ -140,7 +140,7 @@ class _Problem:
 
     def _training(self, forward: int) -> int:
         steps = RandomImages(self.info, self.device_config.torch_device).num_batches(self.config.schedule.batch_size)
-        cost = training_macs(self.config, forward, steps)
+        cost = training_macs(self.config, forward, steps, units_per_row=self.info.units_per_row)
         if cost == 0:
             raise UserError("schedule.train has no steps whose cost could be matched")
         return cost

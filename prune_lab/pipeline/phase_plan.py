@@ -28,7 +28,8 @@ class PhasePlan:
     phase: Phase
     method: Method
     context: Context
-    batch_size: int
+    units_per_step: int
+    """images or symbols of a batch"""
 
     @cached_property
     def dense_steps(self) -> list[int]:
@@ -52,7 +53,7 @@ class PhasePlan:
             layout,
             first_step=self.context.first_step,
             last_step=self.context.last_step,
-            batch_size=self.batch_size,
+            units_per_step=self.units_per_step,
             dense_steps=self.dense_steps,
         )
 
@@ -74,5 +75,5 @@ def plan_costs(config: RunConfig, model_config: Any, info: DatasetInfo, device_c
         task = task_without_files(config, model_config, entry, images, device_config, results)
         result, context = set_up(task)
         results.add(phase, result)
-        phases.append(PhasePlan(phase, task.method, context, config.schedule.batch_size))
+        phases.append(PhasePlan(phase, task.method, context, config.schedule.batch_size * info.units_per_row))
     return phases

@@ -83,7 +83,7 @@ def _measure(run: Run, done: Finished) -> tuple[dict[str, dict[str, float]], Mea
     measured = done.method.measure(done.model, partial(score, splits["final"]), batches)
     known = {"final": measured.scores} if measured else {"final": run.outcomes[-1]} if done.is_unchanged else {}
     scores = {name: known[name] if name in known else score(split, done.model) for name, split in splits.items()}
-    return {name: {key: found[key] for key in ("loss", "top1", "top5")} for name, found in scores.items()}, measured
+    return {name: {key: found[key] for key in dataset.info.task.figures} for name, found in scores.items()}, measured
 
 
 def _count(run: Run, done: Finished) -> tuple[list[dict[str, Any]], dict[str, Any]]:

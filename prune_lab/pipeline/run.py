@@ -74,7 +74,7 @@ class Run:
 
     def spend(self, effort: Effort) -> None:
         """Take note of what a phase took in this process."""
-        self.images_done += effort.steps * self.config.schedule.batch_size
+        self.images_done += effort.steps * self.config.schedule.batch_size * self.dataset.info.units_per_row
         self.train_s += effort.train_s
 
     def poll(self) -> None:

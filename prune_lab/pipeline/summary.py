@@ -94,11 +94,11 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
         **origin(config, run.folder.group, run.device_config, info),
         "data/content": run.dataset.content,
         **{f"{split}/{key}": value for split, values in scores.items() for key, value in values.items()},
-        **_dense_training(run, scores["final"]["top1"]),
+        **_dense_training(run, scores["final"]),
         **images_seen(run),
         **counts,
         **explained([figures["explained"] for figures in outcomes]),
-        **training_cost(config, run.macs_offset, counts["macs/dense"], steps),
+        **training_cost(config, info, run.macs_offset, counts["macs/dense"], steps),
         "macs/train_ratio_paper": outcomes[-1]["paper_train_ratio"],
         **method.chosen(),
         "phases": [
@@ -112,8 +112,8 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
     if config.matched:
         summary |= config.matched.figures(summary)
     if run.baseline and (baseline := baseline_summary(run)):
-        control, top1, name = config.method.control, scores["final"]["top1"], run.baseline.directory.name
-        summary |= control_runs.figures(control, top1, baseline=baseline, baseline_name=name)
+        control, name, key = config.method.control, run.baseline.directory.name, info.task.headline.key
+        summary |= control_runs.figures(control, key, summary, baseline=baseline, baseline_name=name)
     return summary
 
 
@@ -130,7 +130,9 @@ def origin(config: RunConfig, group: str, device_config: DeviceConfig, info: Dat
     }
 
 
-def training_cost(config: RunConfig, spent: int | None, dense: int, steps: int) -> dict[str, Any]:
+def training_cost(
+    config: RunConfig, info: DatasetInfo, spent: int | None, dense: int, steps: int
+) -> dict[str, Any]:
     """Return the MACs of the training beside those of dense training.
 
     Args:
@@ -138,19 +140,20 @@ def training_cost(config: RunConfig, spent: int | None, dense: int, steps: int) 
         dense: MACs per image of the dense network.
         steps: optimizer steps per epoch.
     """
-    whole = training_macs(config, dense, steps)
+    whole = training_macs(config, dense, steps, units_per_row=info.units_per_row)
     ratio = spent / whole if spent is not None and whole else None
     return {"macs/train": spent, "macs/train_dense": whole, "macs/train_ratio": ratio}
 
 
-def _dense_training(run: Run, top1: float) -> dict[str, Any]:
-    """Return the accuracy of the chain's dense training, percent, and what pruning made of it; null without one."""
+def _dense_training(run: Run, scores: dict[str, float]) -> dict[str, Any]:
+    """Return the headline metric after the chain's dense training, and its change by pruning; null without one."""
+    key = run.dataset.info.task.headline.key
     dense = [figures for entry, figures in zip(run.planned, run.outcomes, strict=True)
              if entry.phase.is_training and not entry.phase.active and entry.phase.end is None]  # fmt: skip
     if not dense:
-        return dict.fromkeys(("dense/top1", "delta/top1", "dense/epochs"))
-    before = dense[0]["top1"]
-    return {"dense/top1": before, "delta/top1": top1 - before, "dense/epochs": dense[0]["epochs"]}
+        return dict.fromkeys((f"dense/{key}", f"delta/{key}", "dense/epochs"))
+    before = dense[0][key]
+    return {f"dense/{key}": before, f"delta/{key}": scores[key] - before, "dense/epochs": dense[0]["epochs"]}
 
 
 def images_seen(run: Run) -> dict[str, int | None]:
@@ -159,6 +162,8 @@ def images_seen(run: Run) -> dict[str, int | None]:
     `train/images_per_epoch` is null unless `trainer.limit_train_batches` leaves out whole batches.
     """
     info, trainer, batch = run.dataset.info, run.config.trainer, run.config.schedule.batch_size
+    if info.task.unit != "images":
+        return {"data/num_eval": info.num_eval, "task/headline": info.task.headline.key, "task/unit": info.task.unit}
     limit, steps, world = trainer.limit_eval_batches, trainer.limit_train_batches, distributed.world_size()
 
     def evaluated(num_images: int) -> int:

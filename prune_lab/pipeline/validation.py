@@ -16,6 +16,7 @@ from prune_lab.core.chain import PlannedPhase, Results
 from prune_lab.core.context import Context
 from prune_lab.core.method import build_method
 from prune_lab.core.phase_result import PhaseResult
+from prune_lab.datasets.text import TextInfo, random_batch
 from prune_lab.foundations.checkpoint import CheckpointPair
 from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.loop import train_step
@@ -36,6 +37,8 @@ class RandomImages:
         return self.info.num_train // batch_size
 
     def batch(self, num_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if isinstance(self.info, TextInfo):
+            return random_batch(self.info, num_images, self._device)
         size = self.info.image_size
         images = torch.randn(num_images, 3, size, size, device=self._device)
         return images, torch.arange(num_images, device=self._device) % self.info.num_classes

@@ -32,8 +32,12 @@ def _phase(phase: dict[str, Any]) -> str:
 _EPOCH_PARTS: list[tuple[str, str, Callable[[Any], str]]] = [
     ("train/loss", "loss", "{:.4f}".format),
     ("train/top1", "top1", "{:.2f}".format),
+    ("train/bpc", "bpc", "{:.4f}".format),
+    ("train/perplexity", "perplexity", "{:.2f}".format),
     ("eval/loss", "eval loss", "{:.4f}".format),
     ("eval/top1", "eval top1", "{:.2f}".format),
+    ("eval/bpc", "eval bpc", "{:.4f}".format),
+    ("eval/perplexity", "eval perplexity", "{:.2f}".format),
     ("sparsity", "sparsity", "{:.4f}".format),
     ("channels/kept", "channels kept", "{:.4f}".format),
     ("prune/channels_kept", "channels kept", "{:.4f}".format),
@@ -80,6 +84,8 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("top-1", _join(_percent(get("final/top1")), evaluated, _before_pruning(summary))),
         ("top-5", _join(_percent(get("final/top5")), evaluated)),
+        ("bits per char.", _lower(summary, "bpc", 4)),
+        ("perplexity", _lower(summary, "perplexity", 2)),
         ("start weights", _start(get("start/top1"), get("start/zeros"), evaluated)),
         ("sparsity", _requested(get("sparsity/achieved"), get("sparsity/requested"))),
         ("target", targets.line(summary)),
@@ -127,6 +133,17 @@ def quantity(value: float) -> str:
 
 def _percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f} %"
+
+
+def _lower(summary: dict[str, Any], key: str, digits: int) -> str | None:
+    """Return a metric of which less is better, validation and test, and what it was before pruning."""
+    final, test, before = (summary.get(f"{part}/{key}") for part in ("final", "test", "dense"))
+    if final is None:
+        return None
+    parts = [f"{final:.{digits}f}", None if test is None else f"(test {test:.{digits}f})"]
+    if before is not None and summary.get(f"delta/{key}"):
+        parts.append(f"({summary[f'delta/{key}']:+.{digits}f} against {before:.{digits}f} before pruning)")
+    return _join(*parts)
 
 
 def _start(top1: float | None, zeros: float | None, evaluated: str | None) -> str | None:

@@ -40,11 +40,12 @@ def measure(
     batches = dataset.eval_batches(
         split, trainer.eval_batch_size, rank=distributed.rank(), world_size=distributed.world_size()
     )
+    state = None
     for index, (images, labels) in enumerate(batches):
         if trainer.limit_eval_batches is not None and index >= trainer.limit_eval_batches:
             break
         with device_config.autocast():
-            logits = model(images).float()
+            logits, state = task.forward(model, images, state)
         task.add_evaluation(sums, logits, labels)
         poll()
     model.train(was_training)
@@ -53,4 +54,4 @@ def measure(
     if trainer.limit_eval_batches is None:
         return scores
     every = dataset.info.num_val if split == "val" else dataset.info.num_test
-    return scores | {"images": int(counted[-1])} if counted[-1] < every else scores
+    return scores | {task.unit: int(counted[-1])} if counted[-1] < every else scores

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from prune_lab.config.schedule import PhaseSchedule
 from prune_lab.config.trainer import TrainerConfig
@@ -53,7 +54,9 @@ class Timestamp:
 def differentiate(training: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Add the gradient of a micro-batch to the parameters and return (mean loss, logits in fp32), detached."""
     with training.device_config.autocast():
-        logits = training.forward(images).float()
+        logits, state = training.task.forward(training.forward, images, training.carried.get(training.part))
+    if state is not None:
+        training.carried[training.part] = tree_map(Tensor.detach, state)
     loss = training.task.loss(logits, labels, label_smoothing=training.label_smoothing)
     training.scaler.scale(loss / training.trainer.accumulate).backward()
     return loss.detach(), logits.detach()
@@ -92,6 +95,8 @@ class TrainState:
         self.train_s = 0.0  # seconds of training steps in this process
         self.earlier_s = 0.0  # seconds of the processes before, up to the checkpoint that was resumed from
         self._first_here = self.progress.step
+        self.carried: dict[int, Any] = {}  # number of the micro-batch -> state of a recurrent network after it
+        self.part = 0  # number of the micro-batch at work
         self.saves = Saves(self.checkpoints, self.trainer.checkpoint_interval_s, device)
 
     @property
@@ -123,6 +128,7 @@ class TrainState:
             "progress": vars(self.progress).copy(),
             "sums": distributed.total(self.sums.clone()),
             "cost": context.cost.state_dict(),
+            "carried": dict(self.carried),
         }
 
     @property
@@ -146,6 +152,8 @@ class TrainState:
         self.progress = Timestamp(**state["progress"])
         self.sums.copy_(state["sums"] if distributed.is_main() else torch.zeros_like(self.sums))
         context.cost.load_state_dict(state["cost"])
+        device = self.device_config.torch_device
+        self.carried = tree_map(lambda tensor: tensor.to(device), state["carried"])
         self._first_here, self.earlier_s = self.progress.step, self.progress.wall_s
 
 
@@ -176,7 +184,7 @@ def _train_epochs(training: TrainState) -> None:
         _train_epoch(training)
         seconds = time.monotonic() - started
         training.train_s += seconds
-        images = (progress.batch - first) * training.batch_size
+        images = (progress.batch - first) * training.batch_size * training.dataset.info.units_per_row
         _end_epoch(training, seconds=seconds, images_per_s=images / max(seconds, 1e-9))
         progress.epoch, progress.batch = progress.epoch + 1, 0
         training.sums.zero_()
@@ -189,6 +197,8 @@ def _train_epochs(training: TrainState) -> None:
 def _train_epoch(training: TrainState) -> None:
     progress, steps, last_step = training.progress, training.context.steps_per_epoch, training.context.last_step
     training.context.model.train()
+    if progress.batch == 0:
+        training.carried.clear()
     sync_every = 1 if training.device_config.torch_device.type == "cpu" else 50  # reading the loss stalls a GPU
     batches = iter(
         training.dataset.train_batches(
@@ -248,14 +258,15 @@ def train_step(training: TrainState, images: Tensor, labels: Tensor) -> None:
     if training.ema is not None:
         training.ema.update_parameters(context.model)
         averaging.clear(training.ema, context.model)
-    context.cost.add(len(images) * distributed.world_size(), forward_macs, gradient_macs)
+    units = training.task.num_units(labels)
+    context.cost.add(units * distributed.world_size(), forward_macs, gradient_macs)
 
 
 def _forward_backward(training: TrainState, images: Tensor, labels: Tensor) -> None:
     chunks = training.trainer.accumulate
     size = len(images) // chunks
     for index in range(chunks):
-        part = slice(index * size, (index + 1) * size)
+        part, training.part = slice(index * size, (index + 1) * size), index
         last = index == chunks - 1
         wait = None if last else getattr(training.forward, "no_sync", None)
         with wait() if wait else contextlib.nullcontext():  # processes exchange gradients once per step

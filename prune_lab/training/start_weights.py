@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def examine(task: PhaseTask, context: Context) -> dict[str, Any]:
-    """Return `start/top1` (percent) and `start/zeros` (fraction) of a network before its first step; report both.
+    """Return `start/top1` (the headline metric) and `start/zeros` (fraction) before the first step; report both.
 
     `start/content` is the digest of what the weights came from.
     """
@@ -33,12 +33,13 @@ def examine(task: PhaseTask, context: Context) -> dict[str, Any]:
     limit = trainer.limit_eval_batches
     part = "" if limit is None else f" (trainer.limit_eval_batches={limit})"
     where = f"on the {split} split{part} before training"
-    task.report(f"start weights: top-1 {scores['top1']:.2f} % {where}{_hint(task.config)}")
+    headline = task.dataset.info.task.headline
+    task.report(f"start weights: {headline.text(scores[headline.key])} {where}{_hint(task.config)}")
     if zeros >= MANY_ZEROS:
         task.report(f"start weights: {zeros:.2%} of the weights of convolutions and linear layers are zero; training "
                    f"moves those that the method does not mask{keeping(context)}")  # fmt: skip
     content = models.weights_digest(task.config.model)
-    return {"start/top1": scores["top1"], "start/zeros": zeros, "start/content": content}
+    return {f"start/{headline.key}": scores[headline.key], "start/zeros": zeros, "start/content": content}
 
 
 def share_of_zeros(model: nn.Module) -> float:
