@@ -67,6 +67,8 @@ class Method:
     """False: the forward pass changes too often for torch.compile, so trainer.compile=auto does not use it"""
     costs_depend_on_images: bool = False
     """True: only `measure` knows the MACs of the eligible layers"""
+    needs_images: str = ""
+    """why the method works on images only; empty: it works on any data"""
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -116,6 +116,7 @@ def parse_kept(entry: str, path: str) -> tuple[str, float | int]:
 class ChannelPruning(Method):
     """Base of the methods that rank the channels of a trained network. Subclasses define the ranking in `scores`."""
 
+    needs_images = "it removes channels of convolutions"
     Config: type[ChannelPruningConfig] = ChannelPruningConfig
 
     def chain(self) -> tuple[Phase, ...]:

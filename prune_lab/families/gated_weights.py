@@ -84,6 +84,7 @@ class GatedWeights(Method):
     average, saved network and costs see real zeros. Subclasses define the cost of open gates in `price`.
     """
 
+    needs_images = "its gates are those of convolutions and linear layers"
     rule: Literal["louizos", "median"]
 
     def __init__(self, config: Any) -> None:

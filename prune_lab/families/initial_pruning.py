@@ -62,6 +62,7 @@ class ImageScoresConfig(InitialPruningConfig):
 class InitialPruning(WeightPruning):
     """Subclasses define `scores`; higher is kept."""
 
+    needs_images = "its scores are measured on labelled images"
     Config: type[InitialPruningConfig] = InitialPruningConfig
 
     def chain(self) -> tuple[Phase, ...]:

@@ -118,6 +118,7 @@ class DepL0(Method):
     see what will be left.
     """
 
+    needs_images = "it removes channels of convolutions"
     Config = DepL0Config
     can_compile = False
     card = Card(

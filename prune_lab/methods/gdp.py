@@ -121,6 +121,7 @@ def dual_rate(price: float, excess: float, num_steps: int, gate_lr: float) -> fl
 class GDP(Method):
     """Keeps the raw weights, which the optimizer moves; the network holds them times the gates of their columns."""
 
+    needs_images = "it removes channels of convolutions"
     Config = GDPConfig
     card = Card(
         summary="reconstruction: gates before convolutions learn to be 0 or far from it until the target is met",

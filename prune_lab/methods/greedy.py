@@ -100,6 +100,7 @@ class GreedyConfig(MethodConfig):
 
 
 class Greedy(Method):
+    needs_images = "it removes channels of convolutions"
     Config = GreedyConfig
     card = Card(
         summary="train dense, then rebuild each layer from its most useful channels, re-weighted; fine-tune",

@@ -51,6 +51,7 @@ class HasteConfig(MethodConfig):
 
 
 class HASTE(Method):
+    needs_images = "it merges channels of convolutions"
     Config = HasteConfig
     card = Card(
         summary="train dense, then merge alike input channels at run time by hashing, tile by tile (reconstruction)",

@@ -33,6 +33,7 @@ class StructuredRigLConfig(GradientGrowthConfig):
 
 
 class StructuredRigL(GradientGrowth):
+    needs_images = "it prunes kernels of convolutions"
     Config = StructuredRigLConfig
     card = Card(
         summary="RigL that drops and grows whole kernels: all k x k weights between one input and one output channel",

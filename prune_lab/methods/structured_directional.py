@@ -107,6 +107,7 @@ class StructuredDirectionalConfig(MethodConfig):
 
 
 class StructuredDirectional(Method):
+    needs_images = "it removes channels of convolutions"
     Config = StructuredDirectionalConfig
     card = Card(
         summary="reconstruction: a threshold that grows in every step of the training makes whole channels zero, which "
