@@ -132,9 +132,9 @@ def one_step(task: PhaseTask) -> tuple[PhaseResult, Context]:
     if context.total_steps:
         forward, size = training.forward, task.sizes["image_size"]
 
-        def named(images: torch.Tensor) -> torch.Tensor:
+        def named(*inputs: Any) -> Any:
             with models.one_line(task.model_config, size):
-                return forward(images)
+                return forward(*inputs)
 
         training.forward = named
         train_step(training, *task.dataset.batch(_IMAGES * task.config.trainer.accumulate))

@@ -91,7 +91,7 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("target", targets.line(summary)),
         ("channels", _channels(get("remove/channels_kept"))),
         ("parameters", _parameters(summary)),
-        ("MACs per image", _of(get("macs/inference"), get("macs/dense"), "")),
+        (f"MACs per {_unit(summary)}", _of(get("macs/inference"), get("macs/dense"), "")),
         ("not counted", _without_weight(get("macs/not_counted"))),
         ("merging", _merging(get("haste/channels_left"), get("haste/macs_ratio_without_overhead"))),
         ("merging, draws", _draws(summary)),
@@ -133,6 +133,11 @@ def quantity(value: float) -> str:
 
 def _percent(value: float | None) -> str | None:
     return None if value is None else f"{value:.2f} %"
+
+
+def _unit(summary: dict[str, Any]) -> str:
+    """Return what costs are per."""
+    return str(summary.get("task/unit", "images")).removesuffix("s")
 
 
 def _lower(summary: dict[str, Any], key: str, digits: int) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prune_lab import datasets
 from prune_lab.commands.analysis.runs import FinishedRun, data_options
 from prune_lab.config.trainer import TrainerConfig
-from prune_lab.datasets import BatchFormat, Dataset
+from prune_lab.datasets import BatchFormat, Dataset, DatasetInfo
 from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.seeding import generator, stable_hash
 from prune_lab.pipeline.saved_model import load_model
@@ -51,7 +51,7 @@ class Bench:
 
     def training_scores(self, model: nn.Module, chosen: Tensor) -> dict[str, float]:
         """Return loss and error (percent) over training images as they are, without augmentation."""
-        images = _Images(lambda batch_size: self.training_images(chosen, batch_size))
+        images = _Images(lambda batch_size: self.training_images(chosen, batch_size), self.dataset.info)
         return self._scores(model, images, "train")
 
     def eval_scores(self, model: nn.Module) -> dict[str, float]:
@@ -68,6 +68,7 @@ class _Images:
     """Images in the form that the evaluation loop reads."""
 
     read: Callable[[int], Batches]
+    info: DatasetInfo
 
     def eval_batches(self, _split: str, batch_size: int, *, rank: int, world_size: int) -> Batches:
         return self.read(batch_size)

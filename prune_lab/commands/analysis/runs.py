@@ -14,6 +14,7 @@ from prune_lab.datasets import CommonConfig, base
 from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.files import read_object
 from prune_lab.foundations.schema import parse
+from prune_lab.models.configs import RECURRENT_NAMES
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def read_run(directory: str | Path) -> FinishedRun:
         raise UserError(f"{path}/run.json: {error}") from error
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}/run.json lacks options of the run ({error})") from error
+    if network.get("model", {}).get("name") in RECURRENT_NAMES:
+        raise UserError(f"{path} is a network for text; connect, hessian-projection and export need one for images")
     with (path / "model.safetensors").open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FinishedRun(path, network, dataset, trainer, seed, summary, digest)

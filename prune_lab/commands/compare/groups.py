@@ -15,6 +15,8 @@ from prune_lab.commands.compare.runs import RunResult
 METRICS = {
     "top1": "final/top1",
     "test": "test/top1",
+    "bpc": "final/bpc",
+    "perplexity": "final/perplexity",
     "accuracy": "accuracy/test",
     "delta": "delta/top1",
     "control": "control/method_minus_control",

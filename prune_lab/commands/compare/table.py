@@ -59,6 +59,8 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
         "n": [_count(row) for row in rows],
         "top-1 %": [_part(_spread(row, "top1", "{:.2f}"), row.evaluated) for row in rows],
         "test top-1 %": [_part(_spread(row, "test", "{:.2f}"), row.evaluated) for row in rows],
+        "bits per character": [_spread(row, "bpc", "{:.4f}") for row in rows],
+        "perplexity": [_spread(row, "perplexity", "{:.2f}") for row in rows],
         "paper top-1 %": [_published(top1.get(row.group)) for row in rows],
         **(_before_pruning(rows) if known.before_pruning else {}),
         "method - control": [_spread(row, "control", "{:+.2f}") for row in rows],
