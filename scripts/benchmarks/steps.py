@@ -11,6 +11,7 @@ from benchmarks import workload
 from benchmarks.report import Report, reason
 from benchmarks.timing import Goal, Plan, amortised, in_turn
 from benchmarks.workload import Options, Workload
+from prune_lab.datasets import DatasetInfo
 from prune_lab.training import loop
 
 GOAL = Goal(1.01)
@@ -81,7 +82,7 @@ def _compare(work: Workload, dense: Workload, plan: Plan, report: Report, goal: 
 def _loop_steps(work: Workload, count: int) -> Callable[[], None]:
     """Return the last `count` steps of an epoch of our own loop, its checks included."""
     training = work.training
-    training.dataset = _SameBatch(work.batch)
+    training.dataset = _SameBatch(work.batch, training.dataset.info)
 
     def steps() -> None:
         training.progress.batch = training.context.steps_per_epoch - count
@@ -94,8 +95,8 @@ def _loop_steps(work: Workload, count: int) -> Callable[[], None]:
 class _SameBatch:
     """A data set whose batches cost nothing."""
 
-    def __init__(self, batch: tuple[Tensor, Tensor]) -> None:
-        self._batch = batch
+    def __init__(self, batch: tuple[Tensor, Tensor], info: DatasetInfo) -> None:
+        self._batch, self.info = batch, info
 
     def train_batches(self, **_place: int) -> Iterator[tuple[Tensor, Tensor]]:
         while True:

@@ -51,7 +51,7 @@ def trainings_of(models: Sequence[nn.Module], precision: str = "fp32") -> list[S
         SimpleNamespace(
             context=SimpleNamespace(model=model), forward=model, label_smoothing=0.1 * seed,
             trainer=SimpleNamespace(accumulate=2), device_config=DeviceConfig("cpu", precision, False, False),
-            scaler=torch.amp.GradScaler("cpu", enabled=False), task=Classification(),
+            scaler=torch.amp.GradScaler("cpu", enabled=False), task=Classification(), carried={}, part=0,
         )
         for seed, model in enumerate(models)
     ]  # fmt: skip

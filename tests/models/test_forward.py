@@ -10,10 +10,14 @@ from torch import nn
 
 from prune_lab import models
 from prune_lab.foundations.errors import UserError
+from prune_lab.models.configs import RECURRENT_NAMES
 from tests.helpers.models import build, node
 
 SMALL_WIDTH = 0.125
 """Keeps the tests quick; the full widths are counted in test_model_counts.py."""
+
+
+IMAGE_MODELS = [name for name in models.names() if name not in RECURRENT_NAMES]
 
 
 def small(name: str, image_size: int = 32, **changes) -> nn.Module:
@@ -22,7 +26,7 @@ def small(name: str, image_size: int = 32, **changes) -> nn.Module:
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("image_size", [8, 28, 32, 64, 96])
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_forward_and_backward(name, image_size):
     torch.manual_seed(0)
     model = small(name, image_size)
@@ -34,7 +38,7 @@ def test_forward_and_backward(name, image_size):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_traceable_and_equal_in_channels_last(name):
     torch.manual_seed(0)
     model = small(name).eval()
@@ -46,7 +50,7 @@ def test_traceable_and_equal_in_channels_last(name):
     torch.testing.assert_close(nhwc, logits, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_bf16_autocast_in_channels_last(name):
     torch.manual_seed(0)
     model = small(name).to(memory_format=torch.channels_last)
@@ -58,7 +62,7 @@ def test_bf16_autocast_in_channels_last(name):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_description_rebuilds_the_network(name):
     config = models.parse_config(node(name, width=SMALL_WIDTH, weights="somewhere/else.pt"))
     description = json.loads(json.dumps(models.describe(config, 7, 32)))

@@ -67,7 +67,8 @@ def test_the_difference_is_the_method_minus_its_control(own: float, control: flo
     lines = control_runs.comparison({"final/top1": control, **costs}, {"final/top1": own, **costs}, "shuffle")
     assert lines[0].split() == ["method", "control", "shuffle", "method", "-", "control"]
     assert lines[1] == f"top-1           {own:.2f} %".ljust(26) + f"  {control:.2f} %".ljust(17) + f"  {told}"
-    found = control_runs.figures("shuffle", control, baseline={"final/top1": own}, baseline_name="r")
+    summary, baseline = {"final/top1": control}, {"final/top1": own}
+    found = control_runs.figures("shuffle", "top1", summary, baseline=baseline, baseline_name="r")
     assert found["control/method_minus_control"] == own - control
 
 

@@ -13,6 +13,7 @@ from prune_lab.cli import command as cli
 from prune_lab.compose.choices import choices, conf_dir
 from prune_lab.compose.overrides import compose_checked
 from prune_lab.foundations.errors import UserError
+from prune_lab.models.configs import RECURRENT_NAMES
 from prune_lab.pipeline import dry_run
 
 LARGE = ("wrn_16_8", "wrn_28_10", "resnet110", "vgg19", "resnet34", "resnet50")
@@ -101,7 +102,10 @@ def test_the_command_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert shlex.split(command) == ["prune-lab", *typed]
 
 
-@pytest.mark.parametrize("name", [name for name in choices(conf_dir(), "dataset") if name != "imagefolder"])
+NEED_DATA = ("imagefolder", "text")
+
+
+@pytest.mark.parametrize("name", [name for name in choices(conf_dir(), "dataset") if name not in NEED_DATA])
 def test_no_data_set_is_needed_on_disk(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets, "load", lambda *arguments: pytest.fail("the dry run read data"))
@@ -125,7 +129,8 @@ def small(name: str) -> list[str]:
 
 @pytest.mark.thin(4)
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE)) for name in choices(conf_dir(), "model")]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in LARGE))
+             for name in choices(conf_dir(), "model") if name not in RECURRENT_NAMES]
 )
 def test_every_model_on_small_images(name: str, tmp_path: Path) -> None:
     size = ["dataset.image_size=32"] if name.startswith(("vgg", "mobilenet")) else small(name)
