@@ -29,9 +29,9 @@ def open_tracker(
     """Return a tracker with every sink of a run, for its main process; other processes use an empty `Tracker()`.
 
     Args:
-        logger: options of the W&B copy; None: no copy. Its tags are the caller's to put into `RunInfo.tags`.
-        init_timeout_s: how long W&B may take to begin; nobody waits for it.
-        finish_timeout_s: how long the end of the run may wait for what W&B has not been sent yet.
+        logger: options of the W&B copy; None: no copy. The caller puts its tags into `RunInfo.tags`.
+        init_timeout_s: maximum time W&B may take to start; nothing waits for it.
+        finish_timeout_s: maximum time that the end of the run waits for data not yet sent to W&B.
 
     Raises:
         UserError: logger.wandb=online without a key.

@@ -1,4 +1,4 @@
-"""Runs a sink on a thread of its own, so that a slow or silent server never holds up training."""
+"""Runs a sink on its own thread, so that a slow or silent server never blocks training."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from prune_lab.tracking.base import BaseSink, RunInfo
 
 
 class Background(BaseSink):
-    """Hands calls to `sink` in order, on a thread; only `finish` waits, and only for a bounded time.
+    """Passes calls to `sink` in order, on a thread; only `finish` waits, and only for a bounded time.
 
-    The first error ends the thread and is raised by the next call here. What the sink reports is shown with the next
-    call here, too, so that all output comes from the caller's thread.
+    The first error ends the thread and is raised by the next call here. Messages of the sink are also shown by the
+    next call here, so that all output comes from the caller's thread.
     """
 
     def __init__(self, sink: BaseSink, *, report: Callable[[str], None], finish_timeout_s: float) -> None:
@@ -28,7 +28,7 @@ class Background(BaseSink):
         self._thread: threading.Thread | None = None
 
     def notice(self, text: str) -> None:
-        """Keep a line of the sink's until the caller's thread comes by."""
+        """Keep a line from the sink until the caller's thread shows it."""
         self._notices.put(text)
 
     def start(self, info: RunInfo) -> None:
@@ -49,7 +49,7 @@ class Background(BaseSink):
         """Wait for the thread.
 
         Raises:
-            TimeoutError: it has not come to an end in time.
+            TimeoutError: it has not ended in time.
         """
         if self._thread is None:
             return

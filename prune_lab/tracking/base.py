@@ -1,4 +1,4 @@
-"""What a run reports, and to whom: the sink protocol and the tracker that feeds several sinks."""
+"""Reporting of a run: the sink protocol and the tracker that feeds several sinks."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class RunInfo:
-    """Identity of one run, as every sink gets it."""
+    """Identity of one run, as passed to every sink."""
 
     run_dir: Path
     run_id: str
-    """unique and stable: the same command has the same id, so that a copy elsewhere is continued, not doubled"""
+    """unique and stable: the same command has the same id, so that a copy elsewhere is resumed, not duplicated"""
     name: str
     group: str
-    """the same for runs that differ in nothing but the seed"""
+    """the same for runs that differ only in the seed"""
     tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     """resolved options as plain containers"""
     plan: list[dict[str, Any]] = field(default_factory=list)
-    """phases in order: {name, epochs: the schedule's, length: of the phase as text, ...}"""
+    """phases in order: {name, epochs: of the schedule, length: of the phase as text, ...}"""
 
 
 class Sink(Protocol):
-    """One place where a run is reported. Calls come in the order start, the middle ones in any order, finish.
+    """A destination for a run's reports. Calls come in this order: start, then the others in any order, then finish.
 
-    `message` and `progress` may come before `start`, or without it for a run that turns out to be done already.
+    `message` and `progress` may come before `start`, or without it if the run is already finished.
     """
 
     label: str
     """how messages name the sink"""
 
     def start(self, info: RunInfo) -> None:
-        """Begin the run, or begin it again after an interruption; all its records follow, those before it included."""
+        """Start the run, or restart it after an interruption; all its records follow, including earlier ones."""
 
     def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
-        """Take one record: `phase`, `epoch`, `global_step`, then flat keys.
+        """Log one record: `phase`, `epoch`, `global_step`, then flat keys.
 
         Args:
             replayed: it was measured by an earlier call of the same run or by another run that shares the phase.
         """
 
     def layers(self, rows: list[dict[str, Any]]) -> None:
-        """Take the per-layer table."""
+        """Log the per-layer table."""
 
     def summary(self, summary: dict[str, Any]) -> None:
-        """Take the flat end result."""
+        """Log the flat final result."""
 
     def message(self, text: str) -> None:
-        """Take one line for the reader."""
+        """Show one line to the reader."""
 
     def progress(self, done: int, total: int, text: str) -> None:
-        """Take the position, `done` of `total` optimizer steps, within the phase `text`."""
+        """Show the position within the phase `text`: `done` of `total` optimizer steps."""
 
     def finish(self, status: str, error: str | None) -> None:
         """End the run: `finished`, `failed` or `interrupted`; `error` is one line."""
@@ -76,10 +76,10 @@ class BaseSink:
 
 
 class Tracker:
-    """Hands every call to its sinks in order: local files first, then copies elsewhere.
+    """Passes every call to its sinks in order: local files first, then copies elsewhere.
 
-    An error of a local sink (a full disk) is the caller's to handle. An error of a copy is reported once, in one
-    line, and that copy gets nothing more: it can be made again from the local files, so it never stops a run.
+    The caller handles an error of a local sink (a full disk). An error of a copy is reported once, in one line, and
+    that copy receives nothing more: it can be recreated from the local files, so it never stops a run.
     """
 
     def __init__(self, local: Iterable[Sink] = ()) -> None:
@@ -91,7 +91,7 @@ class Tracker:
         self._local.append(sink)
 
     def add_copy(self, sink: Sink) -> None:
-        """Add a sink whose errors do not matter to the run."""
+        """Add a sink whose errors do not affect the run."""
         self._copies.append(sink)
 
     def start(self, info: RunInfo) -> None:
@@ -133,7 +133,7 @@ class Tracker:
         for sink in list(self._copies):
             try:
                 call(sink)
-            except Exception as error:  # whatever goes wrong there, a copy must not stop training
+            except Exception as error:  # a copy must never stop training
                 self._copies.remove(sink)
                 reason = " ".join(str(error).split()) or type(error).__name__
                 self.message(

@@ -1,4 +1,4 @@
-"""What a run shows while it works: rich on a terminal, one plain line per epoch elsewhere, the same in log.txt."""
+"""Output of a run in progress: rich on a terminal, one plain line per epoch elsewhere, the same in log.txt."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Lines(BaseSink, ABC):
 
     @abstractmethod
     def _write(self, line: str) -> None:
-        """Put out one line."""
+        """Write one line."""
 
     def start(self, info: RunInfo) -> None:
         self._epochs = {phase["name"]: phase.get("epochs") or 0 for phase in info.plan}
@@ -57,7 +57,7 @@ class _Lines(BaseSink, ABC):
 
 
 class _Forgiving:
-    """A stream that falls silent when its reader has gone (a closed pipe, a lost terminal); the run continues."""
+    """A stream that ignores the loss of its reader (a closed pipe, a lost terminal); the run continues."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -96,7 +96,7 @@ class PlainConsole(_Lines):
 
 
 class LogFile(_Lines):
-    """Appends the lines to log.txt in the run directory, with the time; lines before `start` wait for it."""
+    """Appends the lines to log.txt in the run directory, with the time; lines before `start` are held back."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class LogFile(_Lines):
     def _write(self, line: str) -> None:
         self._waiting.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {to_ascii(line)}\n")
         if self._path is not None:
-            with open(self._path, "a", encoding="ascii") as file:  # opened anew: lines may come after `finish`
+            with open(self._path, "a", encoding="ascii") as file:  # reopened: lines may come after `finish`
                 file.writelines(self._waiting)
             self._waiting.clear()
 
@@ -122,7 +122,7 @@ class RichConsole(_Lines):
         from rich.console import Console
 
         super().__init__()
-        file: Any = _Forgiving(stream)  # rich wants no more of a stream than this one has
+        file: Any = _Forgiving(stream)  # rich needs no more of a stream than this one has
         self._console = Console(file=file, highlight=False, markup=False)
         self._progress: Progress | None = None
         self._task: TaskID | None = None

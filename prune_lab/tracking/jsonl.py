@@ -1,4 +1,4 @@
-"""The files a run leaves behind, written as it goes: metrics.jsonl and its companions. They are the truth."""
+"""The files of a run, written as it trains: metrics.jsonl and its companions. They are the primary record."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def encode(record: dict[str, Any]) -> str:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Add one record as one flushed line. A file that a kill left with half a line is to be rewritten first."""
+    """Append one record as one flushed line. A file that a kill left with half a line must be rewritten first."""
     with open(path, "a", encoding="utf-8") as file:
         file.write(encode(record))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file; a last line cut short by a kill is left out.
+    """Return the records of a JSON-lines file; a last line truncated by a kill is left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -37,22 +37,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            if number == len(lines):  # no newline after it: the writer was stopped within the line
+            if number == len(lines):  # no newline after it: the writer was killed within the line
                 break
             raise ValueError(f"{path}, line {number} is not JSON") from error
     return records
 
 
 def rewrite(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Replace the file by `records`, whole or not at all."""
+    """Replace the file's content by `records`, whole or not at all."""
     write_text(path, "".join(encode(record) for record in records))
 
 
 class JsonFiles(BaseSink):
     """Writes run.json, metrics.jsonl, layers.json, summary.json and status.json into the run directory.
 
-    A run that begins again starts metrics.jsonl anew, because all records come again: finished phases keep theirs,
-    and an unfinished one repeats only what its last checkpoint does not cover.
+    A restarted run rewrites metrics.jsonl, because all records are logged again. Finished phases keep theirs, and an
+    unfinished one repeats only those after its last checkpoint.
     """
 
     def __init__(self) -> None:
@@ -93,6 +93,6 @@ class JsonFiles(BaseSink):
             return
         try:
             if self._metrics is not None:
-                self._metrics.close()  # on a full disk it cannot flush; the status may still fit
+                self._metrics.close()  # on a full disk flushing fails; the status may still fit
         finally:
             write_json(self._dir / "status.json", {"status": status, "error": error})

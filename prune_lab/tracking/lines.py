@@ -9,11 +9,11 @@ from prune_lab.accounting import targets
 from prune_lab.tracking.base import RunInfo
 
 MANY_ZEROS = 0.01
-"""share of zeros among start weights from which they are reported; trained dense networks have next to none"""
+"""minimum fraction of zeros among start weights that is reported; trained dense networks have almost none"""
 
 
 def to_ascii(text: str) -> str:
-    """Return `text` with other characters escaped, so that no terminal or locale can fail on it."""
+    """Return `text` with non-ASCII characters escaped, so that no terminal or locale can fail on it."""
     return text.encode("ascii", "backslashreplace").decode("ascii")
 
 
@@ -49,7 +49,7 @@ _EPOCH_PARTS: list[tuple[str, str, Callable[[Any], str]]] = [
 
 
 def epoch_line(record: dict[str, Any], epochs: dict[str, int]) -> str | None:
-    """Return one line for a record, without keys it lacks; None for a record without any key that is shown.
+    """Return one line for a record, without missing keys; None for a record that has no key to show.
 
     Args:
         epochs: planned epochs of each phase.
@@ -65,20 +65,20 @@ def epoch_line(record: dict[str, Any], epochs: dict[str, int]) -> str | None:
 
 
 def _of_part(key: str, record: dict[str, Any]) -> str:
-    """Return how many images an accuracy is of, where those were not all."""
+    """Return the number of images behind an accuracy, if it was not all of them."""
     split, _, what = key.partition("/")
     images = record.get(f"{split}/images") if what == "top1" else None
     return "" if images is None else f" ({images:,} images)"
 
 
 def part_evaluated(summary: dict[str, Any]) -> str | None:
-    """Return which part of the evaluation images the accuracies are of; None: of all, or of how many is not known."""
+    """Return the part of the evaluation images behind the accuracies; None: all of them, or unknown."""
     images, num_eval = summary.get("final/images"), summary.get("data/num_eval")
     return f"of {images:,} of {num_eval:,} images" if images and num_eval and images < num_eval else None
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return (what, how much) for the end of a run, from the flat keys of summary.json; missing ones are left out."""
+    """Return (label, value) pairs for the end of a run, from the flat keys of summary.json, without missing ones."""
     get = summary.get
     evaluated = part_evaluated(summary)
     rows = [
@@ -154,8 +154,8 @@ def _lower(summary: dict[str, Any], key: str, digits: int) -> str | None:
 def _start(top1: float | None, zeros: float | None, evaluated: str | None) -> str | None:
     if top1 is None or zeros is None:
         return None
-    told = _join(f"top-1 {top1:.2f} %", evaluated, "before training")
-    return f"{told}, {zeros:.2%} zeros" if zeros >= MANY_ZEROS else told
+    line = _join(f"top-1 {top1:.2f} %", evaluated, "before training")
+    return f"{line}, {zeros:.2%} zeros" if zeros >= MANY_ZEROS else line
 
 
 def _in_each_epoch(images: int | None, total: int | None) -> str | None:
@@ -173,7 +173,7 @@ def epochs_text(epochs: int | None) -> str:
 
 
 def _before_pruning(summary: dict[str, Any]) -> str | None:
-    """Return what became of the accuracy that the run's own dense training ended with; None if it ended with that."""
+    """Return the change from the accuracy of the run's own dense training; None if the run ended with it."""
     delta, before = summary.get("delta/top1"), summary.get("dense/top1")
     if delta is None or before is None or (delta == 0 and len(summary.get("phases") or ()) == 1):
         return None
@@ -191,13 +191,13 @@ def _channels(kept: float | None) -> str | None:
 
 
 def _parameters(summary: dict[str, Any]) -> str | None:
-    """Return the parameters that are left: all of them where channels are gone, else those that are not zero."""
+    """Return the remaining parameters: all of them if channels were removed, else the nonzero ones."""
     nonzero, dense = summary.get("params/nonzero"), summary.get("params/dense")
     return _of(summary.get("params/total"), dense, "") if nonzero is None else _of(nonzero, dense, "nonzero")
 
 
 def _masks(summary: dict[str, Any]) -> str | None:
-    """Return where the masks have been; masks that only shrink have tried nothing."""
+    """Return the positions that the masks have explored; masks that only shrink have explored none."""
     explored, dead = summary.get("mask/exploration"), summary.get("mask/dead_filters")
     if explored is None:
         return None

@@ -1,4 +1,4 @@
-"""Finds out whether W&B can be used online, from the environment and files alone: no network, no prompt, no wandb."""
+"""Determines whether W&B can be used online, from the environment and files alone: no network, no prompt, no wandb."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _WANDB_MODES: dict[str, Mode] = {
 
 
 def resolve_mode(setting: Mode | Literal["auto"], environ: Mapping[str, str] = os.environ) -> Mode:
-    """Return the mode that `logger.wandb=setting` means here.
+    """Return the mode that `logger.wandb=setting` selects here.
 
     `auto` follows the variable WANDB_MODE if it is set; else it is online when a key is configured (WANDB_API_KEY,
     WANDB_IDENTITY_TOKEN_FILE, or a netrc entry for the server), and offline otherwise.
 
     Raises:
-        UserError: online is chosen and no key is configured. W&B would stop there and prompt for one.
+        UserError: online is chosen and no key is configured. W&B would stop and prompt for one.
     """
     mode = _WANDB_MODES.get(environ.get("WANDB_MODE", "")) if setting == "auto" else setting
     if mode is None:
@@ -65,7 +65,7 @@ def find_key(environ: Mapping[str, str] = os.environ) -> str | None:
     hosts = (urlsplit(base_url).netloc,) if base_url else _DEFAULT_HOSTS
     if hosts[0] in _DEFAULT_HOSTS:
         hosts = _DEFAULT_HOSTS
-    found = (entries.hosts.get(host) for host in hosts)  # the `default` entry is no W&B key
+    found = (entries.hosts.get(host) for host in hosts)  # the `default` entry is not a W&B key
     return next((entry[2] for entry in found if entry and entry[2]), None)
 
 

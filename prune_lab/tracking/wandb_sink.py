@@ -15,18 +15,18 @@ if TYPE_CHECKING:
     import wandb
 
 _AXES = ("global_step", "epoch", "macs/train")
-"""What charts may have on the x-axis. W&B keeps one default axis per metric, global_step; the others are logged with
-every record, so each chart can be switched to them."""
+"""Possible x-axes of charts. W&B keeps one default axis per metric, global_step; the others are logged with every
+record, so each chart can be switched to them."""
 
 _MAX_TAG = 64
-"""W&B refuses longer tags."""
+"""W&B rejects longer tags."""
 
 
 class WandbSink(BaseSink):
-    """One W&B run per run, with the same id on every call: an interrupted run resumes there, too.
+    """One W&B run per run, with the same id on every call, so that an interrupted run resumes there, too.
 
-    Records come again from the first one when a run is continued. Those that the server already holds are passed over
-    by number: W&B counts one step per record, and the order of records is the same every time.
+    A resumed run logs all records again from the first. Those already on the server are skipped by number: W&B counts
+    one step per record, and the order of records is always the same.
     """
 
     label = "W&B"
@@ -50,7 +50,7 @@ class WandbSink(BaseSink):
         self._begun: wandb.Run | None = None
         self._layers: list[dict[str, Any]] = []
         self.num_present = 0
-        """records the server held already when the run began"""
+        """number of records already on the server when the run began"""
         self._num_logged = 0
 
     def start(self, info: RunInfo) -> None:
@@ -58,7 +58,7 @@ class WandbSink(BaseSink):
 
         if self._mode == "offline":
             _remove_offline_copies(info)
-        wandb.setup(settings=wandb.Settings(silent=True))  # before init, which talks about keys
+        wandb.setup(settings=wandb.Settings(silent=True))  # before init, which prints messages about keys
         self._begun = wandb.init(
             mode=self._mode,
             project=self._project,
@@ -72,7 +72,7 @@ class WandbSink(BaseSink):
             dir=info.run_dir,
             save_code=False,
             settings=wandb.Settings(
-                api_key=find_key() if self._mode == "online" else None,  # given so that it is never asked for
+                api_key=find_key() if self._mode == "online" else None,  # passed so that W&B never prompts for it
                 console="off",
                 silent=True,
                 reinit="create_new",  # never the unfinished run of an earlier job in this process
@@ -95,7 +95,7 @@ class WandbSink(BaseSink):
 
     @property
     def url(self) -> str:
-        """Where to look: the run's page, or the folder of the offline copy."""
+        """The run's page, or the folder of the offline copy."""
         return self._run.url or str(Path(self._run.dir).parent)
 
     def log(self, record: dict[str, Any], *, replayed: bool = False) -> None:
@@ -111,14 +111,14 @@ class WandbSink(BaseSink):
 
     def finish(self, status: str, error: str | None) -> None:
         try:
-            if self._layers:  # last: a table needs more of the server than numbers do
+            if self._layers:  # last: a table demands more of the server than numbers do
                 self._run.summary["layers"] = _table(self._layers)
         finally:
             self._run.finish(exit_code=0 if status == "finished" else 1)
 
 
 def _table(rows: list[dict[str, Any]]) -> wandb.Table:
-    """Return rows of unlike keys as a table over all keys; lists such as shapes become texts."""
+    """Return rows with different keys as a table over all keys; lists such as shapes become strings."""
     import wandb
 
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -137,6 +137,6 @@ def _present(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove_offline_copies(info: RunInfo) -> None:
-    """Remove what earlier calls of this run left: the new copy begins with the same records."""
+    """Remove the copies of earlier calls of this run: the new copy begins with the same records."""
     for folder in (info.run_dir / "wandb").glob(f"offline-run-*-{info.run_id}"):
         shutil.rmtree(folder)
