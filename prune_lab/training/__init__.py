@@ -1,1 +1,1 @@
-"""One phase at work: the only training loop, the only evaluation, and device and precision they run in."""
+"""Running one phase: the only training loop, the only evaluation, and their device and precision."""

@@ -1,4 +1,4 @@
-"""Memory of tensors on a CPU: what a step frees is kept for the next one."""
+"""Memory of tensors on a CPU: blocks freed by one step are kept for the next."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ _LARGEST, _ALL = 2**30, 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep freed blocks of up to 1 GiB; other C libraries are left as they are.
+    """Make glibc keep freed blocks of up to 1 GiB; other C libraries are not changed.
 
-    By default it returns large blocks to the system, and every step requests them again, page by page: 12,000 page
-    faults and 8 % of the processor time of a ResNet-20 step (batch 128, bf16), none with this. Peak memory is the same.
+    By default it returns large blocks to the system, and every step requests them again, page by page. That costs
+    12,000 page faults and 8 % of the CPU time of a ResNet-20 step (batch 128, bf16), none with this. Peak memory is
+    the same.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

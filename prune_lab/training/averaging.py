@@ -8,21 +8,21 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 
 def moving_average(model: nn.Module, decay: float | None) -> AveragedModel | None:
-    """Return the average of the weights, which starts as the network is now: masked already where it begins sparse."""
+    """Return the average of the weights, initialised to the network, including its masks if it starts sparse."""
     if decay is None:
         return None
     average = get_ema_multi_avg_fn(decay)
     averaged = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    averaged.n_averaged = averaged.n_averaged.cpu()  # asked for in every step: on a GPU the host would wait for it
+    averaged.n_averaged = averaged.n_averaged.cpu()  # read in every step: on a GPU the host would wait for it
     return averaged
 
 
 @torch.no_grad()
 def clear(average: AveragedModel, model: nn.Module) -> None:
-    """Let the average of every weight of `model` that is exactly zero be zero.
+    """Set the average to zero wherever the weight of `model` is exactly zero.
 
-    By itself it never gets there: in float32 it stops at 6.99e-43. So it follows the masks, and the zeros that
-    a method makes without one.
+    On its own it never reaches zero: in float32 it stops at 6.99e-43. This way it follows the masks, and zeros that
+    a method sets without one.
     """
     factors = torch._foreach_sign(list(model.parameters()))
     torch._foreach_abs_(factors)
@@ -31,9 +31,9 @@ def clear(average: AveragedModel, model: nn.Module) -> None:
 
 @torch.no_grad()
 def follow(average: AveragedModel, model: nn.Module) -> None:
-    """Let the average follow what a method did to `model` since the last update.
+    """Let the average follow the changes of a method to `model` since the last update.
 
-    Weights that it opened only now have no average but zero: they begin as they are.
+    Newly grown weights have only zeros in their average: it restarts at their current values.
     """
     clear(average, model)
     for mine, theirs in zip(average.module.parameters(), model.parameters(), strict=True):

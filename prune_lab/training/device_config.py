@@ -1,4 +1,4 @@
-"""Where and in which number format a run computes: `auto` options resolved for this machine."""
+"""Device and number format of a run: `auto` options resolved for this machine."""
 
 from __future__ import annotations
 
@@ -60,29 +60,29 @@ class DeviceConfig:
         return torch.autocast(self.torch_device.type, self.dtype)
 
     def in_fp32(self) -> DeviceConfig:
-        """Return the same device and memory format in fp32, for figures that are reported."""
+        """Return the same device and memory format in fp32, for reported figures."""
         return DeviceConfig(self.device, "fp32", self.channels_last, False)
 
     def identity(self) -> dict:
-        """Return what can change results: the kind of device, not its number; on a CPU how sums are split."""
+        """Return the properties that affect results: the device type, not its index; on a CPU how sums are split."""
         threads = torch.get_num_threads() if self.torch_device.type == "cpu" else None
         return {**asdict(self), "device": self.torch_device.type, "threads": threads}
 
 
 def resolve_device_config(config: TrainerConfig, *, local_rank: int = 0) -> DeviceConfig:
-    """Return the options with every `auto` replaced by what was measured to be fastest, and set torch's threads.
+    """Return the options with every `auto` replaced by the choice measured fastest, and set torch's threads.
 
     Measured on two AVX-512/AMX cores, ResNet-20 training step: bf16 with channels_last 2.3x of contiguous fp32,
     bf16 alone 2.0x; channels_last alone 0.94x (VGG16) to 1.57x (MobileNetV2), so it goes with bf16 only.
 
     Raises:
-        UserError: the device is not there or cannot compute in the precision.
+        UserError: the device does not exist or cannot compute in the precision.
     """
     device = _device(config.device, local_rank)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    # Denormal numbers made fp32 ResNet-20 steps on a CPU 7 times as long after ten steps of training; worker threads
-    # inherit this setting, so it comes before their first work.
+    # Denormal numbers made fp32 ResNet-20 steps on a CPU 7 times as long after ten steps of training. Worker threads
+    # inherit this setting, so it is set before they start.
     torch.set_flush_denormal(True)
     if device.type == "cpu":
         keep_freed_memory()

@@ -25,10 +25,10 @@ def measure(
 ) -> dict[str, float]:
     """Return the task's figures over every image of `split`, each counted once over all processes.
 
-    Where `trainer.limit_eval_batches` left some of them out, `images` is how many were used.
+    If `trainer.limit_eval_batches` left some out, `images` is the number used.
 
     Args:
-        model: maps [N, 3, H, W] to [N, classes]; put into eval mode and back.
+        model: maps [N, 3, H, W] to [N, classes]; set to eval mode, then restored.
         split: "val" or "test".
         device_config: precision of the forward pass; logits are compared in fp32.
         poll: called between batches; may raise to stop.

@@ -30,11 +30,11 @@ from prune_lab.training.saving import Saves
 _NEVER = 2**62
 
 Differentiate = Callable[["TrainState", Tensor, Tensor], tuple[Tensor, Tensor]]
-"""does what the function `differentiate` does, perhaps for several runs at once"""
+"""same contract as the function `differentiate`, perhaps for several runs at once"""
 
 
 class Interrupted(Exception):
-    """A signal asked the run to stop; a checkpoint has been written."""
+    """A signal requested the run to stop; a checkpoint has been written."""
 
 
 class NonFiniteLoss(RuntimeError):
@@ -64,7 +64,7 @@ def differentiate(training: TrainState, images: Tensor, labels: Tensor) -> tuple
 
 @dataclass
 class TrainState:
-    """All that one training phase moves forward; `state_dict` is what a checkpoint holds."""
+    """All state that a training phase updates; a checkpoint holds its `state_dict`."""
 
     context: Context
     method: Method
@@ -91,9 +91,9 @@ class TrainState:
         device = self.device_config.torch_device
         self.sums = torch.zeros(self.task.num_training_sums, dtype=torch.float64, device=device)  # of this epoch
         self.first_bad = torch.tensor(_NEVER, device=device)  # step of the first non-finite loss
-        self.last_scores: dict[str, float] | None = None  # of the last epoch, if it ended in this process
+        self.last_scores: dict[str, float] | None = None  # of the last epoch, if it finished in this process
         self.train_s = 0.0  # seconds of training steps in this process
-        self.earlier_s = 0.0  # seconds of the processes before, up to the checkpoint that was resumed from
+        self.earlier_s = 0.0  # seconds of earlier processes, up to the checkpoint resumed from
         self._first_here = self.progress.step
         self.carried: dict[int, Any] = {}  # number of the micro-batch -> state of a recurrent network after it
         self.part = 0  # number of the micro-batch at work
@@ -111,11 +111,11 @@ class TrainState:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that counts: the moving average if there is one."""
+        """The network to evaluate: the moving average if there is one."""
         return self.context.model if self.ema is None else self.ema.module
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state; with several processes all must call it. Random draws are keyed: no generator is kept."""
+        """Return the state; all processes must call it. Random draws are keyed, so no generator state is included."""
         context = self.context
         return {
             "model": context.model.state_dict(),
@@ -158,9 +158,9 @@ class TrainState:
 
 
 def fit(training: TrainState) -> None:
-    """Train to the end of the phase, which may lie within an epoch, from `training.progress` on.
+    """Train from `training.progress` to the end of the phase, which may lie within an epoch.
 
-    Nothing is being written any more when this ends, however it ends.
+    When this ends, by whatever path, all writing is complete.
 
     Raises:
         Interrupted: after a checkpoint, when `training.stop()` is true.
@@ -178,7 +178,7 @@ def fit(training: TrainState) -> None:
 def _train_epochs(training: TrainState) -> None:
     progress = training.progress
     context = training.context
-    # An epoch may be resumed after its last step: its end is still to come.
+    # An epoch may be resumed after its last step, before its end-of-epoch work.
     while progress.step < context.last_step or (progress.batch and progress.step > context.first_step):
         started, first = time.monotonic(), progress.batch
         _train_epoch(training)
@@ -214,7 +214,7 @@ def _train_epoch(training: TrainState) -> None:
         try:
             train_step(training, *next(batches))
         except ValueError:
-            check_finite(training)  # a NaN that a method met is better explained by the loss it came from
+            check_finite(training)  # a NaN in a method is better explained by the loss that caused it
             raise
         progress.batch += 1
         progress.step += 1
@@ -229,14 +229,14 @@ def _train_epoch(training: TrainState) -> None:
 
 
 def _agreed(training: TrainState, step: int, flag: bool) -> bool:
-    """Return whether to act on `flag` now: at once on one process, every tenth step together on several."""
+    """Return whether to act on `flag` now: at once on one process, every tenth step jointly on several."""
     if distributed.world_size() == 1:
         return flag
     return step % 10 == 0 and distributed.any_rank(flag, training.device_config.torch_device)
 
 
 def train_step(training: TrainState, images: Tensor, labels: Tensor) -> None:
-    """Do one step: forward and backward over the micro-batches, the method, the optimizer, the masks."""
+    """Run one step: forward and backward over the micro-batches, the method, the optimizer, the masks."""
     context, method, step = training.context, training.method, training.progress.step
     seed_device(training.device_config.torch_device, training.data_seed, "step", step, distributed.rank())
     optimizer = training.optimizer
@@ -275,14 +275,14 @@ def _forward_backward(training: TrainState, images: Tensor, labels: Tensor) -> N
 
 
 def _count(training: TrainState, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Add to the epoch's sums on the device; nothing is read back here."""
+    """Add to the epoch's sums on the device, without reading them back."""
     training.task.add_training(training.sums, loss, logits, labels)
     here = torch.where(torch.isfinite(loss), _NEVER, training.progress.step)
     training.first_bad = torch.minimum(training.first_bad, here)
 
 
 def _clip(training: TrainState) -> None:
-    """Scale gradients so that their norm is at most clip_norm; pruned weights count only if they are trained."""
+    """Scale gradients so that their norm is at most clip_norm; pruned weights count only if they are trained too."""
     limit = training.trainer.clip_norm
     if limit is None:
         return
@@ -305,7 +305,7 @@ def check_finite(training: TrainState, *, weights: bool = False) -> None:
     """Raise NonFiniteLoss if any loss so far was infinite or NaN (on any process).
 
     Args:
-        weights: look at the weights as well: a gradient that overflows ruins them one step before the loss shows it.
+        weights: check the weights as well: a gradient overflow corrupts them one step before the loss shows it.
     """
     context, bad = training.context, training.first_bad
     if distributed.world_size() > 1:
@@ -328,7 +328,7 @@ def _all_finite(model: nn.Module) -> bool:
 
 
 def save_checkpoint(training: TrainState) -> None:
-    """Take a checkpoint, which the main process writes; it is only ever taken with finite losses and weights."""
+    """Take a checkpoint, which the main process writes, after checking that losses and weights are finite."""
     with training.saves.timed():
         check_finite(training, weights=True)
         training.progress.wall_s += time.monotonic() - training.clock

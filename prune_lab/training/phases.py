@@ -1,4 +1,4 @@
-"""One phase at work: from the result of the phase before to this phase's result and figures."""
+"""Running one phase: from the previous phase's result to this phase's result and figures."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from prune_lab.training.task import PhaseTask
 
 
 def perform(task: PhaseTask) -> tuple[PhaseResult, Effort]:
-    """Do the phase and return its result, and what it took in this process.
+    """Run the phase; return its result, and its effort in this process.
 
     Raises:
         Interrupted, NonFiniteLoss: see loop.fit.
-        UserError: options that only prove wrong on the real model or data.
+        UserError: options that prove invalid only on the real model or data.
     """
     context = open_context(task)
     begins = task.previous is None and task.model_config.weights is not None
@@ -45,7 +45,7 @@ def perform(task: PhaseTask) -> tuple[PhaseResult, Effort]:
     started, acts = time.monotonic(), task.phase.acts
     if acts is None:
         training = _train(task, context)
-        # The moving average is a result; what training resumes from is the network itself.
+        # The moving average is a result; training resumes from the network itself.
         model = context.model if task.phase.keeps_optimizer else training.evaluated
         step, effort = training.progress.step, Effort(training.steps_here, training.train_s, training.earlier_s)
         scores = training.last_scores or _exact_scores(task, model)  # none if resumed after its last epoch
@@ -72,14 +72,14 @@ def perform(task: PhaseTask) -> tuple[PhaseResult, Effort]:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a phase took: in this process, but for `earlier_s`."""
+    """Effort of a phase: in this process, except `earlier_s`."""
 
     steps: int = 0
     """optimizer steps"""
     train_s: float = 0.0
     """seconds of training steps"""
     earlier_s: float = 0.0
-    """seconds of the processes whose checkpoint was resumed from"""
+    """seconds of the earlier processes up to the checkpoint resumed from"""
 
 
 def _train(task: PhaseTask, context: Context) -> TrainState:
@@ -94,13 +94,13 @@ def _train(task: PhaseTask, context: Context) -> TrainState:
 
 
 def _exact_scores(task: PhaseTask, model: nn.Module) -> dict[str, float]:
-    """Return the accuracy in fp32 of a network on the split that runs are evaluated on."""
+    """Return the fp32 accuracy of a network on the evaluation split."""
     fp32, dataset = task.device_config.in_fp32(), task.dataset
     return measure(model, dataset, dataset.eval_split, device_config=fp32, trainer=task.config.trainer, poll=task.poll)
 
 
 def result_of(task: PhaseTask, context: Context, model: nn.Module, figures: dict[str, Any]) -> PhaseResult:
-    """Return what a phase leaves, its tensors on the CPU.
+    """Return the result of a phase, its tensors on the CPU.
 
     Args:
         model: the network that the next phase starts from.
@@ -119,7 +119,7 @@ def result_of(task: PhaseTask, context: Context, model: nn.Module, figures: dict
 
 
 def epochs_done(context: Context, step: int) -> float:
-    """Return the epochs between the start of the phase and `step`; whole numbers as such."""
+    """Return the epochs between the start of the phase and `step`; whole numbers as integers."""
     steps = step - context.first_step
     per_epoch = max(context.steps_per_epoch, 1)
     return steps / per_epoch if steps % per_epoch else steps // per_epoch
@@ -139,7 +139,7 @@ def _totals(context: Context) -> dict[str, float]:
 
 
 def _row(context: Context, scores: dict[str, float]) -> dict[str, Any]:
-    """Return the record of a phase without training: the network as the phase leaves it."""
+    """Return the record of a phase without training: the network after it."""
     row = {"phase": context.phase, "epoch": 0, "step": 0, "macs/inference": context.forward_macs}
     row |= {"macs/train": context.cost.total} | {f"eval/{key}": value for key, value in scores.items()}
     if context.masks is None:
@@ -155,7 +155,7 @@ def open_context(task: PhaseTask) -> Context:
     if config.trainer.sync_bn and phase.is_training:
         model = distributed.join_batch_norm(model, task.device_config.torch_device)
     task.device_config.placed(model)
-    run_method = build_method(config)  # also in phases in which it does nothing
+    run_method = build_method(config)  # also in phases where it does nothing
     context = Context(
         model=model,
         costs=list(costs),
@@ -205,7 +205,7 @@ class _Steps(TypedDict):
 
 
 def _steps(task: PhaseTask) -> _Steps:
-    """Return where a phase lies in its schedule, in optimizer steps; all 0 for a phase without training."""
+    """Return the position of a phase in its schedule, in optimizer steps; all 0 for a phase without training."""
     schedule = task.planned.schedule
     per_epoch = 0 if schedule is None else steps_per_epoch(task)
     first, last = span(task.planned, per_epoch)
@@ -214,10 +214,10 @@ def _steps(task: PhaseTask) -> _Steps:
 
 
 def span(planned: PlannedPhase, steps_per_epoch: int) -> tuple[int, int]:
-    """Return the first step of a phase and the one before which it ends, counted from the start of its schedule.
+    """Return the first step of a phase and the step after its last, counted from the start of its schedule.
 
     Raises:
-        UserError: the schedule ends before, or the phase would start within the warm-up.
+        UserError: the schedule ends earlier, or the phase would start within the warm-up.
     """
     phase, schedule = planned.phase, planned.schedule
     if schedule is None:
@@ -261,7 +261,7 @@ def uncounted_macs(model_config: Any, *, num_classes: int, image_size: int) -> i
 
 
 def dense_note(config: RunConfig, model_config: Any, sizes: Sizes) -> str | None:
-    """Return one line on the layers that no method can prune; None: there are none, or the run prunes nothing."""
+    """Return one line on the layers that no method can prune; None if there are none or the run prunes nothing."""
     if not any(phase.active for phase in build_method(config).chain()):
         return None
     return computed_note(layer_costs(model_config, **sizes))
@@ -274,7 +274,7 @@ def build_model(model_config: Any, *, num_classes: int, image_size: int, seed: i
 
 
 def restore_model(model_config: Any, result: PhaseResult, *, num_classes: int, image_size: int) -> nn.Module:
-    """Return the network that a phase left, on the CPU, with the widths it left it with."""
+    """Return the network that a phase saved, on the CPU, with the widths of that phase."""
     model = build_model(model_config, num_classes=num_classes, image_size=image_size, seed=0)
     if result.widths is not None:
         surgery.narrow(model, result.widths)

@@ -17,21 +17,21 @@ from prune_lab.foundations import distributed
 from prune_lab.foundations.checkpoint import CheckpointPair
 
 SHARE = 0.01
-"""of the training time, at most, goes into checkpoints where their interval is `auto`"""
+"""maximum fraction of the training time spent on checkpoints if their interval is `auto`"""
 LEAST_S = 10.0
-"""seconds between two checkpoints, however cheap they are"""
+"""minimum seconds between two checkpoints, however cheap they are"""
 MOST_S = 600.0
-"""seconds between two checkpoints at most, unless even the cheapest one so far requires more"""
+"""maximum seconds between two checkpoints, unless even the cheapest one so far requires more"""
 
 
 def next_save_s(costs: Sequence[float], last_s: float) -> float:
     """Return when the next checkpoint is due, in seconds since training began.
 
-    It is due when all checkpoints, the next one included, are `SHARE` of the time until then. One that took long by
-    chance, on a busy disk, must not leave hours of training without any: that is what `MOST_S` is for.
+    It is due when all checkpoints, including the next one, take `SHARE` of the time until then. `MOST_S` prevents one
+    slow checkpoint, on a busy disk, from leaving hours of training without any.
 
     Args:
-        costs: seconds that each checkpoint so far kept from training.
+        costs: seconds that each checkpoint so far took from training.
         last_s: time of the last one, 0 if there is none.
     """
     if not costs:
@@ -43,7 +43,7 @@ def next_save_s(costs: Sequence[float], last_s: float) -> float:
 def snapshot(value: Any) -> Any:
     """Return a copy of nested dicts, lists and tuples in which every tensor is a new one in host memory.
 
-    Copies from a GPU go through page-locked memory and are under way when this returns: synchronise before reading.
+    Copies from a GPU use page-locked memory and may be unfinished when this returns: synchronise before reading.
     """
     if isinstance(value, Tensor):
         if value.device.type != "cuda":
@@ -59,8 +59,8 @@ def snapshot(value: Any) -> Any:
 class Saves:
     """The checkpoints of one training phase.
 
-    At most one is being written. Whoever saves again meanwhile waits: skipping it would leave the state of a stop
-    unwritten and two copies would take twice the memory; the wait counts as cost, so that `auto` saves less often.
+    At most one is being written. A save that comes meanwhile waits: skipping it could lose the state at a stop, and
+    two copies would take twice the memory. The wait counts as cost, so that `auto` saves less often.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Saves:
         self._writing: Future[float] | None = None
 
     def due(self) -> bool:
-        """Return whether it is time for a checkpoint, which the main process decides.
+        """Return whether a checkpoint is due, which the main process decides.
 
         Raises:
             SaveError: the disk refused the one before.
@@ -90,7 +90,7 @@ class Saves:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Take the block's time as the cost of a checkpoint; steps that a GPU has yet to do are none of it."""
+        """Record the block's time as the cost of a checkpoint, without steps that a GPU has yet to finish."""
         self._synchronize()
         started = self._clock()
         yield
@@ -99,7 +99,7 @@ class Saves:
         self._plan()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Copy `state`, which may change from then on, and begin to write it, on the main process.
+        """Copy `state`, which may change afterwards, and begin to write it, on the main process.
 
         Raises:
             SaveError: the disk refused the one before.
@@ -112,10 +112,10 @@ class Saves:
         self._writing = self._thread.submit(self._write, copied)
 
     def wait(self) -> None:
-        """Return when nothing is being written.
+        """Wait until nothing is being written.
 
         Raises:
-            SaveError: the disk refused; the checkpoints there are as before.
+            SaveError: the disk refused; existing checkpoints are as before.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
@@ -125,16 +125,16 @@ class Saves:
                 self._plan()
 
     def close(self) -> None:
-        """Wait as `wait` does, without its error: to be called however training ends."""
+        """Wait as `wait` does, without its error; to be called however training ends."""
         self._thread.shutdown()
 
     def last_good(self) -> Path | None:
-        """Return the newest checkpoint once nothing is being written any more; to be called when training ends."""
+        """Wait for writing to finish and return the newest checkpoint; to be called when training ends."""
         self.close()
         return self._pair.last_good()
 
     def _write(self, state: dict[str, Any]) -> float:
-        """Write the checkpoint and return the seconds of computing that this took."""
+        """Write the checkpoint and return the CPU seconds that this took."""
         started = time.thread_time()
         self._pair.save(state)
         return time.thread_time() - started

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def examine(task: PhaseTask, context: Context) -> dict[str, Any]:
     """Return `start/top1` (the headline metric) and `start/zeros` (fraction) before the first step; report both.
 
-    `start/content` is the digest of what the weights came from.
+    `start/content` is the digest of the weights' source.
     """
     fp32, split = task.device_config.in_fp32(), task.dataset.eval_split
     trainer = task.config.trainer
@@ -49,9 +49,9 @@ def share_of_zeros(model: nn.Module) -> float:
 
 
 def keeping(context: Context) -> str:
-    """Return the options with which a run keeps exactly the zeros of a network, as the end of a sentence.
+    """Return the options that make a run keep exactly the zeros of a network, as the end of a sentence.
 
-    The largest weights under one ranking over all layers are those that are not zero; empty if there is no such target.
+    The largest weights under one global ranking are the nonzero ones; empty if there is no such target.
     """
     computed = {cost.parameter for cost in context.costs if cost.computed}
     eligible = [layer for layer in _layers(context.model) if layer.eligible and layer.parameter not in computed]
@@ -70,7 +70,7 @@ def _asks_for(sparsity: float, total: int, zeros: int) -> bool:
 def _layers(model: nn.Module) -> list[Layer]:
     try:
         return select_layers(model)
-    except UserError:  # none that could be pruned
+    except UserError:  # no layer that could be pruned
         return []
 
 
@@ -84,7 +84,7 @@ def _count(model: nn.Module, layers: list[Layer]) -> tuple[int, int]:
 
 
 def _hint(config: RunConfig) -> str:
-    """Return what may be amiss where nobody chose how the images are normalised."""
+    """Return a hint that the normalisation may be wrong, if the user did not choose it."""
     if any(line.lstrip("+").startswith(("dataset.mean=", "dataset.std=")) for line in config.overrides):
         return ""
     mean, std = (",".join(f"{value:g}" for value in values) for values in (config.dataset.mean, config.dataset.std))

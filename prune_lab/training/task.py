@@ -1,4 +1,4 @@
-"""The task of one phase: what it is made from, and where it reports to."""
+"""The task of one phase: its inputs, and where it reports."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from prune_lab.training.loop import Differentiate, Interrupted, differentiate
 
 @dataclass
 class PhaseTask:
-    """One phase to be done: what it is made from, and where it reports to."""
+    """One phase to run: its inputs, and where it reports."""
 
     config: RunConfig
     model_config: Any
@@ -29,7 +29,7 @@ class PhaseTask:
     dataset: Any
     device_config: DeviceConfig
     previous: PhaseResult | None
-    """result of the phase before; None: the phase starts from the initial network"""
+    """result of the previous phase; None: the phase starts from the initial network"""
     checkpoints: CheckpointPair
     resumed: dict[str, Any] | None
     """checkpoint to resume from"""
@@ -42,7 +42,7 @@ class PhaseTask:
     differentiate: Differentiate = differentiate
     """forward and backward of a micro-batch"""
     validating: bool = False
-    """nothing of it counts: a method does repeated work once"""
+    """its results are discarded: a method does repeated work once"""
 
     @property
     def phase(self) -> Phase:
@@ -50,18 +50,18 @@ class PhaseTask:
 
     @property
     def sizes(self) -> Sizes:
-        """What the data set decides about the network."""
+        """Sizes of the network that the data set determines."""
         return self.dataset.info.sizes
 
     @cached_property
     def method(self) -> Method:
         """The run's method in its active phases, plain dense training otherwise.
 
-        A new instance for each phase: what a phase does must not depend on whether the one before ran in this process.
+        Each phase has a new instance: its result must not depend on whether the previous one ran in this process.
         """
         return build_method(self.config) if self.phase.active else Method(MethodConfig("dense"))
 
     def poll(self) -> None:
-        """Give up where work can be done again from what is stored; several processes continue together."""
+        """Stop where stored results allow the work to be repeated; several processes continue together."""
         if distributed.world_size() == 1 and self.stop():
             raise Interrupted
