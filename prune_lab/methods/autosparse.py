@@ -35,8 +35,8 @@ class AutoSparseConfig(SoftThresholdConfig, AnnealingConfig):
     threshold_decay: NonNegative
     """weight decay of the thresholds"""
     backward_density: Annotated[float, Range(0, 1, open_low=True)]
-    """fraction of a layer's weights, kept ones included, that get a gradient; kept ones get theirs in any case, and
-    pruned ones the nearer to their threshold the earlier; 1: all, at or below the density: kept ones only"""
+    """fraction of a layer's weights, including kept ones, that get a gradient; kept ones always do, then the pruned
+    ones nearest to their threshold; 1: all; at or below the density: kept ones only"""
 
     def check(self, path: str) -> None:
         init = _PUBLISHED if self.threshold_init == "auto" else self.threshold_init
@@ -74,14 +74,14 @@ class AutoSparse(GradientAnnealing, SoftThreshold):
         return max(math.log(limit / (1 - limit)), _PUBLISHED) if limit else _PUBLISHED
 
     def _num_trained(self, context: Context, name: str) -> int:
-        """Return how many weights of a layer get a gradient while alpha is above 0."""
+        """Return the number of a layer's weights that get a gradient while alpha is above 0."""
         return max(round(self.config.backward_density * self.raw[name].numel()), context.masks.counts()[name])
 
     def gate(self, context: Context, name: str, step: int) -> Tensor:
         factor = super().gate(context, name, step)
         if self.config.backward_density == 1 or not self.alpha(step):
             return factor
-        # What exceeds its threshold is kept, so the highest are the kept weights and then the nearest pruned ones.
+        # Weights above their threshold are kept, so the highest are the kept ones, then the nearest pruned ones.
         excess = self.raw[name].abs() - torch.sigmoid(self.thresholds[name].detach())
         return factor * top_k.keep_top(excess, self._num_trained(context, name))
 

@@ -1,4 +1,4 @@
-"""AutoSparse's annealed gradients under a fixed budget: the largest weights act, the others are trained along."""
+"""AutoSparse's annealed gradients under a fixed budget: the largest weights are active, the others train along."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AutoSparseTopKConfig(WeightPruningConfig, AnnealingConfig):
-    """A budget and the factor on the gradients of what it leaves out."""
+    """A budget, and the factor on the gradients of weights outside it."""
 
 
 class AutoSparseTopK(GradientAnnealing, WeightPruning):
@@ -49,7 +49,7 @@ class AutoSparseTopK(GradientAnnealing, WeightPruning):
         return self.keep_best({name: raw.abs() for name, raw in self.raw.items()}, self.kept)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return the factor of the epoch; name layers that a global budget leaves without any weight."""
+        """Return the factor of the epoch; report layers that a global budget leaves empty."""
         empty = {name.removesuffix(".weight") for name, count in context.masks.counts().items() if count == 0}
         if empty != self.empty:
             context.report(f"layers without any weight now: {', '.join(sorted(empty)) or 'none'}")

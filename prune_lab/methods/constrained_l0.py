@@ -30,24 +30,24 @@ class ConstrainedL0Config(GatesConfig):
     sparsity: OpenFraction | None
     """expected fraction of closed weights among the gated ones; null: only `macs_ratio` counts"""
     constrain: Literal["model", "layer"]
-    """what `sparsity` is the target of: all gated layers together, or each of them"""
+    """scope of the target `sparsity`: all gated layers together, or each of them"""
     layer_sparsities: list[Annotated[float, Range(0, 1, open_high=True)]]
-    """layer: a target per gated layer, in order, instead of `sparsity` for each; [] without"""
+    """layer: a target per gated layer, in order, instead of `sparsity` for each; []: none"""
     macs_ratio: OpenFraction | None
-    """target of the expected MACs as a fraction of the dense network's, beside or instead of `sparsity`"""
+    """target of the expected MACs as a fraction of the dense network's, in addition to or instead of `sparsity`"""
     dual_lr: Positive | None
     """learning rate of the multipliers; None: see `multipliers.dual_rate`"""
     dual_restart: bool
     """whether a multiplier is set to 0 when its target is met (strictly)"""
     rounding: Literal["auto", "gates", "exact"]
-    """at the end, gates: what is open without chance; exact: the budget, by the rank of the gates: weight: `sparsity`,
+    """at the end, gates: the open deterministic gates; exact: the budget, by the rank of the gates: weight: `sparsity`,
     filter: `macs_ratio`; auto: exact where that is the only target, else gates"""
 
     GOALS = ("sparsity", "macs_ratio")
 
     @property
     def exact(self) -> bool:
-        """Whether the end is rounded to the budget."""
+        """Whether the final gates are rounded to the budget."""
         if self.rounding != "auto":
             return self.rounding == "exact"
         if self.granularity == "filter":
@@ -125,7 +125,7 @@ class ConstrainedL0(GatedWeights):
         self.costs: list[Tensor] = []
 
     def requested_sparsity(self) -> float | None:
-        """Return the target where it is about the weights that `sparsity` counts, those of all gated layers."""
+        """Return the target if it covers the weights that `sparsity` counts, those of all gated layers."""
         config = self.config
         comparable = config.granularity == "weight" and not config.layer_sparsities
         return config.sparsity if comparable else None
@@ -143,7 +143,7 @@ class ConstrainedL0(GatedWeights):
         """Set up gates, targets and multipliers.
 
         Raises:
-            UserError: as many targets as layers are needed; MACs that gates cannot reach.
+            UserError: `layer_sparsities` of the wrong length, or MACs that gates cannot reach.
         """
         super().setup(context)
         if self.log_alpha is None:
@@ -169,7 +169,7 @@ class ConstrainedL0(GatedWeights):
         self._check_reach()
         if config.exact and isinstance(self.layout_of, FilterGates):
             self._best_channels(context, self.layout_of)
-        self._tell_start(context)
+        self._report_start(context)
 
     def _rates(self, num_steps: int) -> list[float]:
         """Return the learning rate of each multiplier."""
@@ -179,7 +179,7 @@ class ConstrainedL0(GatedWeights):
         return [multipliers.dual_rate(sizes.get(name, self.layout_of.num_gates), num_steps) for name in self.names]
 
     def _cost_matrices(self, context: Context) -> list[Tensor]:
-        """Return the costs with a target that are those of the whole network."""
+        """Return the cost matrices with a target for the whole network."""
         config, terms = self.config, []
         if config.constrain == "model" and config.sparsity is not None:
             terms.append(self.layout_of.weight_terms())
@@ -189,7 +189,7 @@ class ConstrainedL0(GatedWeights):
         return [hard_concrete.cost_matrix(part, num_groups).to(context.device) for part in terms]
 
     def _check_reach(self) -> None:
-        """Refuse MACs that are above the target even with all gates as shut as they can be."""
+        """Reject a target of MACs that is exceeded even with all gates as closed as possible."""
         lowest = LOWEST if self.config.clamp_gates else 0.0
         values, _ = self._constrained(torch.full((len(self.layout_of.groups),), lowest, device=self.targets.device))
         if self.config.macs_ratio is not None and float(values[-1]) > self.config.macs_ratio:
@@ -198,7 +198,7 @@ class ConstrainedL0(GatedWeights):
                 "are in layers without gates or behind gates that cannot shut further"
             )
 
-    def _tell_start(self, context: Context) -> None:
+    def _report_start(self, context: Context) -> None:
         values, _ = self._constrained(self.open_fractions())
         rows = zip(self.names, values.tolist(), self.targets.tolist(), strict=True)
         shown = ", ".join(f"{name} {value:.4g} (target {target:.4g})" for name, value, target in rows)
@@ -222,19 +222,19 @@ class ConstrainedL0(GatedWeights):
         return torch.cat(values), torch.cat(rows)
 
     def price(self, context: Context, probability: Tensor) -> Tensor:
-        """Return the derivative of sum lambda (value - target) with respect to each P(open); note the violations."""
+        """Return the derivative of sum lambda (value - target) with respect to each P(open); record the violations."""
         values, derivatives = self._constrained(self.layout_of.fractions(probability))
         self.violations = values - self.targets
         return self.layout_of.spread(self.multipliers @ derivatives)
 
     def move_gates(self) -> None:
-        """Step gates and multipliers at once, both from the densities of the step."""
+        """Update gates and multipliers simultaneously, both from the densities of the step."""
         super().move_gates()
         restart = self.config.dual_restart
         self.multipliers = multipliers.ascend(self.multipliers, self.violations, lr=self.rates, restart=restart)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return also how far the constraints are from being met.
+        """Return also the constraint violations.
 
         l0/violation: the largest excess over a target; l0/feasible: 1 if it is at most 0.01; l0/multiplier,
         l0/multiplier_max: mean and largest multiplier; l0/expected_macs: with a target of MACs, as a fraction.

@@ -1,4 +1,4 @@
-"""Dense training: the reference every method is measured against."""
+"""Dense training: the reference for every method."""
 
 from __future__ import annotations
 

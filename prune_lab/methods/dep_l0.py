@@ -1,4 +1,4 @@
-"""Dep-L0: hard-concrete gates on channels whose parameters one small network makes, layer by layer."""
+"""Dep-L0: hard-concrete gates on channels; one small network generates their parameters layer by layer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 _RATIOS: dict[str, Unit] = {"macs_ratio": "macs", "params_ratio": "params", "channels_ratio": "channels"}
-"""option -> what it counts"""
+"""option -> unit of its target"""
 
 _GATES = Phase("gates", None, "finetune", active=True)
 
@@ -48,24 +48,24 @@ class DepL0Config(MethodConfig):
     penalty: NonNegative
     """lambda: price of one expected weight; with a ratio it adds to that of the multiplier"""
     penalise: Literal["weights", "macs"]
-    """what lambda prices, weights: each the same; macs: each by the MACs it takes part in, on average the same"""
+    """basis of the price lambda, weights: each the same; macs: each by the MACs it takes part in, equal on average"""
     start: Literal["scratch", "dense"]
     """scratch: gates from the first step, over the schedule's train block; dense: train first, then add gates and
-    train on over the finetune block"""
+    continue over the finetune block"""
     generator: Literal["forward", "backward", "independent"]
-    """forward, backward: order in which a small network makes the gates of the layers; independent: one value each"""
+    """forward, backward: order in which a small network generates the layers' gates; independent: one value each"""
     generator_width: Count | None
-    """ones that the small network is fed with; None: as many as the layer that it makes first has gates"""
+    """number of ones in the small network's input; None: the number of gates of the first generated layer"""
     gate_lr: Positive | None
     """learning rate of the gates' Adam; None: see `learning_rate`"""
     gate_schedule: Literal["constant", "weights"]
-    """constant: the rate stays; weights: it falls as the weights' does"""
+    """constant: fixed rate; weights: the rate decays as that of the weights"""
     dual_lr: Positive | None
     """learning rate of the multiplier; None: see `dual_rate`"""
     dual_restart: bool
     """whether the multiplier is set to 0 when the target is met (strictly)"""
     freeze_fraction: Annotated[float, Range(0, 1, open_high=True)]
-    """last part of the steps in which the gates are fixed"""
+    """final fraction of the steps, in which the gates are fixed"""
     exclude: list[str]
     """patterns of layers whose output channels have no gates"""
 
@@ -73,7 +73,7 @@ class DepL0Config(MethodConfig):
 
     @property
     def unit(self) -> Unit | None:
-        """What the target counts."""
+        """Unit of the target."""
         return next((unit for name, unit in _RATIOS.items() if getattr(self, name) is not None), None)
 
     @property
@@ -95,18 +95,18 @@ class DepL0Config(MethodConfig):
 
 
 def learning_rate(generator: str, num_steps: int) -> float:
-    """Return the learning rate of the gates where none is given.
+    """Return the learning rate of the gates if none is given.
 
-    What makes gates together: 0.001 as published, but 3 / steps at least; a gate follows all weights of its row and
-    moves many times as far as one of them. Independent gates: see `gate_rate`.
+    With a generator: 0.001 as published, but at least 3 / steps; a gate follows all weights of its row and moves many
+    times as far as one of them. Independent gates: see `gate_rate`.
     """
     return gate_rate("adam", num_steps) if generator == "independent" else max(1e-3, 3 / max(num_steps, 1))
 
 
 def dual_rate(num_gates: int, num_steps: int) -> float:
-    """Return the learning rate of the multiplier where none is given: gates / steps.
+    """Return the learning rate of the multiplier if none is given: gates / steps.
 
-    Gates start open with a probability of 0.998, where they hardly feel a price. The rule is this program's.
+    Gates start open with a probability of 0.998, where a price has little effect. The rule is this program's.
     """
     return num_gates / max(num_steps, 1)
 
@@ -114,8 +114,8 @@ def dual_rate(num_gates: int, num_steps: int) -> float:
 class DepL0(Method):
     """Gates follow batch norms and are drawn for every image.
 
-    Between steps scale and shift hold the gates without chance, so that evaluation, moving average and saved network
-    see what will be left.
+    Between steps scale and shift include the deterministic gates, so that evaluation, moving average and saved network
+    see the pruned network.
     """
 
     needs_images = "it removes channels of convolutions"
@@ -149,7 +149,7 @@ class DepL0(Method):
         return (TRAIN, REMOVE) if self.config.start == "scratch" else (TRAIN_DENSE, _GATES, REMOVE)
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse compiled networks, schedules without steps for the gates, and an untrained network to start from."""
+        """Reject compiled networks, schedules without steps for the gates, and an untrained network to start from."""
         block = "train" if self.config.start == "scratch" else "finetune"
         wanted = config.trainer.compile
         if wanted not in (False, "auto"):
@@ -170,16 +170,16 @@ class DepL0(Method):
         return {self.config.unit: self.config.ratio} if self.config.unit else {}
 
     def layers(self, model: nn.Module) -> list[Layer]:
-        """Return all layers, depthwise ones too: their filters go with the channel."""
+        """Return all layers, including depthwise ones: their filters are removed with the channel."""
         return eligibility.select_layers(model, include=["*"], exclude=self.config.exclude)
 
     # Set-up
 
     def setup(self, context: Context) -> None:
-        """Make gates, raw scales and shifts and what open gates cost.
+        """Create gates, raw scales and shifts, and the costs of open gates.
 
         Raises:
-            UserError: no channels to gate, a target out of reach, no step for the gates.
+            UserError: no channels to gate, an unreachable target, or no step for the gates.
         """
         if context.optimizer is None:
             return
@@ -194,7 +194,7 @@ class DepL0(Method):
         self._make_gates(context)
         self._make_prices(context)
         self.norms.fold(self.fixed_gates())
-        self._tell_start(context)
+        self._report_start(context)
 
     def _pairs(self, context: Context) -> list[tuple[ChannelGroup, str]]:
         """Return the channels with gates and the path of the batch norm that they follow.
@@ -226,11 +226,11 @@ class DepL0(Method):
         made = build(config.generator, self.gated.sizes, width=config.generator_width, source=source)
         rate = config.gate_lr or learning_rate(config.generator, self.freeze_step)
         self.gates = GateParameters(made.to(context.device), rate)
-        if context.amp_scaled:  # so that the gradient is unscaled with the others; the optimizer never sees it
+        if context.amp_scaled:  # so that the gradient is unscaled with the others; the optimizer never reads it
             context.optimizer.add_param_group({"params": [self.gates.leaf], "weight_decay": 0.0})
 
     def _make_prices(self, context: Context) -> None:
-        """Make the expected costs: what lambda prices, and what the target counts, as a fraction."""
+        """Create the expected costs: for the price lambda, and in the target's unit as a fraction."""
         config, gated, device = self.config, self.gated, context.device
         weights = gated.weights.at("macs", gated.costs.sizes)
         scale = weights / gated.dense("macs") if config.penalise == "macs" else 1.0
@@ -244,11 +244,11 @@ class DepL0(Method):
         """Return the highest gates within the target, bool [num_gates].
 
         Raises:
-            UserError: it is out of reach.
+            UserError: the target is out of reach.
         """
         return gated.best_within(ranking, selection.Budget(self.config.unit, self.config.ratio))
 
-    def _tell_start(self, context: Context) -> None:
+    def _report_start(self, context: Context) -> None:
         target = f" (target {self.config.ratio:g})" if self.config.unit else ""
         value, _ = self.share.at(hard_concrete.open_probability(self.gates.values))
         made_by = sum(parameter.numel() for parameter in self.gates.generator.parameters())
@@ -259,7 +259,7 @@ class DepL0(Method):
         )
 
     def fixed_gates(self) -> Tensor:
-        """Return the gates without chance [num_gates]."""
+        """Return the deterministic gates [num_gates]."""
         return hard_concrete.fixed_gate(self.gates.values, "louizos")
 
     def before_forward(self, context: Context, step: int) -> None:
@@ -276,7 +276,7 @@ class DepL0(Method):
         by_draws = distributed.total(self.gates.take_gradient()) / distributed.world_size()
         opened = hard_concrete.open_probability(self.gates.values)
         _, by_share = self.share.at(opened)
-        # The gates without chance stay open down to P(open) = 0.31: an expected cost would be met long before theirs.
+        # Deterministic gates stay open down to P(open) = 0.31: an expected cost would be met long before theirs.
         left, _ = self.share.at((self.fixed_gates() > 0).float())
         self.violation = left - self.config.ratio if self.config.unit else -left
         price = self.priced.at(opened)[1] + self.multiplier * by_share
@@ -285,7 +285,7 @@ class DepL0(Method):
         return True
 
     def after_step(self, context: Context, step: int) -> None:
-        """Take scales and shifts back and move the gates; a step that fp16 skipped moves neither."""
+        """Restore scales and shifts and update the gates; a step that fp16 skipped updates neither."""
         if self.settled:
             return
         self.norms.take()
@@ -297,7 +297,7 @@ class DepL0(Method):
             self.norms.fold(self.fixed_gates())
 
     def move_gates(self, context: Context) -> None:
-        """Step what makes the gates, and the multiplier, both from the cost of the step."""
+        """Update the gates' parameters and the multiplier, both from the cost of the step."""
         fading = self.config.gate_schedule == "weights"
         slower = context.optimizer.param_groups[0]["lr"] / context.schedule.lr if fading else 1.0
         self.gates.step(self.gradient, slower=slower)
@@ -305,14 +305,14 @@ class DepL0(Method):
         self.multiplier = multipliers.ascend(self.multiplier, self.violation, lr=self.dual_lr, restart=restart)
 
     def settle(self, context: Context) -> None:
-        """Decide which channels stay, and leave their gates in scale and shift for good.
+        """Decide which channels stay, and fix their gates in scale and shift.
 
         With a target they are those with the highest gates; a closed one among them takes the value of its gate before
-        it is stretched. Without one, those that are open without chance, and the best one of a layer without any.
+        stretching. Without one, they are those with open deterministic gates, and the best of a layer without any.
         """
         log_alpha, gates, ranking = self.gates.values, self.fixed_gates(), self.gates.ranking()
         kept = self._best(self.gated, ranking) if self.config.unit else self.gated.keep_one(gates > 0, ranking)
-        self._tell_end(context, gates > 0, kept)
+        self._report_end(context, gates > 0, kept)
         self.figures = self._figures(kept)
         self.norms.fold(torch.where(gates > 0, gates, hard_concrete.middle(log_alpha, "louizos")) * kept)
         masks = self.gated.channels.weight_masks(self.gated.alive(kept), context.model)
@@ -322,7 +322,7 @@ class DepL0(Method):
         self.norms.remove_hooks()
         self.settled = True
 
-    def _tell_end(self, context: Context, opened: Tensor, kept: Tensor) -> None:
+    def _report_end(self, context: Context, opened: Tensor, kept: Tensor) -> None:
         share = self.gated.cost(self.unit, kept) / self.gated.dense(self.unit)
         words = f"gates are fixed: {share:.4%} of the {budget.WORDS[self.unit]} stay"
         back, gone = int((kept & ~opened).sum()), int((opened & ~kept).sum())
@@ -333,11 +333,11 @@ class DepL0(Method):
         context.report(words)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return what the gates leave.
+        """Return the state of the gates.
 
-        l0/open_gates: open ones without chance, among all gates; l0/undecided: gates that are neither 0 nor 1;
-        l0/expected_UNIT: expected cost, as a fraction; l0/UNIT: cost of the network with the gates without chance;
-        l0/multiplier: with a target; channels/kept: open ones of all channels. UNIT is macs, or what the target counts.
+        l0/open_gates: deterministic ones that are open, among all gates; l0/undecided: gates that are neither 0 nor 1;
+        l0/expected_UNIT: expected cost, as a fraction; l0/UNIT: cost of the network with the deterministic gates;
+        l0/multiplier: with a target; channels/kept: open ones of all channels. UNIT is macs, or the target's unit.
         When the gates are fixed, the figures are those of the channels that stay.
         """
         if distributed.world_size() > 1:
@@ -363,7 +363,7 @@ class DepL0(Method):
         return self.figures
 
     def layout(self, context: Context) -> None:
-        """Refuse a target out of reach; which gates close is learned."""
+        """Reject an unreachable target; which gates close is learned."""
         if context.widths is None and context.masks is None:
             self._check_reach(channels.GatedChannels(context.network, [group for group, _ in self._pairs(context)]))
 
@@ -379,7 +379,7 @@ class DepL0(Method):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the state; all but the figures only where gates are trained."""
+        """Restore the state; all but the figures only where gates are trained."""
         self.figures = dict(state["figures"])
         if self.gates is None:
             return
@@ -392,6 +392,6 @@ class DepL0(Method):
 
 
 def _finite(model: nn.Module, gradient: Tensor) -> bool:
-    """Return whether all gradients are; the loss scaler skips the step otherwise."""
+    """Return whether all gradients are finite; otherwise the loss scaler skips the step."""
     others = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return bool(torch.stack([torch.isfinite(tensor).all() for tensor in (gradient, *others)]).all())

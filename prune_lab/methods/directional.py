@@ -1,4 +1,4 @@
-"""Directional pruning: the gRDA optimizer drives weights to zero along the flat directions of the loss."""
+"""Directional pruning: the gRDA optimizer drives weights to zero along flat directions of the loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 _PUBLISHED = 0.001
-"""c of the WRN-28-10 on CIFAR"""
+"""c of WRN-28-10 on CIFAR"""
 
 _REACH = 1.3
 """Multiple of the median weight at which the threshold ends on short trainings. Digits, ResNet-20, 176 steps: 1.3
@@ -36,13 +36,13 @@ leaves 39 % of the weights and plain SGD's accuracy, 1.8 costs four points. The 
 0.501, 82.7 % zeros) and 2.6 (0.55, 90.2 %)."""
 
 _TYPICAL_WEIGHT = 0.02
-"""size of weight by which the set-up reports how far a schedule gets"""
+"""weight magnitude for the set-up's report of the schedule's reach"""
 
 
 @dataclass(frozen=True)
 class DirectionalConfig(MethodConfig):
     c: NonNegative | Literal["auto"]
-    """size of the threshold; 0: plain SGD; auto: the published size on long trainings, on short ones by the weights"""
+    """size of the threshold; 0: plain SGD; auto: published on long trainings, derived from the weights on short ones"""
     mu: Annotated[float, Range(0, 1, open_low=True)]
     """exponent of the threshold's growth with the steps"""
     prune_bn: bool
@@ -87,7 +87,7 @@ class Directional(Method):
         return (TRAIN,)
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse an optimizer that is anything else than plain SGD, and a training without steps."""
+        """Reject any optimizer other than plain SGD, and training without steps."""
         check_plain_sgd(config)
         config.require_training(f"method={self.config.name}: the threshold grows there")
 
@@ -100,7 +100,7 @@ class Directional(Method):
         return eligibility.select_layers(model, include=["*"])
 
     def build_optimizer(self, model: nn.Module, config: OptimizerConfig) -> GRDA:
-        """Return gRDA; parameters that are not to be thresholded are a group with c = 0."""
+        """Return gRDA; parameters without a threshold form a group with c = 0."""
         from prune_lab.optim.grda import GRDA  # its file defines an Optimizer and so imports torch
 
         spared = self._spared(model)
@@ -110,7 +110,7 @@ class Directional(Method):
             {"params": [trained[name] for name in trained if name in spared], "c": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        c = _PUBLISHED if self.config.c == "auto" else self.config.c  # a short training's is found in `setup`
+        c = _PUBLISHED if self.config.c == "auto" else self.config.c  # `setup` determines that of a short training
         self.optimizer = GRDA(groups, lr=0.0, c=c, mu=self.config.mu)
         return self.optimizer
 
@@ -126,7 +126,7 @@ class Directional(Method):
         return paths
 
     def setup(self, context: Context) -> None:
-        """Resolve the size of the threshold and report how far it gets: a short schedule prunes little."""
+        """Resolve the size of the threshold and report its final value: a short schedule prunes little."""
         config = self.config
         if note := theory_note(config.mu):
             context.report(note)
@@ -138,7 +138,7 @@ class Directional(Method):
         context.report(self._outlook(context, c, rates))
 
     def _short(self, context: Context, rates: list[float]) -> float:
-        """Give the optimizer the c with which the threshold ends at a multiple of the median weight; return it."""
+        """Set and return the optimizer's c so that the threshold ends at a multiple of the median weight."""
         *_, end = thresholds(rates, c=1.0, mu=self.config.mu)
         c = max(_PUBLISHED, _REACH * schedule_length.median_weight(context) / end)
         for group in context.optimizer.param_groups:
@@ -163,15 +163,15 @@ class Directional(Method):
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
         """Return threshold, sparsity and density per layer; after the last epoch zeros become the masks.
 
-        sparsity counts the weights of convolutions and linear layers, sparsity/all_parameters everything trained.
-        Both, and the masks, are of the trained weights, not of their moving average.
+        sparsity counts the weights of convolutions and linear layers, sparsity/all_parameters all trained values.
+        Both, and the masks, refer to the trained weights, not to their moving average.
         """
         named = context.parameters()
         counts = torch.stack([torch.count_nonzero(parameter.detach()) for parameter in named.values()]).tolist()
         nonzero = dict(zip(named, counts, strict=True))
         layers = context.eligible()
         kept = {layer.parameter: nonzero[layer.parameter] for layer in layers}
-        # packed attention, too
+        # including packed attention
         counted = kept | {cost.parameter: nonzero[cost.parameter] for cost in context.costs if not cost.computed}
         self.figures = {
             "threshold": self.optimizer.threshold,
@@ -180,7 +180,7 @@ class Directional(Method):
         masked = {}
         if (epoch + 1) * context.steps_per_epoch >= context.last_step:
             self._take_masks(context, counted)
-            masked = context.history.figures(context.masks.masks)  # a resumed call has masks already
+            masked = context.history.figures(context.masks.masks)  # a resumed run has masks already
         return self.figures | masked | {
             "sparsity": 1 - sum(kept.values()) / sum(layer.size for layer in layers),
             "macs/inference": sparse_macs(context.costs, counted),
@@ -189,7 +189,7 @@ class Directional(Method):
 
     def _take_masks(self, context: Context, kept: dict[str, int]) -> None:
         named = context.parameters()
-        # The history of the masks starts with a dense network, as the training did.
+        # The mask history starts with a dense network, as training did.
         context.install_masks({name: torch.ones_like(named[name], dtype=torch.bool) for name in kept})
         context.install_masks({name: named[name].detach() != 0 for name in kept})
         if context.masks.density == 1 and self.config.c:

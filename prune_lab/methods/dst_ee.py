@@ -23,9 +23,9 @@ class DSTEEConfig(GradientGrowthConfig):
     c: NonNegative
     """weight of exploration; 0 is RigL"""
     eps: Positive
-    """added to the number of times a position was active: small values favour those that never were"""
+    """added to the number of times a position was active: small values favour positions never active"""
     time: Literal["step", "round"]
-    """what the logarithm is taken of: the optimizer step or the number of the update, at least 1"""
+    """argument of the logarithm: the optimizer step or the number of the update, at least 1"""
     normalize: Literal["none", "layer_rms"]
     """layer_rms: |gradient| is divided by its root mean square over the layer's pruned weights"""
 
@@ -67,7 +67,7 @@ class DSTEE(GradientGrowth):
         return self.config.c * math.log(max(time, 1)) / (self.rounds_active[name] + self.config.eps)
 
     def grow_scores(self, context: Context, step: int, candidates: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return |gradient| + bonus; positions dropped a moment ago are candidates like all others."""
+        """Return |gradient| + bonus; positions just dropped are candidates like all others."""
         scores = self.gradient_scores(context, step, candidates)
         return {name: score + self.bonus(name, step) for name, score in scores.items()}
 
@@ -77,7 +77,7 @@ class DSTEE(GradientGrowth):
         bonuses = {name: self.bonus(name, step) for name in old}
         super().update(context, step)
         epoch = step // context.steps_per_epoch
-        if epoch != self.noted_epoch:  # not in `end_epoch`, which comes twice if a signal stops the evaluation
+        if epoch != self.noted_epoch:  # not in `end_epoch`, which runs twice if a signal stops the evaluation
             self.last, self.noted_epoch = {}, epoch
         for name, mask in context.masks.masks.items():
             self._note_layer(name, gradients[name], bonuses[name], pruned=~old[name], grown=mask & ~old[name])
@@ -85,7 +85,7 @@ class DSTEE(GradientGrowth):
             self.rounds_active[name] += mask
 
     def _note_layer(self, name: str, gradient: Tensor, bonus: Tensor, *, pruned: Tensor, grown: Tensor) -> None:
-        """Note mean |gradient| and bonus of the layer's new weights and of all that were pruned."""
+        """Record mean |gradient| and bonus of the layer's new weights and of all pruned ones."""
         count, layer = int(grown.sum()), name.removesuffix(".weight")
         if not count:
             return
@@ -95,10 +95,10 @@ class DSTEE(GradientGrowth):
         self.last[f"grown/never_active/{layer}"] = int((self.rounds_active[name][grown] == 0).sum()) / count
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return the churn and how growth was decided in each layer's last update of the epoch.
+        """Return the churn and the terms of growth in each layer's last update of the epoch.
 
         grown/gradient/LAYER, grown/bonus/LAYER: means over the newly grown weights; pruned/...: over all weights that
-        could have been grown; grown/never_active/LAYER: share of grown weights that had never been active.
+        could have been grown; grown/never_active/LAYER: fraction of grown weights that had never been active.
         """
         return super().end_epoch(context, epoch) | (self.last if epoch == self.noted_epoch else {})
 

@@ -1,4 +1,4 @@
-"""Filters nearest to the geometric median of their layer removed from a trained network, then fine-tuning."""
+"""Remove the filters nearest to their layer's geometric median from a trained network, then fine-tune."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class FpgmConfig(ChannelPruningConfig):
     distance: Literal["l2", "l1", "cosine"]
     """between filters"""
     by_norm: Momentum
-    """fraction of each layer's channels that goes first, by the filters' L2 norm; distances then count among the
-    others only"""
+    """fraction of each layer's channels that is removed first, by the filters' L2 norm; distances are then measured
+    among the others only"""
     reselect_every: Index
-    """0: the channels are chosen once, before the fine-tuning; n: chosen and set to zero before the fine-tuning, chosen
-    anew after every n epochs of it, and removed at its end"""
+    """0: the channels are chosen once, before fine-tuning; n: chosen and zeroed before fine-tuning, reselected after
+    every n epochs of it, and removed at its end"""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -76,7 +76,7 @@ class FPGM(ChannelPruning):
         return () if self.config.reselect_every else (FINETUNE,)
 
     def count(self, size: int) -> int:
-        """Return how many of a layer's `size` channels stay: both parts that go are rounded down, as in the code."""
+        """Return the number of a layer's `size` channels to keep; both removed parts are rounded down, as published."""
         parts = self.config.by_norm, 1 - self.config.channels_ratio - self.config.by_norm
         return max(1, size - sum(floor_product(part * size) for part in parts))
 
@@ -109,7 +109,7 @@ class FPGM(ChannelPruning):
             self._reselect(context)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return prune/changed: the channels that go now and did not before."""
+        """Return prune/changed: the number of newly pruned channels."""
         if not self._reselects(context):
             return {}
         last = (epoch + 1) * context.steps_per_epoch >= context.last_step
@@ -120,10 +120,10 @@ class FPGM(ChannelPruning):
         return {"prune/changed": int((before & ~self._alive).sum())}
 
     def _reselect(self, context: Context) -> None:
-        """Choose the channels that stay; set the filters of the others, and what reads them, to zero.
+        """Choose the channels to keep; zero the filters of the others, and the weights that read them.
 
-        Were a filter zeroed alone, batch norm would multiply its gradient by 1 / sqrt(eps), about 300: after one step
-        it would lie far from all others, and be kept in the place of a channel that the network needs.
+        If only the filter were zeroed, batch norm would multiply its gradient by 1 / sqrt(eps), about 300. After one
+        step it would lie far from all others, and be kept instead of a channel that the network needs.
         """
         problem = Problem(self, context)
         self._alive = self.choose(context, problem)

@@ -1,4 +1,4 @@
-"""GDP: gates before convolutions that training drives to exactly 0 or far from it, under a target of the cost."""
+"""GDP: gates before convolutions that training drives to exactly 0 or far from it, under a cost target."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 _RATIOS: dict[str, Unit] = {"macs_ratio": "macs", "params_ratio": "params", "channels_ratio": "channels"}
-"""option -> what it counts"""
+"""option -> unit of its target"""
 
 _GATES = Phase("gates", None, "finetune", active=True)
 
@@ -47,25 +47,25 @@ class GDPConfig(MethodConfig):
     """kept fraction of the channels that could be removed"""
     start: Literal["scratch", "dense"]
     """scratch: gates from the first step, over the schedule's train block; dense: train first, then add gates and
-    train on over the finetune block"""
+    continue over the finetune block"""
     eps_start: Positive
     """eps of t^2 / (t^2 + eps) at the start"""
     eps_end: Positive
-    """eps when t is fixed; geometric between"""
+    """eps when t is fixed; geometric interpolation in between"""
     t_init: Positive
     """t of all gates at the start"""
     gate_lr: Positive | None
-    """learning rate of t, which no schedule changes; None: see `gate_rate`"""
+    """constant learning rate of t; None: see `gate_rate`"""
     dual_lr: Positive | None
     """learning rate of the multiplier; None: see `dual_rate`"""
     dual_restart: bool
     """whether the multiplier is set to 0 when the target is met (strictly)"""
     freeze_fraction: Annotated[float, Range(0, 1, open_high=True)]
-    """last part of the steps in which t is fixed"""
+    """final fraction of the steps, in which t is fixed"""
     rounding: Literal["exact", "gates"]
-    """when t is fixed, exact: the target decides how many gates stay open, by the rank of |t|; gates: t = 0 does"""
+    """when t is fixed, exact: the highest |t| stay open, as many as the target allows; gates: those with t != 0"""
     gate_linear: bool
-    """whether linear layers have gates; if not, channels that they read stay"""
+    """whether linear layers have gates; if not, the channels that they read are kept"""
     residual: bool
     """whether channels that are added to others have gates"""
     exclude: list[str]
@@ -87,7 +87,7 @@ class GDPConfig(MethodConfig):
 
     @property
     def unit(self) -> Unit:
-        """What the target counts."""
+        """Unit of the target."""
         return next(unit for name, unit in _RATIOS.items() if getattr(self, name) is not None)
 
     @property
@@ -96,30 +96,30 @@ class GDPConfig(MethodConfig):
 
 
 def gate_rate(num_steps: int) -> float:
-    """Return the learning rate of t where none is given: 2000 / steps, but at least 0.01 and at most 2.
+    """Return the learning rate of t if none is given: 2000 / steps, but at least 0.01 and at most 2.
 
     At t = 1 the slope of a gate is about 0.2, and the gradients dL/dg of batches have means of about 0.0005 (ResNet-20
-    on CIFAR-10). So the loss moves t by some tenths in trainings of all lengths. With much smaller rates the price
-    alone decides which gates close. The rule is this program's.
+    on CIFAR-10). So the loss moves t by some tenths, regardless of the length of training. With much smaller rates the
+    price alone decides which gates close. The rule is this program's.
     """
     return min(max(2000 / max(num_steps, 1), 0.01), 2.0)
 
 
 def dual_rate(price: float, excess: float, num_steps: int, gate_lr: float) -> float:
-    """Return the learning rate of the multiplier where none is given: 18 / (gate_lr x price x excess x steps^2).
+    """Return the learning rate of the multiplier if none is given: 18 / (gate_lr x price x excess x steps^2).
 
     With it the price alone moves t from 1 to 0 in a third of the steps, if the target is missed by as much as at the
     start. The loss holds gates open for longer. The rule is this program's.
 
     Args:
-        price: what a gate costs at the start, on average, as a fraction of the dense network.
-        excess: by how much the dense network misses the target, a fraction, too.
+        price: mean initial cost of a gate, as a fraction of the dense network.
+        excess: amount by which the dense network exceeds the target, as the same fraction.
     """
     return 18 / (gate_lr * price * excess * max(num_steps, 1) ** 2)
 
 
 class GDP(Method):
-    """Keeps the raw weights, which the optimizer moves; the network holds them times the gates of their columns."""
+    """Keeps the raw weights, which the optimizer updates; the network holds them times the gates of their columns."""
 
     needs_images = "it removes channels of convolutions"
     Config = GDPConfig
@@ -150,7 +150,7 @@ class GDP(Method):
         return (TRAIN, REMOVE) if self.config.start == "scratch" else (TRAIN_DENSE, _GATES, REMOVE)
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse schedules without steps for the gates, and an untrained network where a trained one is asked for."""
+        """Reject schedules without steps for the gates, and an untrained network where a trained one is required."""
         block = "train" if self.config.start == "scratch" else "finetune"
         if config.schedule.phase(block).epochs == 0:
             raise UserError(
@@ -164,7 +164,7 @@ class GDP(Method):
         return {self.config.unit: self.config.ratio}
 
     def layers(self, model: nn.Module) -> list[Layer]:
-        """Return all layers, depthwise ones too: their filters go with the channel."""
+        """Return all layers, including depthwise ones: their filters are removed with the channel."""
         return eligibility.select_layers(model, include=["*"])
 
     def trains_pruned(self) -> bool:
@@ -173,10 +173,10 @@ class GDP(Method):
     # Set-up
 
     def setup(self, context: Context) -> None:
-        """Make gates, raw weights and the cost.
+        """Create gates, raw weights and the cost.
 
         Raises:
-            UserError: no channels to gate, a pattern without a match, a target out of reach, no step for the gates.
+            UserError: no channels to gate, a pattern without a match, an unreachable target, no step for the gates.
         """
         if context.schedule is None:
             return
@@ -198,7 +198,7 @@ class GDP(Method):
         price = float(problem.prices().mean())
         self.dual_lr = config.dual_lr or dual_rate(price, 1 - config.ratio, context.total_steps, self.gate_lr)
         self.raw = {path: named[path].detach().clone() for path in self.columns.parameters}
-        # Divided by the gates, so that the network begins as it is.
+        # Divided by the gates, so that the network starts unchanged.
         torch._foreach_div_(list(self.raw.values()), self.columns.factors(self.gates(0)))
         context.report(
             f"gates: {problem.num_gates} on {sum(problem.lane_is_free)} groups of channels; t is fixed from step "
@@ -219,7 +219,7 @@ class GDP(Method):
         )
 
     def gates(self, step: int) -> Tensor:
-        """Return the gates of a step per class of channels, 1 where there is none [num_classes]."""
+        """Return the gates of a step per class of channels, 1 for a class without gate [num_classes]."""
         return torch.where(self.gated, polarized.gate(self.t, self.eps(step)), 1.0)
 
     def eps(self, step: int) -> float:
@@ -235,7 +235,7 @@ class GDP(Method):
             torch.mul(raw, factor, out=named[path].detach())
 
     def after_backward(self, context: Context, step: int) -> bool:
-        """Turn dL/d(w g) into dL/dw and dL/dt, and hand the raw weights to the optimizer."""
+        """Convert dL/d(w g) into dL/dw and dL/dt, and give the raw weights to the optimizer."""
         named = context.parameters()
         self.overflow = context.amp_scaled and not _finite(context.model)
         gradients = {path: _gradient(named[path]) for path in self.raw}
@@ -247,7 +247,7 @@ class GDP(Method):
         return True
 
     def after_step(self, context: Context, step: int) -> None:
-        """Take the raw weights back and move the gates; a step that fp16 skipped moves neither."""
+        """Read the raw weights back and update the gates; a step that fp16 skipped updates neither."""
         if not self.overflow:
             named = context.parameters()
             torch._foreach_copy_(list(self.raw.values()), [named[path].detach() for path in self.raw])
@@ -266,10 +266,10 @@ class GDP(Method):
         return polarized.cost(polarized.sums((self.t != 0).float(), self.lanes), self.matrix)[0]
 
     def move_gates(self, step: int) -> None:
-        """Step gates and multiplier at once, both from the cost of the step.
+        """Update gates and multiplier simultaneously, both from the cost of the step.
 
-        The multiplier rises until enough gates are 0. Their sums would meet the target before, with many gates between
-        0 and 1 that open again as eps falls.
+        The multiplier rises until enough gates are 0. Their sums would meet the target earlier, with many gates between
+        0 and 1 that reopen as eps falls.
         """
         excess = self.open_cost() - self.config.ratio
         price = self.multiplier * self.smooth_cost(step)[1][self.lane_of] * self.gated
@@ -281,25 +281,25 @@ class GDP(Method):
         )
 
     def settle(self, context: Context, step: int) -> None:
-        """Decide which channels stay, close the gates of the others for good and mask what hangs on them."""
+        """Decide which channels stay, close the gates of the others permanently and mask the dependent weights."""
         problem, opened = self.problem, (self.t != 0).cpu()
         alive = opened if self.config.rounding == "gates" else problem.largest(self._ranking(step))
         means = polarized.sums(self.t.abs(), self.lanes) / polarized.sums((self.t != 0).float(), self.lanes)
         chosen = alive.to(self.t.device)
-        # A gate that comes back is as wide as those of its lane are on average.
+        # A reopened gate gets the mean |t| of its lane.
         self.t = torch.where(chosen, torch.where(self.t == 0, means[self.lane_of], self.t), 0.0)
         masks = problem.map.weight_masks(alive, context.model)
         masks = {name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())}
         if masks:
             context.install_masks(masks)
-        self._tell(context, alive, opened)
+        self._report(context, alive, opened)
 
     def _ranking(self, step: int) -> Tensor:
-        """Return float64 [classes]: |t| of open gates, below 0 for closed ones, which rank by when they closed."""
+        """Return float64 [classes]: |t| of open gates, below 0 for closed ones, which rank by closing time."""
         ranking = torch.where(self.t != 0, self.t.abs(), self.last_open / step - 2)
         return ranking.cpu().double()
 
-    def _tell(self, context: Context, alive: Tensor, opened: Tensor) -> None:
+    def _report(self, context: Context, alive: Tensor, opened: Tensor) -> None:
         kept = self.problem.kept(alive)
         words = f"{self.problem.budget.option}: t is fixed with {kept:.4%} of the {budget.WORDS[self.config.unit]}"
         if self.config.rounding == "exact":
@@ -310,11 +310,11 @@ class GDP(Method):
         context.report(words)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return the state of gates and cost, a fraction of the dense network's; UNIT is what the target counts.
+        """Return the state of gates and cost, a fraction of the dense network's; UNIT is the target's unit.
 
         gdp/open_gates: gates that are not 0, among all; gdp/undecided: gates between 0.1 and 0.9; gdp/expected_UNIT:
         the cost by the sums of the gates; gdp/UNIT: by the number of open ones; gdp/feasible: 1 if that is at most
-        0.01 above the target; gdp/multiplier; gdp/eps; channels/kept: channels whose gates are not 0, of all.
+        0.01 above the target; gdp/multiplier; gdp/eps; channels/kept: fraction of channels whose gates are not 0.
         """
         if distributed.world_size() > 1:
             distributed.assert_same(str(self.t.tolist()), "gates")
@@ -337,7 +337,7 @@ class GDP(Method):
         return self.figures
 
     def layout(self, context: Context) -> None:
-        """Refuse a target out of reach; which gates close is learned."""
+        """Reject an unreachable target; which gates close is learned."""
         if context.widths is None:
             self._problem(context)
 
@@ -348,7 +348,7 @@ class GDP(Method):
         return {"raw": dict(self.raw), "figures": dict(self.figures)} | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back the state where gates are trained; the removal needs none of it."""
+        """Restore the state where gates are trained; the removal needs none of it."""
         if self.t is None or not state:
             return
         restore(self.raw, state["raw"])
@@ -362,6 +362,6 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def _finite(model: nn.Module) -> bool:
-    """Return whether all gradients are; the loss scaler skips the step otherwise."""
+    """Return whether all gradients are finite; otherwise the loss scaler skips the step."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     return bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())

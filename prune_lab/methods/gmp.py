@@ -87,7 +87,7 @@ class GMP(WeightPruning):
         return round(self.config.begin * total), min(round(self.config.end * total), total - 1)
 
     def _num_cuts(self, steps: int) -> int:
-        """Return how many cuts follow the first one in a ramp of so many steps."""
+        """Return the number of cuts after the first one in a ramp of `steps` steps."""
         return max(1, min(_NUM_CUTS, steps)) if self.config.num_cuts == "auto" else self.config.num_cuts
 
     def planned_cuts(self, context: Context) -> Mapping[int, int | dict[str, int]]:

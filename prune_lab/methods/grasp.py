@@ -23,19 +23,19 @@ class GraSPConfig(ImageScoresConfig):
     temperature: Positive
     """divisor of the logits in both derivatives; 200 in every published run"""
     rounds: Count
-    """times `samples_per_class` images are drawn, each time others; their gradients and products are added"""
+    """number of draws of `samples_per_class` new images; their gradients and products are added"""
     split: Literal["stratified", "class_sorted", "random"]
-    """images of a batch: classes in turn, class after class (official code) or at random; it matters with
+    """order of images in a batch: classes in turn, class after class (official code) or at random; it matters with
     bn_mode=train, where batch norm sees one batch"""
     hvp_mode: Literal["sum", "per_batch"]
     """sum: Hessian and gradient of all images (official code); per_batch: the product of each batch, averaged
     (Frankle et al. 2021, arXiv 2009.08576)"""
     reinit_linear: bool
-    """score with linear weights drawn anew (Xavier normal) although the own ones are trained, as the official code;
-    its ImageNet version draws only the last layer anew"""
+    """score with redrawn linear weights (Xavier normal), although the original ones are trained, as the official code;
+    its ImageNet version redraws only the last layer"""
     low_memory: bool
-    """store the inputs of residual blocks only and compute the rest again, for the same scores but for rounding.
-    ResNet-50 at 224 px on a CPU: about 0.11 instead of 0.19 GiB per image, half as long again"""
+    """store only the inputs of residual blocks and recompute the rest, for the same scores up to rounding.
+    ResNet-50 at 224 px on a CPU: about 0.11 instead of 0.19 GiB per image, 1.5 times as long"""
 
 
 class GraSP(ImageScores):
@@ -60,7 +60,7 @@ class GraSP(ImageScores):
         return self.config.rounds
 
     def scores(self, context: Context) -> dict[str, Tensor]:
-        """Return w * (H g): the paper's S (eq. 8) with the other sign, so that the highest are kept."""
+        """Return w * (H g): the paper's S (eq. 8) with the opposite sign, so that the highest are kept."""
         config, named = self.config, context.parameters()
         weights = {layer.parameter: named[layer.parameter] for layer in context.eligible()}
         drawn: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -83,7 +83,7 @@ class GraSP(ImageScores):
             }
 
     def scoring_cost(self, context: Context) -> int:
-        """Return the MACs of scoring, by the rule that a backward pass costs twice what it runs back through.
+        """Return the MACs of scoring; a backward pass counts twice the pass that it differentiates.
 
         Gradient: forward and backward, 3 f_D per image. Hessian-gradient product: forward, backward and backward
         through both, 3 + 6 f_D. With hvp_mode=per_batch the gradient is a by-product; low_memory repeats passes.

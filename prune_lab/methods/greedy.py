@@ -1,4 +1,4 @@
-"""Greedy forward selection: each layer starts empty and takes back the channels that restore its output first."""
+"""Greedy forward selection: each layer starts empty and regains first the channels that best restore its output."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ if TYPE_CHECKING:
 _GLOBAL = ("global-code", "global")
 _MAY_REPEAT = ("local-uniform", "global-code")
 _PATIENCE = 10
-"""additions per channel of the layer that may pass without a new channel; step searches can circle among a few"""
+"""additions allowed without a new channel, per channel of the layer; step searches can cycle among a few"""
 
 
 @dataclass(frozen=True)
 class GreedyConfig(MethodConfig):
     variant: Literal["local-refit", "local-line-search", "local-uniform", "global-code", "global"]
-    """what a channel is chosen by, and with which weight it comes in"""
+    """criterion for choosing a channel, and its weight when added"""
     macs_ratio: OpenFraction | None
     """kept fraction of the network's MACs; every layer keeps about the same fraction of its channels"""
     params_ratio: OpenFraction | None
@@ -50,27 +50,27 @@ class GreedyConfig(MethodConfig):
     channels_ratio: OpenFraction | None
     """kept fraction of each layer's channels"""
     top1_tol: OpenFraction | None
-    """each layer grows until the training accuracy is at most this fraction below what it was before that layer"""
+    """each layer grows until the training accuracy is at most this fraction below its value before that layer"""
     skip_eval_converge: Annotated[float, Range(0, 1, open_high=True)]
-    """top1_tol: the accuracy is measured once that on one minibatch is at most this fraction below what it was there"""
+    """top1_tol: the accuracy is measured once that on a minibatch is at most this fraction below its original value"""
     eval_images: Count
-    """top1_tol: training images that the accuracy is measured on"""
+    """top1_tol: training images for measuring the accuracy"""
     repeat: bool
-    """local-uniform, global-code: a channel may come again, and weights are its share of the additions"""
+    """local-uniform, global-code: a channel may be added repeatedly; its weight is its fraction of the additions"""
     loss: Literal["cross_entropy", "output_distance"]
-    """global variants: of the labels, or squared distance of the logits to those before the layer was pruned"""
+    """global variants: loss on the labels, or squared distance of the logits to those before the layer was pruned"""
     candidates: Literal["taylor", "random"]
     """global variants: which channels are tried in each step"""
     num_evaluate: Count
-    """global variants: how many"""
+    """global variants: number of channels tried in each step"""
     batch: Count
-    """images of the minibatch that losses are measured on"""
+    """images of the minibatch for measuring losses"""
     fresh_batch: bool
-    """global variants: another minibatch for each addition"""
+    """global variants: a new minibatch for each addition"""
     images: Count
-    """local variants: training images that the layer's output is imitated on"""
+    """local variants: training images on which the layer's output is imitated"""
     positions: Count
-    """local variants: places per image, where the next layer is a convolution"""
+    """local variants: positions per image, if the next layer is a convolution"""
     augment_scoring: bool
     """whether the images of all these measurements are cropped and flipped as in training"""
     exclude: list[str]
@@ -124,19 +124,19 @@ class Greedy(Method):
         self._spent = 0
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse to choose channels of an untrained network."""
+        """Reject choosing channels of an untrained network."""
         config.require_trained(f"method={self.config.name}")
 
     def chain(self) -> tuple[Phase, ...]:
         return (TRAIN_DENSE, PRUNE, REMOVE, FINETUNE)
 
     def asked(self) -> dict[str, float]:
-        """Return the target for the whole network; channels and accuracy are asked of each layer."""
+        """Return the target for the whole network; channels and accuracy are targets per layer."""
         targets = {"macs": self.config.macs_ratio, "params": self.config.params_ratio}
         return {unit: value for unit, value in targets.items() if value is not None}
 
     def layers(self, model: nn.Module) -> list[Layer]:
-        """Return all layers, depthwise ones too: their filters go with the channel."""
+        """Return all layers, including depthwise ones: their filters are removed with the channel."""
         return eligibility.select_layers(model, include=["*"])
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
@@ -172,10 +172,10 @@ class Greedy(Method):
         return removal.half_of_groups(context, {group.producer for group in self.groups(context)})
 
     def budget(self, context: Context, groups: list[ChannelGroup]) -> dict[str, int] | None:
-        """Return the channels each producer keeps; None: the accuracy decides.
+        """Return the number of channels that each producer keeps; None: the accuracy decides.
 
         Raises:
-            UserError: a target below what one channel per layer costs.
+            UserError: a target below the cost of one channel per layer.
         """
         config = self.config
         if config.channels_ratio is not None:
@@ -186,7 +186,7 @@ class Greedy(Method):
         return alike(context.network, groups, unit, getattr(config, f"{unit}_ratio"))
 
     def prune(self, context: Context) -> dict[str, float]:
-        """Select the channels of each group, write their weights into the network, train a little, repeat."""
+        """Select the channels of each group, write their weights into the network, train briefly, repeat."""
         groups = self.groups(context)
         budget = self.budget(context, groups)
         masks: dict[str, Tensor] = {}
@@ -214,16 +214,16 @@ class Greedy(Method):
     def phase_cost(self, context: Context) -> int | None:
         """Return the MACs of selection and of the training between layers.
 
-        Known beforehand with a ratio, unless it is a global variant in which channels come again; else None in a dry
-        run, and what was really spent afterwards. Images of the accuracy for top1_tol are counted; the arithmetic on
-        Gram matrices is not (it is no pass through the network).
+        With a ratio they are known in advance, except for a global variant that may add channels repeatedly. Otherwise
+        they are None in a dry run, and the actual MACs afterwards. Images for the accuracy of top1_tol are counted; the
+        arithmetic on Gram matrices is not (it is not a pass through the network).
         """
         return self._planned(context) if context.validating and context.widths is None else self._spent
 
     def _prune_group(self, context: Context, group: ChannelGroup, want: int | None, macs: int) -> Tensor:
         """Choose and re-weight the channels of one group; return the kept ones, bool [size]."""
         with evaluation_mode.preserve_state(context.model, train_mode=False), torch.no_grad():
-            context.model.requires_grad_(False)  # slopes are those of the multipliers: no graph of the layers before
+            context.model.requires_grad_(False)  # gradients are those of the multipliers: earlier layers need no graph
             kept, weights = distributed.share(self._select(context, group, want, macs))
         mask = torch.zeros(group.size, dtype=torch.bool)
         mask[kept] = True
@@ -234,7 +234,7 @@ class Greedy(Method):
     def _select(
         self, context: Context, group: ChannelGroup, want: int | None, macs: int
     ) -> tuple[list[int], Tensor]:
-        """Return (kept channels, weights a): the first `want` that come in, or as many as the accuracy needs."""
+        """Return (kept channels, weights a): the first `want` added, or as many as the accuracy needs."""
         source = DrawnImages(context, group.producer, augment=self.config.augment_scoring)
         objective: Objective = self.config.loss if self.config.variant in _GLOBAL else "cross_entropy"
         with probe.WeighedNetwork(context.model, group, objective=objective) as network:
@@ -257,7 +257,7 @@ class Greedy(Method):
             if context.validating or enough(kept, weights):
                 break
         else:
-            want = size if want is None else want  # never within the tolerance: the layer stays whole
+            want = size if want is None else want  # never within the tolerance: the layer is kept whole
         missing = [index for index in range(size) if index not in kept][: (want or 0) - len(kept)]
         return (kept + missing if want else kept), weights  # without a weight: their readers start from zero
 
@@ -294,7 +294,7 @@ class Greedy(Method):
                 network.see(*batch)
                 shown = batch
             pool = allowed.nonzero().flatten()
-            if config.candidates == "random" or not bool(weights.any()):  # without a layer there is no slope to rank by
+            if config.candidates == "random" or not bool(weights.any()):  # an empty layer has no gradient to rank by
                 chosen = pool[torch.randperm(len(pool), generator=draws)]
             else:
                 chosen = pool[network.slopes(weights)[pool].argsort(stable=True)]
@@ -305,7 +305,7 @@ class Greedy(Method):
     def _enough(
         self, context: Context, network: WeighedNetwork, source: DrawnImages, want: int | None
     ) -> Callable[[list[int], Tensor], bool]:
-        """Return the test that ends a layer's growth."""
+        """Return the stopping criterion of a layer's growth."""
         if want is not None:
             return lambda kept, weights: len(kept) >= want
         config = self.config
@@ -317,7 +317,7 @@ class Greedy(Method):
         def accuracy(weights: Tensor | None) -> float:
             return network.accuracy(source.read("accuracy", spread), weights)
 
-        # Each with its own images: a minibatch of hard ones would never come near the accuracy on all.
+        # Each compared with its own images: a minibatch of hard ones would never approach the accuracy on all.
         before, first_before = accuracy(None), network.accuracy(first_look, None)
 
         def enough(kept: list[int], weights: Tensor) -> bool:
@@ -330,7 +330,7 @@ class Greedy(Method):
     def _train_between(
         self, context: Context, groups: list[ChannelGroup], kept: dict[str, Tensor], macs: int
     ) -> None:
-        """Train the whole network a little, batch norm on batch statistics; removed channels stay zero."""
+        """Train the whole network briefly, with batch-norm batch statistics; removed channels stay zero."""
         config = self.config
         steps, batch = self._between_steps(context)
         if not steps:
@@ -372,7 +372,7 @@ class Greedy(Method):
         return total
 
     def _images_for(self, context: Context, size: int, want: int) -> int:
-        """Return the images that pass the network while `want` of `size` channels are chosen; global: none twice."""
+        """Return the images that pass the network while `want` of `size` channels are chosen; global: no repeats."""
         config, num_train = self.config, context.dataset.info.num_train
         if config.variant not in _GLOBAL:
             return min(config.images, num_train)

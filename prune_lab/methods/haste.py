@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class HasteConfig(MethodConfig):
     hyperplanes: Annotated[int, Range(0, 62)]
-    """bits of a channel's code: more of them merge fewer channels"""
+    """bits of a channel's hash code: more bits merge fewer channels"""
     zero_fraction: Annotated[float, Range(0, 1, open_high=True)]
     """probability of a zero in a hyperplane"""
     tile: Annotated[int, Range(1, 256)]
     """side of the square tiles of the output plane within which channels are merged"""
     min_channels: Count
-    """input channels from which on a convolution is taken"""
+    """minimum number of input channels of a converted convolution"""
     pointwise: bool
-    """whether 1x1 convolutions are taken, too"""
+    """whether 1x1 convolutions are converted, too"""
     exclude: list[str]
-    """patterns of layers that stay as they are"""
+    """patterns of layers that are not converted"""
     hash_seed: Index
     """seed of the hyperplanes"""
     seeds: Count
-    """draws of the hyperplanes that are evaluated"""
+    """number of evaluated draws of the hyperplanes"""
     addition_cost: NonNegative
-    """MACs that one addition of hashing and merging counts as"""
+    """MACs counted for one addition of hashing and merging"""
 
 
 class HASTE(Method):
@@ -71,7 +71,7 @@ class HASTE(Method):
     costs_depend_on_images = True
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse to merge channels of an untrained network."""
+        """Reject merging channels of an untrained network."""
         config.require_trained(f"method={self.config.name}")
 
     def layers(self, model: nn.Module) -> list[Layer]:
@@ -90,7 +90,7 @@ class HASTE(Method):
         return layers
 
     def _reason(self, name: str, module: nn.Module) -> str:
-        """Return why a layer stays as it is, empty if its input channels are merged."""
+        """Return why a layer is not converted, empty if its input channels are merged."""
         from prune_lab.pruning.dynamic.hashed_convolution import (
             HashedConv2d,  # its file defines an nn.Module and so imports torch
         )
@@ -154,7 +154,7 @@ class HASTE(Method):
         return Measured(first.scores, first.columns(rate), figures)
 
     def _observed(self, model: nn.Module, draw: int, score: Callable) -> Observation:
-        """Return scores and costs with one draw of the hyperplanes; draw 0 is what the network has."""
+        """Return scores and costs with one draw of the hyperplanes; draw 0 is the network's own."""
         from prune_lab.pruning.dynamic.hashed_convolution import hashed_layers
 
         network = model if draw == 0 else copy.deepcopy(model)

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 _PENALTY, _HIGHEST_PRICE = 1.0, 2e-4
-"""lambda, and the price of one weight (lambda / images) that it does not exceed on few images: on 1,438 of them 1
-leaves 2 % of the weights and a network that has learned little."""
+"""lambda, and the maximum price of one weight (lambda / images) on small data sets: on 1,438 images lambda 1 leaves
+2 % of the weights and a network that has learned little."""
 
 
 @dataclass(frozen=True)

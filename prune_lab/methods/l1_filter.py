@@ -1,4 +1,4 @@
-"""Filters with the smallest L1 norm removed from a trained network, then fine-tuning."""
+"""Remove the filters with the smallest L1 norm from a trained network, then fine-tune."""
 
 from __future__ import annotations
 

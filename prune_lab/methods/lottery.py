@@ -1,4 +1,4 @@
-"""Lottery tickets: iterative or one-shot magnitude pruning, and where the surviving weights start again."""
+"""Lottery tickets: iterative or one-shot magnitude pruning, and the point to which surviving weights are rewound."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ Arm = Literal["LT-IMP", "LT-OMP", "RR-IMP", "RR-OMP", "IMP-rewind", "OMP-rewind"
 
 _REWINDS = ("IMP-rewind", "OMP-rewind", "LR-rewinding-IMP", "LR-rewinding-OMP", "random-layerwise", "random-global",
             "RR-IMP")  # fmt: skip
-"""arms that start again at `rewind_to`, RR-IMP in the rounds before its last; the others start at the beginning"""
+"""arms that restart at `rewind_to`, RR-IMP in the rounds before its last; the others restart at the beginning"""
 _LEVELS = 4
-"""without a target; four rounds of 0.2 leave 0.59, the lowest sparsity that Ma et al. 2021 tabulate"""
+"""rounds without a target; four rounds of 0.2 give 0.59, the lowest sparsity in the tables of Ma et al. 2021"""
 _LARGE = 0.1
-"""share of a layer's weights that count as large (Ma et al. 2021)"""
+"""fraction of a layer's weights that count as large (Ma et al. 2021)"""
 
 
 @dataclass(frozen=True)
 class LotteryConfig(MethodConfig):
     arm: Arm
-    """where the mask comes from and what the surviving weights start from (Ma et al. 2021, Renda et al. 2020)"""
+    """origin of the mask and of the surviving weights' start values (Ma et al. 2021, Renda et al. 2020)"""
     levels: Index | None
     """rounds of pruning; None: as many as `sparsity` needs, 4 without a target"""
     sparsity: OpenFraction | None
-    """target over eligible weights; the last round prunes less if that meets it. None: what `levels` rounds leave"""
+    """target over eligible weights; the last round prunes less if needed to meet it. None: the result of `levels`"""
     fraction: OpenFraction
-    """share of the surviving weights that each round removes"""
+    """fraction of the surviving weights that each round removes"""
     distribution: Literal["global", "uniform", "2:4"]
     """one ranking over all layers, or the same fraction of each layer; 2:4: uniform with two of every four input
     channels at the end and two or more before"""
     rewind_to: Annotated[str, Example("8ep")]
-    """place in the dense training, as epochs (8ep) or steps (500it): weights and schedule go back there; in RR-IMP, the
+    """rewind point in the dense training, as epochs (8ep) or steps (500it), for weights and schedule; in RR-IMP, the
     control of IMP-rewind, in the rounds that find the mask"""
     optimizer_state: Literal["restore", "zero"]
     """the optimizer's running means after weight rewinding: those of that step, or zeros (official code, open_lth);
     the other arms start without any"""
     copy: Index
-    """a number above 0: the last training sees its batches in another order, drawn from this number, so that two copies
-    from one point can be compared (Frankle et al. 2020)"""
+    """above 0: the last training sees its batches in another order, drawn from this number, so that two copies from
+    one point can be compared (Frankle et al. 2020)"""
     include: list[str]
     """layer patterns to prune although they are dense by default (depthwise convolutions)"""
     exclude: list[str]
@@ -105,7 +105,7 @@ class Lottery(Method):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.start: dict[str, Tensor] = {}  # weights at the start of the training that is under way
+        self.start: dict[str, Tensor] = {}  # weights at the start of the current training
 
     @property
     def levels(self) -> int:
@@ -113,11 +113,11 @@ class Lottery(Method):
         config = self.config
         if config.sparsity is None:
             return _LEVELS if config.levels is None else config.levels
-        # 0.5904 is four rounds of 0.2 although logarithms give 4.000...1
+        # 0.5904 is four rounds of 0.2, although logarithms give 4.000...1
         return max(1, math.ceil(math.log(1 - config.sparsity) / math.log(1 - config.fraction) - 1e-9))
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse a place beyond the training or within its warm-up."""
+        """Reject a rewind point beyond the training or within its warm-up."""
         place, train = parse_time(self.config.rewind_to, "method.rewind_to"), config.schedule.train
         if place.unit == "ep" and place.count > train.epochs:
             raise UserError(
@@ -143,27 +143,27 @@ class Lottery(Method):
         return (*head, *before, self._prune(last), *self._restart(last))
 
     def _at_once(self) -> bool:
-        """Return whether one phase does the pruning of all rounds."""
+        """Return whether one phase performs the pruning of all rounds."""
         return self.config.arm.endswith("-OMP") or self.config.arm == "OMP-rewind"
 
     def _place(self) -> Any:
         return parse_time(self.config.rewind_to, "method.rewind_to")
 
     def _anew(self, level: int) -> tuple[Phase, ...]:
-        """Return what puts the network back; unpruned, it only loses the optimizer's state."""
+        """Return the rewinding phase, if one is needed; without pruning it only discards the optimizer's state."""
         if level == 0 and self._optimizer_state() == "restore":
             return ()
         return (Phase(f"rewind_{level}", type(self).rewind, None, active=True, origin="early"),)
 
     def _optimizer_state(self) -> str:
-        """Return what becomes of the optimizer's state; at the start of the training it has none."""
+        """Return the treatment of the optimizer's state; at the start of training there is none."""
         return self.config.optimizer_state if self._place().count else "restore"
 
     def _prune(self, level: int) -> Phase:
         return Phase(f"prune_{level}", prune, None, active=True)
 
     def _train(self, level: int, block: str = "train") -> Phase:
-        """Return the training of a round: from `rewind_to` on, except for new weights and fine-tuning."""
+        """Return the training of a round: from `rewind_to`, except for new weights and fine-tuning."""
         arm, last = self.config.arm, level == self.levels
         from_start = block == "finetune" or (last and arm.startswith("RR"))
         begin = None if from_start or not self._place().count else self._place()
@@ -179,7 +179,7 @@ class Lottery(Method):
         return *self._anew(level), self._train(level)
 
     def _restart(self, level: int) -> tuple[Phase, ...]:
-        """Return what the arm does with the final mask."""
+        """Return the arm's phases after the final mask."""
         if self.config.arm in ("RR-IMP", "RR-OMP"):
             return Phase(f"reinit_{level}", type(self).reinit, None, active=True), self._train(level)
         if self.config.arm in ("random-layerwise", "random-global"):
@@ -188,7 +188,7 @@ class Lottery(Method):
         return self._again(level)
 
     def phase_identity(self, phase: Phase) -> dict[str, Any]:
-        """Return the options a phase depends on, so that runs which differ in others only share it."""
+        """Return the options a phase depends on, so that runs which differ only in others share it."""
         config, place = self.config, phase.name.partition("_")[0]
         if phase.acts is prune:
             options = {key: getattr(config, key) for key in ("fraction", "distribution", "include", "exclude")}
@@ -206,7 +206,7 @@ class Lottery(Method):
                                          grouped=config.distribution == SEMI_STRUCTURED)
 
     def _at_target(self, counts: dict[str, int], sizes: dict[str, int]) -> dict[str, int]:
-        """Return what the last round leaves of `counts` weights to meet the target."""
+        """Return the counts after the last round, which keeps as many of `counts` as the target needs."""
         target = self.config.sparsity
         keep = distributions.num_keep_total(sum(sizes.values()), target)
         if keep > sum(counts.values()):
@@ -216,7 +216,7 @@ class Lottery(Method):
             return dict.fromkeys(sizes, keep)
         layers = [distributions.LayerSize(name, (size,)) for name, size in sizes.items()]
         wanted = distributions.allocate("uniform", layers, keep)
-        # Rounding in every round may have left a layer a weight less than its share of the target.
+        # Rounding in every round may have left a layer one weight less than its part of the target.
         return distributions.clamp_counts(wanted, low=dict.fromkeys(wanted, 1), high=counts, total=keep)
 
     def counts_at(self, context: Context, level: int) -> dict[str, int]:
@@ -229,18 +229,18 @@ class Lottery(Method):
             if number == self.levels and self.config.sparsity is not None:
                 return self._at_target(counts, sizes)
             counts = {name: count - round(self.config.fraction * count) for name, count in counts.items()}
-            if self.config.distribution == SEMI_STRUCTURED:  # rounding may pass two of four before the last round
+            if self.config.distribution == SEMI_STRUCTURED:  # rounding may fall below two of four before the last round
                 counts = {name: max(count, sizes[name] // 2) for name, count in counts.items()}
         return counts
 
     def layout(self, context: Context) -> list[tuple[int, dict[str, int]]] | None:
-        level, final = _level(context.phase), self.counts_at(context, self.levels)  # refuses a target out of reach
+        level, final = _level(context.phase), self.counts_at(context, self.levels)  # raises if unreachable
         if self.config.distribution == "global" and level:
             return None
         return [(0, {} if not level else final if level == self.levels else self.counts_at(context, level))]
 
     def prune(self, context: Context) -> None:
-        """Remove the smallest |w| among the weights that are left; ties remove the later position."""
+        """Remove the smallest |w| among the remaining weights; ties remove the later position."""
         named, level = context.parameters(), _level(context.phase)
         scores = {layer.parameter: named[layer.parameter].detach().abs() for layer in context.eligible()}
         old = {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
@@ -259,21 +259,21 @@ class Lottery(Method):
             context.report(f"layers without any weight left: {', '.join(empty)}")
 
     def rewind(self, context: Context) -> None:
-        """Put the network back to where the dense training was at `rewind_to`, batch-norm statistics included."""
+        """Rewind the network to its state at `rewind_to` of the dense training, including batch-norm statistics."""
         context.model.load_state_dict(context.origin.model)
         if context.masks is not None:
             context.masks.apply()
         if self.config.optimizer_state == "restore":
-            # A copy: the optimizer moves the tensors it is given, and later rounds start from the same ones.
+            # A copy: the optimizer updates its tensors in place, and later rounds start from the same ones.
             context.optimizer_state = copy.deepcopy(context.origin.optimizer)
 
     def reinit(self, context: Context) -> None:
-        """Give the network new initial weights under the same masks."""
+        """Reinitialise the network under the same masks."""
         context.model.load_state_dict(context.fresh_model("reinit").state_dict())
         context.masks.apply()
 
     def shuffle(self, context: Context) -> None:
-        """Draw the kept positions anew, within each layer or over all layers, and rewind."""
+        """Redraw the kept positions, within each layer or over all layers, and rewind."""
         old, source = context.masks, context.generator("shuffle")
         shapes = {name: tuple(mask.shape) for name, mask in old.masks.items()}
         if self.config.arm == "random-layerwise":
@@ -294,19 +294,19 @@ class Lottery(Method):
             self.start = {name: named[name].detach().clone() for name in context.masks.masks}
 
     def after_step(self, context: Context, step: int) -> None:
-        """Keep the running means of pruned weights at zero, as the weights themselves."""
+        """Keep the running means of pruned weights at zero, like the weights themselves."""
         if context.masks is not None:
             context.masks.mask_state(context.optimizer)
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return how many of the large weights were large at the start of this training already."""
+        """Return the fraction of the large weights that were already large at the start of this training."""
         if context.masks is None:
             return {}
         now = {name: context.parameters()[name].detach() for name in self.start}
         return {"weights/overlap": weight_overlap.overlap_of_largest(self.start, now, _LARGE, context.masks.masks)}
 
     def chosen(self) -> dict[str, Any]:
-        """Return which arm this is and after how many rounds."""
+        """Return the arm and its number of rounds."""
         config = self.config
         return {"lottery/arm": config.arm, "lottery/levels": self.levels, "lottery/rewind_to": config.rewind_to}
 

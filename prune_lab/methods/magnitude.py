@@ -27,7 +27,7 @@ class Magnitude(WeightPruning):
         return (TRAIN_DENSE, PRUNE, FINETUNE)
 
     def prune(self, context: Context) -> None:
-        """Keep the largest |w|: of each layer its budget, or of all layers together with distribution=global."""
+        """Keep the largest |w|: the budget of each layer, or of all layers together with distribution=global."""
         named = context.parameters()
         scores = {layer.parameter: named[layer.parameter].detach().abs() for layer in context.eligible()}
         self.cut(context, self.keep_best(scores, self.budget(context, self.config.sparsity)))

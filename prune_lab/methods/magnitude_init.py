@@ -1,4 +1,4 @@
-"""Magnitude pruning at initialisation: the largest untrained weights stay."""
+"""Magnitude pruning at initialisation: the largest untrained weights are kept."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MaskSparsity: a first sparse training selects channels, a second one penalises the scales of these only."""
+"""MaskSparsity: a first sparse training selects channels, a second one penalises only their scales."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
 _SPARSIFY = Phase("sparsify", None, "train", active=True)
 _MASKED = Phase("masked", None, "train", active=True)
 _MARKS = ("threshold", "energy", "mask_file")
-"""targets that name the channels instead of how many there are"""
+"""targets that select channels instead of fixing their number"""
 
 
 @dataclass(frozen=True)
 class MaskSparsityConfig(ChannelPruningConfig):
     threshold: NonNegative | None
-    """instead of a ratio: channels with scales up to this go"""
+    """instead of a ratio: channels with scales up to this value are removed"""
     energy: OpenFraction | None
-    """instead of a ratio: each batch norm's smallest scales go that hold this fraction of the sum of their squares"""
+    """instead of a ratio: each batch norm's smallest scales with this fraction of the sum of squares are removed"""
     mask_file: FilePath | None
-    """instead of a ratio: JSON of the channels that stay (see masks.load)"""
+    """instead of a ratio: JSON of the channels to keep (see masks.load)"""
     criterion: Literal["sparsified", "l1_norm"]
-    """what ranks the channels: their scales after a training under the penalty on all scales, or the filters' L1 norms
+    """ranking of the channels: their scales after training under the penalty on all scales, or the filters' L1 norms
     in the dense network, which saves that training"""
     scale_penalty: Positive
     """factor of the penalty in both trainings"""
     regularizer: Literal["l1", "l2", "smooth_l1"]
     """gradient of the penalty: sign of the scale, the scale, or the scale below lr x scale_penalty and else its sign"""
     start: Literal["dense", "sparsified"]
-    """network with which the training under the mask starts"""
+    """start network of the training under the mask"""
 
     GOALS: ClassVar[tuple[str, ...]] = (*ChannelPruningConfig.GOALS, *_MARKS)
 
@@ -98,7 +98,7 @@ class MaskSparsity(ScalePruning):
     def __init__(self, config: MaskSparsityConfig) -> None:
         super().__init__(config)
         self.alive: Tensor | None = None
-        """the classes of channels to keep, once they are decided, bool [num_classes]"""
+        """the classes of channels to keep, once selected, bool [num_classes]"""
 
     def before(self) -> tuple[Phase, ...]:
         """Return dense training -> sparse training -> mask -> training under the mask."""
@@ -122,13 +122,13 @@ class MaskSparsity(ScalePruning):
             raise UserError(f"method.mask_file={path} cannot be read: {error.strerror}") from error
 
     def phase_identity(self, phase: Phase) -> dict[str, Any]:
-        """Return the options; the training under the penalty on all scales is shared by all targets."""
+        """Return the options; all targets share the training under the penalty on all scales."""
         if phase == _SPARSIFY:
             return {"scale_penalty": self.config.scale_penalty, "regularizer": self.config.regularizer}
         return super().phase_identity(phase)
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse a schedule without the trainings that drive scales to zero."""
+        """Reject a schedule without the trainings that drive scales to zero."""
         config.require_training(f"method={self.config.name}, which trains under penalties over this block")
 
     def scores(self, context: Context, channels: ChannelMap) -> Tensor:
@@ -152,7 +152,7 @@ class MaskSparsity(ScalePruning):
         return alive
 
     def _unmarked(self, context: Context, problem: Problem) -> Tensor:
-        """Return what the threshold or the file keeps, and the best of a layer where that is too little."""
+        """Return the channels kept by the threshold or file, plus a layer's best ones if those are too few."""
         channels, lanes = problem.channels, problem.channels.lanes
         scales = thresholds.absolute_scales(context.model, channels)
         worth = thresholds.class_means(channels, scales)
@@ -191,7 +191,7 @@ class MaskSparsity(ScalePruning):
         if context.widths is None:
             problem = self._problem(context)
             if self.config.mask_file is not None:
-                self._unmarked(context, problem)  # refuses masks of other networks
+                self._unmarked(context, problem)  # rejects masks of other networks
         return [(0, {})] if context.phase in self.sparse_phases else None
 
     def _problem(self, context: Context) -> Problem:
@@ -199,10 +199,10 @@ class MaskSparsity(ScalePruning):
         return Problem(self, context)
 
     def mask(self, context: Context) -> dict[str, float]:
-        """Decide which channels go; hand on the network that the training under the mask starts with.
+        """Decide which channels to remove; set up the start network of the training under the mask.
 
         Raises:
-            UserError: a budget out of reach, or no scale small enough.
+            UserError: an unreachable budget, or no scale small enough.
         """
         problem = self._problem(context)
         self.alive = self.choose(context, problem)
@@ -226,7 +226,7 @@ class MaskSparsity(ScalePruning):
                           "or method.scale_penalty, or set a ratio")
 
     def make_penalty(self, context: Context) -> ScalePenalty:
-        """Return the penalty on all scales, in the second training on the marked ones."""
+        """Return the penalty on all scales; in the second training, on the marked ones."""
         marked = None
         if context.phase == _MASKED.name:
             channels = channel_map(context.model, context.dataset.info.image_size)
@@ -235,9 +235,9 @@ class MaskSparsity(ScalePruning):
         return penalty.ScalePenalty(context.model, config.scale_penalty, config.regularizer, marked)
 
     def prune(self, context: Context) -> dict[str, float]:
-        """Mask the channels that were marked, whatever their scales are now."""
+        """Mask the marked channels, regardless of their current scales."""
         problem = self._problem(context)
-        if bool(self.alive.all()):  # in a validation only: what is marked is an outcome of the training
+        if bool(self.alive.all()):  # only in a validation run: the marked channels are an outcome of the training
             return {}
         return self.leave_out(context, problem, self.alive)
 

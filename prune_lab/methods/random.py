@@ -22,9 +22,9 @@ class RandomConfig(InitialPruningConfig):
     ]
     """global: one draw over all layers, so that a layer's count varies; otherwise exact counts per layer. balanced: the
     same number of weights in each; smart_ratio: densities that fall with depth, 0.3 in linear layers (Su et al. 2020,
-    arXiv 2009.11094); smart_ratio_vgg: divided by the squared depth, too"""
+    arXiv 2009.11094); smart_ratio_vgg: also divided by the squared depth"""
     control: Literal["none", "reinit"]
-    """reinit: the mask on new initial weights; other controls would draw at random what is random"""
+    """reinit: the mask on new initial weights; other controls would randomise what is already random"""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -51,5 +51,5 @@ class Random(InitialPruning):
         return random_scores(context)
 
     def paper_train_ratio(self, context: Context) -> float:
-        """Return f_S / f_D (Evci et al. 2020, appendix H, for SNIP and static masks); scoring is not in it."""
+        """Return f_S / f_D (Evci et al. 2020, appendix H, for SNIP and static masks); it excludes scoring."""
         return context.forward_macs / context.dense_macs

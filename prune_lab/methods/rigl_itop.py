@@ -1,4 +1,4 @@
-"""RigL on the ITOP schedule: few, well informed updates until the end of training."""
+"""RigL on the ITOP schedule: few, well-informed updates until the end of training."""
 
 from __future__ import annotations
 

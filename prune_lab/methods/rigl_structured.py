@@ -26,10 +26,10 @@ class StructuredRigLConfig(GradientGrowthConfig):
     drop: Literal["magnitude"]
     """kernels with the lowest score of their weights are dropped"""
     kernel_score: Literal["abs_of_mean", "mean_of_abs"]
-    """what ranks kernels, by weights to drop and by gradients to grow; abs_of_mean: |mean| of a kernel's values (the
+    """ranking of kernels, by weights to drop and by gradients to grow; abs_of_mean: |mean| of a kernel's values (the
     report's repository); mean_of_abs: mean of their absolute values, in which signs do not cancel"""
     redistribution: Literal["none"]
-    """layers keep their counts: redistribution moves single weights"""
+    """layers keep their counts, because redistribution moves single weights"""
 
 
 class StructuredRigL(GradientGrowth):
@@ -71,7 +71,7 @@ class StructuredRigL(GradientGrowth):
         context.report(f"linear layers stay dense: {dense} weights beside a budget of {context.masks.num_kept}; {pays}")
 
     def allocate(self, context: Context, sparsity: float) -> dict[str, int]:
-        """Return kept weights per parameter, whole kernels everywhere, as near to the budget as they come."""
+        """Return kept weights per parameter, whole kernels everywhere, as close to the budget as possible."""
         units = {layer.parameter: _kernel_size(layer.shape) for layer in context.eligible()}
         return distributions.whole_units(super().allocate(context, sparsity), units)
 
@@ -91,7 +91,7 @@ class StructuredRigL(GradientGrowth):
         """Return the score of each kernel's gradient at all of its weights.
 
         Raises:
-            RuntimeError: every gradient of the pruned weights is zero: they were masked.
+            RuntimeError: every gradient of the pruned weights is zero, because they were masked.
         """
         gradients = self.gradients(context, candidates)
         check_dense(gradients, candidates, f"gradients at step {step}")

@@ -1,4 +1,4 @@
-"""SET on the ITOP schedule: few, well informed updates until the end of training."""
+"""SET on the ITOP schedule: few, well-informed updates until the end of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Network Slimming: batch-norm scales under an L1 penalty, the smallest removed with their channels, fine-tuning."""
+"""Network Slimming: an L1 penalty on batch-norm scales; the channels of the smallest are removed, then fine-tuning."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class SlimmingConfig(ChannelPruningConfig):
     scale_penalty: NonNegative
     """factor of the penalty; its gradient is this times the sign of the scale"""
     scale_init: Positive | None
-    """value that the scales of an untrained network start with; None: what the network is built with"""
+    """initial scales of an untrained network; None: the values with which the network is built"""
     official_threshold: bool
-    """whether channels_ratio is read as the official code does, by a threshold that goes itself"""
+    """whether channels_ratio is read as in the official code, by a threshold whose own channel is removed"""
 
     def check(self, path: str) -> None:
         super().check(path)
@@ -59,7 +59,7 @@ class Slimming(ScalePruning):
         return (TRAIN,)
 
     def phase_identity(self, phase: Phase) -> dict[str, Any]:
-        """Return the options; training under the penalty is shared by all targets."""
+        """Return the options; all targets share the training under the penalty."""
         if phase == TRAIN:
             return {"scale_penalty": self.config.scale_penalty, "scale_init": self.config.scale_init}
         return super().phase_identity(phase)
@@ -72,7 +72,7 @@ class Slimming(ScalePruning):
     def _start_scales(self, context: Context) -> None:
         found = penalty.scales(context.model).values()
         values = torch.cat([scale.detach() for scale in found])
-        if not bool(((values == 0) | (values == 1)).all()):  # what networks are built with
+        if not bool(((values == 0) | (values == 1)).all()):  # initial values of built networks
             context.report(f"method.scale_init={self.config.scale_init:g} is left out: these weights are trained")
             return
         for scale in found:

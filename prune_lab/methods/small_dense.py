@@ -20,9 +20,9 @@ class SmallDenseConfig(MethodConfig):
     sparsity: OpenFraction
     """the narrow network keeps 1 - sparsity of the cost of the full one"""
     match: Literal["params", "macs"]
-    """the cost that is matched, counted on the built networks"""
+    """the cost to match, counted on the built networks"""
     tolerance: OpenFraction
-    """largest allowed difference from the wanted cost, as a fraction of it"""
+    """largest allowed difference from the target cost, as a fraction of it"""
 
 
 class SmallDense(Method):
@@ -44,10 +44,10 @@ class SmallDense(Method):
         return (TRAIN,)
 
     def adapt_model(self, config: Any, *, num_classes: int, image_size: int) -> Any:
-        """Return `config` with the width whose real cost comes nearest to the wanted one.
+        """Return `config` with the width whose actual cost is nearest to the target.
 
         Raises:
-            UserError: the model's widths are fixed, or none comes within method.tolerance.
+            UserError: the model's widths are fixed, or none is within method.tolerance.
         """
         @functools.cache
         def cost(width: float) -> int:

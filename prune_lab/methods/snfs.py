@@ -1,4 +1,4 @@
-"""SNFS (sparse momentum): drop the smallest weights, share what they freed among layers and grow by momentum."""
+"""SNFS (sparse momentum): drop the smallest weights, redistribute the freed ones among layers, grow by momentum."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SNFSConfig(DropAndGrowConfig):
     redistribution: Literal["momentum", "none"]
-    """momentum: freed weights go to the layers whose active weights have the largest mean |momentum| (paper); none:
+    """momentum: freed weights move to the layers whose active weights have the largest mean |momentum| (paper); none:
     layers keep their counts (the momentum baseline of the RigL code)"""
     apportion: Literal["exact", "official"]
-    """exact: the total never changes; official: what is cut off is divided equally, the next update corrects the total
+    """exact: the total never changes; official: the excess is divided equally, and the next update corrects the total
     (official code)"""
 
     def check(self, path: str) -> None:
@@ -61,7 +61,7 @@ class SNFS(DropAndGrow):
         return self.config.apportion == "exact"
 
     def needs_dense_gradient(self, step: int) -> bool:
-        """Return True up to the last update: the momentum of pruned weights is what growth is decided by."""
+        """Return True up to the last update: the momentum of pruned weights decides growth."""
         return step <= max(self.updates, default=-1)
 
     def num_dropped(self, fraction: float, count: int, shape: tuple[int, ...]) -> int:
@@ -78,7 +78,7 @@ class SNFS(DropAndGrow):
         """Return |momentum| per position.
 
         Raises:
-            RuntimeError: every momentum of the pruned weights is zero: it was masked.
+            RuntimeError: every momentum of the pruned weights is zero, because it was masked.
         """
         scores = {name: momentum.abs() for name, momentum in self.momenta(context, candidates).items()}
         check_dense(scores, candidates, f"momenta at step {step}")
@@ -93,7 +93,7 @@ class SNFS(DropAndGrow):
         room = {name: sizes[name] - left[name] for name in left}
         grown = redistribution.apportion_official(shares, room, freed + self.adjustment)
         totals = {name: left[name] + grown[name] for name in left}
-        # The baseline is the first total: what earlier residuals moved it by is in `before`.
+        # The baseline is the first total: `before` includes the shift by earlier residuals.
         self.residuals.append(sum(before.values()) + sum(self.residuals[-1:]) - sum(totals.values()))
         self.adjustment = (
             0.25 * self.adjustment + 0.75 * self.residuals[-1] + sum(self.residuals) / len(self.residuals)
@@ -101,7 +101,7 @@ class SNFS(DropAndGrow):
         return totals
 
     def paper_train_ratio(self, context: Context) -> float | None:
-        """Return (2 E[f_S] + f_D) / 3 f_D (Evci et al. 2020, appendix H), which has updates until the end."""
+        """Return (2 E[f_S] + f_D) / 3 f_D (Evci et al. 2020, appendix H), which assumes updates until the end."""
         mean = context.cost.mean_forward
         return None if mean is None else (2 * mean + context.dense_macs) / (3 * context.dense_macs)
 

@@ -1,4 +1,4 @@
-"""SNIP: keep the weights whose removal the loss of one batch would feel most, before training."""
+"""SNIP: keep the weights whose removal would affect the loss of one batch most, before training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SNIPConfig(ImageScoresConfig):
     combine: Literal["abs_of_sum", "sum_of_abs"]
-    """several batches. abs_of_sum: |w x gradient| of all images together; sum_of_abs: |w x gradient| of each batch,
+    """for several batches. abs_of_sum: |w x gradient| of all images together; sum_of_abs: |w x gradient| of each batch,
     added (Frankle et al. 2021, arXiv 2009.08576). The paper has one batch, where both agree"""
 
 
@@ -57,5 +57,5 @@ class SNIP(ImageScores):
         return 3 * context.dense_macs * self.num_images(context)
 
     def paper_train_ratio(self, context: Context) -> float:
-        """Return f_S / f_D (Evci et al. 2020, appendix H, for SNIP and static masks); scoring is not in it."""
+        """Return f_S / f_D (Evci et al. 2020, appendix H, for SNIP and static masks); it excludes scoring."""
         return context.forward_macs / context.dense_macs

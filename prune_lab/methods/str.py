@@ -1,4 +1,4 @@
-"""STR: soft thresholds that weight decay alone brings to life, without gradients for pruned weights."""
+"""STR: soft thresholds that weight decay alone activates, without gradients for pruned weights."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _PUBLISHED = -3200.0
 @dataclass(frozen=True)
 class STRConfig(SoftThresholdConfig):
     threshold_decay: NonNegative | Literal["auto"] | None
-    """weight decay of the thresholds; None: the optimizer's (published); auto: that one where it wakes the thresholds
-    within half of the training, else one that wakes them after a third"""
+    """weight decay of the thresholds; None: the optimizer's (published); auto: the same if it activates the thresholds
+    within half of the training, else one that activates them after a third"""
 
     def check(self, path: str) -> None:
         if self.threshold_init != "auto" and self.threshold_decay != "auto":
@@ -88,5 +88,5 @@ class STR(SoftThreshold):
         if free:
             start, decay = waking_start((init, *HIGHER_STARTS), rates, group) or (AWAKE, None)
         else:
-            start, decay = waking_start((init,), rates, group) or (init, None)  # the latter is refused in `setup`
+            start, decay = waking_start((init,), rates, group) or (init, None)  # `setup` rejects the latter
         return replace(options, threshold_init=start, threshold_decay=decay)

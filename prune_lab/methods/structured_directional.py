@@ -33,21 +33,21 @@ if TYPE_CHECKING:
 
 
 _DIRECTIONAL = Phase("directional", None, "finetune", active=True)
-"""training with group gRDA that starts from a network trained before"""
+"""training with group gRDA that starts from a trained network"""
 
 _REACH, _REACH_FOR_TARGET = 3.0, 6.0
-"""Filters in front of a batch norm grow in training, the more the smaller they are: at their norm of the start hardly
-any would be zero. Digits, ResNet-20 of half the width, 20 epochs: 2.1 leaves 78 % of the MACs, 3 leaves 67 %. With a
-target the threshold stops there; it has to arrive, because channels that are cut at the end although they are not zero
-cost accuracy: macs_ratio=0.5 ends at 59 % top-1 with 4, at 97 % with 6."""
+"""Filters before a batch norm grow in training, small ones most: a threshold at their initial norm would zero hardly
+any. Digits, ResNet-20 of half the width, 20 epochs: 2.1 leaves 78 % of the MACs, 3 leaves 67 %. With a target the
+threshold stops there. It must reach the target, because cutting nonzero channels at the end costs accuracy:
+macs_ratio=0.5 ends at 59 % top-1 with 4, at 97 % with 6."""
 
 _GROWN = 440
-"""Steps of those 20 epochs. In fewer steps filters grow less: after the demo's 176 with the whole width 1.7 leaves 75 %
-of the MACs and 97 % top-1, 2.1 leaves 49 % and 71 %, 3 leaves 15 % and 38 %. At 1 half of the channels go that do not
-grow."""
+"""Steps of those 20 epochs. In fewer steps filters grow less: after the demo's 176 at full width 1.7 leaves 75 % of the
+MACs and 97 % top-1, 2.1 leaves 49 % and 71 %, 3 leaves 15 % and 38 %. At 1 half of the channels that do not grow are
+removed."""
 
 _CHECK_EVERY = 50
-"""steps at most between two looks at where the threshold meets the target; each waits for the device"""
+"""maximum steps between two checks of whether the threshold meets the target; each waits for the device"""
 
 _BATCH = 128
 """images per forward pass when batch norm measures its statistics"""
@@ -56,9 +56,9 @@ _BATCH = 128
 @dataclass(frozen=True)
 class StructuredDirectionalConfig(MethodConfig):
     variant: Literal["AltSDP", "SDP"]
-    """AltSDP: every step of the training thresholds; SDP: one projection of a network that is trained already"""
+    """AltSDP: every training step applies the threshold; SDP: one projection of a trained network"""
     start: Literal["scratch", "dense"]
-    """AltSDP, scratch: the one training is done with group gRDA; dense: plain SGD first, then group gRDA over the
+    """AltSDP, scratch: the only training uses group gRDA; dense: plain SGD first, then group gRDA over the
     schedule's finetune block"""
     c: Positive | None
     """AltSDP: size of the threshold; None: see `_size`"""
@@ -69,14 +69,14 @@ class StructuredDirectionalConfig(MethodConfig):
     bn_scale: bool
     """whether the scales of the batch norms that a channel passes belong to its group"""
     residual: bool
-    """whether channels that are added to others may go; all filters of their trunk that write one are one group"""
+    """whether channels that are added to others may be removed; all filters of their trunk for one form a group"""
     exclude: list[str]
     """patterns of layers that keep all of their output channels"""
     macs_ratio: OpenFraction | None
-    """kept fraction of the MACs, at most. AltSDP: the threshold stops growing there, and the end is cut to it; None:
-    what c and mu lead to. SDP: decides how strong the one shrinkage is"""
+    """maximum kept fraction of the MACs. AltSDP: the threshold stops growing there, and the result is cut to it; None:
+    c and mu decide. SDP: determines the strength of the single shrinkage"""
     eigenvectors: Count
-    """SDP: directions of the largest eigenvalues of the Hessian that are not flat"""
+    """SDP: number of directions with the largest eigenvalues of the Hessian, which are not flat"""
     hessian_images: Count
     """SDP: training images on which the Hessian is measured"""
     bn_images: Index
@@ -133,7 +133,7 @@ class StructuredDirectional(Method):
         super().__init__(config)
         self.figures: dict[str, float] = {}
         self.norms: Tensor | None = None
-        """|a_G| / s_G when last looked at, float64 [num_classes]"""
+        """|a_G| / s_G when last measured, float64 [num_classes]"""
         self.zero: Tensor | None = None
         """which classes were zero then, bool [num_classes]"""
         self.channels: RemovableChannels | None = None
@@ -149,7 +149,7 @@ class StructuredDirectional(Method):
         return (*trained, PRUNE, REMOVE, *((FINETUNE,) if self.config.finetune else ()))
 
     def check_run(self, config: RunConfig) -> None:
-        """Refuse an optimizer that is anything else than plain SGD, and what lacks training: steps or a network."""
+        """Reject any optimizer other than plain SGD, training without steps, and an untrained network."""
         if self.config.variant == "AltSDP":
             check_plain_sgd(config)
             block = "train" if self.config.start == "scratch" else "finetune"
@@ -172,7 +172,7 @@ class StructuredDirectional(Method):
         """Return None: which channels become zero is an outcome of the training.
 
         Raises:
-            UserError: MACs out of reach, a pattern that matches nothing, no channel may be removed.
+            UserError: unreachable MACs, a pattern that matches nothing, or no channel that may be removed.
         """
         if context.widths is None:
             channels = self._channels(context)
@@ -196,9 +196,9 @@ class StructuredDirectional(Method):
         return rows, sizes.sqrt() if self.config.scale_by_size else torch.ones_like(sizes)
 
     def setup(self, context: Context) -> None:
-        """Put group gRDA in place of the optimizer in the phase that trains with it.
+        """Replace the optimizer by group gRDA in the phase that trains with it.
 
-        Only here the size of the images is known, without which channels cannot be followed through a flatten.
+        Only here is the image size known, without which channels cannot be traced through a flatten.
         """
         if context.phase not in (TRAIN.name, _DIRECTIONAL.name):
             return
@@ -223,7 +223,7 @@ class StructuredDirectional(Method):
             context.report(self._outlook(c, [c * value for value in values]))
 
     def _size(self, values: list[float]) -> float:
-        """Return c where none is given: the threshold ends at a multiple of the channels' median norm at the start.
+        """Return c if none is given: the threshold ends at a multiple of the channels' initial median norm.
 
         Args:
             values: the threshold after each step with c = 1.
@@ -254,7 +254,7 @@ class StructuredDirectional(Method):
         self.zero = (optimizer.factors() == 0).cpu() & self.channels.free
 
     def _limit(self) -> None:
-        """Keep the threshold from growing beyond what meets the target."""
+        """Stop the threshold from growing beyond the target."""
         self._look()
         self.optimizer.limit(self.channels.threshold(self.norms, self.config.macs_ratio))
 
@@ -265,11 +265,11 @@ class StructuredDirectional(Method):
             self._limit()
 
     def end_epoch(self, context: Context, epoch: int) -> dict[str, float]:
-        """Return how far the channels are from zero.
+        """Return the channels' distance from zero.
 
         threshold: that of a group with s_G = 1; groups/zero: fraction of the removable channels that are zero;
-        groups/norm: median of |a_G| / s_G; channels/kept: those that are not zero, of all
-        channels; macs/inference: without the channels that are zero.
+        groups/norm: median of |a_G| / s_G; channels/kept: fraction of channels that are not zero;
+        macs/inference: without the zero channels.
         """
         if self.channels is None:  # fine-tuning
             return {}
@@ -284,7 +284,7 @@ class StructuredDirectional(Method):
         return self.figures | left | {"macs/inference": costs.at("macs", costs.kept(alive))}
 
     def prune(self, context: Context) -> dict[str, float]:
-        """Mask the channels that are zero, or zero by the one projection; return what is left.
+        """Mask the channels that are zero, for SDP after its projection; return the remaining size.
 
         Raises:
             UserError: no channel is zero and there is no budget.
@@ -295,7 +295,7 @@ class StructuredDirectional(Method):
             return self._refuse_nothing(context)
         masks = channels.map.weight_masks(alive, context.model)
         masks = {name: mask.to(context.device) for name, mask in masks.items() if not bool(mask.all())}
-        # The history of the masks starts with a dense network, as the training did.
+        # The mask history starts with a dense network, as training did.
         context.install_masks({name: torch.ones_like(mask) for name, mask in masks.items()})
         context.install_masks(masks)
         self._measure_statistics(context)
@@ -305,7 +305,7 @@ class StructuredDirectional(Method):
         return figures
 
     def _left(self, context: Context, channels: RemovableChannels) -> Tensor:
-        """Return the classes that are not zero, under a budget of MACs those with the largest |a_G| / s_G."""
+        """Return the nonzero classes; under a budget of MACs, those with the largest |a_G| / s_G."""
         alive = ~self.zero
         if self.config.macs_ratio is not None:
             best = channels.best(self.norms, self.config.macs_ratio)
@@ -322,7 +322,7 @@ class StructuredDirectional(Method):
         return alive
 
     def _project(self, context: Context, channels: RemovableChannels) -> Tensor:
-        """Shrink the groups along flat directions so far that the budget holds; return the classes to keep."""
+        """Shrink the groups along flat directions until the budget is met; return the classes to keep."""
         config = self.config
         rows, scales = self._groups(context, channels)
         drawn = DrawnImages(context, "Hessian", augment=False)
@@ -352,7 +352,7 @@ class StructuredDirectional(Method):
 
     def _refuse_nothing(self, context: Context) -> dict[str, float]:
         if context.validating:
-            return {}  # what becomes zero is an outcome of the training
+            return {}  # the zero channels are an outcome of the training
         raise UserError(
             f"no channel became zero: the threshold reached {self.figures['threshold']:.4g}, the smallest norm is "
             f"{float(self.norms.min()):.4g}; raise method.c or method.mu, or set method.macs_ratio",
@@ -360,7 +360,7 @@ class StructuredDirectional(Method):
         )
 
     def _measure_statistics(self, context: Context) -> None:
-        """Let batch norm see the network without what the masked channels, whose shifts stayed, added to it."""
+        """Measure batch-norm statistics without the masked channels, whose shifts had remained."""
         if not self.config.bn_images:
             return
         images = DrawnImages(context, "network", augment=True)
@@ -370,7 +370,7 @@ class StructuredDirectional(Method):
         self._spent += statistics.measure_statistics(context.model, batches) * context.forward_macs
 
     def phase_cost(self, context: Context) -> int | None:
-        """Return the MACs of the Hessian and of the images for batch norm; unknown before, as the channels are."""
+        """Return the MACs of the Hessian and of the images for batch norm; unknown in advance, like the channels."""
         unknown = self.config.bn_images or self.config.variant == "SDP"
         return None if context.validating and context.phase == PRUNE.name and unknown else self._spent
 

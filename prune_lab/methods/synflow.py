@@ -1,4 +1,4 @@
-"""SynFlow: cut step by step the weights that carry the least flow from input to output, without data."""
+"""SynFlow: iteratively prune the weights that carry the least flow from input to output, without data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SynFlowConfig(InitialPruningConfig):
     rounds: Count
-    """times that weights are scored and cut"""
+    """number of rounds of scoring and pruning"""
     schedule: Literal["exponential", "linear"]
     """how density falls from 1 to d = 1 - sparsity over n rounds: d^(k/n) after round k, or 1 - (1 - d) k/n"""
     dtype: Literal["float64", "float32"]
@@ -50,12 +50,12 @@ class SynFlow(InitialPruning):
         super().setup(context)
         if self.config.dtype == "float64" and context.device.type == "mps":
             raise UserError("method.dtype=float64: MPS lacks it; use trainer.device=cpu or method.dtype=float32")
-        if self.config.dtype == "float32" and context.validating:  # found out before anything is written
+        if self.config.dtype == "float32" and context.validating:  # checked before anything is written
             with evaluation_mode.preserve_state(context.model, train_mode=False):
                 self._check(synaptic_flow.flow(context.model, *self._scoring_form(context)), 1)
 
     def choose(self, context: Context) -> dict[str, Tensor]:
-        """Score and cut in rounds, each among the weights of the one before; a validation does one round.
+        """Score and prune in rounds, each among the weights left by the previous; a validation runs one round.
 
         Raises:
             UserError: the flow leaves the range of the number format.
@@ -90,7 +90,7 @@ class SynFlow(InitialPruning):
     ) -> dict[str, Tensor]:
         """Return the masks at fraction `done` of the rounds, chosen among `kept`."""
         config = self.config
-        if config.control == "invert":  # the lowest positive scores are kept; weights without flow go first as ever
+        if config.control == "invert":  # the lowest positive scores are kept; zero flow is still cut first
             last = torch.finfo(getattr(torch, config.dtype)).max
             scores = {name: score.masked_fill(score == 0, last) for name, score in scores.items()}
         level = config.sparsity if done == 1 else 1 - falling(1 - config.sparsity, done, config.schedule)
@@ -113,7 +113,7 @@ class SynFlow(InitialPruning):
         )
 
     def _describe(self, context: Context, flow: Flow) -> None:
-        """Report what makes the scores differ from those of a plain ReLU network."""
+        """Report why the scores differ from those of a plain ReLU network."""
         if self.config.dtype == "float32":
             context.report("method.dtype=float32: deep networks need float64, their flow exceeds float32's range")
         if flow.replaced:
