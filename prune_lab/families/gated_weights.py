@@ -267,7 +267,7 @@ class GatedWeights(Method):
         }
         if (epoch + 1) * context.steps_per_epoch >= context.last_step:
             self.settle(context)
-            self._tell(context, dict(zip([group.name for group in self.layout_of.groups], opened, strict=True)))
+            self._report(context, dict(zip([group.name for group in self.layout_of.groups], opened, strict=True)))
         if self.config.bn_images:
             self._measure_statistics(context)
         return self.figures | self._left(context) | {"macs/inference": context.forward_macs}
@@ -316,7 +316,7 @@ class GatedWeights(Method):
             num_images = statistics.measure_statistics(context.model, batches)
         context.cost.total += num_images * context.forward_macs
 
-    def _tell(self, context: Context, opened: dict[str, float]) -> None:
+    def _report(self, context: Context, opened: dict[str, float]) -> None:
         empty = [name for name, fraction in opened.items() if fraction == 0]
         if empty:
             note = " (each keeps its best channel all the same)" if self.config.granularity == "filter" else ""
