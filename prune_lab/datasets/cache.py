@@ -98,8 +98,8 @@ def _write(entry: Path, decoded: Decoded) -> None:
     with replaced(entry) as folder:
         for name in _ARRAYS:
             np.save(folder / f"{name}.npy", decoded[name])
-        told = {"classes": decoded["classes"], "note": decoded.get("note", "")}
-        meta = told | {"sha256": {name: hash_arrays(decoded[name]) for name in _ARRAYS}}
+        described = {"classes": decoded["classes"], "note": decoded.get("note", "")}
+        meta = described | {"sha256": {name: hash_arrays(decoded[name]) for name in _ARRAYS}}
         (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 

@@ -27,13 +27,13 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
             copied = tuple(tensor.to(device, non_blocking=True) for tensor in batch)
             arrived = stream.record_event()
         if ahead is not None:
-            yield _handed_over(*ahead)
+            yield _ready(*ahead)
         ahead = copied, arrived
     if ahead is not None:
-        yield _handed_over(*ahead)
+        yield _ready(*ahead)
 
 
-def _handed_over(batch: Batch, arrived: torch.cuda.Event) -> Batch:
+def _ready(batch: Batch, arrived: torch.cuda.Event) -> Batch:
     """Make the current stream wait for `batch` and keep its memory until that stream has used it; return it."""
     current = torch.cuda.current_stream(batch[0].device)
     current.wait_event(arrived)
