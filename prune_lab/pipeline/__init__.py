@@ -1,1 +1,1 @@
-"""One run: matched, validated, its phases reused, resumed or done, its results written."""
+"""One run: match its budget, validate it, reuse, resume or run its phases, write its results."""

@@ -1,7 +1,7 @@
-"""Sanity-check controls beside the method itself: which runs there are, and how their results compare. No torch.
+"""Sanity-check controls beside the method itself: which runs are needed, and how their results compare. No torch.
 
-A control leaves out what a method claims to matter (Frankle et al. 2021, arXiv 2009.08576); its result means something
-only beside the method's own, so that run is done first.
+A control omits what a method claims to matter (Frankle et al. 2021, arXiv 2009.08576). Its result is meaningful only
+beside the method's own, so that run comes first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def in_order(config: RunConfig) -> tuple[RunConfig, ...]:
 
 
 def baseline_run(config: RunConfig) -> RunConfig | None:
-    """Return the method's own run with otherwise equal options, None if `config` is no control."""
+    """Return the method's own run with otherwise equal options, None if `config` is not a control."""
     method = build_method(config).without_control()
     if method is None:
         return None
@@ -52,7 +52,7 @@ def figures(
 
 
 def comparison(summary: dict[str, Any], baseline: dict[str, Any], kind: str) -> list[str]:
-    """Return the method's own results, its control's and their difference, as lines of text."""
+    """Return the results of the method and of its control, and their difference, as lines of text."""
     top1, baseline_top1 = summary["final/top1"], baseline["final/top1"]
     remarks = "; ".join(filter(None, [_sign(baseline_top1 - top1), part_evaluated(summary)]))
     rows = [

@@ -1,4 +1,4 @@
-"""dry_run=true: the whole run in miniature on random images; prints the plan and what it costs, trains nothing."""
+"""dry_run=true: the whole run in miniature on random images; prints the plan and its cost, trains nothing."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from prune_lab.training.phases import build_model, dense_note, layer_costs, open
 
 
 def dry_run(config: RunConfig) -> int:
-    """Build everything, do one step per phase, print and write `dry_run.json`; return 0.
+    """Build everything, run one step per phase, print and write `dry_run.json`; return 0.
 
     Raises:
-        UserError: whatever the run itself would refuse, except for missing or damaged data.
+        UserError: whatever the run itself would reject, except for missing or damaged data.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("dry_run=true needs one process only: start it without torchrun")
@@ -52,18 +52,18 @@ def dry_run(config: RunConfig) -> int:
 
 @dataclass
 class _Chain:
-    """What one step of each phase found out."""
+    """Findings from one step of each phase."""
 
     removable: str | None = None
-    """text on the channels that may go; None: the method removes none"""
+    """text on the removable channels; None: the method removes none"""
     spent: int | None = 0
-    """MACs of the whole training; None: not known before it"""
+    """MACs of the whole training; None: not known in advance"""
     kept: dict[str, int] | None = field(default_factory=dict)
     """kept weights per parameter at the end; None: they depend on trained weights"""
     figures: dict[str, float] = field(default_factory=dict)
     """of the phases without training"""
     params: int = 0
-    """parameters of the network that the last phase leaves"""
+    """number of parameters after the last phase"""
     reported: list[str] = field(default_factory=list)
 
     def spend(self, macs: int | None) -> None:
@@ -71,12 +71,12 @@ class _Chain:
 
 
 def _step_through(plan: SettledRun, info: datasets.DatasetInfo, device_config: DeviceConfig) -> _Chain:
-    """Do the first step of every phase, each on what the one before left."""
+    """Run the first step of every phase, each on the result of the previous one."""
     dataset = RandomImages(info, device_config.torch_device)
     done, found = Results(entry.phase for entry in plan.planned), _Chain()
     method = build_method(plan.config)
     for entry in plan.planned:
-        # Later phases would speak of weights that only a training gives.
+        # Later phases would report on weights that only training produces.
         report = found.reported.append if entry is plan.planned[0] else lambda text: None
         task = task_without_files(plan.config, plan.model_config, entry, dataset, device_config, done, report=report)
         with matching.naming_reference(plan.config):
@@ -99,7 +99,7 @@ def _step_through(plan: SettledRun, info: datasets.DatasetInfo, device_config: D
 def _count(
     plan: SettledRun, chain: _Chain, info: datasets.DatasetInfo, device_config: DeviceConfig
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the layer table and the summary of a run that is not done."""
+    """Return the layer table and the summary of a run that has not run."""
     config, method = plan.config, build_method(plan.config)
     model = build_model(plan.model_config, **info.sizes, seed=config.seed)
     costs = layer_costs(plan.model_config, **info.sizes)
@@ -127,7 +127,7 @@ def _count(
 
 
 def _open_counts(method: Method, layers: list[Layer], kept: dict[str, int] | None, params: int) -> dict[str, Any]:
-    """Return the keys that a run can only count when it is done: null, or what the target requires.
+    """Return the keys that are only known after a run: null, or the value that the target requires.
 
     Args:
         kept: weights per parameter; None: they depend on trained weights.
@@ -145,7 +145,7 @@ def _open_counts(method: Method, layers: list[Layer], kept: dict[str, int] | Non
 
 
 def _removed(chain: _Chain) -> dict[str, Any]:
-    """Return the keys of a network without some channels: it has no sparsity; null: what goes depends on training."""
+    """Return the keys of a network with removed channels: it has no sparsity; null: training decides the channels."""
     counts = {"params/total": None, "params/kept": None, "params/nonzero": None, "sparsity/achieved": None}
     if chain.kept is None:
         return counts
@@ -154,7 +154,7 @@ def _removed(chain: _Chain) -> dict[str, Any]:
 
 
 def _last_lines(plan: SettledRun, chain: _Chain, info: datasets.DatasetInfo) -> Iterator[str]:
-    """Yield what the tables leave open."""
+    """Yield the lines that the tables do not cover."""
     config, method = plan.config, build_method(plan.config)
     yield from chain.reported
     yield "data: " + "; ".join(info.lines())

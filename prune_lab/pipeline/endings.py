@@ -21,7 +21,7 @@ from prune_lab.training.loop import Interrupted, NonFiniteLoss
 
 
 def guarded(run: Run, carry_out: Callable[[Run], int]) -> int:
-    """Carry out a run that is not finished yet; turn every way it can end into a status, one line and an exit code."""
+    """Carry out an unfinished run; convert every way it can end into a status, one line and an exit code."""
     done = distributed.on_main(run.folder.finished)
     if done is not None:
         return _done_already(run, done)
@@ -30,7 +30,7 @@ def guarded(run: Run, carry_out: Callable[[Run], int]) -> int:
     except (Interrupted, KeyboardInterrupt):
         return _end(run, "interrupted", run.stop.reason, code=run.stop.exit_code)
     except BaseException as error:
-        if run.stop() and not distributed.is_main():  # the main process was stopped too, and left first
+        if run.stop() and not distributed.is_main():  # the main process was stopped too, and exited first
             return run.stop.exit_code
         if line := _explanation(error, run.folder.directory):
             return _end(run, "failed", line, code=1)
@@ -50,10 +50,10 @@ def _done_already(run: Run, summary: dict[str, Any]) -> int:
 
 
 def _explanation(error: BaseException, directory: Path) -> str | None:
-    """Return one line for an error that a user can do something about; None: it is a fault of the program."""
+    """Return one line for an error that the user can fix; None: it is a defect of the program."""
     if isinstance(error, (UserError, NonFiniteLoss)):
         return str(error)
-    if isinstance(error, SaveError):  # names the file already
+    if isinstance(error, SaveError):  # its text names the file
         return f"{error.strerror}; what was there before is untouched, the same command goes on"
     if isinstance(error, OSError):
         return f"{error.strerror or type(error).__name__}: {error.filename or directory}"
@@ -65,12 +65,12 @@ def _explanation(error: BaseException, directory: Path) -> str | None:
 
 
 def _is_lost_process(error: BaseException) -> bool:
-    """Return whether the connection to another process broke; gloo has no type of its own for that."""
+    """Return whether the connection to another process broke; gloo has no error type of its own for that."""
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def _end(run: Run, status: str, line: str, *, code: int) -> int:
-    """Tell every sink how the run ended; a full disk may keep some of them from noting it."""
+    """Report the end of the run to every sink; a full disk may prevent some from recording it."""
     if status == "failed":
         print(f"prune-lab: error: {line}", file=sys.stderr, flush=True)
     with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""What a run needs from its process: data, signals, gradients of a batch. By default it is alone."""
+"""The services of a run's process: data, signals, gradients of a batch. By default the run is alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prune_lab.training import loop
 
 
 class Executor:
-    """A process with one run at a time. Others, where several runs take turns, override what these share."""
+    """A process with one run at a time. Executors in which several runs take turns override the shared parts."""
 
     vectorised = False
     """whether networks of several runs are computed together"""
@@ -30,7 +30,7 @@ class Executor:
         return signals.stop_flag()
 
     def pause(self) -> None:
-        """Let half a second pass, in which another process or run may give back what this run waits for."""
+        """Wait half a second, in which another process or run may release what this run waits for."""
         time.sleep(0.5)
 
     def differentiate(self, training: loop.TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

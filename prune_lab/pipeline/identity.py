@@ -15,9 +15,9 @@ from prune_lab.core.phase import Phase
 from prune_lab.datasets import base
 
 FORMAT = 4
-"""Raised when the meaning of stored results changes; older phases are then left alone and done anew."""
+"""Raised when the meaning of stored results changes; older phases are then ignored and run again."""
 
-# Resolved (`device_config`) or without effect on results; what limits an evaluation is counted in images.
+# Resolved (`device_config`) or without effect on results; a limit on evaluation is counted in images.
 _NOT_TRAINING = {
     "device", "precision", "channels_last", "compile", "checkpoint_interval_s", "threads", "eval_batch_size",
     "limit_eval_batches",
@@ -27,7 +27,7 @@ _NOT_TRAINING = {
 def plan_phases(
     config: RunConfig, *, model: Any, fingerprint: str | None, device_config: dict, world_size: int
 ) -> list[PlannedPhase]:
-    """Return the phases of a run with their keys; a key covers its inputs and the key of the phase before.
+    """Return the phases of a run with their keys; a key covers its inputs and the key of the previous phase.
 
     Args:
         model: options of the network that is built, after the method adapted them.
@@ -67,7 +67,7 @@ def plan_phases(
 
 
 def _fields(phase: Phase) -> dict[str, Any]:
-    """Return what of a phase's description decides its result; what it starts from has keys of its own."""
+    """Return the fields of a phase that decide its result; its starting point has keys of its own."""
     acts = None if phase.acts is None else phase.acts.__name__
     fields = {"name": phase.name, "acts": acts, "schedule": phase.schedule, "active": phase.active}
     bounds = {"begin": phase.begin, "end": phase.end}
@@ -76,25 +76,25 @@ def _fields(phase: Phase) -> dict[str, Any]:
 
 
 def _evaluated(config: RunConfig) -> int | None:
-    """Return how many images an evaluation stops after; None: it uses all, whatever the batch size."""
+    """Return the number of images after which an evaluation stops; None: it uses all, for any batch size."""
     limit = config.trainer.limit_eval_batches
     return None if limit is None else limit * config.trainer.eval_batch_size
 
 
 def digest(value: Any) -> str:
-    """Return 32 hexadecimal digits that depend on `value` only (JSON-able containers)."""
+    """Return 32 hexadecimal digits that depend only on `value` (JSON-able containers)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def run_key(planned: list[PlannedPhase], config: RunConfig) -> str:
-    """Return the key of the whole run: its last phase, the method that asked for it, and what it was matched to."""
+    """Return the key of the whole run: its last phase, its method, and its match."""
     matched = [config.matched.wanted()] if config.matched else []
     return digest([planned[-1].key, build_method(config).identity(), *matched])
 
 
 def group_key(config: RunConfig, **inputs: Any) -> str:
-    """Return a name shared by runs whose results can differ by the seed only; `inputs` as for `plan_phases`."""
+    """Return a name shared by runs whose results can differ only by the seed; `inputs` as for `plan_phases`."""
     seedless = replace(config, seed=0)
     key = run_key(plan_phases(seedless, **inputs), seedless)
     return f"{config.dataset.name}-{config.model.name}-{config.method.name}-{key[:8]}"

@@ -32,18 +32,18 @@ from prune_lab.training.device_config import DeviceConfig
 from prune_lab.training.phases import layer_costs
 
 _NEIGHBOURS = 64
-"""how far from the result of a bisection a nearer cost is looked for"""
+"""how far from the result of a bisection a closer cost is searched for"""
 
 
 def matched(config: RunConfig, model_config: Any, info: DatasetInfo, device_config: DeviceConfig) -> RunConfig:
-    """Return `config` with the sparsity, or the epochs, at which the run costs what its reference costs.
+    """Return `config` with the sparsity, or the epochs, at which the run costs as much as its reference.
 
-    Without method.match it is returned as it is. A control gets what is solved for the method itself: the two differ in
-    nothing but the control, even if the control leaves costs out.
+    Without method.match it is returned unchanged. A control gets the solution for the method itself: only the control
+    differs, even if it avoids some costs.
 
     Raises:
-        UserError: the reference's cost is out of reach, the method's layout is not known before training, or a
-            sparsity was typed that would be replaced.
+        UserError: the reference's cost is unreachable, the method's layout is not known before training, or a typed
+            sparsity would be replaced.
     """
     if not is_matched(config):
         return config
@@ -62,7 +62,7 @@ def matched(config: RunConfig, model_config: Any, info: DatasetInfo, device_conf
 
 
 def is_matched(config: RunConfig) -> bool:
-    """Return whether a cost is to be matched: method.match is an option of weight pruning alone."""
+    """Return whether a cost is to be matched: method.match is an option of weight pruning only."""
     return isinstance(config.method, WeightPruningConfig) and config.method.match != "none"
 
 
@@ -77,7 +77,7 @@ def _check_nothing_is_replaced(config: RunConfig) -> None:
 
 @contextlib.contextmanager
 def naming_reference(config: RunConfig) -> Iterator[None]:
-    """Have errors about a sparsity that was solved for, so that nobody typed it, begin with method.match_to."""
+    """Make errors about a solved sparsity, which nobody typed, begin with method.match_to."""
     try:
         yield
     except UserError as error:
@@ -88,7 +88,7 @@ def naming_reference(config: RunConfig) -> Iterator[None]:
 
 
 class _Problem:
-    """One run to be matched: what it and its reference cost."""
+    """One run to be matched: its cost and that of its reference."""
 
     def __init__(self, config: RunConfig, model_config: Any, info: DatasetInfo, device_config: DeviceConfig) -> None:
         self.config, self.model_config, self.info, self.device_config = config, model_config, info, device_config
@@ -105,20 +105,20 @@ class _Problem:
         """Return the method with another sparsity.
 
         Raises:
-            UserError: not with its other options.
+            UserError: the sparsity is incompatible with the other options.
         """
         options = replace(self.options, sparsity=sparsity)
         options.check("method")
         return build_method(replace(self.config, method=options))
 
     def target(self) -> int:
-        """Return the cost of the reference: a fixed mask of its layout, whatever the method is.
+        """Return the cost of the reference: a fixed mask of its layout, regardless of the method.
 
         Its training is that of the schedule's train block, 3 f_S per image. So two methods with the same reference
-        cost the same in all.
+        have the same total cost.
 
         Raises:
-            UserError: there is no such layout or training; the line begins with method.match_to.
+            UserError: there is no such layout or training; the message begins with method.match_to.
         """
         try:
             return self._target()
@@ -146,15 +146,15 @@ class _Problem:
         return cost
 
     def cost(self, method: Method, epochs: int | None = None) -> int:
-        """Return what the run costs with another budget, or another number of epochs.
+        """Return the cost of the run with another budget, or another number of epochs.
 
         Raises:
-            UserError: there is no such budget or schedule, or the layout is not known.
+            UserError: there is no such budget or schedule, or the layout is unknown.
         """
         phases, kind = self.phases(method, epochs), self.options.match
         if kind == "train_macs":
             return self._known(_total(phase.macs(method) for phase in phases))
-        layout = phases[-1].layout(method)  # refuses a budget that no layout meets
+        layout = phases[-1].layout(method)  # rejects a budget that no layout meets
         if kind == "macs":
             return self._known(None if layout is None else sparse_macs(self.costs, layout[-1][1]))
         exact = num_keep_total(self.num_weights, method.config.sparsity)
@@ -221,10 +221,10 @@ def _solve_density(problem: _Problem) -> RunConfig:
 
 
 def _start(cost: Callable[[int], int], problem: _Problem) -> int:
-    """Return a number of kept weights that is possible: of the sparsity as typed, or as the reference has it.
+    """Return a possible number of kept weights: that of the typed sparsity, or of the reference.
 
     Raises:
-        UserError: neither is.
+        UserError: neither is possible.
     """
     total, options = problem.num_weights, problem.options
     typed, other = (
@@ -256,7 +256,7 @@ def possible(cost: Callable[[int], int], kept: int) -> bool:
 
 
 def reachable(cost: Callable[[int], int], total: int, *, start: int) -> tuple[int, int]:
-    """Return the fewest and the most kept weights below `total` that are possible; `start` is, and all between."""
+    """Return the minimum and maximum possible kept weights below `total`; `start` is possible, and all in between."""
     return _last_possible(cost, start, 1), _last_possible(cost, start, total - 1)
 
 
@@ -270,10 +270,10 @@ def _last_possible(cost: Callable[[int], int], inside: int, outside: int) -> int
 
 
 def nearest(cost: Callable[[int], int], target: int, low: int, high: int) -> int:
-    """Return the argument in [low, high] whose cost comes nearest to `target`.
+    """Return the argument in [low, high] whose cost is nearest to `target`.
 
-    Costs rise, but for a little up and down from one argument to the next: rounding to whole weights or kernels moves
-    weights between layers. A bisection is followed by a look at `_NEIGHBOURS` arguments on both sides of its result.
+    Costs rise except for small fluctuations between neighbours: rounding to whole weights or kernels moves weights
+    between layers. A bisection is followed by a search over `_NEIGHBOURS` arguments on both sides of its result.
     """
     least, most = low, high
     while high - low > 1:
@@ -321,12 +321,12 @@ def stretched(schedule: ScheduleConfig, epochs: int) -> ScheduleConfig:
 
 
 def nearest_epochs(cost: Callable[[int], int], target: int, *, guess: int) -> int:
-    """Return the number of epochs, at least 1, whose cost comes nearest to `target`.
+    """Return the number of epochs, at least 1, whose cost is nearest to `target`.
 
-    The cost is nearly a straight line, so a few steps away from a good guess are enough.
+    The cost is nearly linear, so a few steps from a good guess are enough.
 
     Raises:
-        UserError: the method refuses so few epochs.
+        UserError: the method rejects so few epochs.
     """
     epochs = max(1, guess)
     while cost(epochs) < target:

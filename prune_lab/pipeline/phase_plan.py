@@ -1,4 +1,4 @@
-"""A run before it starts: its phases set up on random images, and what each of them will cost."""
+"""A run before it starts: its phases set up on random images, and the cost of each."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from prune_lab.training.device_config import DeviceConfig
 
 @dataclass
 class PhasePlan:
-    """A phase with its method set up, nothing trained yet.
+    """A phase whose method is set up but not trained.
 
-    `layout` and `macs` also answer for the same method with another budget, which is not set up again: which steps need
-    dense gradients depends on the schedule.
+    `layout` and `macs` also accept the same method with another budget, without a new set-up: only the schedule decides
+    which steps need dense gradients.
     """
 
     phase: Phase
@@ -38,7 +38,7 @@ class PhasePlan:
         return [step for step in steps if self.method.needs_dense_gradient(step)]
 
     def layout(self, other: Method | None = None) -> list[tuple[int, dict[str, int]]] | None:
-        """Return what will be in force from which step on; None: it depends on trained weights."""
+        """Return the layouts and the steps at which they start; None: they depend on trained weights."""
         return self._method(other).layout(self.context)
 
     def macs(self, other: Method | None = None) -> int | None:
@@ -62,10 +62,10 @@ class PhasePlan:
 
 
 def plan_costs(config: RunConfig, model_config: Any, info: DatasetInfo, device_config: DeviceConfig) -> list[PhasePlan]:
-    """Return the phases of a run in order, each set up on what the ones before left without training.
+    """Return the phases of a run in order, each set up on the untrained results of earlier ones.
 
     Raises:
-        UserError: whatever a set-up refuses.
+        UserError: whatever a set-up rejects.
     """
     chain, images = build_method(config).chain(), RandomImages(info, device_config.torch_device)
     phases, results = [], Results(chain)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: its directory, its finished network, its summary."""
+"""The results of a run: its directory, its finished network, its summary."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from prune_lab.training.phases import layer_costs, restore_model, uncounted_macs
 
 @dataclass(frozen=True)
 class Finished:
-    """The network of a run as it is saved."""
+    """The saved network of a run."""
 
     model: nn.Module
     method: Method
@@ -36,14 +36,14 @@ class Finished:
     masked: dict[str, int]
     """kept weights per parameter under a mask"""
     kept: dict[str, int]
-    """weights left in each parameter that has lost some, under masks or with channels"""
+    """weights left in each parameter that has lost some, through masks or removed channels"""
     widths: dict[str, list[int]] | None
     is_unchanged: bool
-    """the network is the one that the last phase left and evaluated"""
+    """whether the network is the one that the last phase returned and evaluated"""
 
 
 def complete(run: Run, result: PhaseResult, *, wall_s: float) -> None:
-    """Finish the network, measure it as it is saved, and write model, layer table and summary.
+    """Finish the network, measure it in its saved form, and write model, layer table and summary.
 
     Raises:
         RuntimeError: the achieved sparsity is not the requested one.
@@ -58,7 +58,7 @@ def complete(run: Run, result: PhaseResult, *, wall_s: float) -> None:
 
 
 def _finish(run: Run, result: PhaseResult) -> Finished:
-    """Return the network that the last phase left, finished by the method and checked."""
+    """Return the last phase's network, finished by the method and checked."""
     masks, method = result.masks or {}, build_method(run.config)
     model = restore_model(run.model_config, result, **run.dataset.info.sizes)
     check_zeros(model, masks)
@@ -73,7 +73,7 @@ def _finish(run: Run, result: PhaseResult) -> Finished:
 
 
 def _measure(run: Run, done: Finished) -> tuple[dict[str, dict[str, float]], Measured | None]:
-    """Return loss and accuracies per split, and what the method itself measures."""
+    """Return loss and accuracies per split, and the method's own measurements."""
     fp32, dataset = run.device_config.in_fp32(), run.dataset
     fp32.placed(done.model)
     splits = {"final": dataset.eval_split} | ({"test": "test"} if dataset.eval_split == "val" else {})
@@ -139,7 +139,7 @@ def _score(run: Run, split: str, model: nn.Module, *, device_config: DeviceConfi
 
 
 def check_zeros(model: nn.Module, masks: dict[str, Tensor]) -> None:
-    """Raise RuntimeError if a weight that counts as pruned is not zero in the network that is saved."""
+    """Raise RuntimeError if a pruned weight is not zero in the saved network."""
     named = dict(model.named_parameters())
     wrong = [name for name, mask in masks.items() if bool(named[name].detach()[~mask].any())]
     if wrong:
@@ -147,7 +147,7 @@ def check_zeros(model: nn.Module, masks: dict[str, Tensor]) -> None:
 
 
 def check_sparsity(method: Method, layers: list[Layer], kept: dict[str, int]) -> None:
-    """Raise RuntimeError if not exactly the requested number of eligible weights is left."""
+    """Raise RuntimeError if the number of remaining eligible weights is not exactly the requested one."""
     requested = method.requested_sparsity()
     if requested is None or not method.budget_is_exact():
         return

@@ -1,4 +1,4 @@
-"""A run at work: its options, its folder and what it reports to."""
+"""A run in progress: its options, its folder and its reports."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from prune_lab.training.loop import Interrupted
 from prune_lab.training.phases import Effort
 
 Observe = Callable[[StopFlag], Sink]
-"""makes a sink for one run; it sees what the run reports and may set the flag to stop it"""
+"""makes a sink for one run; it receives the run's reports and may set the flag to stop it"""
 
 
 @dataclass
 class Run:
-    """One run while it is under way, on every process; only the main process writes."""
+    """One run in progress, on every process; only the main process writes."""
 
     settled: SettledRun
     dataset: Any
@@ -36,13 +36,13 @@ class Run:
     tally: Counter[str]
     executor: Executor
     baseline: RunFolder | None = None
-    """a control: where the method's own run is"""
+    """for a control: the folder of the method's own run"""
     observer: Sink = field(default_factory=BaseSink)
-    """one of the tracker's sinks, which also hears of a run that is done already"""
+    """one of the tracker's sinks, which is also notified of a run that is already finished"""
     notes: list[str] = field(default_factory=list)
-    """what the validation found out; a run that is resumed has none"""
+    """findings of the validation; a resumed run has none"""
     outcomes: list[dict] = field(default_factory=list)
-    """figures of the phases that are done, in order"""
+    """figures of the finished phases, in order"""
     images_done: int = 0
     train_s: float = 0.0
     step_offset: int = 0
@@ -65,7 +65,7 @@ class Run:
         return self.settled.folder
 
     def count(self, entry: PlannedPhase, result: PhaseResult, *, reused: bool) -> None:
-        """Take note of a finished phase."""
+        """Record a finished phase."""
         figures = result.figures | {"reused": reused}
         self.tally["reused" if reused else "trained"] += entry.trains
         self.outcomes.append(figures)
@@ -73,7 +73,7 @@ class Run:
         self.macs_offset += 0 if entry.phase.repeated else figures["macs_train"]
 
     def spend(self, effort: Effort) -> None:
-        """Take note of what a phase took in this process."""
+        """Record the effort of a phase in this process."""
         self.images_done += effort.steps * self.config.schedule.batch_size * self.dataset.info.units_per_row
         self.train_s += effort.train_s
 

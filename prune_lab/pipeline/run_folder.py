@@ -1,4 +1,4 @@
-"""The folder of a run: the files in it, and which of them are whole."""
+"""The folder of a run: its files, and which of them are intact."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class RunFolder:
             return None
 
     def _owner(self) -> str | None:
-        """Return the run id that the directory's files carry, None for a directory without a run."""
+        """Return the run id stored in the directory's files, None for a directory without a run."""
         for name, key in (("run.json", "id"), ("summary.json", "run/id")):
             with contextlib.suppress(FileNotFoundError, ValueError):
                 return str(read_json(self.directory / name).get(key))
         return "unknown" if (self.directory / "config.yaml").exists() else None  # run.json is written before it
 
     def start(self, tracker: Tracker, config: RunConfig, planned: list[PlannedPhase]) -> None:
-        """Begin or begin again: write the options, open all sinks."""
+        """Start or restart: write the options, open all sinks."""
         plan = [
             {"name": entry.phase.name, "key": entry.key, "epochs": entry.schedule.epochs if entry.schedule else 0,
              "length": entry.length}
@@ -90,7 +90,7 @@ class RunFolder:
             self._link_phases(planned)
 
     def _link_phases(self, planned: list[PlannedPhase]) -> None:
-        """Show under the run's directory which phases it consists of."""
+        """Link the run's phases into its directory."""
         links = self.directory / "phases"
         links.mkdir(exist_ok=True)
         width = len(str(len(planned) - 1))  # so that names sort

@@ -1,4 +1,4 @@
-"""From checked options to a finished run: plan the phases, reuse, resume or do each, leave the results."""
+"""From checked options to a finished run: plan the phases, reuse, resume or run each, save the results."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def run(
     observe: Observe | None = None,
     executor: Executor | None = None,
 ) -> int:
-    """Carry out runs on the same device in turn, up to the first that does not finish, and return the exit code.
+    """Carry out runs in turn on the same device, up to the first that does not finish, and return the exit code.
 
     0: all are finished, 1: one failed, 128: its observer stopped one, 128 + signal: one was interrupted.
 
     Args:
         tally: counts the runs' phases with training as "trained" now or "reused".
         observe: called once per run.
-        executor: what the runs share with others in this process; None: nothing.
+        executor: services shared with other runs in this process; None: nothing is shared.
 
     Raises:
-        UserError: wrong options or data, before the run directory is touched.
+        UserError: wrong options or data, before the run directory is written.
     """
     executor, tally = executor or Executor(), Counter() if tally is None else tally
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -66,7 +66,7 @@ def _run(
     config: RunConfig, device_config: DeviceConfig, tally: Counter[str], observe: Observe | None, executor: Executor
 ) -> int:
     config = settled(config, datasets.describe(config.dataset))
-    # fp32 images on every device: autocast rounds them where it pays, exact evaluation needs them unrounded.
+    # fp32 images on every device: autocast rounds them where useful, and exact evaluation needs them unrounded.
     dataset = executor.load(
         config.dataset, BatchFormat(device_config.torch_device, torch.float32, device_config.channels_last)
     )
@@ -94,7 +94,7 @@ def _validate(this: SettledRun, dataset: Dataset, device_config: DeviceConfig) -
 
 @contextlib.contextmanager
 def _opened(run: Run, observe: Observe | None) -> Iterator[None]:
-    """Hold the run's folder, which one process at a time writes, with an observer among the run's sinks."""
+    """Lock the run's folder, which one process at a time writes, and add an observer to the run's sinks."""
     if not distributed.is_main():
         yield
         return
@@ -121,7 +121,7 @@ def _carry_out(run: Run) -> int:
 
 
 def _first_lines(run: Run) -> Iterator[str]:
-    """Yield what a user should know before the first phase."""
+    """Yield the lines for the user before the first phase."""
     config, info = run.config, run.dataset.info
     yield from info.lines()
     yield from run.notes

@@ -29,7 +29,7 @@ def load_model(run_dir: str | Path) -> nn.Module:
     """Return the finished network in eval mode on the CPU.
 
     Raises:
-        UserError: the directory holds no finished model, or tensors do not fit the description.
+        UserError: the directory holds no finished model, or its tensors do not match the description.
     """
     directory = Path(run_dir)
     if not (directory / "model.json").exists() or not (directory / "model.safetensors").exists():

@@ -1,4 +1,4 @@
-"""A run settled before it starts: options in numbers, its network, its phases and its folder."""
+"""A run resolved before it starts: options as numbers, its network, its phases and its folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prune_lab.training.device_config import DeviceConfig
 
 @dataclass(frozen=True)
 class SettledRun:
-    """What a run is made from and what it is named after."""
+    """The inputs of a run, from which its name follows."""
 
     config: RunConfig
     model_config: Any
@@ -29,7 +29,7 @@ class SettledRun:
 
 
 def settled(config: RunConfig, info: DatasetInfo) -> RunConfig:
-    """Return the options of a run with those settled that the method derives from the schedule.
+    """Return the options of a run, with those resolved that the method derives from the schedule.
 
     Raises:
         UserError: model or method are for other data.
@@ -54,14 +54,14 @@ def _check_data(config: RunConfig, info: DatasetInfo) -> None:
 def settle(
     config: RunConfig, info: DatasetInfo, device_config: DeviceConfig, *, fingerprint: str | None, content: str | None
 ) -> SettledRun:
-    """Return the run with every option settled; `config` as `settled` returned it.
+    """Return the run with every option resolved; `config` is the result of `settled`.
 
     Args:
         fingerprint: content hash of the data set; None: keys that depend on options alone.
         content: of the data set, part of the directory's name (see Dataset.content).
 
     Raises:
-        UserError: the method cannot adapt the network, or method.match is out of reach.
+        UserError: the method cannot adapt the network, or the target of method.match is unreachable.
     """
     model_config = build_method(config).adapt_model(config.model, **info.sizes)
     config = matching.matched(config, model_config, info, device_config)

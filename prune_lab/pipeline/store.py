@@ -14,7 +14,7 @@ from prune_lab.tracking.jsonl import append_record, read_records, rewrite
 
 
 class PhaseStore:
-    """The directory of one phase: `phase.json`, `metrics.jsonl`, `result.pt`, and checkpoints while it is under way."""
+    """The directory of one phase: `phase.json`, `metrics.jsonl`, `result.pt`, and checkpoints while it is running."""
 
     def __init__(self, output_dir: Path, key: str, report: Callable[[str], None]) -> None:
         self.directory = output_dir / "phases" / key
@@ -26,7 +26,7 @@ class PhaseStore:
         return lock(self.directory / "lock", what=what, report=self._report, poll=poll)
 
     def load(self) -> PhaseResult | None:
-        """Return the result of the finished phase; None: it is not there, or not whole and has to be done again."""
+        """Return the result of the finished phase; None: it is missing or damaged, and the phase must run again."""
         figures = self._figures()
         if figures is None:
             return None
@@ -50,7 +50,7 @@ class PhaseStore:
             return None
 
     def finish(self, result: PhaseResult, inputs: dict[str, Any]) -> None:
-        """Store the result; from the last rename on the phase counts as finished."""
+        """Store the result; the phase counts as finished after the last rename."""
         checkpoint.save(result.tensors(), self.directory / "result.pt")
         write_json(self.directory / "phase.json", {"key": self.key, "inputs": inputs, "figures": result.figures})
         self.checkpoints.remove()
@@ -60,9 +60,9 @@ class PhaseStore:
         return read_records(path) if path.exists() else []
 
     def begin(self, epochs_done: int) -> list[dict[str, Any]]:
-        """Drop records after `epochs_done`, which come again, and what a killed writer left; return the records kept.
+        """Drop records after `epochs_done`, which are repeated, and a killed writer's leftovers; return those kept.
 
-        Epochs and not steps decide: a checkpoint may follow the last step of an epoch whose record is to come.
+        Epochs decide, not steps: a checkpoint may follow the last step of an epoch whose record is still to come.
         """
         kept = [record for record in self.records() if record["epoch"] <= epochs_done]
         for leftover in self.directory.glob("*.tmp"):
@@ -71,7 +71,7 @@ class PhaseStore:
         return kept
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record.
+        """Append a record.
 
         Raises:
             SaveError: the disk refused.

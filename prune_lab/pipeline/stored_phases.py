@@ -1,4 +1,4 @@
-"""A phase of a run obtained: reused if it is stored, resumed from its checkpoint, or done now."""
+"""Obtains a phase of a run: reused if stored, resumed from its checkpoint, or run now."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from prune_lab.training.task import PhaseTask
 
 
 def obtain(run: Run, planned: PlannedPhase, done: Results) -> tuple[PhaseResult, bool]:
-    """Return the result of a phase, stored already or done now by whoever holds its lock, and whether it was stored.
+    """Return the result of a phase, stored or computed by the process that holds its lock, and whether it was stored.
 
     Args:
-        done: results of the phases before.
+        done: results of earlier phases.
     """
     store = PhaseStore(Path(run.config.output_dir), planned.key, run.tracker.message)
     if not distributed.is_main():

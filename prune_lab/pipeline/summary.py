@@ -1,4 +1,4 @@
-"""The summary of a run: every number that tables are made of."""
+"""The summary of a run: every number that tables use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def observed_counts(rows: list[dict[str, Any]], measured: Measured, dense: int) -> dict[str, Any]:
-    """Put measured costs into the layer table and return the summary's keys that change with them.
+    """Insert measured costs into the layer table and return the affected keys of the summary.
 
     Args:
         rows: of `layer_table`, in which `measured` replaces and adds columns.
@@ -44,10 +44,10 @@ def observed_counts(rows: list[dict[str, Any]], measured: Measured, dense: int) 
 
 
 def sparsity_counts(layers: list, kept: dict[str, int], requested: float | None) -> dict[str, Any]:
-    """Return the target and what came of it; a network without masks of single weights has neither.
+    """Return the target and the outcome; a network without masks of single weights has neither.
 
     Args:
-        layers: with the shapes of the network that is saved.
+        layers: with the shapes of the saved network.
         kept: weights left per parameter under a mask.
     """
     has_masks = requested is not None or bool(kept)
@@ -58,9 +58,9 @@ def cost_counts(
     model: nn.Module, costs: Sequence[LayerCost], kept: dict[str, int], *, uncounted: int, dense_config: Any,
     is_cut: bool = False, **sizes: int,
 ) -> dict[str, Any]:
-    """Return parameters and MACs of the finished network beside those of the network as configured, dense.
+    """Return parameters and MACs of the finished network beside those of the dense network as configured.
 
-    params/nonzero is None where channels were removed and no masks are left; params/kept is there for all.
+    params/nonzero is None if channels were removed and no masks are left; params/kept is always set.
 
     Args:
         uncounted: `macs_without_weight` of `model`.
@@ -118,7 +118,7 @@ def summarise(run: Run, scores: dict[str, dict], counts: dict[str, Any], *, wall
 
 
 def origin(config: RunConfig, group: str, device_config: DeviceConfig, info: DatasetInfo) -> dict[str, Any]:
-    """Return what a run was made from, and where."""
+    """Return the inputs of a run, and its machine."""
     return {
         "run/group": group,
         "run/seed": config.seed,
@@ -133,7 +133,7 @@ def origin(config: RunConfig, group: str, device_config: DeviceConfig, info: Dat
 def training_cost(
     config: RunConfig, info: DatasetInfo, spent: int | None, dense: int, steps: int
 ) -> dict[str, Any]:
-    """Return the MACs of the training beside those of dense training.
+    """Return the MACs of training beside those of dense training.
 
     Args:
         spent: MACs of all phases; None: not known.
@@ -146,7 +146,7 @@ def training_cost(
 
 
 def _dense_training(run: Run, scores: dict[str, float]) -> dict[str, Any]:
-    """Return the headline metric after the chain's dense training, and its change by pruning; null without one."""
+    """Return the headline metric after the chain's dense training, and the change by pruning; null without one."""
     key = run.dataset.info.task.headline.key
     dense = [figures for entry, figures in zip(run.planned, run.outcomes, strict=True)
              if entry.phase.is_training and not entry.phase.active and entry.phase.end is None]  # fmt: skip
@@ -157,7 +157,7 @@ def _dense_training(run: Run, scores: dict[str, float]) -> dict[str, Any]:
 
 
 def images_seen(run: Run) -> dict[str, int | None]:
-    """Return of how many images the accuracies are, and of how many an epoch was.
+    """Return the number of images behind each accuracy, and in an epoch.
 
     `train/images_per_epoch` is null unless `trainer.limit_train_batches` leaves out whole batches.
     """
@@ -182,7 +182,7 @@ def images_seen(run: Run) -> dict[str, int | None]:
 def explained(figures: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return the figures that the phases report, later ones first.
 
-    Those of masks are the last phase's alone: masks of earlier phases may be gone with the channels they left out.
+    Mask figures come from the last phase only: masks of earlier phases may be gone with the channels they removed.
     """
     merged = {key: value for phase in figures for key, value in phase.items()}
     return {key: value for key, value in merged.items() if key in figures[-1] or not key.startswith("mask/")}
@@ -194,7 +194,7 @@ def baseline_summary(run: Run) -> dict[str, Any] | None:
 
 
 def control_lines(run: Run, summary: dict[str, Any]) -> list[str]:
-    """Return a control's results beside the method's own; nothing for other runs."""
+    """Return a control's results beside the method's own; empty for other runs."""
     baseline = baseline_summary(run)
     return control_runs.comparison(summary, baseline, run.config.method.control) if baseline else []
 

@@ -1,4 +1,4 @@
-"""A phase on random images and without files: what a run would refuse, found before anything is written."""
+"""A phase on random images and without files: errors of a run, found before anything is written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prune_lab.training.phases import open_context, open_training, result_of, sp
 from prune_lab.training.task import PhaseTask
 
 _IMAGES = 4
-"""images per micro-batch of the one step: enough for batch norm, little enough for ResNet-50 on a laptop"""
+"""images per micro-batch of the single step: enough for batch norm, few enough for ResNet-50 on a laptop"""
 
 
 class RandomImages:
@@ -50,20 +50,20 @@ class RandomImages:
     def train_subset(
         self, batches: Sequence[torch.Tensor], *, augment_seed: int | None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield a few images for the first of `batches` only: enough to show that the shapes fit."""
+        """Yield a few images for the first of `batches` only: enough to check that the shapes fit."""
         yield self.batch(min(_IMAGES, len(batches[0])))
 
 
 def validate(
     config: RunConfig, model_config: Any, planned: Sequence[PlannedPhase], dataset: Any, device_config: DeviceConfig
 ) -> list[str]:
-    """Set up the first phase and lay out the budgets of the method, so that what they refuse is known before any file.
+    """Set up the first phase and allocate the method's budgets, so that their errors appear before any file is written.
 
     Returns:
-        Lines for the user: for methods that remove channels, which may go.
+        Lines for the user: for methods that remove channels, the removable ones.
 
     Raises:
-        UserError: wrong start weights, batch larger than the data, target out of reach, schedule too short, channels
+        UserError: wrong start weights, batch larger than the data, unreachable target, schedule too short, channels
             that cannot be removed ...
     """
     method, first = build_method(config), planned[0]
@@ -87,10 +87,10 @@ def task_without_files(
     config: RunConfig, model_config: Any, entry: PlannedPhase, dataset: Any, device_config: DeviceConfig, done: Results,
     *, report: Callable[[str], None] = lambda text: None,
 ) -> PhaseTask:
-    """Return a phase that reads and writes no file, on what the phases before it left in `done`.
+    """Return a phase that reads and writes no file, based on the results of earlier phases in `done`.
 
     Args:
-        report: gets what the method reports in its set-up.
+        report: receives the method's messages during set-up.
     """
     nowhere = CheckpointPair(Path(tempfile.gettempdir()), print)
     return PhaseTask(
@@ -112,7 +112,7 @@ def task_without_files(
 
 
 def set_up(task: PhaseTask) -> tuple[PhaseResult, Context]:
-    """Do everything of a phase but its training and return what the next phase starts from."""
+    """Run a phase without its training and return the start of the next phase."""
     context, acts = open_context(task), task.phase.acts
     if acts is None:
         context.optimizer = task.method.build_optimizer(context.model, task.config.optimizer)
@@ -122,7 +122,7 @@ def set_up(task: PhaseTask) -> tuple[PhaseResult, Context]:
 
 
 def one_step(task: PhaseTask) -> tuple[PhaseResult, Context]:
-    """Do the first step of a phase and return what the next phase starts from."""
+    """Run the first step of a phase and return the start of the next phase."""
     if not task.phase.is_training:
         return set_up(task)
     context = open_context(task)
@@ -142,6 +142,6 @@ def one_step(task: PhaseTask) -> tuple[PhaseResult, Context]:
 
 
 def _prepare(task: PhaseTask, context: Context) -> None:
-    """Set the method up; later reports are of random images and are dropped."""
+    """Set the method up; later reports concern random images and are dropped."""
     task.method.setup(context)
     context.report = lambda text: None
