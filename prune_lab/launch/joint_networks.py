@@ -18,7 +18,7 @@ from prune_lab.training.loop import TrainState
 
 @dataclass
 class Batch:
-    """A micro-batch that a run has ready."""
+    """A micro-batch that a run has prepared."""
 
     training: TrainState
     images: Tensor
@@ -28,7 +28,7 @@ class Batch:
 
 
 def reason_not_joint(training: TrainState) -> str | None:
-    """Return why a network cannot be computed together with others; None: it can."""
+    """Return why a network cannot be computed together with others; None if it can."""
     device_config = training.device_config
     if device_config.torch_device.type == "cpu" and device_config.precision != "fp32":
         return f"on a CPU {device_config.precision} does not reach stacked convolutions; trainer.precision=fp32 does"
@@ -41,7 +41,7 @@ def reason_not_joint(training: TrainState) -> str | None:
 
 
 def kind(training: TrainState) -> Hashable:
-    """Return what networks must have in common to be computed together: modules and options, shapes, number format."""
+    """Return the key that jointly computed networks must share: modules and options, shapes, number format."""
     model = training.context.model
     tensors = chain(model.named_parameters(), model.named_buffers())
     shapes = tuple((name, tensor.shape, tensor.requires_grad) for name, tensor in tensors)
@@ -51,9 +51,9 @@ def kind(training: TrainState) -> Hashable:
 class JointNetworks:
     """Networks of the same `kind`, each with its own weights, images and loss.
 
-    Weights are copied in before and gradients out after each pass, in a few fused operations: whatever a method does
-    to the weights of its run is seen, and nothing else of the run has to know. Extra memory: parameters, gradients and
-    buffers of all networks once more.
+    Weights are copied in before and gradients out after each pass, in a few fused operations. So any change of a method
+    to its weights takes effect, and the rest of the run is not involved. Extra memory: a copy of the parameters,
+    gradients and buffers of all networks.
 
     Source: torch.func.vmap over stacked parameters, as in PyTorch's tutorial on model ensembling.
     """
@@ -66,18 +66,18 @@ class JointNetworks:
         for name, parameter in one.named_parameters():
             self._stacked[name].requires_grad_(parameter.requires_grad)
         self._stacked_buffers = _stack([dict(model.named_buffers()) for model in models])
-        # The same tensors network by network, as the fused copies want them.
+        # The same tensors network by network, as fused copies require.
         self._parameters: list[Tensor] = [parameter for model in models for parameter in model.parameters()]
         self._buffers = [buffer for model in models for buffer in model.buffers()]
         self._parts = _parts(self._stacked.values(), len(models))
         self._buffer_parts = _parts(self._stacked_buffers.values(), len(models))
         self._device_config = trainings[0].device_config
-        # Of `one` only: a reference to this object would keep all networks until a full garbage collection.
+        # References `one` only: a reference to this object would keep all networks until a full garbage collection.
         forward = partial(_forward, one, tied.places(one), self._device_config)
         self._together = self._device_config.compiled(vmap(forward, randomness="error"))
 
     def differentiate(self, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-        """Do for the batch of every network what `loop.differentiate` does; return what it returns, in order.
+        """Apply `loop.differentiate` to the batch of every network; return its results, in order.
 
         An error leaves the networks and their gradients as they were.
         """
@@ -96,19 +96,19 @@ class JointNetworks:
             for loss, batch in zip(losses, batches, strict=True)
         ]
         torch.stack(scaled).sum().backward()
-        self._hand_out_gradients()
+        self._add_gradients()
         _copy(self._buffers, self._buffer_parts)
         return [(loss.detach(), output.detach()) for loss, output in zip(losses, logits, strict=True)]
 
     @torch.no_grad()
-    def _hand_out_gradients(self) -> None:
+    def _add_gradients(self) -> None:
         """Add the gradients to those of the networks' own parameters."""
         reached = [value.grad is not None for value in self._stacked.values()]
         gradients = _parts([value.grad for value in self._stacked.values() if value.grad is not None], self._num)
         parameters = [p for p, is_reached in zip(self._parameters, reached * self._num, strict=True) if is_reached]
         own: list[Tensor] = []
         for parameter in parameters:
-            if parameter.grad is None:  # in the layout of the weights, which fused optimizers want
+            if parameter.grad is None:  # in the layout of the weights, as fused optimizers require
                 parameter.grad = torch.zeros_like(parameter)
             own.append(parameter.grad)
         if own:
@@ -127,7 +127,7 @@ def _forward(
     buffers: dict[str, Tensor],
     images: Tensor,
 ) -> Tensor:
-    with device_config.autocast():  # inside of `vmap`, as torch.func requires
+    with device_config.autocast():  # inside `vmap`, as torch.func requires
         return tied.call(one, places, parameters | buffers, images)
 
 

@@ -1,4 +1,4 @@
-"""Hands the runs of a sweep to one of Hydra's launchers: processes of this machine, or a cluster. Torch-free."""
+"""Submits the runs of a sweep to one of Hydra's launchers: processes of this machine, or a cluster. Torch-free."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from prune_lab.launch.slots import num_gpus, num_slots
 from prune_lab.launch.worker import note_launcher, run_in_worker
 
 VECTORISED = "prune_lab.launch.vectorised.run_together"
-"""what conf/hydra/launcher/vectorised.yaml names: no launcher of Hydra's kind, the runs stay in this process"""
+"""target in conf/hydra/launcher/vectorised.yaml: not a launcher of Hydra's kind, the runs stay in this process"""
 _LOST = "its process ended without a word: killed, perhaps for lack of memory"
 
 
 def launch(
     conf_dir: Path, configs: Sequence[RunConfig], names: Sequence[str], options: Sequence[str], folder: Path
 ) -> list[Outcome]:
-    """Return how the runs ended, in order, after all have.
+    """Return the outcomes of the runs, in order, once all have ended.
 
     Args:
         options: Hydra's options about the launcher, such as hydra/launcher=joblib.
-        folder: of this sweep: what each run prints, and its outcome.
+        folder: of this sweep, for the output and the outcome of each run.
 
     Raises:
-        UserError: the launcher's package is not installed, or it refuses its options.
+        UserError: the launcher's package is not installed, or it rejects its options.
     """
     _register_resolvers()
     chosen = _checked_choice(conf_dir, options)
@@ -65,9 +65,9 @@ def launch(
 
 
 def _again(left: Sequence[int], folder: Path) -> list[list[int]]:
-    """Return what to start after a process died and took others with it: runs under way then alone, the rest together.
+    """Return the runs to restart after a process died and took others with it: running ones alone, the rest together.
 
-    One of those under way may be what killed it, for lack of memory. The rest is in stretches of adjacent numbers.
+    A running one may have killed the process, for lack of memory. The rest is in ranges of adjacent numbers.
     """
     begun = [number for number in left if log_path(folder, number).exists()]
     stretches: list[list[int]] = []
@@ -82,7 +82,7 @@ def _again(left: Sequence[int], folder: Path) -> list[list[int]]:
 def _launch_once(
     conf_dir: Path, configs: Sequence[RunConfig], options: Sequence[str], folder: Path, first: int
 ) -> Exception | None:
-    """Start runs, numbered from `first`, and wait; return what the launcher raised: runs of ours leave an outcome."""
+    """Start runs, numbered from `first`, and wait; return the launcher's error: our own runs leave an outcome."""
     from hydra import initialize_config_dir
     from hydra._internal.callbacks import Callbacks
     from hydra.core.global_hydra import GlobalHydra
@@ -95,7 +95,7 @@ def _launch_once(
             raise RuntimeError("Hydra has not begun")
         place = f'hydra.sweep.dir="{folder.absolute()}"'
         config = hydra.compose_config("config", [*options, place], run_mode=RunMode.MULTIRUN, from_shell=False)
-        # Callbacks has no public name, and a HydraContext, which every launcher is made with, must have one.
+        # Callbacks has no public name, and the HydraContext that every launcher takes must have one.
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks())
         launcher = Plugins.instance().instantiate_launcher(
             hydra_context=context, task_function=run_in_worker, config=config
@@ -110,7 +110,7 @@ def _launch_once(
 
 @contextlib.contextmanager
 def _lost_jobs_as_results() -> Iterator[None]:
-    """Let Hydra's launcher for submitit wait for every job: it would leave at the first one that is lost."""
+    """Make Hydra's launcher for submitit wait for every job: it would stop at the first lost one."""
     submitit = importlib.import_module("submitit") if importlib.util.find_spec("submitit") else None
     if submitit is None:
         yield
@@ -167,14 +167,14 @@ def _checked_choice(conf_dir: Path, options: Sequence[str]) -> Mapping[str, Any]
             raise UserError(f"{LAUNCHER}={named[-1]} is not a choice{near}; allowed: {', '.join(allowed)}")
         try:
             return compose("config", list(options), return_hydra_config=True).hydra.launcher
-        except Exception as error:  # of Hydra's many kinds
+        except Exception as error:  # one of Hydra's many types
             missing = re.search(r"Could not load '(?:\w+/)*([a-z]+)", str(error))
             hint = f"it needs a package: pip install hydra-{missing[1]}-launcher" if missing else _reason(error)
             raise UserError(f"{' '.join(options)}: {hint}") from error
 
 
 def _register_resolvers() -> None:
-    """Make what the machine has known to the presets in conf/hydra/launcher."""
+    """Provide the machine's resources to the presets in conf/hydra/launcher."""
     from omegaconf import OmegaConf
 
     for name, count in (("prune_lab.slots", num_slots), ("prune_lab.gpus", num_gpus)):
@@ -188,7 +188,7 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _stopped_by_a_file(path: Path) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a file that every worker watches; a second Ctrl-C stops at once."""
+    """Convert the first SIGINT or SIGTERM into a file that every worker watches; a second Ctrl-C stops at once."""
 
     def stop(number: int, _frame: object) -> None:
         write_text(path, str(number))

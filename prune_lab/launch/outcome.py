@@ -22,9 +22,9 @@ class Outcome:
     code: int
     """0: finished; above signals.STOPPED: stopped by a signal"""
     error: str = ""
-    """one line, where it failed in a process of its own"""
+    """one line, if it failed in its own process"""
     trained: int = 0
-    """phases with training that were done; likewise `reused`"""
+    """number of phases trained; likewise `reused`"""
     reused: int = 0
 
 
@@ -37,13 +37,13 @@ def outcome_path(folder: Path, number: int) -> Path:
 
 
 def read_outcome(folder: Path, number: int) -> Outcome | None:
-    """Return what run `number` left, None if it left nothing."""
+    """Return the outcome of run `number`, None if it left none."""
     path = outcome_path(folder, number)
     return Outcome(**read_json(path)) if path.exists() else None
 
 
 class Twice(io.TextIOBase):
-    """Writes to a file and keeps what was written."""
+    """Writes to a file and keeps a copy of the text."""
 
     def __init__(self, log: Any, kept: io.StringIO) -> None:
         self._log, self._kept = log, kept

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def run_one(config: RunConfig, tally: Counter[str], executor: Executor | None = None) -> int:
-    """Do one run or its dry run and return its exit code; torch is imported here for the first time.
+    """Carry out one run or its dry run and return its exit code; torch is imported here for the first time.
 
     Args:
-        executor: what the run shares with others in this process; None: nothing.
+        executor: services shared with other runs in this process; None: nothing is shared.
     """
     try:
         if config.dry_run:

@@ -1,4 +1,4 @@
-"""How many runs a machine takes at once: one per GPU, or as many as asked for, or one per core where there is none."""
+"""Number of runs on a machine at once: one or a chosen number per GPU, or one per core without GPUs."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def num_gpus() -> int:
 
 
 def runs_per_gpu() -> int:
-    """Return how many processes share a GPU: 1, or PRUNE_LAB_RUNS_PER_GPU from the environment.
+    """Return the number of processes per GPU: 1, or PRUNE_LAB_RUNS_PER_GPU from the environment.
 
     Raises:
-        UserError: that is no whole number of at least 1.
+        UserError: the variable is not a whole number of at least 1.
     """
     text = os.environ.get("PRUNE_LAB_RUNS_PER_GPU", "1")
     if not re.fullmatch(r"[1-9]\d*", text):
@@ -46,27 +46,27 @@ def runs_per_gpu() -> int:
 
 
 def num_slots() -> int:
-    """Return how many runs this machine should take at once."""
+    """Return the number of runs that this machine should take at once."""
     return num_gpus() * runs_per_gpu() or len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
 def slot(stopped: Callable[[], bool], folder: Path | None = None) -> Iterator[bool]:
-    """Hold one of the machine's slots while the block runs; gives False if `stopped` came true while waiting.
+    """Hold one of the machine's slots while the block runs; yields False if `stopped` became true while waiting.
 
     All sweeps of a user on the machine share the slots. A GPU's slot makes that GPU the only visible one; a process
-    keeps the GPU of its first run, because CUDA cannot change it later. A run that is a Slurm job of its own has been
-    given its devices: there is nothing to wait for.
+    keeps the GPU of its first run, because CUDA cannot change it later. A separate Slurm job already has its
+    devices and does not wait.
 
     Args:
-        folder: where the lock files are; default: a folder of the user's among the machine's temporary files.
+        folder: location of the lock files; default: a folder of the user in the machine's temporary directory.
     """
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
         yield not stopped()
         return
     names = gpus()
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_slots())))
-    # Inside an allocation of Slurm GPUs are counted from 0 again.
+    # Inside a Slurm allocation GPUs are counted from 0 again.
     owner = "-".join([str(os.getuid()), *([os.environ["SLURM_JOB_ID"]] if "SLURM_JOB_ID" in os.environ else [])])
     folder = folder or Path(tempfile.gettempdir()) / f"prune-lab-slots-{owner}"
     folder.mkdir(mode=0o700, exist_ok=True)

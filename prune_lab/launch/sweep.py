@@ -18,11 +18,11 @@ from prune_lab.launch.run_one import run_one
 def run_all(configs: Sequence[RunConfig], *, conf_dir: Path, sweep: bool, launcher: Sequence[str] = ()) -> int:
     """Return 0 if every run finished, the code of a signal that stopped them, or of the first run that failed.
 
-    A failed run does not stop a sweep, a signal does. Runs that did not finish are named at the end.
+    A failed run does not stop a sweep, but a signal does. Unfinished runs are named at the end.
 
     Args:
-        sweep: several runs were asked for, even if one is left.
-        launcher: options of Hydra's launcher; none, or its own "basic": the runs are done in turn here.
+        sweep: several runs were requested, even if one is left.
+        launcher: options of Hydra's launcher; with none, or its own "basic", the runs are carried out in turn here.
     """
     names = _names(configs)
     if launcher and launcher != ["hydra/launcher=basic"]:
@@ -66,7 +66,7 @@ def _conclude(outcomes: Sequence[Outcome], names: Sequence[str]) -> int:
         print(f"\n{shared if trained + reused else ''}sweep: {done} of {len(names)} runs finished", flush=True)
     for outcome in failed:
         if len(names) == 1 and not outcome.error:
-            continue  # it has reported this itself
+            continue  # it has already reported this
         reason = f" ({outcome.error})" if outcome.error else ""
         print(f"prune-lab: not finished (exit code {outcome.code}): {names[outcome.number]}{reason}", file=sys.stderr)
     codes = [outcome.code for outcome in failed]

@@ -1,7 +1,7 @@
 """Many runs in one process, in lockstep: `-m seed=range(8) hydra/launcher=vectorised`. Equal networks run as one.
 
-Every run is the ordinary pipeline in a coroutine of its own. It yields whenever it has a batch ready; when all
-have one, batches of equal networks are differentiated together and every run resumes with its own gradients.
+Every run is the ordinary pipeline in its own coroutine. It yields whenever it has a batch ready. When all have one,
+batches of equal networks are differentiated together, and every run resumes with its own gradients.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
     from prune_lab.training.loop import TrainState
 
 _WAIT_S = 0.5
-"""seconds between looks at what other processes hold"""
+"""seconds between checks for locks of other processes"""
 
 
 def run_together(configs: Sequence[RunConfig], at_once: int, folder: Path) -> list[Outcome]:
-    """Return how the runs ended, in order.
+    """Return the outcomes of the runs, in order.
 
     Args:
-        folder: gets what each run prints, as run-N.log.
+        folder: for the output of each run, as run-N.log.
     """
-    # A GPU is shared with nobody; without one the runs are those of one process with all its threads.
+    # A GPU is not shared with other processes; without one the runs use all threads of one process.
     with stop_flag() as stop, slot(stop) if gpus() else contextlib.nullcontext(True):
         workers = _WorkerGroup(stop)
         waiting = deque(_Coroutine(number, config, workers, folder) for number, config in enumerate(configs))
@@ -56,7 +56,7 @@ def run_together(configs: Sequence[RunConfig], at_once: int, folder: Path) -> li
                     active.append(waiting.popleft())
                     active[-1].resume()
                 workers.advance(active)
-            except KeyboardInterrupt as error:  # a second Ctrl-C: each run notes that it was interrupted
+            except KeyboardInterrupt as error:  # a second Ctrl-C: each run records the interruption
                 for worker in active:
                     worker.end(error)
                 raise
@@ -75,7 +75,7 @@ class _Computed:
 
 
 class _Coroutine:
-    """A run as a coroutine: resumed, it works until it yields or ends."""
+    """A run as a coroutine: once resumed, it works until it yields or ends."""
 
     def __init__(self, number: int, config: RunConfig, workers: _WorkerGroup, folder: Path) -> None:
         self.number = number
@@ -87,7 +87,7 @@ class _Coroutine:
         self._log: TextIO | None = None
         self._coroutine = greenlet(lambda: run_one(config, self._tally, workers))
         self._code = 0
-        """exit code of a run that is over"""
+        """exit code of a run that has ended"""
 
     @property
     def is_over(self) -> bool:
@@ -108,7 +108,7 @@ class _Coroutine:
                 self._enter(lambda: self._coroutine.throw(error))
 
     def _enter(self, switch: Callable[[], Any]) -> None:
-        if self._log is None:  # open until the run ends: its console keeps the stream it finds at first
+        if self._log is None:  # open until the run ends: its console keeps the first stream it finds
             self._log = open(self._path, "a", encoding="utf-8", buffering=1)
         with contextlib.redirect_stdout(self._log), contextlib.redirect_stderr(Twice(self._log, self._errors)):
             yielded = switch()
@@ -126,7 +126,7 @@ class _Coroutine:
 
 
 class _WorkerGroup(Executor):
-    """The runs that share this process: one copy of a data set in memory, one handler of signals, joint gradients."""
+    """The runs that share this process: one copy of a data set in memory, one signal handler, joint gradients."""
 
     vectorised = True
 
@@ -138,7 +138,7 @@ class _WorkerGroup(Executor):
         self._looked_s = time.monotonic()
 
     def load(self, config: CommonConfig, fmt: BatchFormat) -> Any:
-        if not isinstance(config, InMemoryConfig):  # one that streams has readers of its own for each run
+        if not isinstance(config, InMemoryConfig):  # a streaming data set has its own readers for each run
             return super().load(config, fmt)
         key = repr((config, fmt))
         if key not in self._datasets:
@@ -160,7 +160,7 @@ class _WorkerGroup(Executor):
         _yield(None, torch.device("cpu"))
 
     def differentiate(self, training: TrainState, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Hand the batch over, or compute it here, before other runs have drawn from the random generators."""
+        """Yield the batch, or compute it here, before other runs have drawn from the random generators."""
         device, own = training.device_config.torch_device, self._kind(training)
         if own.reason is None:
             answer = _yield(Batch(training, images, labels), device)
@@ -170,7 +170,7 @@ class _WorkerGroup(Executor):
         return answer
 
     def _kind(self, training: TrainState) -> _Kind:
-        """Return how the training's networks are computed, decided anew in every epoch: methods may change them."""
+        """Return how the training's networks are computed, decided again in every epoch: methods may change them."""
         number, epoch = id(training), training.progress.epoch
         known = self._kinds.get(number)
         if known is None or known.training is not training or known.epoch != epoch:
@@ -182,11 +182,11 @@ class _WorkerGroup(Executor):
         return self._kinds[number]
 
     def advance(self, members: Sequence[_Coroutine]) -> None:
-        """Resume every run with its gradients; one that waits, only after another made progress, or at times.
+        """Resume every run with its gradients; a waiting one only after another made progress, or periodically.
         """
         if self._stop() and not self._shown():
             print("stopping: the runs under way write a checkpoint, the others do not start", flush=True)
-        self._shown.number = self._stop.number  # all see a signal at the same step, so that they stay in step
+        self._shown.number = self._stop.number  # all see a signal at the same step, so that they remain in lockstep
         waiting = [worker for worker in members if worker.is_waiting]
         ready = [worker for worker in members if worker.yielded is not None]
         got_somewhere = False
@@ -199,7 +199,7 @@ class _WorkerGroup(Executor):
         self._networks = networks
         now = time.monotonic()
         if not ready:
-            time.sleep(_WAIT_S)  # all wait for other processes
+            time.sleep(_WAIT_S)  # all are waiting for other processes
         if got_somewhere or not ready or now - self._looked_s > _WAIT_S:
             self._looked_s = now
             for worker in waiting:
@@ -219,10 +219,10 @@ class _WorkerGroup(Executor):
     def _answers(
         self, group: Sequence[_Coroutine], networks: dict[tuple[int, ...], JointNetworks]
     ) -> Sequence[tuple[Tensor, Tensor] | None]:
-        """Return loss and logits of each batch; None: the run is to compute it by itself.
+        """Return loss and logits of each batch; None: the run must compute it by itself.
 
         Args:
-            networks: gets the stacked networks that were used: those of earlier groups are given up.
+            networks: receives the stacked networks in use: those of earlier groups are dropped.
         """
         batches = [worker.yielded for worker in group if isinstance(worker.yielded, Batch)]
         if len(group) == 1:
@@ -234,7 +234,7 @@ class _WorkerGroup(Executor):
                 known = JointNetworks([batch.training for batch in batches])
             networks[key] = known
             return known.differentiate(batches)
-        except Exception as error:  # such as too little memory, or an operation that torch.func does not know
+        except Exception as error:  # such as lack of memory, or an operation that torch.func does not support
             reason = f"together it failed with {type(error).__name__}: {' '.join(str(error).split())[:200]}"
             for batch in batches:
                 number = id(batch.training)
@@ -250,7 +250,7 @@ class _Kind:
     training: TrainState
     epoch: int
     reason: str | None
-    """why alone; None: with others of the same kind"""
+    """why computed alone; None: computed with others of the same kind"""
     kind: Hashable
 
 
@@ -259,7 +259,7 @@ def _training(worker: _Coroutine) -> TrainState | None:
 
 
 def _yield(yielded: Batch | _Computed | None, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Yield to other runs and return what this one is resumed with; its random numbers are restored."""
+    """Yield to other runs and return the value that resumes this one; its random state is restored."""
     state = torch.get_rng_state()
     on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     answer = getcurrent().parent.switch(yielded)

@@ -1,4 +1,4 @@
-"""One run of a sweep in a process of its own: waits for a free slot, logs to a file, reports how it ended."""
+"""One run of a sweep in its own process: waits for a free slot, logs to a file, reports its outcome."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _LAUNCHER = "launcher.pid"
 
 
 def run_in_worker(node: Any) -> int:
-    """Do the run that Hydra composed for this process, and leave its outcome in the sweep's folder.
+    """Carry out the run that Hydra composed for this process, and write its outcome to the sweep's folder.
 
-    Signals are for the run alone: between runs a worker ignores them, so that it can report how its run ended.
+    Signals affect only the run: between runs a worker ignores them, so that it can report the outcome.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -56,7 +56,7 @@ def run_in_worker(node: Any) -> int:
 
 
 def note_launcher(folder: Path) -> None:
-    """Leave this process's number in the sweep's folder: a launcher may do runs in the process that started it."""
+    """Write this process's number to the sweep's folder: a launcher may use the process that started it."""
     write_text(folder / _LAUNCHER, str(os.getpid()))
 
 
@@ -72,7 +72,7 @@ def _run(config: Any, tally: Counter[str]) -> int:
 
 @contextlib.contextmanager
 def _own_output(path: Path) -> Iterator[io.StringIO]:
-    """Send what the run prints to a file of its own; give its error lines to the block."""
+    """Redirect the run's output to its own file; yield its error lines to the block."""
     errors = io.StringIO()
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", buffering=1) as log:
@@ -84,8 +84,8 @@ def _own_output(path: Path) -> Iterator[io.StringIO]:
 def _stopping_when(stopped: Callable[[], bool]) -> Iterator[None]:
     """Stop the run in the block, checkpoint first, as soon as `stopped` is set.
 
-    A signal reaches the process that started a sweep; on a terminal its workers too, under a launcher not always.
-    It is sent again until the run ends: one that comes before the run listens is lost.
+    A signal reaches the process that started a sweep; on a terminal also its workers, but under a launcher not always.
+    It is sent repeatedly until the run ends: one that arrives before the run listens is lost.
     """
     over = threading.Event()
 
@@ -103,10 +103,10 @@ def _stopping_when(stopped: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_signals() -> Iterator[tuple[Callable[[], bool], Callable[[int], None]]]:
-    """Ignore SIGINT and SIGTERM outside of the run; give (was it preempted?, put a preempted job back) to the block.
+    """Ignore SIGINT and SIGTERM outside the run; yield (was it preempted?, requeue a preempted job) to the block.
 
-    submitit's handler of SIGUSR2 (a job's time is up, or it is preempted) puts the job into the queue again and leaves
-    at once. Here the run is stopped first, so that its checkpoint is of this moment.
+    submitit's handler of SIGUSR2 (a job's time is up, or it is preempted) requeues the job and exits at once. Here the
+    run is stopped first, so that its checkpoint is up to date.
     """
     ignored = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
     handler = signal.getsignal(signal.SIGUSR2)
