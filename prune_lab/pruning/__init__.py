@@ -1,1 +1,1 @@
-"""The parts that methods are made of; none of them knows a run."""
+"""The building blocks of methods; none of them depends on a run."""

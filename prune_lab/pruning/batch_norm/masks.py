@@ -1,4 +1,4 @@
-"""Masks over batch-norm channels: read from a file, and from channels to the classes that are removed and back."""
+"""Masks over batch-norm channels: read from a file, and converted between channels and the classes removed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def load(path: str, channels: ChannelMap) -> Tensor:
     """Return the classes of channels that a file keeps, bool [num_classes].
 
     Args:
-        path: JSON, {module path of a batch norm: [true where its channel stays, else false]}; a norm that is missing
-            keeps all. Norms whose outputs are added must have the same.
+        path: JSON, {module path of a batch norm: [true for each kept channel, else false]}; a norm that is missing
+            keeps all. Norms whose outputs are added must agree.
 
     Raises:
         UserError: unreadable file, no batch norm of the network, another number of channels, values other than true
@@ -53,7 +53,7 @@ def _mask(what: str, name: str, values: object, channels: ChannelMap) -> Tensor:
 
 
 def _classes(option: str, channels: ChannelMap, masks: Mapping[str, Tensor]) -> Tensor:
-    kept = torch.ones(channels.num_classes + 1, dtype=torch.bool)  # the last: channels that have to stay
+    kept = torch.ones(channels.num_classes + 1, dtype=torch.bool)  # the last: channels that must stay
     for name, mask in masks.items():
         kept[channels.norms[name][~mask]] = False
     if not kept[-1]:
@@ -67,7 +67,7 @@ def _classes(option: str, channels: ChannelMap, masks: Mapping[str, Tensor]) -> 
 
 
 def left_out(channels: ChannelMap, alive: Tensor) -> dict[str, Tensor]:
-    """Return the channels of each batch norm that go: module path -> bool [channels], True = goes.
+    """Return the removed channels of each batch norm: module path -> bool [channels], True = removed.
 
     Args:
         alive: bool [num_classes].

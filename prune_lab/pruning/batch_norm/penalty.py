@@ -1,4 +1,4 @@
-"""A penalty on the scales of batch norms: which tensors it concerns, and its gradient in one update."""
+"""A penalty on batch-norm scales: the affected tensors, and its gradient in one update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def scales(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the scale of every batch norm by the norm's module path.
 
     Raises:
-        UserError: there is none, or one has no scale or does not train it.
+        UserError: there is no batch norm, or one has no scale or does not train it.
     """
     norms = {path: module for path, module in model.named_modules() if is_norm(module)}
     if not norms:
@@ -34,7 +34,7 @@ def scales(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def check_training(model: nn.Module) -> None:
-    """Put `model` into training mode; raise UserError if a batch norm does not follow."""
+    """Put `model` into training mode; raise UserError if a batch norm stays in evaluation mode."""
     model.train()
     for path, module in model.named_modules():
         if is_norm(module) and not module.training:
@@ -68,8 +68,8 @@ class ScalePenalty:
 
         Args:
             strength: factor of the penalty.
-            marked: module path of a batch norm -> bool [channels], True = penalised; a norm that is missing is left
-                alone. None: all scales are.
+            marked: module path of a batch norm -> bool [channels], True = penalised; a missing norm is not penalised.
+                None: all scales are penalised.
 
         Raises:
             UserError: see `scales`.
@@ -88,7 +88,7 @@ class ScalePenalty:
         return torch.cat([scale.detach() for scale in self._scales])
 
     def add(self, lr: float) -> None:
-        """Add the penalty to the gradients. Those of unmarked scales, and of norms that have none, do not change.
+        """Add the penalty to the gradients. Unmarked scales, and norms without gradient, do not change.
 
         Args:
             lr: learning rate of the step.

@@ -1,4 +1,4 @@
-"""Running statistics of batch norm measured anew, for a network that is not the one they were gathered on."""
+"""Recalibrates the running statistics of batch norm for a network that has changed since they were measured."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 @no_grad
 def measure_statistics(model: nn.Module, batches: Iterable[Tensor]) -> int:
-    """Give every batch norm of `model` the means of its statistics over `batches`; everything else stays as it was.
+    """Set the statistics of every batch norm of `model` to their means over `batches`; nothing else changes.
 
-    Mean and (unbiased) variance are averaged over the batches, with equal weights. All other modules work as in
-    evaluation.
+    Mean and (unbiased) variance are averaged over the batches, with equal weights. All other modules are in evaluation
+    mode.
 
     Returns:
         The number of images; 0 if there is no batch norm with running statistics.

@@ -1,4 +1,4 @@
-"""Which channels go by thresholds on batch-norm scales, and what several norms of the same channels agree on."""
+"""Channels to remove by thresholds on batch-norm scales, and the agreement of several norms of the same channels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 NEAR_ZERO = 0.01
-"""|scale| up to which a channel counts as closed in what is reported (the official threshold of MaskSparsity)"""
+"""|scale| up to which a channel is reported as closed (the official threshold of MaskSparsity)"""
 
 
 def above_quantile(values: Tensor, kept: float) -> Tensor:
     """Return which of `values` lie above the entry number int(N * (1 - kept)) of the sorted list, bool like `values`.
 
-    Without ties int(N * (1 - kept)) + 1 values do not, one more than asked for; ties at the threshold go, too.
+    Without ties int(N * (1 - kept)) + 1 values do not, one more than requested; ties at the threshold do not either.
 
     Args:
         values: [N].
-        kept: fraction that is to stay, in (0, 1].
+        kept: fraction to keep, in (0, 1].
 
     Source: official code of Liu et al. 2017, arXiv 1708.06519 (vggprune.py).
     """
@@ -35,7 +35,7 @@ def energy_threshold(values: Tensor, fraction: float) -> float:
     """Return the threshold below which scales hold at most `fraction` of the sum of squares.
 
     It lies midway between the last scale below and the first above; 0 if none is below; 1 if all scales are smaller
-    than 1e-3, so that all may go.
+    than 1e-3, so that all may be removed.
 
     Args:
         values: absolute scales of one batch norm, [channels].
@@ -51,12 +51,12 @@ def energy_threshold(values: Tensor, fraction: float) -> float:
 
 
 def agreed(pruned: Tensor) -> Tensor:
-    """Return the channels that stay when norms whose outputs are added vote, bool [channels]; perhaps none.
+    """Return the channels kept by a vote of the norms whose outputs are added, bool [channels]; perhaps none.
 
-    As many votes as possible are asked for, so that at least as many channels go as in the norm that prunes the fewest.
+    The required number of votes is the largest that removes at least as many channels as the norm that prunes fewest.
 
     Args:
-        pruned: what each norm would prune by itself, bool [norms, channels].
+        pruned: channels that each norm would prune by itself, bool [norms, channels].
 
     Source: official code of Jiang et al. 2022, arXiv 2201.06776 (liu2017).
     """
@@ -83,7 +83,7 @@ def with_least(kept: Tensor, worth: Tensor, least: int) -> Tensor:
 
 
 def class_means(channels: ChannelMap, values: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean of `values` over all places where a class of channels passes a batch norm, float64 [num_classes].
+    """Return the mean of `values` over all batch norms that a class of channels passes, float64 [num_classes].
 
     0 for classes that pass none.
 

@@ -1,4 +1,4 @@
-"""Convolution that merges its input channels while it runs: similar on a tile, they share the sum of their kernels.
+"""Convolution that merges input channels at run time: those similar on a tile share the sum of their kernels.
 
 On each tile of the output plane the channels of the input window are hashed: the signs of their products with a few
 sparse random hyperplanes are the code, and channels with the same code fall into one bucket. With x_c the channels and
@@ -28,7 +28,7 @@ Pair = tuple[int, int]
 MAX_HYPERPLANES = 62
 """bits of a code, which is a signed 64-bit integer"""
 _WINDOW_VALUES = 2**22
-"""values of all windows at once, about; a batch is cut so that they stay below (one image may exceed it)"""
+"""approximate limit of values in all windows at once; batches are split to stay below it (one image may exceed it)"""
 _KERNEL_VALUES = 2**20
 """values of merged kernels and columns at once; larger chunks were no faster on a CPU"""
 
@@ -55,7 +55,7 @@ def hash_codes(windows: Tensor, hyperplanes: Tensor) -> Tensor:
     """
     flat, planes = windows.flatten(2), hyperplanes.flatten(1).to(windows.dtype)
     # The product of a centred channel with a hyperplane is that of any shifted one with the centred hyperplane: exactly
-    # zero, whatever the rounding, where one of the two is constant.
+    # zero, regardless of rounding, if one of the two is constant.
     shifted = flat - flat[..., :1]
     bits = shifted @ (planes - planes.mean(dim=1, keepdim=True)).t() > 0
     return (bits.long() << torch.arange(len(hyperplanes), device=bits.device)).sum(dim=-1)
@@ -66,9 +66,9 @@ class Buckets:
     """Channels of every tile, bucket after bucket."""
 
     order: Tensor
-    """int64 [tiles, channels]: channels by rising code, by rising index within a bucket"""
+    """int64 [tiles, channels]: channels in ascending order of code, then of index"""
     first: Tensor
-    """bool [tiles, channels]: whether the channel at that place of `order` is the first of its bucket"""
+    """bool [tiles, channels]: whether the channel at that position of `order` is the first of its bucket"""
     count: Tensor
     """int64 [tiles]: number of buckets"""
 
@@ -97,7 +97,7 @@ class Geometry:
         return height, width
 
     def columns(self, windows: Tensor) -> Tensor:
-        """Return what the kernel sees at each position: [n, c * kernel values, positions] of [n, c, height, width]."""
+        """Return the kernel's input at each position: [n, c * kernel values, positions] of [n, c, height, width]."""
         views = windows
         for axis in (0, 1):
             reach = self.dilation[axis] * (self.kernel[axis] - 1) + 1
@@ -120,7 +120,7 @@ def merged_convolution(
     begins = first.flatten().nonzero().flatten()
     buckets, values = len(begins) // n, prod(geometry.kernel)
     rows = order + channels * torch.arange(n, device=order.device)[:, None]
-    # embedding_bag sums rows of a table bag by bag: all tiles in one call, without copies of the kernels.
+    # embedding_bag sums rows of a table per bag: all tiles in one call, without copies of the kernels.
     means = F.embedding_bag(rows.flatten(), windows.reshape(n * channels, -1), begins, mode="mean")
     sums = F.embedding_bag(order.flatten(), kernels, begins, mode="sum")
     columns = geometry.columns(means.view(n, buckets, *window))
@@ -157,7 +157,7 @@ class HashedConv2d(nn.Conv2d):
         """Options of nn.Conv2d, and those of merging.
 
         Args:
-            num_hyperplanes: bits of a code, 0 to 62; more of them merge less.
+            num_hyperplanes: bits of a code, 0 to 62; more bits merge less.
             zero_fraction: probability of a zero in a hyperplane, in [0, 1).
             tile: side of the square tiles of the output plane; at the border, and on small maps, they are cut.
             seed: of the hyperplanes.
@@ -181,14 +181,14 @@ class HashedConv2d(nn.Conv2d):
         self.register_buffer("hyperplanes", drawn.to(self.weight.device))
         self.tally = Tally()
         self.merges = True
-        """False: does what the plain convolution does, for comparison"""
+        """False: computes the plain convolution, for comparison"""
 
     @classmethod
     def of(cls, conv: nn.Conv2d, **options: Any) -> HashedConv2d:
-        """Return what takes the place of `conv`, in its mode and with its very parameters; `options` as above.
+        """Return a replacement of `conv`, in its mode and with the same parameter objects; `options` as above.
 
         Raises:
-            TypeError: not an nn.Conv2d itself; what a class derived from it does would be lost.
+            TypeError: not an nn.Conv2d itself; the behaviour of a derived class would be lost.
             ValueError: see above.
         """
         if type(conv) is not nn.Conv2d:
@@ -205,7 +205,7 @@ class HashedConv2d(nn.Conv2d):
         return len(self.hyperplanes)
 
     def options(self) -> dict[str, Any]:
-        """Return what `of` needs besides the tensors to build the module again."""
+        """Return the arguments of `of`, besides the tensors, that rebuild the module."""
         return {"num_hyperplanes": self.num_hyperplanes, "zero_fraction": self.zero_fraction, "tile": self.tile}
 
     def redraw(self, seed: int) -> None:
@@ -220,7 +220,7 @@ class HashedConv2d(nn.Conv2d):
         return f"{super().extra_repr()}, " + ", ".join(f"{key}={value:g}" for key, value in self.options().items())
 
     def operations(self) -> Operations:
-        """Return what all images since the last new `tally` took."""
+        """Return the operations of all images since `tally` was last reset."""
         return count_operations(
             self.tally, channels=self.in_channels, outputs=self.out_channels, kernel=_pair(self.kernel_size),
             num_hyperplanes=self.num_hyperplanes, zero_fraction=self.zero_fraction,
@@ -234,13 +234,13 @@ class HashedConv2d(nn.Conv2d):
         """
         if self.training:
             raise RuntimeError("a HashedConv2d is for inference only: call eval() first (train the plain network)")
-        if not self.merges or images.is_meta or images.numel() == 0:  # without values there is nothing to hash
+        if not self.merges or images.is_meta or images.numel() == 0:  # no values to hash
             return super().forward(images)
         if images.dim() == 3:
             return self.forward(images[None])[0]
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         padded = F.pad(images, self._reversed_padding_repeated_twice, mode=mode)
-        # [channels, kernel values * outputs], so that one row holds all that belongs to a channel
+        # [channels, kernel values * outputs], so that one row holds all values of a channel
         kernels = self.weight.permute(1, 2, 3, 0).reshape(self.in_channels, -1)
         overlap = prod(self.geometry.window((self.tile, self.tile))) / (self.tile**2 * prod(self.stride))
         per_chunk = max(1, int(_WINDOW_VALUES / (overlap * padded[0].numel())))
@@ -272,12 +272,12 @@ class HashedConv2d(nn.Conv2d):
         return views.permute(0, 2, 3, 1, 4, 5).reshape(-1, self.in_channels, *window)
 
     def _tiles(self, windows: Tensor, kernels: Tensor, positions: int) -> Tensor:
-        """Return the output of each tile, [tiles, outputs, positions], and count what it took.
+        """Return the output of each tile, [tiles, outputs, positions], and count its operations.
 
-        Tiles with equally many buckets are convolved together, so that none of them is filled up with zeros.
+        Tiles with equally many buckets are convolved together, so that none needs padding with zeros.
         """
         num, channels, height, width = windows.shape
-        hashed = height * width > 1  # centred, a single value is zero in every channel: they are all equal
+        hashed = height * width > 1  # a single centred value is zero in every channel: all are equal
         if hashed:
             codes = hash_codes(windows, self.hyperplanes[:, :height, :width])
         else:
@@ -285,10 +285,10 @@ class HashedConv2d(nn.Conv2d):
         buckets = find_buckets(codes)
         output = windows.new_empty(num, self.out_channels, positions)
         for count in buckets.count.unique().tolist():
-            alike = (buckets.count == count).nonzero().flatten()
-            self._count(len(alike), count, positions, height * width if hashed else 0)
+            equal = (buckets.count == count).nonzero().flatten()
+            self._count(len(equal), count, positions, height * width if hashed else 0)
             per_tile = count * prod(self.kernel_size) * (self.out_channels + positions)
-            for chosen in alike.split(max(1, _KERNEL_VALUES // per_tile)):
+            for chosen in equal.split(max(1, _KERNEL_VALUES // per_tile)):
                 output[chosen] = merged_convolution(
                     windows[chosen], kernels, buckets.order[chosen], buckets.first[chosen], self.geometry
                 ).to(output.dtype)
@@ -311,7 +311,7 @@ def hashed_layers(model: nn.Module) -> dict[str, HashedConv2d]:
 
 @contextmanager
 def plain(model: nn.Module) -> Iterator[None]:
-    """Let the network's hashed convolutions work as plain ones for the time of a `with` block."""
+    """Make the network's hashed convolutions work as plain ones inside a `with` block."""
     layers = hashed_layers(model).values()
     before = [layer.merges for layer in layers]
     try:

@@ -1,8 +1,8 @@
-"""What convolutions with merged channels cost on the images they saw, by the buckets that their tiles really had.
+"""Cost of convolutions with merged channels on the images they processed, from the actual buckets of their tiles.
 
-The convention of accounting.py, with single additions on top, which only merging needs. The cost of hashing is from
-a public review of arXiv 2309.17211, L (1 - s) d additions per channel: what the hyperplanes' expected share of zeros
-leaves; the rest is reconstructed.
+The convention of accounting.py, plus single additions, which only merging needs. The cost of hashing is from a public
+review of arXiv 2309.17211: L (1 - s) d additions per channel, s being the hyperplanes' expected fraction of zeros.
+The rest is reconstructed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Tally:
-    """What a layer did so far, over all images; every count of operations follows from it."""
+    """The work of a layer so far, over all images; every count of operations follows from it."""
 
     tiles: int = 0
     values: int = 0
@@ -48,7 +48,7 @@ class Operations:
     kernel_merge: float
 
     def overhead(self, addition_cost: float) -> float:
-        """Return what merging itself costs, in MACs, with an addition as `addition_cost` MACs."""
+        """Return the cost of merging itself, in MACs, with an addition counted as `addition_cost` MACs."""
         return addition_cost * (self.hashing + self.centring + self.averaging + self.kernel_merge)
 
     def macs(self, addition_cost: float) -> float:
@@ -91,12 +91,12 @@ class Observation:
     """the same over the tiles of all layers"""
 
     def macs_ratio(self, dense: int, addition_cost: float) -> float:
-        """Return MACs per image over those of the dense network, of which other layers have the rest of `dense`."""
+        """Return MACs per image over `dense`, those of the whole dense network; other layers have the rest of it."""
         saved = sum(layer.dense - layer.macs(addition_cost) for layer in self.operations.values())
         return 1 - saved / dense
 
     def columns(self, addition_cost: float) -> dict[str, dict[str, float]]:
-        """Return columns of the layer table: what is left of the channels, MACs per image with and without overhead."""
+        """Return columns of the layer table: fraction of channels left, MACs per image with and without overhead."""
         return {
             name: {"macs_kept": layer.macs(addition_cost), "macs_without_overhead": layer.merged,
                    "channels_left": self.left[name]}
@@ -110,8 +110,8 @@ def observe(
     """Return scores and costs of a network from one pass over all evaluation images; sums over processes.
 
     Args:
-        layers: the network's HashedConv2d by path; their tallies start anew.
-        score: puts the images through the network and returns its scores.
+        layers: the network's HashedConv2d by path; their tallies are reset.
+        score: passes the images through the network and returns its scores.
     """
     num_images = 0
 

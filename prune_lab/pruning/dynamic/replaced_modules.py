@@ -1,4 +1,4 @@
-"""Modules that replace an architecture's own: listed in model.json, and put in again before tensors load."""
+"""Modules that replace an architecture's own: listed in model.json, and inserted again before tensors load."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import nn
 from prune_lab.foundations.errors import UserError
 
 _HOMES = {"HashedConv2d": "prune_lab.pruning.dynamic.hashed_convolution"}
-"""class -> where it is. Such a class has `of(module, **options)`, what takes the module's place, and `options()`"""
+"""class -> its file. Such a class has `of(module, **options)`, which returns the replacement, and `options()`"""
 
 
 def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return module path -> {"type": class, options}, JSON-able, for every module that took another's place."""
+    """Return module path -> {"type": class, options}, JSON-able, for every replacement module."""
     named = model.named_modules(remove_duplicate=False)
     return {path: {"type": type(module).__name__, **module.options()} for path, module in named if _is_known(module)}
 
 
 def replace(model: nn.Module, described: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put the modules of `described` (see `describe`) into `model`, in the places of its own, once for a shared one.
+    """Replace modules of `model` by those of `described` (see `describe`), once for a shared one.
 
     Raises:
-        UserError: a class that does not exist here, a path that is not in the model, options that do not fit.
+        UserError: an unknown class, a path that is not in the model, options that do not fit.
     """
     made: dict[nn.Module, nn.Module] = {}
     for path, entry in described.items():

@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _TIMED = 4
-"""batches that are timed at most"""
+"""maximum number of timed batches"""
 
 
 @no_grad
 def seconds_per_image(forwards: Sequence[Callable[[Tensor], Any]], batches: Iterable[Tensor]) -> list[float]:
     """Return the mean seconds per image of each forward pass over the first few batches.
 
-    The first batch also passes once beforehand, untimed, so that memory and kernels are set up.
+    The first batch also passes once beforehand, untimed, as a warm-up of memory and kernels.
 
     Args:
         forwards: each takes images [n, 3, height, width].
-        batches: at least one, on the device where the work is done.
+        batches: at least one, on the device that computes.
     """
     seconds, num_images = [0.0] * len(forwards), 0
     for index, images in enumerate(islice(batches, _TIMED)):
@@ -41,7 +41,7 @@ def seconds_per_image(forwards: Sequence[Callable[[Tensor], Any]], batches: Iter
 
 
 def _wait(device: torch.device) -> None:
-    """Let work that was only queued finish."""
+    """Wait for queued work to finish."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,1 +1,1 @@
-"""Gates that are learned: their distributions, layout, budgets and multipliers."""
+"""Learned gates: their distributions, layout, budgets and multipliers."""

@@ -1,4 +1,4 @@
-"""The channels of a network that may have gates before all layers that read them, and a target for what is left."""
+"""The channels of a network that may have gates before all layers that read them, and a target for the rest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class GateBudget(RemovableChannels):
     def __init__(
         self, network: Network, unit: Unit, ratio: float, *, linear: bool, residual: bool, exclude: Sequence[str]
     ) -> None:
-        """Look at the network of `network`.
+        """Examine the network of `network`.
 
         Args:
             unit, ratio: the target.
@@ -32,7 +32,7 @@ class GateBudget(RemovableChannels):
             exclude: patterns of layers whose output channels have none.
 
         Raises:
-            UserError: no channels to gate, a pattern without a match, a target out of reach.
+            UserError: no channels to gate, a pattern without a match, or an unreachable target.
         """
         super().__init__(network, residual=residual, exclude=exclude)
         if not linear:
@@ -46,7 +46,7 @@ class GateBudget(RemovableChannels):
         self.matrix = torch.tensor(self.costs.matrix(unit) / whole)
         """float64 [lanes + 1, lanes + 1] for `polarized.cost`, as a fraction of the dense network's"""
         self.budget = Budget(unit, ratio)
-        self.largest(torch.zeros(self.map.num_classes, dtype=torch.float64))  # refuses what is out of reach
+        self.largest(torch.zeros(self.map.num_classes, dtype=torch.float64))  # raises if out of reach
 
     def _leave_linear(self, model: nn.Module) -> None:
         for path, classes in self.map.columns.items():
@@ -59,18 +59,18 @@ class GateBudget(RemovableChannels):
         """Return the classes of the largest network found within the target, bool [classes].
 
         Args:
-            ranking: float64 [classes], higher is kept first. Every lane keeps one at least.
+            ranking: float64 [classes], higher is kept first. Every lane keeps at least one.
         """
         counts = choose_counts(ranking, self.map, self.costs, self.budget, free=self.lane_is_free)
         return top(ranking, self.map, counts)
 
     def prices(self) -> Tensor:
-        """Return what each gate costs when all are open, a fraction of the dense network's cost, float64 [gates]."""
+        """Return the cost of each gate when all are open, a fraction of the dense network's cost, float64 [gates]."""
         _, marginal = cost(torch.tensor(self.costs.sizes, dtype=torch.float64), self.matrix)
         return marginal[self.lane_of][self.free]
 
     def kept(self, alive: Tensor) -> float:
-        """Return what the network costs with the classes `alive`, bool [classes], as a fraction."""
+        """Return the cost of the network with the classes `alive`, bool [classes], as a fraction."""
         return self.at(self.unit, alive)
 
 

@@ -1,4 +1,4 @@
-"""Hidden channels with a gate each, in one flat vector: which of them stay, and what the network then costs."""
+"""Hidden channels with one gate each, in one flat vector: which of them stay, and the resulting cost."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class GatedChannels:
     """The channels of some groups of a network, one gate each, group by group."""
 
     def __init__(self, network: Network, groups: Sequence[ChannelGroup]) -> None:
-        """Take `groups` of `network`, from `groups.channel_groups`."""
+        """Gate `groups` of `network`, from `groups.channel_groups`."""
         self.groups = list(groups)
         self.sizes = [group.size for group in self.groups]
         self.num_gates = sum(self.sizes)
         self.channels = channel_map(network.model, network.image_size)
         self.costs = ChannelCosts(network.model, self.channels, network.costs)
         # The MACs of a network whose layers have one position each are its weights.
-        named = network.parameters()  # kernels that are computed are none
+        named = network.parameters()  # computed kernels are not parameters
         flat = [replace(cost, positions=1) for cost in network.costs if cost.parameter in named]
         self.weights = ChannelCosts(network.model, self.channels, flat)
         self.places = torch.cat([self.channels.rows[group.producer] for group in self.groups])
@@ -39,7 +39,7 @@ class GatedChannels:
         """per lane, whether its channels have gates"""
 
     def alive(self, opened: Tensor) -> Tensor:
-        """Return the classes of channels that are left, bool [num_classes].
+        """Return the remaining classes of channels, bool [num_classes].
 
         Args:
             opened: bool [num_gates], as in the other functions.
@@ -49,14 +49,14 @@ class GatedChannels:
         return alive
 
     def cost(self, unit: Unit, opened: Tensor) -> int:
-        """Return the MACs per image, parameters or prunable channels that are left."""
+        """Return the remaining MACs per image, parameters or prunable channels."""
         return self.costs.at(unit, self.costs.kept(self.alive(opened)))
 
     def dense(self, unit: Unit) -> int:
         return self.costs.at(unit, self.costs.sizes)
 
     def keep_one(self, opened: Tensor, log_alpha: Tensor) -> Tensor:
-        """Return `opened` with the best gate of each group that has none open besides.
+        """Return `opened`, plus the best gate of each group that has none open.
 
         Args:
             log_alpha: [num_gates], higher is better.
@@ -70,7 +70,7 @@ class GatedChannels:
         """Return the highest gates within a budget of the network, bool [num_gates]; every group keeps one at least.
 
         Raises:
-            UserError: the budget is below what the network costs with one channel in each group.
+            UserError: the budget is below the cost of the network with one channel in each group.
         """
         scores = torch.zeros(self.channels.num_classes, dtype=torch.float64)
         scores[self.places] = log_alpha.double().cpu()
@@ -79,7 +79,7 @@ class GatedChannels:
 
 
 class ExpectedCost:
-    """What a network with random gates is expected to cost, times a factor.
+    """The expected cost of a network with random gates, times a factor.
 
     Gates are independent given their parameters, so the expectation of a product of two layers' widths is the product
     of their expectations.

@@ -1,4 +1,4 @@
-"""What makes the parameters of hard-concrete gates: a small network that goes from layer to layer, or one value each.
+"""Generators of hard-concrete gate parameters: a small network that goes from layer to layer, or one value each.
 
 Source: Li, Ji 2021, Dep-L0, arXiv 2107.00070, official code.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from prune_lab.pruning.gates.hard_concrete import LIMIT
 
 BIAS = 3.0
-"""mean of the biases at the start: a = LIMIT tanh 3 = 4.5824, but for what the weights add"""
+"""initial mean of the biases: a = LIMIT tanh 3 = 4.5824, apart from the contribution of the weights"""
 SPREAD = 0.01
 """standard deviation of the biases, and of independent gates, at the start"""
 
@@ -34,8 +34,8 @@ class GateGenerator(nn.Module):
 
         Args:
             sizes: gates per layer, in the order of the forward pass.
-            backward: whether the gates of the last layer are made first.
-            width: number of ones that are fed in; None: as many as the layer that comes first has gates.
+            backward: whether the gates of the last layer are generated first.
+            width: number of ones in the input; None: the number of gates of the first generated layer.
         """
         super().__init__()
         self._sizes, self._backward = list(sizes), backward
@@ -53,7 +53,7 @@ class GateGenerator(nn.Module):
         return torch.tanh(self.inner()) * LIMIT
 
     def inner(self) -> Tensor:
-        """Return what tanh bounds, which still separates gates that are at the bounds [sum of sizes]."""
+        """Return the argument of tanh, which still separates gates that are at the bounds [sum of sizes]."""
         hidden = self.biases[0].new_ones(self._width)
         made = []
         for weight, bias in zip(self.weights, self.biases, strict=True):
@@ -63,7 +63,7 @@ class GateGenerator(nn.Module):
 
 
 class IndependentGates(nn.Module):
-    """Gates that know nothing of each other: a ~ N(3, 0.01) at the start, without bounds."""
+    """Gates without interaction: a ~ N(3, 0.01) at the start, without bounds."""
 
     def __init__(self, sizes: Sequence[int], *, source: torch.Generator) -> None:
         super().__init__()
@@ -81,17 +81,17 @@ Generator = GateGenerator | IndependentGates
 
 
 def build(kind: Kind, sizes: Sequence[int], *, width: int | None, source: torch.Generator) -> Generator:
-    """Return what makes the gates of layers with `sizes` gates, on the CPU."""
+    """Return the generator for layers with `sizes` gates, on the CPU."""
     if kind == "independent":
         return IndependentGates(sizes, source=source)
     return GateGenerator(sizes, backward=kind == "backward", width=width, source=source)
 
 
 class GateParameters:
-    """a of all gates as the training sees them: a leaf for gradients, which are passed on to what makes them."""
+    """a of all gates as training sees them: a leaf for gradients, which are passed on to the generator."""
 
     def __init__(self, generator: Generator, lr: float) -> None:
-        """Move `generator`'s parameters by Adam."""
+        """Optimize `generator`'s parameters with Adam."""
         self.generator, self._lr = generator, lr
         device = next(generator.parameters()).device
         fused = device.type in ("cpu", "cuda")
@@ -106,7 +106,7 @@ class GateParameters:
         return self.leaf.detach()
 
     def ranking(self) -> Tensor:
-        """Return values in the order of a, without ties at its bounds [num_gates]."""
+        """Return values ordered as a, without ties at its bounds [num_gates]."""
         return self.generator.inner().detach()
 
     def _make(self) -> None:
@@ -114,12 +114,12 @@ class GateParameters:
         self.values.copy_(self._made.detach())
 
     def take_gradient(self) -> Tensor:
-        """Return dL/da [num_gates] of the forward passes so far, 0 where there was none, and forget it."""
+        """Return dL/da [num_gates] of the forward passes so far, 0 where there was none, and clear it."""
         gradient, self.leaf.grad = self.leaf.grad, None
         return torch.zeros_like(self.leaf) if gradient is None else gradient
 
     def step(self, gradient: Tensor, *, slower: float) -> None:
-        """Move what makes the gates down `gradient`, dL/da, at `slower` times the learning rate."""
+        """Update the generator along -`gradient`, which is dL/da, at `slower` times the learning rate."""
         self._optimizer.zero_grad(set_to_none=True)
         self._made.backward(gradient)
         self._optimizer.param_groups[0]["lr"] = self._lr * slower

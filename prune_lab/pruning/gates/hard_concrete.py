@@ -69,7 +69,7 @@ def open_probability(log_alpha: Tensor) -> Tensor:
 
 
 def fixed_gate(log_alpha: Tensor, rule: Rule) -> Tensor:
-    """Return the gates without chance, by which a network is evaluated and finished, shaped like `log_alpha`.
+    """Return the deterministic gates with which a network is evaluated and finished, shaped like `log_alpha`.
 
     Args:
         rule: louizos: clamp(sigmoid(a) (zeta - gamma) + gamma, 0, 1), which is 0 up to P(z > 0) = 0.31 (equation 13);
@@ -80,7 +80,7 @@ def fixed_gate(log_alpha: Tensor, rule: Rule) -> Tensor:
 
 
 def middle(log_alpha: Tensor, rule: Rule) -> Tensor:
-    """Return what `fixed_gate` stretches and cuts, in (0, 1): the value of a gate that has to stay open anyway."""
+    """Return the input that `fixed_gate` stretches and clamps, in (0, 1): the value of a gate that must stay open."""
     return torch.sigmoid(log_alpha if rule == "louizos" else log_alpha / BETA)
 
 
@@ -92,11 +92,11 @@ class Term:
     rows: int | None = None
     """index of the group whose gates scale the rows; None: none do"""
     columns: int | None = None
-    """index of the group whose gates decide about the input columns; None: none do"""
+    """index of the group whose gates control the input columns; None: none do"""
 
 
 def cost_matrix(terms: Sequence[Term], num_groups: int) -> Tensor:
-    """Return A [groups + 1, groups + 1] for `expected_cost`; the last row and column are for what has no gates."""
+    """Return A [groups + 1, groups + 1] for `expected_cost`; the last row and column are for ungated parts."""
     matrix = torch.zeros(num_groups + 1, num_groups + 1, dtype=torch.float64)
     for term in terms:
         row, column = (num_groups if index is None else index for index in (term.rows, term.columns))
@@ -105,7 +105,7 @@ def cost_matrix(terms: Sequence[Term], num_groups: int) -> Tensor:
 
 
 def expected_cost(fractions: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x A x, a scalar, and its gradient with respect to `fractions`; x is `fractions` and a 1 behind them.
+    """Return x A x, a scalar, and its gradient with respect to `fractions`; x is `fractions` followed by a 1.
 
     Gates are independent, so the expectation of a product over two groups is the product of the expectations.
 

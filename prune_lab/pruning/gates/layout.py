@@ -1,4 +1,4 @@
-"""Which gate scales which weights: one per weight, or one per hidden channel with all that hangs on it.
+"""Which gate scales which weights: one per weight, or one per hidden channel with all dependent weights.
 
 All gates of a network are one flat vector; a group of gates is a layer's part of it.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GateGroup:
-    """The gates of one layer; each controls as many weights as the others."""
+    """The gates of one layer; each controls the same number of weights."""
 
     name: str
     """module path of the layer"""
@@ -59,7 +59,7 @@ class WeightGates:
         self.num_gates, self._sizes = sum(sizes), torch.tensor(sizes, device=network.device)
 
     def parts(self, values: Tensor) -> list[Tensor]:
-        """Return a flat vector over all gates [num_gates] as views, a group each, shaped to multiply weights."""
+        """Return a flat vector over all gates [num_gates] as views, one per group, shaped to multiply weights."""
         split = values.split([group.size for group in self.groups])
         return [part.view(group.view) for part, group in zip(split, self.groups, strict=True)]
 
@@ -75,7 +75,7 @@ class WeightGates:
         return (values / self._sizes).repeat_interleave(self._sizes, output_size=self.num_gates)
 
     def factors(self, gates: Tensor) -> dict[str, Tensor]:
-        """Return what each parameter is multiplied with, parameter path -> tensor that broadcasts to it."""
+        """Return the factor on each parameter, parameter path -> tensor that broadcasts to it."""
         return dict(zip(self.parameters, self.parts(gates), strict=True))
 
     def gate_gradient(self, gradients: Mapping[str, Tensor], raw: Mapping[str, Tensor], gates: Tensor) -> Tensor:
@@ -90,15 +90,15 @@ class WeightGates:
         return torch.cat([product.reshape(-1) for product in products])
 
     def squares(self, raw: Mapping[str, Tensor]) -> list[Tensor]:
-        """Return the sum of squares of the weights of each gate, flat, a tensor per group."""
+        """Return the sum of squares of the weights of each gate, flat, one tensor per group."""
         return [raw[group.parameter].square().reshape(group.size, -1).sum(1) for group in self.groups]
 
     def masks(self, model: nn.Module, gates: Tensor) -> dict[str, Tensor]:
-        """Return what is left of `model` without the closed gates: parameter path -> bool, True = kept."""
+        """Return the masks of `model` without the closed gates: parameter path -> bool, True = kept."""
         return dict(zip(self.parameters, self.parts(gates > 0), strict=True))
 
     def weight_terms(self) -> list[Term]:
-        """Return the gated weights that are expected to be open, as a fraction of all gated weights."""
+        """Return the expected number of open gated weights, as a fraction of all gated weights."""
         total = sum(group.weights for group in self.groups)
         return [Term(group.weights / total, rows=index) for index, group in enumerate(self.groups)]
 
@@ -110,19 +110,19 @@ class WeightGates:
         return [Term(cost.macs / total, *place) for cost, place in zip(costs, places, strict=True)]
 
     def save_statistics(self) -> None:
-        """Keep the running statistics of what closed gates switch off; see `restore_statistics`."""
+        """Save the running statistics of channels that closed gates disable; see `restore_statistics`."""
 
     def restore_statistics(self, gates: Tensor) -> None:
-        """Give the running statistics of closed channels the values they had at `save_statistics`."""
+        """Restore the running statistics of closed channels to their values at `save_statistics`."""
 
 
 class FilterGates(WeightGates):
-    """One gate per hidden channel, on the rows of the layer that makes it.
+    """One gate per hidden channel, on the rows of the layer that produces it.
 
     Where a gate is exactly 0, so are the rows of depthwise convolutions and squeeze-and-excitation that follow the
-    channel, and the input columns that read it. So the constant that batch norm makes of an empty channel reaches
-    nobody, and running statistics of such channels stay as they were: outputs and gradients are those of the
-    L0BatchNorm of the official code, which takes closed channels out of the batch norm.
+    channel, and the input columns that read it. So no layer reads the constant that batch norm returns for an empty
+    channel, and running statistics of such channels do not change. Outputs and gradients are those of the L0BatchNorm
+    of the official code, which excludes closed channels from the batch norm.
 
     Source: official code of Gallego-Posada et al. 2022, arXiv 2208.04425.
     """
@@ -191,7 +191,7 @@ class FilterGates(WeightGates):
         return {path: (factor != 0).expand_as(named[path]) for path, factor in self.factors(gates).items()}
 
     def removable(self, network: Network) -> GatedChannels:
-        """Return the channels with what the network costs without some of them."""
+        """Return the channels, with the cost of the network without some of them."""
         return GatedChannels(network, self.channels)
 
     def save_statistics(self) -> None:

@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def dual_rate(num_gates: int, num_steps: int) -> float:
-    """Return the learning rate of a multiplier where none is given: 0.01 x gates under its constraint / steps.
+    """Return the learning rate of a multiplier if none is given: 0.01 x gates under its constraint / steps.
 
-    So the price of a single gate rises at the same rate in networks of all sizes and trainings of all lengths. This
-    rule is not the paper's; the rates of the official scripts are 0.006 to 0.05 x gates / steps.
+    So the price of a single gate rises at the same rate for any size of network and length of training. This rule is
+    not the paper's; the rates of the official scripts are 0.006 to 0.05 x gates / steps.
     """
     return 0.01 * num_gates / max(num_steps, 1)
 
@@ -22,7 +22,7 @@ def ascend(multipliers: Tensor, violations: Tensor, *, lr: float | Tensor, resta
 
     Args:
         multipliers: lambda, one per constraint.
-        violations: v, expected cost or density minus its target; a target that is met exactly does not restart.
+        violations: v, expected cost or density minus its target; a target met exactly does not restart.
 
     Source: Gallego-Posada et al. 2022, arXiv 2208.04425, dual restarts as in cooper 0.1.
     """

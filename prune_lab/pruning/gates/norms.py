@@ -1,4 +1,4 @@
-"""Gates behind batch norms: drawn for every image while a step runs, part of scale and shift between steps."""
+"""Gates after batch norms: drawn for every image during a step, part of scale and shift between steps."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def find_norms(model: nn.Module, image_size: int) -> list[tuple[ChannelGroup, str]]:
-    """Return the channels of a layer that a batch norm follows, and the module path of the norm behind which gates go.
+    """Return the channels of each layer that a batch norm follows, and the module path of the norm before their gates.
 
-    It is the last batch norm before the channels part or reach a layer that mixes them, so behind a depthwise
-    convolution its own: a batch norm after the gate would undo whatever the gate does to all images. Left out are
-    channels that an addition ties or that pass a norm on a way of their own. So are norms without scale and shift or
-    with an activation in them.
+    It is the last batch norm before the channels branch or reach a layer that mixes them; after a depthwise
+    convolution, it is that one's own. A batch norm after the gate would undo the gate's effect on all images. Excluded
+    are channels that an addition ties or that pass a norm on a separate path. So are norms without scale and shift or
+    with a built-in activation.
     """
     from prune_lab.pruning.channels.trace import trace  # its file subclasses torch's tracer
 
@@ -40,7 +40,7 @@ def find_norms(model: nn.Module, image_size: int) -> list[tuple[ChannelGroup, st
 
 
 def _last_norm(node: fx.Node, group: ChannelGroup) -> str | None:
-    """Return the last of the norms of `group` if the first follows `node` at once and all are on one way."""
+    """Return the last of the norms of `group` if the first directly follows `node` and all are on one path."""
     passed: list[str] = []
     first = True
     while len(node.users) == 1:
@@ -59,7 +59,7 @@ def _has_scale_and_shift(norm: nn.Module) -> bool:
 
 
 class Draw:
-    """The gates of one step, a sample for every image; each forward pass of the step draws anew."""
+    """The gates of one step, a sample for every image; each forward pass of the step draws new ones."""
 
     def __init__(self, log_alpha: Tensor, sizes: list[int], source: Callable[[int], torch.Generator]) -> None:
         """Draw from `log_alpha` [num_gates], which gradients reach; `source` returns the generator of the n-th pass."""
@@ -71,7 +71,7 @@ class Draw:
     def gates(self, index: int, num_images: int) -> Tensor:
         """Return z [num_images, gates] of norm `index`; a second call for a norm begins the next forward pass.
 
-        All processes draw for all images and each takes its own, so that together they are one process.
+        All processes draw for all images and each uses its own part, so that together they match a single process.
         """
         if not self._parts or index in self._given:
             source, self._passes, self._given = self._source(self._passes), self._passes + 1, set()
@@ -84,7 +84,7 @@ class Draw:
 
 
 class GatedNorms:
-    """The batch norms with gates: their raw scales and shifts, and the hooks that multiply what they return."""
+    """The batch norms with gates: their raw scales and shifts, and the hooks that multiply their outputs."""
 
     def __init__(self, network: Network, paths: list[str], parameters: Callable[[], Parameters]) -> None:
         """Gate the norms at `paths`; `parameters` returns the network's parameters by path."""
@@ -99,16 +99,16 @@ class GatedNorms:
         ]
 
     def begin(self, log_alpha: Tensor, source: Callable[[int], torch.Generator]) -> None:
-        """Let forward passes of the model draw gates, on raw scales and shifts; see `Draw`."""
+        """Make forward passes of the model draw gates, on raw scales and shifts; see `Draw`."""
         self._copy(self._values(), list(self.raw.values()))
         self._state["draw"] = Draw(log_alpha, self._sizes, source)
 
     def end(self) -> None:
-        """Let forward passes draw no gates."""
+        """Stop forward passes from drawing gates."""
         self._state["draw"] = None
 
     def take(self) -> None:
-        """Take the raw scales and shifts back from the model."""
+        """Read the raw scales and shifts back from the model."""
         self._copy(list(self.raw.values()), self._values())
 
     def fold(self, gates: Tensor) -> None:

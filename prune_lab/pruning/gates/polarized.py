@@ -1,7 +1,7 @@
-"""Gates that are exactly 0 or far from it: their values, their training, and what open gates cost.
+"""Gates that are exactly 0 or far from it: their values, their training, and the cost of open gates.
 
 t is the parameter of a gate, g its value. A gate precedes the layers that read a channel: it multiplies their
-input columns, which is the same as to multiply the channel, also where the input is padded with zeros.
+input columns, which is equivalent to multiplying the channel, also if the input is padded with zeros.
 
 Source: Guo, Yuan, Tan, Wang, Yang, Liu 2021, arXiv 2109.02220, whose text was not at hand: see the card of method=gdp.
 """
@@ -33,25 +33,25 @@ def slope(t: Tensor, eps: float) -> Tensor:
 
 
 def proximal_step(t: Tensor, gradient: Tensor, price: Tensor, lr: float) -> Tensor:
-    """Return t after a step down the loss and the soft threshold that an absolute price has.
+    """Return t after a gradient step on the loss and the soft threshold of an absolute price.
 
     u = t - lr gradient; t = sign(u) max(|u| - lr price, 0).
 
     Args:
         gradient: dL/dt, shaped like `t`.
-        price: non-negative, shaped like `t`: what the loss gains when |t| falls by 1.
+        price: non-negative, shaped like `t`: decrease of the loss when |t| falls by 1.
     """
     moved = t - lr * gradient
     return moved.sign() * (moved.abs() - lr * price).clamp_(min=0)
 
 
 def eps_at(step: int, *, start: float, end: float, num_steps: int) -> float:
-    """Return the sharpness of the gates in step `step`: geometric from `start` to `end`, which step `num_steps` has."""
+    """Return the sharpness of the gates in step `step`: geometric from `start` to `end`, reached at `num_steps`."""
     return float(start * (end / start) ** min(step / max(num_steps, 1), 1.0))
 
 
 def keep_best(t: Tensor, before: Tensor, lanes: Tensor) -> Tensor:
-    """Return `t` [gates], but in a lane whose gates are all 0 the one that was the widest `before` stays as it was.
+    """Return `t` [gates], but in a lane whose gates are all 0 the gate that was widest `before` keeps that value.
 
     Args:
         lanes: the gates of each lane, from `members`.
@@ -77,7 +77,7 @@ def _gathered(values: Tensor, groups: Tensor) -> Tensor:
 
 
 def members(group_of: Tensor, num_groups: int) -> Tensor:
-    """Return the places of each group in `group_of`, int64 [num_groups, size of the largest], filled with its length.
+    """Return the positions of each group in `group_of`, int64 [num_groups, size of the largest], padded by its length.
 
     Args:
         group_of: int64 [n] on the CPU; -1: in none.
@@ -92,11 +92,11 @@ def members(group_of: Tensor, num_groups: int) -> Tensor:
 
 
 def cost(widths: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the network costs, x A x, and what one more channel of each lane costs, [lanes].
+    """Return the cost of the network, x A x, and the cost of one more channel in each lane, [lanes].
 
-    x is `widths` and a 1 behind them. The cost is bilinear in the widths of neighbouring layers, and the cost of a
-    channel is taken with the other factor held (alternating relaxation): it adds up over all layers that make the
-    channel and all that read it.
+    x is `widths` followed by a 1. The cost is bilinear in the widths of neighbouring layers. The cost of a channel is
+    computed with the other factor fixed (alternating relaxation): it adds up over all layers that produce the channel
+    and all that read it.
 
     Args:
         widths: channels per lane, the sum of their gates [lanes].
@@ -111,7 +111,7 @@ class ColumnGates:
     """The input columns that gates multiply, over all layers at once."""
 
     def __init__(self, model: nn.Module, channels: ChannelMap, gated: Tensor) -> None:
-        """Take the gated classes.
+        """Gate the columns of these classes.
 
         Args:
             gated: bool [num_classes]; columns of other classes are multiplied by 1.
@@ -127,7 +127,7 @@ class ColumnGates:
         self._members = members(self._class_of.cpu(), channels.num_classes).to(device)
 
     def factors(self, gates: Tensor) -> list[Tensor]:
-        """Return what each parameter is multiplied with, shaped to broadcast to it.
+        """Return the factor on each parameter, shaped to broadcast to it.
 
         Args:
             gates: g per class [num_classes].

@@ -49,7 +49,7 @@ def allocate(
             (sum of the dimensions) / (product of the dimensions) or 1 / (product of the dimensions), the same number
             of weights in each; to the power `power`. "smart_ratio" and "smart_ratio_vgg": see `smart_ratio`. "2:4" is
             "uniform": half of each group of four is half of each layer.
-        first_layer: "sparse", or "dense_compensated": the first layer stays dense and the others pay for it.
+        first_layer: "sparse", or "dense_compensated": the first layer stays dense and the others compensate.
 
     Layers whose density would pass 1 are made dense one at a time, largest first, and the rest is solved again.
 
@@ -102,13 +102,13 @@ def _raw_density(distribution: str, shape: tuple[int, ...]) -> float:
 def _saturated(
     layers: Sequence[LayerSize], num_keep: int, *, raw: Mapping[str, float], power: float, forced: set[str]
 ) -> dict[str, float]:
-    """Return real-valued kept weights per layer: eps * raw**power * size, dense layers paid for by the rest."""
+    """Return real-valued kept weights per layer: eps * raw**power * size; other layers compensate for dense ones."""
     targets = {layer.name: float(layer.size) for layer in layers}
     free = [layer for layer in layers if layer.name not in forced]
     left = num_keep - sum(layer.size for layer in layers if layer.name in forced)
     while free:
         highest = max(raw[layer.name] for layer in free)
-        # Relative to the highest, so that no power makes every share vanish; eps is then that layer's density.
+        # Relative to the highest, so that no power makes all densities vanish; eps is then that layer's density.
         share = {layer.name: (raw[layer.name] / highest) ** power for layer in free}
         eps = left / sum(share[layer.name] * layer.size for layer in free)
         if eps <= 1:
@@ -124,10 +124,10 @@ def smart_ratio(
     """Return real-valued kept weights per layer: densities fall with depth, linear layers have a fixed one.
 
     Convolution l of L layers (1 is the first, linear ones are counted) has density proportional to
-    (L-l+1)^2 + (L-l+1); what exceeds a layer's size goes to the following convolutions and at last to linear layers.
+    (L-l+1)^2 + (L-l+1); the excess over a layer's size goes to the following convolutions, finally to linear layers.
 
     Args:
-        num_keep: the sum of what is returned; if linear layers alone need more, nothing is left for convolutions.
+        num_keep: the sum of the result; if linear layers alone need more, nothing is left for convolutions.
         steep: divide by l^2 as well, the official code's rule for VGG.
 
     Source: Su et al. 2020, section 4, arXiv 2009.11094; linear layers and overflow as in the official code.
@@ -153,7 +153,7 @@ def smart_ratio(
 def largest_remainder(targets: Mapping[str, float | Fraction], sizes: Mapping[str, int], total: int) -> dict[str, int]:
     """Return integers near `targets` with sum `total`, each in [0, size].
 
-    Floors first; what is missing goes to the largest fractional parts, ties in layer order.
+    Floors first; the remainder goes to the largest fractional parts, ties in layer order.
 
     Raises:
         ValueError: `total` exceeds the sum of `sizes`.
@@ -172,10 +172,10 @@ def largest_remainder(targets: Mapping[str, float | Fraction], sizes: Mapping[st
 
 
 def whole_units(counts: Mapping[str, int], units: Mapping[str, int]) -> dict[str, int]:
-    """Return counts that are multiples of `units` per layer, at least one unit, with a sum as near as that allows.
+    """Return counts that are multiples of `units` per layer, at least one unit, with a sum as close as that allows.
 
-    Rounded down first; what is missing goes to the largest remainders, ties in layer order, while it brings the sum
-    nearer.
+    Rounded down first; missing units go to the largest remainders, ties in layer order, while that brings the sum
+    closer.
     """
     whole = {name: max(count // units[name], 1) * units[name] for name, count in counts.items()}
     missing = sum(counts.values()) - sum(whole.values())
@@ -244,12 +244,12 @@ def file_counts(
 ) -> dict[str, int]:
     """Return kept weights per layer on their way to a file's densities, adding up to the budget of `sparsity`.
 
-    At `target` layer l keeps its density d_l of the file, at a lower sparsity s the density 1 - (1 - d_l) s / target.
+    At `target` layer l has its density d_l from the file, at a lower sparsity s the density 1 - (1 - d_l) s / target.
 
     Raises:
-        UserError: the densities give another sparsity than `target` (by more than 0.001), or for no weight at all
-            in a layer.
-        ValueError: `sparsity` lies beyond `target`.
+        UserError: the densities give a sparsity that differs from `target` by more than 0.001, or leave a layer without
+            weights.
+        ValueError: `sparsity` exceeds `target`.
     """
     if not 0 <= sparsity <= target:
         raise ValueError(f"sparsity must lie between 0 and the target {target:g}, got {sparsity:g}")

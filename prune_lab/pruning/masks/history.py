@@ -46,7 +46,7 @@ class MaskHistory:
             arXiv 2102.02887.
         mask/overlap: fraction of the active weights that were active at the start.
         mask/dead_filters: output channels and neurons without any weight.
-        mask/density/LAYER: kept over all weights of a layer; the three above also have a value per layer.
+        mask/density/LAYER: kept fraction of a layer's weights; the three above also have a value per layer.
         """
         layers = {name: name.removesuffix(".weight") for name in masks}
         rows = torch.stack(

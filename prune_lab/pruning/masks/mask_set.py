@@ -18,7 +18,7 @@ class MaskSet:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
-        """Take `masks` for `parameters`.
+        """Install `masks` on `parameters`.
 
         Raises:
             ValueError: names that do not match, wrong shape, or a mask that is not bool.
@@ -28,19 +28,19 @@ class MaskSet:
         self.replace_all(masks)
 
     def replace(self, name: str, mask: Tensor) -> None:
-        """Take a new mask for parameter `name`; the weights follow at the next `apply`."""
+        """Install a new mask for parameter `name`; the weights follow at the next `apply`."""
         if name not in self._parameters:
             raise ValueError(f"no parameter {name} under masks")
         self.kept = DeviceCounts(self.counts() | {name: int(self._put(name, mask))})
 
     def replace_all(self, masks: Mapping[str, Tensor]) -> None:
-        """Take new masks for all parameters, as `replace` does; their counts stay on the device until asked for."""
+        """Install new masks for all parameters, as `replace` does; their counts stay on the device until read."""
         if set(self._parameters) != set(masks):
             raise ValueError(f"masks and parameters differ: {sorted(set(self._parameters) ^ set(masks))}")
         self.kept = DeviceCounts({name: self._put(name, masks[name]) for name in self.masks or list(masks)})
 
     def _put(self, name: str, mask: Tensor) -> Tensor:
-        """Take a mask and return its count, still on the device."""
+        """Store a mask and return its count, still on the device."""
         weight = self._parameters[name]
         if mask.dtype != torch.bool or mask.shape != weight.shape:
             wanted, got = tuple(weight.shape), tuple(mask.shape)
@@ -94,7 +94,7 @@ class MaskSet:
         """Zero the optimizer's state (momentum, both Adam moments) at `positions`; step counters stay.
 
         Raises:
-            ValueError: the optimizer keeps a tensor of another shape for a weight, whose meaning is unknown.
+            ValueError: the optimizer has a state tensor of another shape than the weight, whose meaning is unknown.
         """
         for name, where in positions.items():
             parameter = self._parameters[name]
@@ -117,10 +117,10 @@ class MaskSet:
         return dict(self.masks)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back masks.
+        """Restore masks.
 
         Raises:
-            ValueError: names or shapes differ from the present ones.
+            ValueError: names or shapes differ from the current ones.
         """
         if set(state) != set(self.masks):
             raise ValueError(f"masks in the file are for other parameters: {sorted(set(state) ^ set(self.masks))}")

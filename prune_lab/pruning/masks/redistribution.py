@@ -1,4 +1,4 @@
-"""How the weights that all layers dropped are shared among layers: pure functions of numbers, no tensors."""
+"""Redistribution of the dropped weights among layers: pure functions of numbers, no tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def shares(claims: Mapping[str, float]) -> dict[str, float]:
 def drop_fractions(
     fraction: float, share: Mapping[str, float], sparsity: Mapping[str, float]
 ) -> dict[str, float]:
-    """Return the fraction that each layer drops: less where a nearly dense layer would grow it all back.
+    """Return the fraction that each layer drops: less for a nearly dense layer that would regrow it all.
 
     Source: official code of Dettmers, Zettlemoyer 2019, arXiv 1907.04840: a layer of sparsity below 0.2 with more than
     the average share drops at most its sparsity.
@@ -40,7 +40,7 @@ def apportion(share: Mapping[str, float], room: Mapping[str, int], total: int) -
     """Return integers in proportion to `share`, none above `room`, that add up to `total` exactly.
 
     Layers without room for their part are filled and the rest is shared again in proportion; fractions are rounded by
-    largest remainder. What no layer with a share has room for goes to the others in proportion to their room.
+    largest remainder. The excess over the room of layers with a share goes to the others in proportion to their room.
 
     Raises:
         ValueError: `total` exceeds the room of all layers.
@@ -48,7 +48,7 @@ def apportion(share: Mapping[str, float], room: Mapping[str, int], total: int) -
     if total > sum(room.values()):
         raise ValueError(f"no room for {total} weights in {sum(room.values())} positions")
     targets = dict.fromkeys(share, 0.0)
-    for weight in (share, room):  # the second round only places what the first could not
+    for weight in (share, room):  # the second round only places the excess of the first
         free = {name for name in share if weight[name] > 0 and targets[name] < room[name]}
         left = total - sum(targets.values())
         while free and left > 1e-9:
@@ -64,8 +64,8 @@ def apportion(share: Mapping[str, float], room: Mapping[str, int], total: int) -
 def apportion_official(share: Mapping[str, float], room: Mapping[str, int], total: float) -> dict[str, int]:
     """Return the growth per layer by the official rule of sparse momentum; it need not add up to `total`.
 
-    ceil(share * total), at most 0.99 of the room; what is cut off is divided equally among all layers, again and again;
-    at last rounded down.
+    ceil(share * total), at most 0.99 of the room. The excess is divided equally among all layers, repeatedly; the result
+    is rounded down.
 
     Source: official code of Dettmers, Zettlemoyer 2019, arXiv 1907.04840.
     """

@@ -1,4 +1,4 @@
-"""Which functions choose among the weights of a layer, by the method's distribution, and what 2:4 requires."""
+"""The functions that select among a layer's weights, by the method's distribution, and the requirements of 2:4."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _NEEDED = {
     "first_layer": ("auto", "layers are chosen by their input channels; keep more of them dense with exclude"),
     "include": ([], "depthwise convolutions have no four input channels to choose among"),
 }
-"""option -> (the one value that goes with 2:4, why)"""
+"""option -> (the only value compatible with 2:4, why)"""
 
 
 def selection(distribution: str) -> ModuleType:
-    """Return what has `keep_top`, `grow` and `random_mask` for a distribution: `top_k`, or the same for 2:4."""
+    """Return the module with `keep_top`, `grow` and `random_mask` for a distribution: `top_k`, or that for 2:4."""
     return semi_structured if distribution == SEMI_STRUCTURED else top_k
 
 
 def check_semi_structured(options: Any, path: str) -> None:
-    """Raise UserError if an option does not go with 2:4; options of any other distribution pass."""
+    """Raise UserError if an option is incompatible with 2:4; options of any other distribution pass."""
     if options.distribution != SEMI_STRUCTURED:
         return
     for name, (needed, why) in _NEEDED.items():

@@ -1,7 +1,7 @@
 """2:4 sparsity: exactly two weights stay in every group of four consecutive input channels.
 
-A group lies at one output channel and one kernel position: along the sum of a channels-last convolution as a matrix
-product, which is where sparse tensor cores want it (Mishra et al. 2021, arXiv 2104.08378).
+A group has one output channel and one kernel position: it lies along the summation axis of a channels-last convolution
+as a matrix product, as sparse tensor cores require (Mishra et al. 2021, arXiv 2104.08378).
 
 `keep_top`, `grow` and `random_mask` are those of `masks` for 2:4, with the same arguments.
 """
@@ -39,10 +39,10 @@ def is_semi_structured(weight: Tensor) -> bool:
 
 
 def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) -> Tensor:
-    """Return a mask with `num_keep` True: the best two candidates of each group, then the best of what is left.
+    """Return a mask with `num_keep` True: the best two candidates of each group, then the best of the rest.
 
-    With half of the weights that is 2:4; a method that prunes in rounds keeps more on its way there. Ties go to the
-    lower channel within a group and to the lower index among groups.
+    With half of the weights that is 2:4; a method that prunes in rounds keeps more before that. Ties go to the lower
+    channel within a group and to the lower index among groups.
 
     Raises:
         ValueError: NaN among the candidates, a group with fewer than two, or `num_keep` below two of each group or
@@ -54,7 +54,7 @@ def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) 
 def grow(kept: Tensor, score: Tensor, num_total: int, *, candidates: Tensor | None = None) -> Tensor:
     """Return `kept` joined with the best other candidates, `num_total` True in all.
 
-    Each group first takes what it lacks of two; a weight that left a 2:4 mask is so replaced within its group.
+    Each group is first filled up to two, so that a weight dropped from a 2:4 mask is replaced within its group.
 
     Raises:
         ValueError: as `keep_top`.
@@ -87,7 +87,7 @@ def _count(mask: Tensor) -> Tensor:
 
 
 def _places(scores: Sequence[Tensor], candidates: Sequence[Tensor]) -> list[Tensor]:
-    """Return for each of a group's four positions its place within the group, 0 for the best of the candidates.
+    """Return for each of a group's four positions its rank within the group, 0 for the best of the candidates.
 
     Comparing slices takes less time than sorting many short rows.
     """
@@ -105,10 +105,10 @@ def random_mask(shape: tuple[int, ...], num_keep: int, generator: torch.Generato
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the two kept values of each group [out, in / 2, ...] and their places [out, in / 4, ...].
+    """Return the two kept values of each group [out, in / 2, ...] and their positions [out, in / 4, ...].
 
-    Places are uint8: the first in bits 0-1, the second, which is the larger, in bits 2-3; so sparse tensor cores store
-    them, four bits per group. A group with fewer than two nonzeros keeps zeros.
+    Positions are uint8: the first in bits 0-1, the second, which is the larger, in bits 2-3, which is the format of
+    sparse tensor cores, four bits per group. A group with fewer than two nonzeros keeps zeros.
 
     Raises:
         ValueError: a group has more than two nonzeros.
@@ -122,7 +122,7 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(values: Tensor, places: Tensor) -> Tensor:
-    """Return the weights that `pack` took apart, [out, in, ...]."""
+    """Return the weights from the result of `pack`, [out, in, ...]."""
     pairs = values.unflatten(1, (-1, KEPT)).movedim(2, -1)
     groups = values.new_zeros((*pairs.shape[:-1], GROUP))
     return from_groups(groups.scatter_(-1, torch.stack((places & 3, places >> 2), -1).long(), pairs))

@@ -26,12 +26,12 @@ def drop_fraction(step: int, *, alpha: float, begin: int, end: int, shape: str, 
 
 
 def floor_product(product: float) -> int:
-    """Return the floor of a product of options as they were typed: 0.29 * 100 is 28.999999999999996 in binary."""
+    """Return the floor of a product of options as typed: 0.29 * 100 is 28.999999999999996 in binary."""
     return math.floor(product + 1e-9)
 
 
 def cubic_sparsity(step: int, *, begin: int, end: int, initial: float, final: float) -> float:
-    """Return the sparsity in force at `step`: `initial` before `begin`, exactly `final` from `end` on.
+    """Return the sparsity at `step`: `initial` before `begin`, exactly `final` from `end` on.
 
     Source: Zhu, Gupta 2017, section 3, arXiv 1710.01878.
     """
@@ -43,10 +43,10 @@ def cubic_sparsity(step: int, *, begin: int, end: int, initial: float, final: fl
 
 
 def fitting_interval(published: int, count: Callable[[int], int], *, wanted: int, least: int = 1) -> int | None:
-    """Return the longest interval up to `published` that leaves `wanted` updates; None: none down to `least` does.
+    """Return the longest interval up to `published` that allows `wanted` updates; None: none down to `least` does.
 
     Args:
-        count: updates that an interval leaves.
+        count: number of updates with an interval.
     """
     return next((interval for interval in range(published, least - 1, -1) if count(interval) >= wanted), None)
 

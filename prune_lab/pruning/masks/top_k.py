@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def keep_top(score: Tensor, num_keep: int, *, candidates: Tensor | None = None) -> Tensor:
     """Return a bool mask shaped like `score` with exactly `num_keep` True: the highest scores among `candidates`.
 
-    Ties go to the lower index in row-major order, whatever the memory format, so every process chooses the same.
+    Ties go to the lower index in row-major order, for any memory format, so that every process chooses the same.
 
     Args:
         score: any shape, higher is kept first.
@@ -74,7 +74,7 @@ def keep_top_global(
     """Return masks with `num_keep` True over all layers together; ties: earlier layer, then lower index.
 
     Args:
-        least: weights that every layer keeps in any case (all of its candidates if it has fewer).
+        least: minimum number of weights of every layer (all of its candidates if it has fewer).
     """
     flat = torch.cat([score.detach().reshape(-1) for score in scores.values()])
     pool = None if candidates is None else torch.cat([candidates[name].reshape(-1) for name in scores])
@@ -98,7 +98,7 @@ def random_mask(shape: tuple[int, ...], num_keep: int, generator: torch.Generato
 def grow(kept: Tensor, score: Tensor, num_total: int) -> Tensor:
     """Return `kept` joined with the highest-scoring other positions, `num_total` True in all.
 
-    Positions dropped a moment ago are candidates like all others.
+    Positions just dropped are candidates like all others.
 
     Source: Evci et al. 2020, algorithm 1, arXiv 1911.11134.
     """

@@ -1,4 +1,4 @@
-"""Networks set up for scores, and left afterwards as they were."""
+"""Networks prepared for scoring, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def preserve_state(model: nn.Module, *, train_mode: bool) -> Iterator[None]:
-    """Score inside: gradients on for all parameters, no autocast, batch norm on batch statistics or on running ones.
+    """Context for scoring: gradients for all parameters, no autocast, batch norm on batch or on running statistics.
 
     Everything else is in evaluation mode: dropout would make each pass score another network. Afterwards parameters'
-    gradients are gone and buffers, modes, `requires_grad` and random states are as before, bit for bit. The caller
-    answers for the parameters' values. No copy of the weights is made.
+    gradients are gone, and buffers, modes, `requires_grad` and random states are restored, bit for bit. The caller is
+    responsible for the parameters' values. The weights are not copied.
     """
     modes = {module: module.training for module in model.modules()}
     wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -46,7 +46,7 @@ def preserve_state(model: nn.Module, *, train_mode: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def redrawn_linear(model: nn.Module, source: Callable[[str], torch.Generator]) -> Iterator[None]:
-    """Give every linear layer Xavier-normal weights inside; afterwards they have their own again, bit for bit.
+    """Give every linear layer Xavier-normal weights in the context; then restore its own, bit for bit.
 
     Args:
         source: layer name -> generator of its draws.
@@ -66,7 +66,7 @@ def redrawn_linear(model: nn.Module, source: Callable[[str], torch.Generator]) -
 
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Compute inside with functions that have second derivatives where a module's own has none; values are the same."""
+    """Replace, in the context, functions of modules that have no second derivative; values are the same."""
     changed = [module for module in model.modules() if type(module) is torch.nn.Hardsigmoid]
     try:
         for module in changed:
@@ -78,5 +78,5 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def _hard_sigmoid(x: Tensor) -> Tensor:
-    """Return hard sigmoid by operators that have a second derivative, which torch's own lacks."""
+    """Return hard sigmoid from operators with a second derivative, which torch's own lacks."""
     return torch.nn.functional.relu6(x + 3) / 6

@@ -42,7 +42,7 @@ def directions(groups: RowGroups, weights: Sequence[Tensor], norms: Tensor, scal
     """Return d: s_G v_G / |v_G| in each group, 0 elsewhere and in groups that are zero.
 
     Args:
-        weights: the tensors that `groups` is about.
+        weights: the tensors of `groups`.
         norms: |v_G| [groups].
         scales: s_G [groups].
     """
@@ -64,7 +64,7 @@ def direction_scores(
 
 
 def shrunk(norms: Tensor, scores: Tensor, strength: float) -> Tensor:
-    """Return what each group is multiplied with in argmin 1/2 |v - w|^2 + strength sum_G scores_G |w_G| [groups].
+    """Return the factor of each group in argmin 1/2 |v - w|^2 + strength sum_G scores_G |w_G| [groups].
 
     A positive score shrinks, to zero at the least; a negative one pushes outward.
     """
@@ -72,15 +72,15 @@ def shrunk(norms: Tensor, scores: Tensor, strength: float) -> Tensor:
 
 
 def order(norms: Tensor, scores: Tensor) -> Tensor:
-    """Return by what the groups survive, -scores_G / |v_G| in float64 [groups]: the lowest are zero first."""
+    """Return the groups' ranking, -scores_G / |v_G| in float64 [groups]: the lowest become zero first."""
     return torch.where(norms > 0, -scores.double() / norms, -torch.inf)
 
 
 def strength(norms: Tensor, scores: Tensor, gone: Tensor) -> float:
-    """Return the least strength that makes the groups zero that shrink at all; 0: none does.
+    """Return the smallest strength that zeroes those of the groups `gone` that shrink at all; 0: none does.
 
     Args:
-        gone: groups that are to be zero, bool [groups].
+        gone: groups to zero, bool [groups].
     """
     reached = gone & (scores > 0)
     return float((norms[reached] / scores[reached]).max()) if bool(reached.any()) else 0.0
@@ -95,9 +95,9 @@ class Flatness:
     scores: Tensor
     """[groups]"""
     sharp: float
-    """|E^T d| / |d|: the share of d in the sharpest directions"""
+    """|E^T d| / |d|: the part of d in the sharpest directions"""
     by_chance: float
-    """what a random direction has: sqrt(k / parameters)"""
+    """the same for a random direction: sqrt(k / parameters)"""
     pairs: Eigenpairs
     macs: int
     """spent on the products"""
@@ -124,10 +124,10 @@ def measure(
         rows: parameter -> group of each of its rows, int64; -1: in none.
         scales: s_G [groups].
         data: returns the images of the Hessian and their labels, in batches, the same in every call.
-        eigenvectors: k, how many of the largest eigenvalues count as not flat.
-        num_images: how many images `data` gives.
+        eigenvectors: k, the number of largest eigenvalues that count as not flat.
+        num_images: number of images in `data`.
         generator: returns the random generator of a key.
-        validating: one product shows that the shapes fit; the result does not count.
+        validating: one product checks that the shapes fit; the result is discarded.
 
     Raises:
         UserError: more eigenvectors than parameters, no second derivatives, or a loss that is not finite.
@@ -155,7 +155,7 @@ def measure(
 
 
 def most_products(eigenvectors: int) -> int:
-    """Return how many Hessian-vector products are spent at most."""
+    """Return the maximum number of Hessian-vector products."""
     return 20 + 3 * eigenvectors
 
 
@@ -169,7 +169,7 @@ def _sharpest(
     report: Callable[[str], None],
     validating: bool,
 ) -> Eigenpairs:
-    """Return the eigenpairs of the largest eigenvalues; in a validation one product shows that the shapes fit."""
+    """Return the eigenpairs of the largest eigenvalues; a validation run only checks the shapes with one product."""
 
     def show(done: int, values: Tensor, residuals: Tensor) -> None:
         if done % _REPORT_EVERY == 0:
@@ -190,10 +190,10 @@ def _sharpest(
 
 @no_grad
 def shrink(model: nn.Module, rows: Mapping[nn.Parameter, Tensor], found: Flatness, strength: float) -> None:
-    """Multiply the groups of `model` with what the minimiser has.
+    """Multiply the groups of `model` by the factors of the minimiser.
 
-    A group that would be zero keeps its weights as they are: it is removed, or kept although it is among the smallest,
-    because a budget has room for it or its layer needs it.
+    A group that would be zero keeps its weights: it is removed, or kept although it is among the smallest, because a
+    budget has room for it or its layer needs it.
     """
     factors = shrunk(found.norms, found.scores, strength)
     factors = torch.where(factors > 0, factors, 1.0).to(next(model.parameters()).device)

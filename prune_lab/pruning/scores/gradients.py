@@ -1,4 +1,4 @@
-"""What methods that score weights share: balanced images, derivatives of the loss without a trace on the model."""
+"""Tools for methods that score weights: loss, and its gradients without side effects on the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _cross_entropy(model: nn.Module, images: Tensor, labels: Tensor, temperature
 def gradients(
     model: nn.Module, weights: Sequence[Tensor], data: Data, *, temperature: float = 1.0
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Yield per batch the gradients of the summed loss, a tensor like each of `weights`."""
+    """Yield per batch the gradients of the summed loss, one tensor like each of `weights`."""
     for images, labels in data:
         yield torch.autograd.grad(loss(model, images, labels, temperature=temperature), weights)
 
@@ -46,7 +46,7 @@ def gradient_norm(
 ) -> float:
     """Return the L2 norm of the mean loss gradient over those of `weights` that `masks` keep (all without a mask).
 
-    A figure to report: a loss that is infinite or NaN makes it so, too, and stops nothing.
+    The norm is only reported: with an infinite or NaN loss it is so too, without an error.
     """
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     images_seen = 0

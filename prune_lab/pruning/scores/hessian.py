@@ -32,11 +32,11 @@ def hessian_product(
 ) -> Tensor:
     """Return H v [n], H the Hessian of the mean cross-entropy over `data` by `weights`.
 
-    The model is in eval mode and in fp32: with batch statistics, augmentation or dropout every product would belong
-    to another operator. Its buffers and modes are as before; gradients are lost.
+    The model is in eval mode and in fp32: with batch statistics, augmentation or dropout every product would be that of
+    another operator. Its buffers and modes are restored; gradients are lost.
 
     Args:
-        data: gives the same images and labels in each call; one batch's graph is in memory at a time.
+        data: returns the same images and labels in each call; the graph of one batch is in memory at a time.
         vector: [n], over `weights` as `flatten` orders them.
 
     Raises:

@@ -12,19 +12,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROUNDING = 1e-6
-"""relative to the operator's size: a step that leaves less of a vector has found an invariant subspace"""
+"""relative to the operator's size: a step with a smaller remainder has found an invariant subspace"""
 
 
 @dataclass(frozen=True)
 class Eigenpairs:
-    """Eigenvalues in falling order; those of the operator's lower end are not looked for."""
+    """Eigenvalues in descending order; those at the operator's lower end are not computed."""
 
     values: Tensor
     """[k], fp64 on the CPU"""
     vectors: Tensor
     """[k, n], orthonormal rows"""
     residuals: Tensor
-    """[k], |A e - lambda e| as it follows from the recurrence; at least what rounding leaves"""
+    """[k], |A e - lambda e| from the recurrence; at least the rounding error"""
     num_products: int
     converged: bool
     """whether every residual is at most tolerance x its eigenvalue"""
@@ -42,17 +42,17 @@ def largest(
 ) -> Eigenpairs:
     """Return the `count` algebraically largest eigenpairs of the operator v -> product(v).
 
-    Every vector is made orthogonal to all earlier ones, twice: without that, rounding brings found eigenvectors back
-    as copies. Memory: iterations x n values.
+    Every vector is orthogonalised against all earlier ones, twice: otherwise rounding would reintroduce found
+    eigenvectors as copies. Memory: iterations x n values.
 
     Args:
         product: the operator, symmetric, on vectors [n] of the dtype and device of `start`.
-        start: [n], not zero; a random one has a part in every eigenvector.
+        start: [n], not zero; a random one has a component along every eigenvector.
         count: 1 <= count <= n.
-        iterations: products at most, raised to `count` and lowered to n.
-        tolerance: relative to each eigenvalue; ends early when all residuals are within.
+        iterations: maximum number of products, raised to `count` and lowered to n.
+        tolerance: relative to each eigenvalue; stops early when all residuals are within it.
         source: draws a new direction in an invariant subspace, where the method would stop too early.
-        report: takes products done, eigenvalues [count] and residuals [count] so far, after each product.
+        report: called after each product with the number of products, eigenvalues [count] and residuals [count].
 
     Raises:
         ValueError: a product is not finite.
@@ -79,7 +79,7 @@ def largest(
         report(step + 1, values[chosen], residuals)
         enough = step + 1 >= count and bool((residuals <= tolerance * values[chosen].abs() + _ROUNDING * scale).all())
         # An invariant subspace may lack eigenvectors, such as a second one of the same eigenvalue, although all
-        # residuals are zero: from then on the end is where the subspace of another drawn direction has added nothing.
+        # residuals are zero. From then on, stop only when the subspace of a newly drawn direction has added nothing.
         broken = beta <= _ROUNDING * scale
         if found is None:
             whole = not broken
@@ -98,7 +98,7 @@ def largest(
 
 
 def _orthogonal(vector: Tensor, basis: Tensor) -> Tensor:
-    """Return what is left of `vector` [n] beside the orthonormal rows of `basis` [m, n]."""
+    """Return the component of `vector` [n] orthogonal to the orthonormal rows of `basis` [m, n]."""
     for _ in range(2):
         vector = vector - basis.T @ (basis @ vector)
     return vector

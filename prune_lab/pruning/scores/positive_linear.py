@@ -33,5 +33,5 @@ class PositiveLinear(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self.replaced[_SHOWN.get(name, name)] += 1
         values = args[0] if args else (kwargs or {})["input"]
-        # Not relu: its backward needs its output, which networks may overwrite where these functions allow that.
+        # Not relu: its backward needs its output, which networks may overwrite, as these functions allow.
         return torch.ones_like(values) if name in GATES else values.clamp(min=0)

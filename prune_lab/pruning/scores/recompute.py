@@ -1,4 +1,4 @@
-"""Second derivatives in less memory: blocks of a network that store their input and compute the rest again."""
+"""Second derivatives in less memory: blocks of a network that store their input and recompute the rest."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Run = Callable[..., Tensor]
 
 @contextlib.contextmanager
 def blocks(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Let every block of `model` keep no more than its input, in the graphs of the first and of the second derivative.
+    """Make every block of `model` store only its input, in the graphs of the first and of the second derivative.
 
-    The derivatives are the same. Only what depends on `weights` is kept track of: other parameters are constants.
-    torch.utils.checkpoint does not help here, because the graph of the first derivative holds what it computes again.
+    The derivatives are the same. Only `weights` are tracked: other parameters are constants. torch.utils.checkpoint does
+    not help here, because the graph of the first derivative holds the recomputed values.
     """
     chosen = find_blocks(model)
     try:
@@ -51,7 +51,7 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
 
 
 def extra_macs(model: nn.Module, costs: Sequence[LayerCost]) -> int:
-    """Return the MACs per image that computing again costs in a Hessian-gradient product, 4 f_D of the blocks.
+    """Return the MACs per image of recomputation in a Hessian-gradient product, 4 f_D of the blocks.
 
     The first derivative repeats the forward pass; the second one repeats it and the backward pass, which counts twice.
     """
@@ -61,7 +61,7 @@ def extra_macs(model: nn.Module, costs: Sequence[LayerCost]) -> int:
 
 
 class _Plain(nn.Module):
-    """Calls a module's own forward, whatever has been put in its place."""
+    """Calls a module's own forward, even if it has been replaced."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class _Plain(nn.Module):
 
 
 class _Block:
-    """Stands for the forward function of a module; calls with more than one tensor are left as they are."""
+    """Replaces the forward function of a module; calls with more than one tensor are passed through."""
 
     def __init__(self, module: nn.Module, weights: Sequence[Tensor]) -> None:
         self.plain = _Plain(module)
@@ -87,7 +87,7 @@ class _Block:
         return _Forward.apply(self.run, args[0], *self.weights.values())
 
     def run(self, x: Tensor, *weights: Tensor) -> Tensor:
-        # A clone, because a block may begin with a function that works in place.
+        # A clone, because a block may begin with an in-place function.
         output: Tensor = tied.call(self.plain, self.places, dict(zip(self.weights, weights, strict=True)), x.clone())
         return output
 

@@ -28,16 +28,16 @@ def hessian_gradient(
     per_batch: bool = False,
     low_memory: bool = False,
 ) -> list[Tensor]:
-    """Return H g, a tensor like each of `weights`: what g is multiplied with is held constant.
+    """Return H g, one tensor like each of `weights`; the vector g is held constant.
 
     Memory: the graph of one batch at a time, and two tensors per weight. Gradients of all parameters are lost.
 
     Args:
-        data: gives the same batches in each call.
+        data: returns the same batches in each call.
         num_images: images in `data`.
         per_batch: False: gradient and Hessian of the mean loss over all images, read twice; True: the mean over
             batches, by their size, of H g of the mean loss of each.
-        low_memory: store the inputs of blocks only and compute the rest again, twice.
+        low_memory: store only the inputs of blocks and recompute the rest, twice.
 
     Raises:
         UserError: an operator of the model has no second derivative; names the module.
@@ -73,13 +73,13 @@ def _add_product(
 ) -> None:
     """Add to `weight.grad` the Hessian of a batch's summed loss times `direction`, None: the gradient of its mean loss.
 
-    A function of its own, so that the graph is gone before the next batch builds one.
+    A separate function, so that the graph is freed before the next batch builds one.
     """
     slopes = torch.autograd.grad(loss(model, images, labels, temperature=temperature), weights, create_graph=True)
     if direction is None:
         direction = [slope.detach() / len(images) for slope in slopes]
     try:
-        # Not autograd.grad: with chosen inputs it never reaches the error that torch plants behind a function marked
+        # Not autograd.grad: with selected inputs it never reaches the error that torch raises behind a function marked
         # @once_differentiable, and the result would silently lack a part.
         torch.autograd.backward(slopes, direction)
     except RuntimeError as error:
@@ -117,7 +117,7 @@ def _differentiable_twice(module: nn.Module, args: tuple[Any, ...], kwargs: dict
         return value.detach().requires_grad_() if torch.is_tensor(value) and value.is_floating_point() else value
 
     def fresh(value: Any) -> Any:
-        return value.clone() if torch.is_tensor(value) else value  # modules that work in place spoil no leaf
+        return value.clone() if torch.is_tensor(value) else value  # protects leaves from in-place modules
 
     args, kwargs = tuple(map(leaf, args)), {key: leaf(value) for key, value in kwargs.items()}
     output = module(*map(fresh, args), **{key: fresh(value) for key, value in kwargs.items()})

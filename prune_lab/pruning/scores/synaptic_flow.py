@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Flow:
-    """What passes through a network that is a positive linear map."""
+    """The flow through a network that is a positive linear map."""
 
     total: float
     """R, the sum of the outputs"""
@@ -25,14 +25,14 @@ class Flow:
     conserved: float
     """sum of x * dR/dx over the input, relative to R: 1 where the network is linear along its input; nan if R is 0"""
     replaced: Counter[str]
-    """calls of functions that ReLU or 1 stood in for, by name"""
+    """calls of functions that ReLU or 1 replaced, by name"""
 
 
 def positive_form(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return |value| in `dtype` of all parameters and floating-point buffers; biases and running means become zero.
 
-    Without additive terms the outputs scale with the input, which the conservation of flow needs. The official code
-    takes absolute values of biases and running means too: the same at initialisation, where they are zero.
+    Without additive terms the outputs scale with the input, which the conservation of flow requires. The official code
+    also takes absolute values of biases and running means: the same at initialisation, where they are zero.
     """
     held = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if b.is_floating_point()}
     return {
@@ -49,7 +49,7 @@ def _is_additive(name: str) -> bool:
 
 
 def flow(model: nn.Module, tensors: Mapping[str, Tensor], weights: Sequence[str], image: Tensor) -> Flow:
-    """Return what flows through `model` in evaluation mode with `tensors` in place of its parameters and buffers.
+    """Return the flow through `model` in evaluation mode with `tensors` in place of its parameters and buffers.
 
     Args:
         tensors: see `positive_form`.

@@ -1,4 +1,4 @@
-"""How much the large weights of one network are the large weights of another."""
+"""Overlap between the large weights of two networks."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def overlap_of_largest(
     fraction: float,
     masks: Mapping[str, Tensor] | None = None,
 ) -> float:
-    """Return the share of each layer's largest weights of `first` that are among the largest of `second` as well.
+    """Return the fraction of each layer's largest weights of `first` that are also among the largest of `second`.
 
-    About `fraction` for unrelated weights, 1 for equal ones; above `fraction` after a training: what was large at its
-    start stayed large, as it does with a small learning rate or a short training.
+    About `fraction` for unrelated weights, 1 for equal ones. Above `fraction` after training: initially large weights
+    remained large, as with a small learning rate or a short training.
 
     Args:
         first, second: layer -> weights, of the same shapes.
-        fraction: how many of a layer's weights count as large, in (0, 1]; rounded per layer.
+        fraction: fraction of a layer's weights that count as large, in (0, 1]; rounded per layer.
         masks: layer -> True where weights are kept; only those count. None: all.
 
     Source: Ma et al. 2021, Sanity Checks for Lottery Tickets, arXiv 2107.00166.
