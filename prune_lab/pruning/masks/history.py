@@ -1,4 +1,4 @@
-"""Where the masks of a phase have been: explored positions, overlap with the start, dead filters."""
+"""History of the masks in a phase: explored positions, overlap with the start, dead filters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INITIAL, _EVER = 1, 2
 class MaskHistory:
     """The first masks of a phase and every position that has been active since, keyed by parameter path.
 
-    Both are bits of one byte per weight: two bool copies of the masks would be a tenth of what a small batch trains in.
+    Both are bits of one byte per weight: two bool copies of the masks would take a tenth of a small batch's memory.
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
@@ -22,16 +22,16 @@ class MaskHistory:
 
     @property
     def initial(self) -> dict[str, Tensor]:
-        """bool, made anew at each call"""
+        """bool, built at each call"""
         return {name: (bits & _INITIAL).bool() for name, bits in self._bits.items()}
 
     @property
     def ever(self) -> dict[str, Tensor]:
-        """bool, made anew at each call"""
+        """bool, built at each call"""
         return {name: (bits & _EVER).bool() for name, bits in self._bits.items()}
 
     def observe(self, masks: Mapping[str, Tensor]) -> None:
-        """Note the masks in force."""
+        """Record the current masks."""
         for name, mask in masks.items():
             self._bits[name] |= mask.to(torch.uint8) * _EVER
 

@@ -64,8 +64,8 @@ def apportion(share: Mapping[str, float], room: Mapping[str, int], total: int) -
 def apportion_official(share: Mapping[str, float], room: Mapping[str, int], total: float) -> dict[str, int]:
     """Return the growth per layer by the official rule of sparse momentum; it need not add up to `total`.
 
-    ceil(share * total), at most 0.99 of the room. The excess is divided equally among all layers, repeatedly; the result
-    is rounded down.
+    ceil(share * total), at most 0.99 of the room. The excess is divided equally among all layers, repeatedly; finally
+    rounded down.
 
     Source: official code of Dettmers, Zettlemoyer 2019, arXiv 1907.04840.
     """
