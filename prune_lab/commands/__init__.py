@@ -1,1 +1,1 @@
-"""One folder per sub-command over finished or many runs; each has a `main` in its `command` file."""
+"""One folder per sub-command on finished runs or many runs; each has a `main` in its `command` file."""

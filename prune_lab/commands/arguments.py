@@ -1,4 +1,4 @@
-"""Command lines: argparse whose errors are one line, and a ~ that no shell has replaced."""
+"""Command lines: argparse with one-line errors, and a ~ that no shell has expanded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prune_lab.foundations.home import with_home
 
 
 class Arguments(argparse.ArgumentParser):
-    """An argument parser that raises UserError and never leaves the process on a wrong option."""
+    """An argument parser that raises UserError and never exits on a wrong option."""
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(prog=f"prune-lab {command}", description=description, allow_abbrev=False)

@@ -1,1 +1,1 @@
-"""Analyses of finished runs: what lies between two networks, and how the loss curves around one. They change no run."""
+"""Analyses of finished runs: the path between two networks, and the curvature of the loss. They change no run."""

@@ -1,4 +1,4 @@
-"""What analyses measure with: a run's network and data, loss and error over images, batch-norm statistics."""
+"""Measurements for analyses: a run's network and data, loss and error over images, batch-norm statistics."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Bench:
 
     dataset: Dataset
     device_config: DeviceConfig
-    """of training; figures are measured in fp32"""
+    """for training; figures are measured in fp32"""
     trainer: TrainerConfig
     seed: int
 
@@ -44,13 +44,13 @@ class Bench:
         return torch.randperm(total, generator=generator(self.seed, what))[:count]
 
     def training_images(self, chosen: Tensor, batch_size: int, *, augment: bool = False) -> Batches:
-        """Return the training images at the positions `chosen` in batches of nearly equal size, each time the same."""
+        """Return the training images at the positions `chosen` in batches of nearly equal size, always the same."""
         parts = chosen.tensor_split(-(-len(chosen) // batch_size))
         seed = stable_hash(self.seed, "crops of an analysis") if augment else None
         return self.dataset.train_subset(parts, augment_seed=seed)
 
     def training_scores(self, model: nn.Module, chosen: Tensor) -> dict[str, float]:
-        """Return loss and error (percent) over training images as they are, without augmentation."""
+        """Return loss and error (percent) over training images without augmentation."""
         images = _Images(lambda batch_size: self.training_images(chosen, batch_size), self.dataset.info)
         return self._scores(model, images, "train")
 
@@ -65,7 +65,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class _Images:
-    """Images in the form that the evaluation loop reads."""
+    """Images in the format of the evaluation loop."""
 
     read: Callable[[int], Batches]
     info: DatasetInfo
@@ -82,7 +82,7 @@ def open_bench(a: FinishedRun, b: FinishedRun, *, root: str | None, device: str,
         device: auto, cpu, cuda, cuda:N or mps.
 
     Raises:
-        UserError: the device or the data are not there; names the run.
+        UserError: the device or the data do not exist; names the run.
     """
     trainer = replace(
         a.trainer, device=device, precision="auto", channels_last="auto", compile=False, threads=None,
@@ -122,7 +122,7 @@ def norm_layers(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
 def recompute_statistics(model: nn.Module, batches: Batches) -> None:
     """Set the running statistics of batch norm to their means over `batches`; nothing else of `model` changes.
 
-    Every batch has the same weight. Other layers are in eval mode: dropout would change what the statistics are about.
+    Every batch has the same weight. Other layers are in eval mode, because dropout would change the statistics.
     """
     layers = norm_layers(model)
     if not layers:

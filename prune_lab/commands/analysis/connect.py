@@ -15,7 +15,7 @@ from prune_lab.foundations.schema import Count, Index, Momentum, Positive, Range
 from prune_lab.tracking.lines import to_ascii
 
 STABLE_BELOW_POINTS = 2.0
-"""a convention: the line counts as free of a barrier when the test error rises by less"""
+"""a convention: the line has no barrier if the test error rises by less"""
 POINTS = {"line": 31, "bezier": 61}
 RECIPE = {"epochs": 10, "lr": 0.1, "momentum": 0.9, "batch_size": 128}
 _LEVELS = " .:-=+*#%@"
@@ -27,16 +27,16 @@ _DESCRIPTION = (
 
 
 def main(argv: list[str]) -> int:
-    """Measure, or read what is there, and print it.
+    """Measure, or read a stored result, and print it.
 
     Raises:
-        UserError: wrong option, or runs between which there is no curve.
+        UserError: wrong option, or runs that no curve can connect.
     """
     options = parse_options(argv)
     runs = read_run(options.run_a), read_run(options.run_b)
     require_comparable(*runs)
     data_options(*runs, options.data)
-    from prune_lab.commands.analysis.bench import open_bench  # torch is imported when the options are right
+    from prune_lab.commands.analysis.bench import open_bench  # torch is imported only once the options are valid
 
     setting = open_bench(*runs, root=options.data, device=options.device, seed=options.seed)
     try:
@@ -86,7 +86,7 @@ def parse_options(argv: list[str]) -> Namespace:
     """Return the checked options.
 
     Raises:
-        UserError: unknown, out of range, or without effect beside the others.
+        UserError: unknown, out of range, or without effect given the others.
     """
     parser = Arguments("connect", _DESCRIPTION)
     parser.add_argument("run_a", metavar="RUN_A", help="directory of a finished run: t = 0")
@@ -183,7 +183,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def summary_lines(result: dict[str, Any], plan: Any) -> list[str]:
-    """Return the barriers, what they were measured on, and one line that draws the error along the curve."""
+    """Return the barriers, their images, and one line that draws the error along the curve."""
     split, curve = result["split"], "line" if plan.recipe is None else "bezier"
     barriers, zeros = result["barrier"], result["zeros"]
     lines = [
@@ -214,7 +214,7 @@ def _norm_line(result: dict[str, Any], plan: Any) -> str:
 
 
 def verdict(error_barrier: float | None, *, split: str, curve: str) -> str:
-    """Return whether the runs are connected, for a straight line in the usual term."""
+    """Return whether the runs are connected, for a straight line by the usual term."""
     words = ("stable", "not stable") if curve == "line" else ("connected", "not connected by this curve")
     is_below = error_barrier is not None and error_barrier < STABLE_BELOW_POINTS
     return f"{words[0 if is_below else 1]}: by convention, under {STABLE_BELOW_POINTS:g} points of {split} error"

@@ -35,20 +35,20 @@ NORM_BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured along the curve."""
+    """The measurements along the curve."""
 
     points: int
     train_images: int | None
-    """training images that loss and error are measured on; None: all"""
+    """training images for loss and error; None: all"""
     norm_images: int | None
-    """training images that batch-norm statistics are recomputed from at every point; None: they are interpolated"""
+    """training images for recomputing batch-norm statistics at every point; None: they are interpolated"""
     recipe: Recipe | None
     """how the middle of a Bezier curve is trained; None: the straight line"""
 
 
 @dataclass(frozen=True)
 class _Survey:
-    """A network to be set to any point of a curve."""
+    """A network that can be set to any point of a curve."""
 
     bench: Bench
     model: nn.Module
@@ -88,11 +88,11 @@ def explore(
 ) -> dict[str, Any]:
     """Return the points of the curve between two networks, its barriers and lengths.
 
-    What a stopped call has left in `folder` is taken up: epochs of the curve, and points that are measured.
+    The results of a stopped call in `folder` are reused: epochs of the curve, and measured points.
 
     Args:
-        report: takes lines on the training of the curve.
-        show: takes the figures of each point, in order.
+        report: called with lines on the training of the curve.
+        show: called with the figures of each point, in order.
 
     Raises:
         UserError: tensors of the networks differ, or the training of the curve diverges.
@@ -129,7 +129,7 @@ def barriers(points: list[dict[str, float | None]]) -> dict[str, float]:
 
 def _measure_points(survey: _Survey, path: Path, show: Callable[[dict], None]) -> list[dict[str, Any]]:
     done = read_records(path) if path.exists() else []
-    rewrite(path, done)  # without a last line that a kill cut short
+    rewrite(path, done)  # without a last line truncated by a kill
     for point in done:
         show(point)
     for t in positions(survey.plan.points)[len(done) :]:
@@ -146,7 +146,7 @@ def _zeros_at_middle(survey: _Survey) -> float:
 
 
 def _save_middle(model: nn.Module, curve: Curve, folder: Path) -> None:
-    """Keep the trained middle, so that the curve can be drawn again."""
+    """Save the trained middle, so that the curve can be reproduced."""
     tensors = {name: value.cpu().contiguous() for name, value in zip(trained(model), curve.middle, strict=True)}
     write_bytes(folder / "middle.safetensors", save(tensors))
 

@@ -1,4 +1,4 @@
-"""Trains the middle of a quadratic Bezier curve between two networks; both ends stay where they are."""
+"""Trains the middle of a quadratic Bezier curve between two networks; both ends stay fixed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Recipe:
 
 
 def lr_factor(epoch: int, epochs: int) -> float:
-    """Return what the learning rate is multiplied with in `epoch` (from 1) of `epochs`.
+    """Return the factor on the learning rate in `epoch` (from 1) of `epochs`.
 
     1 in the first half, then falling linearly to 0.01 at nine tenths, 0.01 after.
 
@@ -47,14 +47,14 @@ def train_middle(
     checkpoints: CheckpointPair,
     report: Callable[[str], None],
 ) -> Curve:
-    """Return the curve with a middle that makes the loss small on average over t; it begins at the mean of the ends.
+    """Return the curve with a middle trained to minimise the mean loss over t; it starts at the mean of the ends.
 
     Every batch draws one t uniformly from [0, 1]. A checkpoint is written after each epoch; training resumes from it
     with the same result, because all draws are keyed by seed and position.
 
     Args:
-        model: computes; its parameters and statistics are lost.
-        curve: gives the ends.
+        model: used for computation; its parameters and statistics are lost.
+        curve: defines the ends.
 
     Raises:
         UserError: the loss is infinite or NaN.
@@ -80,7 +80,7 @@ def train_middle(
 
 
 def _resume(checkpoints: CheckpointPair, curve: Curve, optimizer: torch.optim.Optimizer) -> int:
-    """Load the newest checkpoint, if there is one, and return the epochs that are done."""
+    """Load the newest checkpoint, if there is one, and return the number of finished epochs."""
     state = checkpoints.load()
     if state is None:
         return 0
@@ -114,7 +114,7 @@ def _train_epoch(
 def _step(
     model: nn.Module, curve: Curve, bench: Bench, optimizer: torch.optim.Optimizer, t: float, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Move the middle once and return (mean loss, number of right answers)."""
+    """Update the middle once and return (mean loss, number of correct predictions)."""
     place(model, curve.at(t))
     with bench.device_config.autocast():
         logits = model(x).float()

@@ -14,7 +14,7 @@ from torch import Tensor
 class Curve:
     """The straight line from `start` to `end`, or with `middle` the quadratic Bezier curve.
 
-    Each is a list of tensors that go together by position; `start` and `end` are the ends t = 0 and t = 1.
+    Each is a list of tensors matched by position; `start` and `end` are the ends t = 0 and t = 1.
     """
 
     start: Sequence[Tensor]
@@ -24,7 +24,7 @@ class Curve:
     def at(self, t: float) -> list[Tensor]:
         """Return the point at `t` in [0, 1], in the dtypes of `start`.
 
-        The sums are done in fp64: between equal ends every point is that very tensor, bit for bit.
+        Sums are computed in fp64: between equal ends every point equals them, bit for bit.
         """
         a, m, b = coefficients(t, bezier=self.middle is not None)
         points = []
@@ -63,7 +63,7 @@ def _dot(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def positions(count: int) -> list[float]:
-    """Return `count` evenly spaced t from 0 to 1; an odd count hits the middle."""
+    """Return `count` evenly spaced t from 0 to 1; an odd count includes the middle."""
     return [index / (count - 1) for index in range(count)]
 
 

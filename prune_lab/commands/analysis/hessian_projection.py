@@ -20,7 +20,7 @@ _DESCRIPTION = (
 
 
 def main(argv: list[str]) -> int:
-    """Compute, or read what is there, and print it.
+    """Compute, or read a stored result, and print it.
 
     Raises:
         UserError: wrong option, or runs that cannot be compared.
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     data_options(*runs, options.data)
     if runs[0].digest == runs[1].digest:
         raise UserError(f"{runs[0].directory} and {runs[1].directory} hold the same network: nothing to project")
-    from prune_lab.commands.analysis.bench import open_bench  # torch is imported when the options are right
+    from prune_lab.commands.analysis.bench import open_bench  # torch is imported only once the options are valid
 
     setting = open_bench(*runs, root=options.data, device=options.device, seed=options.seed)
     try:
@@ -111,7 +111,7 @@ def parse_options(argv: list[str]) -> Namespace:
 
 
 def summary_lines(result: dict[str, Any], runs: tuple[FinishedRun, FinishedRun], plan: Any) -> list[str]:
-    """Return rho beside what a random direction has, the eigenpairs, and how the weights are spread."""
+    """Return rho beside that of a random direction, the eigenpairs, and the spread of the weights."""
     level, drawn = result["random_level"], result["random_rho"]
     size, count = result["parameters"], plan.eigenvectors
     lines = ["   i  eigenvalue  residual  (e_i . d) / |d|"]

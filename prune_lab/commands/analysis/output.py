@@ -1,4 +1,4 @@
-"""Where an analysis leaves its result: a folder named by everything that changes it. Imports no torch."""
+"""The folder of an analysis, named by everything that changes its result. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_PARENT = Path("outputs") / "analysis"
 
 @dataclass(frozen=True)
 class ResultFolder:
-    """analysis.json names what is analysed, from the start on; result.json is written last."""
+    """analysis.json, written first, describes the analysis; result.json is written last."""
 
     directory: Path
     key: str
@@ -33,7 +33,7 @@ class ResultFolder:
         """Return the folder of an analysis.
 
         Args:
-            inputs: all that can change the result besides the networks of `runs`, as JSON can hold it.
+            inputs: everything besides the networks of `runs` that can change the result, JSON-able.
             chosen: the folder; None: outputs/analysis/<command>-<runs>-<hash8>.
 
         Raises:
@@ -59,7 +59,7 @@ class ResultFolder:
             raise UserError(f"{option} holds another analysis (see analysis.json there); choose another folder")
 
     def _read(self, name: str) -> dict[str, Any]:
-        """Return the content of a file there, empty if it is missing or damaged."""
+        """Return the content of a file in the folder, empty if it is missing or damaged."""
         try:
             content = read_json(self.directory / name)
         except (FileNotFoundError, ValueError):
@@ -69,12 +69,12 @@ class ResultFolder:
     def settle(
         self, runs: Sequence[FinishedRun], work: Callable[[], dict[str, Any]], *, report: Callable[[str], None]
     ) -> tuple[dict[str, Any], bool]:
-        """Return what this very analysis found, and whether it was there already; otherwise `work` finds it now.
+        """Return the result, and whether it was stored already; otherwise `work` computes it now.
 
-        Two processes that want the same do it once: the second waits and reads.
+        Two processes with the same analysis compute it once: the second waits and reads.
 
         Raises:
-            UserError: the folder cannot be made.
+            UserError: the folder cannot be created.
         """
         from prune_lab.pipeline import store
 

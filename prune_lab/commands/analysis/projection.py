@@ -1,4 +1,4 @@
-"""Top eigenvectors of a network's Hessian, and the share of a direction that lies in them."""
+"""Top eigenvectors of a network's Hessian, and the part of a direction that lies in their span."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REPORT_EVERY = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """How the eigenvectors are found."""
+    """How the eigenvectors are computed."""
 
     eigenvectors: int
     images: int
@@ -35,9 +35,9 @@ class Plan:
 def project(
     bench: Bench, runs: tuple[FinishedRun, FinishedRun], plan: Plan, *, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Return rho = |P d| / |d| for d = w_sgd - w_other, with all that is needed to judge it.
+    """Return rho = |P d| / |d| for d = w_sgd - w_other, with the figures needed to judge it.
 
-    P projects on the eigenvectors of the largest eigenvalues of the Hessian at w_sgd; d is over all trainable
+    P projects onto the eigenvectors of the largest eigenvalues of the Hessian at w_sgd; d is over all trainable
     parameters. The level of a random direction is sqrt(k / D).
 
     Raises:

@@ -23,7 +23,7 @@ class FinishedRun:
 
     directory: Path
     network: dict[str, Any]
-    """what model.json says: options of the network that is saved, number of classes, image size"""
+    """content of model.json: options of the saved network, number of classes, image size"""
     dataset: CommonConfig
     trainer: TrainerConfig
     seed: int
@@ -40,7 +40,7 @@ def read_run(directory: str | Path) -> FinishedRun:
     """Return the run in `directory`.
 
     Raises:
-        UserError: no run there, it is not finished, or its files cannot be read; one line that names the run.
+        UserError: no run there, not finished, or unreadable files; the message names the run.
     """
     path = Path(directory)
     if not (path / "run.json").is_file():
@@ -80,7 +80,7 @@ def require_comparable(a: FinishedRun, b: FinishedRun) -> None:
     kinds = (a.dataset.kind, b.dataset.kind)
     data = tuple({"kind": run.dataset.kind, **base.identity(run.dataset)} for run in (a, b))
     if kinds[0] != kinds[1]:
-        data = tuple({"kind": kind} for kind in kinds)  # their other options have nothing in common
+        data = tuple({"kind": kind} for kind in kinds)  # their other options are unrelated
     networks = tuple(_without_weights(run.network) for run in (a, b))
     for what, (mine, theirs) in (("data sets", data), ("networks", networks)):
         for key, (one, other) in _differences(mine, theirs):
@@ -89,7 +89,7 @@ def require_comparable(a: FinishedRun, b: FinishedRun) -> None:
 
 
 def _without_weights(network: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the description without the start weights, which are no part of the architecture."""
+    """Return the description without the start weights, which are not part of the architecture."""
     options = {key: value for key, value in network.get("model", {}).items() if key != "weights"}
     return {**network, "model": options}
 
@@ -104,13 +104,13 @@ def _differences(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -
 
 
 def data_options(a: FinishedRun, b: FinishedRun, root: str | None) -> CommonConfig:
-    """Return the options with which the runs' data set is read.
+    """Return the options for reading the runs' data set.
 
     Args:
         root: replaces dataset.root; None: the one that both runs name.
 
     Raises:
-        UserError: the runs name different places and `root` is None, or the data set has no place on disk.
+        UserError: the runs name different paths and `root` is None, or the data set has no path on disk.
     """
     if root is not None:
         options: Any = a.dataset

@@ -92,7 +92,7 @@ def _check_group(key: str, runs: Sequence[RunResult]) -> None:
 
 
 def find(rows: Sequence[Row], runs: Sequence[RunResult], options: Namespace) -> Findings:
-    """Return what is worked out across rows: differences to the baseline, Pareto front, published numbers."""
+    """Return the findings across rows: differences to the baseline, Pareto front, published numbers."""
     metric = Findings.metric
     typed = options.baseline or []
     against = conditions.parse("--baseline", typed, runs)

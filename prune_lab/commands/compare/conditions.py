@@ -1,4 +1,4 @@
-"""Conditions on runs such as method=rigl,set or seed!=3: read, checked against what the runs have, applied."""
+"""Conditions on runs such as method=rigl,set or seed!=3: parsed, checked against the runs' keys, applied."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def parse(flag: str, typed: Sequence[str], runs: Sequence[RunResult]) -> list[Co
     """Return the conditions written after `flag`.
 
     Raises:
-        UserError: no name=value, or a name that no run has as option or result.
+        UserError: not name=value, or a name that no run has as option or result.
     """
     return [_parse_one(flag, text, runs) for text in typed]
 
@@ -69,7 +69,7 @@ def _names(run: RunResult) -> Iterator[str]:
 
 def _value(text: str) -> Any:
     try:
-        return float(text)  # YAML reads 1e-3 as a text
+        return float(text)  # YAML reads 1e-3 as a string
     except ValueError:
         pass
     try:
@@ -79,7 +79,7 @@ def _value(text: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return what two equal values have in common however they are written: 1 and 1.0, lists and their texts."""
+    """Return a form that equal values share however they are written: 1 and 1.0, lists and their texts."""
     if value is None or isinstance(value, bool):
         return str(value)
     return float(value) if isinstance(value, (int, float)) else str(value)
@@ -103,7 +103,7 @@ def apply(conditions: Sequence[Condition], runs: Sequence[RunResult]) -> list[Ru
     """Return the runs that satisfy all conditions.
 
     Raises:
-        UserError: none of them does.
+        UserError: no run does.
     """
     kept = [run for run in runs if all(condition.holds(run) for condition in conditions)]
     if not kept:

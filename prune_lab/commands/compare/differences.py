@@ -29,10 +29,10 @@ class Difference:
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
-    """Return `values` minus `baseline` over the seeds that both have, None without any.
+    """Return `values` minus `baseline` over their common seeds, None without any.
 
     The interval is Student's t with n - 1 degrees of freedom on the differences: runs of one seed share initial
-    weights and data order, so that pairing removes what they have in common.
+    weights and data order, so that pairing removes their common variation.
     """
     gaps = [values[seed] - baseline[seed] for seed in values if seed in baseline]
     if not gaps:
@@ -76,8 +76,8 @@ def find_baselines(rows: Iterable[Row], conditions: Sequence[Condition]) -> list
     for row in rows:
         if all(condition.holds(row.runs[0]) for condition in conditions):
             for other in peers(row, found):
-                raise UserError(f"{typed}: two rows of {' on '.join(row.labels[1:3])} are such ({_told(other)}; "
-                                  f"{_told(row)}); add conditions until one is left")  # fmt: skip
+                raise UserError(f"{typed}: two rows of {' on '.join(row.labels[1:3])} are such ({_described(other)}; "
+                                  f"{_described(row)}); add conditions until one is left")  # fmt: skip
             found.append(row)
     if not found:
         raise UserError(f"{typed}: no row is such")
@@ -85,7 +85,7 @@ def find_baselines(rows: Iterable[Row], conditions: Sequence[Condition]) -> list
 
 
 def without_baseline(rows: Sequence[Row], baselines: Sequence[Row]) -> list[str]:
-    """Return why rows have no baseline, a line for each reason with the rows that it is true of."""
+    """Return why rows have no baseline: one line per reason, with its rows."""
     found: dict[str, list[str]] = {}
     for row in rows:
         fitting = peers(row, baselines)
@@ -96,13 +96,13 @@ def without_baseline(rows: Sequence[Row], baselines: Sequence[Row]) -> list[str]
 
 
 def _nearest_miss(row: Row, baselines: Sequence[Row]) -> str:
-    """Return in what `row` differs from the baseline that is most like it."""
+    """Return the differences of `row` from the most similar baseline."""
     unlike = min((row.kind.unlike(baseline.kind) for baseline in baselines), key=len)
     return f"{', '.join(unlike[:4])}{', ...' if len(unlike) > 4 else ''}"
 
 
 def over_dense(rows: Sequence[Row]) -> dict[str, float]:
-    """Return group -> training MACs over those of the dense row that it is comparable with, where there is one.
+    """Return group -> training MACs over those of the comparable dense row, if there is one.
 
     Several such rows count if they cost the same.
     """
@@ -115,7 +115,7 @@ def over_dense(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def _told(row: Row) -> str:
+def _described(row: Row) -> str:
     return f"{row.name} schedule={row.labels[3]}"
 
 

@@ -1,4 +1,4 @@
-"""From rows to the data of figures: which points, lines, error bars and captions. Pure; no plotting library."""
+"""From rows to the data of figures: points, lines, error bars and captions. Pure; no plotting library."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Series:
     y: tuple[float, ...]
     x_std: tuple[float | None, ...]
     y_std: tuple[float | None, ...]
-    """error bars of points, band of a line; None where a single run leaves it unknown"""
+    """error bars of points, band of a line; None if a single run leaves it unknown"""
     n: tuple[int, ...]
     """runs behind each point"""
     notes: tuple[str, ...]
@@ -59,7 +59,7 @@ class Series:
 
 @dataclass(frozen=True)
 class View:
-    """One state of a figure: axes and what is drawn between them."""
+    """One state of a figure: its axes and series."""
 
     dataset: str
     key: str
@@ -71,7 +71,7 @@ class View:
     series: tuple[Series, ...]
     log_x: bool = False
     categories: tuple[str, ...] = ()
-    """places on the x-axis if those are texts"""
+    """labels of positions on the x-axis, if those are texts"""
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,10 @@ class Figure:
     title: str
     caption: str
     selector: str
-    """what is chosen between views of one data set"""
+    """label of the choice between views of one data set"""
     views: tuple[View, ...]
     small: bool = False
-    """is drawn in a row with others"""
+    """is drawn side by side with others"""
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ def build(rows: Sequence[Row], findings: Findings) -> Figures:
     labels = styles.labels(rows)
     lines, by_method = styles.of_lines(rows)
     courses = [read_course(row, notes.append) for row in rows]
-    told = "Colour: method, dash: row of it." if by_method else "Colour and dash: row."
+    meaning = "Colour: method, dash: row of it." if by_method else "Colour and dash: row."
     figures = (
         accuracy(rows, findings.metric, labels),
-        density(courses, labels, lines, told),
-        curves(courses, labels, lines, told),
+        density(courses, labels, lines, meaning),
+        curves(courses, labels, lines, meaning),
         *course_figures(courses, labels, lines),
     )
     return Figures(tuple(figure for figure in figures if figure.views), tuple(map(to_ascii, notes)))
@@ -121,7 +121,7 @@ def _datasets(rows: Sequence[Row]) -> list[str]:
 
 
 def accuracy(rows: Sequence[Row], metric: str, labels: dict[str, str]) -> Figure:
-    """Return accuracy against each cost that a row has, with the Pareto front; a series per method."""
+    """Return accuracy against each cost that a row has, with the Pareto front; one series per method."""
     kinds = styles.kind_names(rows)
     looks = styles.of_methods(rows, kinds)
     views = []
@@ -159,12 +159,12 @@ def _accuracy_view(
 
 
 def _fronts(rows: Sequence[Row], metric: str, cost: str, kinds: dict[str, str]) -> list[Series]:
-    """Return the Pareto front of each set of comparable rows, named after what its rows have in common."""
+    """Return the Pareto front of each set of comparable rows, named after the common properties of its rows."""
     lines = front_lines(rows, metric, cost)
     found = []
     for circle, best in lines:
-        told = [kinds[row.group].split() for row in circle]
-        common = [word for word in told[0] if all(word in words for words in told)]
+        texts = [kinds[row.group].split() for row in circle]
+        common = [word for word in texts[0] if all(word in words for words in texts)]
         x, y = (tuple(_cost(row, cost).mean for row in best), tuple(row.stats[metric].mean for row in best))
         name = " ".join(["Pareto front", *common])
         none = (None,) * len(best)
@@ -209,7 +209,7 @@ def _spread(found: Stat, form: Callable[[float], str]) -> str:
     return form(found.mean) + (f" +- {form(found.std)}" if found.std is not None else "")
 
 
-def density(courses: Sequence[Course], labels: dict[str, str], looks: dict[str, Style], told: str) -> Figure:
+def density(courses: Sequence[Course], labels: dict[str, str], looks: dict[str, Style], meaning: str) -> Figure:
     """Return the density of every layer, a line per row and a view per model and data set."""
     views = []
     for dataset, model in dict.fromkeys((course.row.labels[2], course.row.labels[1]) for course in courses):
@@ -224,7 +224,7 @@ def density(courses: Sequence[Course], labels: dict[str, str], looks: dict[str, 
             views.append(View(dataset, model, model, "layer", "density", series, categories=layers))
     caption = (
         "The kept fraction of each layer's weights in the finished network, from the input to the output: mean over "
-        f"the row's runs, standard deviation on hovering. {told} It does not show how many weights a layer has: a "
+        f"the row's runs, standard deviation on hovering. {meaning} It does not show how many weights a layer has: a "
         "dense layer may be a small part of the network."
     )
     return Figure("density", "Density per layer", caption, "Model", tuple(views))
@@ -240,8 +240,8 @@ def _density_series(course: Course, label: str, style: Style) -> Series:
                   notes)  # fmt: skip
 
 
-def curves(courses: Sequence[Course], labels: dict[str, str], looks: dict[str, Style], told: str) -> Figure:
-    """Return top-1 on the evaluation images in the course of the runs, against epochs and against training MACs."""
+def curves(courses: Sequence[Course], labels: dict[str, str], looks: dict[str, Style], meaning: str) -> Figure:
+    """Return top-1 on the evaluation images during the runs, against epochs and against training MACs."""
     axes = {
         "epoch": ("epochs", "epochs trained, all phases", lambda point: point.epochs),
         "macs": ("training MACs", "training MACs so far", lambda point: point.macs),
@@ -255,13 +255,13 @@ def curves(courses: Sequence[Course], labels: dict[str, str], looks: dict[str, S
     caption = (
         "Top-1 on the evaluation images after each epoch and each pruning: mean over the row's runs that recorded the "
         f"epoch. Bands are {SPREAD}. Epochs are counted over all phases: what a method trains before it prunes, and "
-        f"again after it rewinds, counts. {told} A curve's best value is no result: the table has the last epoch's."
+        f"again after it rewinds, counts. {meaning} A curve's best value is no result: the table has the last epoch's."
     )
     return Figure("curves", "Training curves", caption, "Against", tuple(views))
 
 
 def course_figures(courses: Sequence[Course], labels: dict[str, str], looks: dict[str, Style]) -> list[Figure]:
-    """Return a small figure for sparsity and each figure on masks that a row has, against epochs."""
+    """Return a small figure for sparsity and for each mask figure that a row has, against epochs."""
     recorded = {key for course in courses for point in course.points for key in point.values} - {"eval/top1"}
     figures = []
     for key in sorted(recorded, key=lambda key: (list(_COURSE_KEYS).index(key) if key in _COURSE_KEYS else 99, key)):

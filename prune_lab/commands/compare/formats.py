@@ -58,7 +58,7 @@ def rich(header: Sequence[str], cells: Sequence[Sequence[str]], stream: TextIO) 
 
 
 def comma_separated(rows: Sequence[Row], findings: Findings) -> str:
-    """Return every number unrounded, a line per row: of each metric mean, std and n, and the seeds and directories."""
+    """Return every number unrounded, one line per row: mean, std and n of each metric, seeds and directories."""
     keys = dict.fromkeys((*METRICS.values(), *COSTS.values(), "sparsity/achieved"))
     lines = [_record(row, findings, keys) for row in rows]
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""Which rows no other one beats in both accuracy and cost."""
+"""The rows that no other row beats in both accuracy and cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def front_lines(rows: Sequence[Row], metric: str, cost: str) -> list[tuple[list[Row], list[Row]]]:
-    """Return each circle of two comparable rows or more with those of them on its Pareto front, by rising cost.
+    """Return each set of two or more comparable rows with those on its Pareto front, by ascending cost.
 
     Args:
         metric: short name of METRICS, higher is better.

@@ -1,4 +1,4 @@
-"""Runs grouped over seeds: mean, standard deviation and n. Runs that differ in more than the seed stay apart."""
+"""Runs grouped over seeds: mean, standard deviation and n. Runs that differ in more than the seed stay separate."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ METRICS = {
     "latency": "latency/ms",
     "wall": "time/wall_s",
 }
-"""what is averaged: short name -> key in a run's summary"""
+"""averaged metrics: short name -> key in a run's summary"""
 
 HIGHER_IS_BETTER = ("top1", "test", "accuracy", "delta", "control")
 
 SORT_KEYS = ("name", "sparsity", *METRICS)
 
 COSTS = {"macs": "macs/inference", "train": "macs/train", "params": "params/kept", "latency": "latency/ms"}
-"""what accuracy is set against: short name -> key, absolute so that networks of different size can be compared"""
+"""costs for comparison with accuracy: short name -> key, absolute so that networks of different size can be compared"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Row:
     labels: tuple[str, str, str, str]
     """method, model, data set, schedule"""
     sparsity: float | None
-    """requested; None where the method has no target"""
+    """requested; None if the method has no target"""
     options: str
     """every option in which it differs from another row"""
     num_finished: int
@@ -62,30 +62,30 @@ class Row:
     """by short name of METRICS; without those that no run has"""
     group: str = ""
     matched: str = ""
-    """which cost was made equal to that of which layout; the epochs, if they were solved for"""
+    """the matched cost and its reference layout; the epochs, if they were solved for"""
     control: str = ""
     """which sanity check of a method it is; none: a method beside its controls"""
     control_of: str | None = None
     """group of the method that it is a control of, if that is among the rows"""
     kind: Kind = field(default_factory=Kind, repr=False)
-    """which rows it may be set against"""
+    """determines the rows with which it may be compared"""
     evaluated: str | None = None
-    """which part of the evaluation images its accuracies are of; None: all"""
+    """part of the evaluation images behind its accuracies; None: all"""
     trained: str | None = None
-    """which part of the training images its epochs were of; None: all"""
+    """part of the training images in its epochs; None: all"""
     epochs: str = ""
-    """trained in each phase that trains: 2 + 1"""
+    """epochs of each training phase: 2 + 1"""
     runs: tuple[RunResult, ...] = field(default=(), repr=False)
     """the finished ones, by seed"""
 
     @property
     def prunes(self) -> bool:
-        """Whether its accuracy before pruning is another than its last one."""
+        """Whether its accuracy before pruning differs from its last one."""
         return any(run.summary.get("delta/top1") for run in self.runs)
 
     @property
     def name(self) -> str:
-        """The row's name where one text must do, such as a legend."""
+        """The row's name as a single text, such as for a legend."""
         sparsity = "" if self.sparsity is None else f"{self.sparsity:g}"
         parts = (self.labels[0], sparsity, self.matched, self.options, self.control.replace("none", ""))
         return " ".join(part for part in parts if part)
@@ -110,13 +110,13 @@ def aggregate(runs: Iterable[RunResult]) -> list[Row]:
     finished = {name: [run for run in members if run.summary] for name, members in groups.items()}
     shown = {name: members for name, members in finished.items() if members}
     firsts = {name: members[0] for name, members in shown.items()}
-    told = options.texts(firsts, {name: _look(run) for name, run in firsts.items()})
+    described = options.texts(firsts, {name: _look(run) for name, run in firsts.items()})
     kind_of, methods = kinds(firsts), _methods_of_controls(shown)
     return [
         Row(
             labels=_labels(members[0]),
             sparsity=members[0].summary.get("sparsity/requested"),
-            options=told[name],
+            options=described[name],
             num_finished=len(members),
             num_runs=len(groups[name]),
             stats=_stats(members),
@@ -135,7 +135,7 @@ def aggregate(runs: Iterable[RunResult]) -> list[Row]:
 
 
 def _methods_of_controls(groups: dict[str, list[RunResult]]) -> dict[str, str]:
-    """Return group of a control -> group of the method's own runs, where both are there."""
+    """Return group of a control -> group of the method's own runs, if both exist."""
     group_of = {run.path.name: name for name, members in groups.items() for run in members}
     own = {
         name: [group_of[run.summary["control/method_run"]] for run in members
@@ -152,7 +152,7 @@ def _labels(run: RunResult) -> tuple[str, str, str, str]:
 
 
 def _look(run: RunResult) -> tuple:
-    """Return what the table shows of a run beside its options."""
+    """Return the properties of a run that the table shows beside its options."""
     sparsity = f"{run.summary.get('sparsity/requested') or 0:g}"
     return _labels(run), sparsity, _matched(run), run.summary.get("control/kind")
 
@@ -180,7 +180,7 @@ def _stats(members: list[RunResult]) -> dict[str, Stat]:
 def sort_rows(rows: Iterable[Row], key: str) -> list[Row]:
     """Return rows by `name` (data set, model, method, sparsity), `sparsity`, or the mean of a metric.
 
-    Accuracies fall, costs rise; rows without the metric come last. Controls follow their method.
+    Accuracies are descending, costs ascending; rows without the metric come last. Controls follow their method.
     """
     ordered = _sorted(rows, key)
     controls: dict[str, list[Row]] = defaultdict(list)

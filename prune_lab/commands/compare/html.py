@@ -1,4 +1,4 @@
-"""The report: one HTML file with table, remarks and interactive plots that needs no network and loads nothing."""
+"""The report: one HTML file with table, remarks and interactive plots that needs no network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prune_lab.foundations.files import write_text
 _UNITS = {"s": 1, "min": 60, "h": 3600, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 
 _LONG = 30
-"""characters that a cell takes in one line"""
+"""characters that fit into one line of a cell"""
 
 
 def write_report(
@@ -59,7 +59,7 @@ def page(rows: Sequence[Row], findings: Findings, figures: Figures, notes: Seque
 
 
 def _render(**content: Any) -> str:
-    """Return the template report.html with `content`, whose texts it escapes."""
+    """Return the template report.html with `content`, whose texts are escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -85,7 +85,7 @@ def _about(rows: Sequence[Row]) -> list[str]:
 
 
 def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Return a table's titles with the kinds of their columns, and its cells with the numbers that they sort by."""
+    """Return a table's titles with the kinds of their columns, and its cells with their sort values."""
     kinds = [_kind(column) for column in zip(*lines, strict=True)]
     cells = [
         [(text, kind, sort_value(text) if kind == "num" else None) for text, kind in zip(line, kinds, strict=True)]
@@ -95,14 +95,14 @@ def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> dict[str, An
 
 
 def _kind(column: Sequence[str]) -> str:
-    """Return how a column is set: num, long (wrapped) or text."""
+    """Return how a column is formatted: num, long (wrapped) or text."""
     if all(cell == "-" or sort_value(cell) is not None for cell in column):
         return "num"
     return "long" if max(map(len, column)) > _LONG else "text"
 
 
 def sort_value(cell: str) -> float | None:
-    """Return the number that a cell begins with, units considered (13.1 k, 2 min 03 s); None: it does not."""
+    """Return the number at the beginning of a cell, including its unit (13.1 k, 2 min 03 s); None: there is none."""
     times = re.match(r"([\d.]+) (h|min|s)\b(?: (\d+) (min|s)\b)?", cell)
     if times:
         return sum(float(count) * _UNITS[unit] for count, unit in (times.groups()[:2], times.groups()[2:]) if count)
@@ -111,7 +111,7 @@ def sort_value(cell: str) -> float | None:
 
 
 def _data(figures: Figures) -> dict[str, Any]:
-    """Return what the script draws from."""
+    """Return the input data of the script."""
     content = {
         "light": styles.LIGHT,
         "dark": styles.DARK,
@@ -123,7 +123,7 @@ def _data(figures: Figures) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    """Return `value` with numbers of seven digits, more than a picture shows."""
+    """Return `value` with numbers rounded to seven digits, more than a picture shows."""
     if isinstance(value, float):
         return float(f"{value:.7g}")
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Which rows may be set against each other: those of equal model, data, evaluation and schedule."""
+"""Which rows may be compared: those of equal model, data, evaluation and schedule."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from prune_lab.commands.compare.runs import RunResult, flat_options
 from prune_lab.commands.compare.sources import ANYWHERE, sources
 
 _NOT_KIND = (*(key for key in ANYWHERE if key != "dataset.root"), "model.name", "dataset.name")
-"""options of models and data sets that belong to neither the network nor the images, or that labels show"""
+"""options of models and data sets that affect neither the network nor the images, or that labels show"""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What two rows must share so that the better one is better at the same task."""
+    """The properties that two rows must share for a comparison on the same task."""
 
     options: tuple[tuple[str, Any], ...] = ()
     """names and values: network, data, batch size, images per epoch"""
     evaluated: str = "all"
     """images evaluated"""
     train: float | None = None
-    """epochs of the schedule's block `train`; None: not known"""
+    """epochs of the schedule's block `train`; None: unknown"""
     finetune: float | None = None
     """those of its block `finetune`; None: the run trained in one phase"""
     total: int | None = None
-    """epochs trained over all phases; None: not known"""
+    """epochs trained over all phases; None: unknown"""
 
     def has_schedule_of(self, other: Kind) -> bool:
         """Return whether the blocks that both runs have are equally long."""
-        tunes_alike = self.finetune == other.finetune or None in (self.finetune, other.finetune)
-        return self.train == other.train and tunes_alike
+        same_finetune = self.finetune == other.finetune or None in (self.finetune, other.finetune)
+        return self.train == other.train and same_finetune
 
     def is_as_long_as(self, other: Kind) -> bool:
-        """Return whether both asked for the same schedule, or trained as many epochs in all."""
+        """Return whether both have the same planned schedule, or trained the same total number of epochs."""
         return self.has_schedule_of(other) or (self.total is not None and self.total == other.total)
 
     def fits(self, other: Kind) -> bool:
@@ -48,7 +48,7 @@ class Kind:
         return self.options == other.options and self.is_as_long_as(other)
 
     def unlike(self, other: Kind) -> list[str]:
-        """Return where the two differ, one text for each option, this one's value first."""
+        """Return the differences between the two, one text for each option, this one's value first."""
         here, there = ({**dict(kind.options), "images evaluated": kind.evaluated} for kind in (self, other))
         texts = [f"{key} {here.get(key)} / {there.get(key)}" for key in here | there if here.get(key) != there.get(key)]
         if not self.is_as_long_as(other):
@@ -66,16 +66,16 @@ def kinds(firsts: Mapping[str, RunResult]) -> dict[str, Kind]:
 
     Args:
         firsts: group -> one of its runs. Options that not all runs of a model or data set have, because versions of
-            this program differ, show nothing.
+            this program differ, are ignored.
     """
-    told = {group: _variants(firsts, group) for group in ("model", "dataset")}
-    return {name: _kind(run, [told[group][name] for group in told]) for name, run in firsts.items()}
+    variants = {group: _variants(firsts, group) for group in ("model", "dataset")}
+    return {name: _kind(run, [variants[group][name] for group in variants]) for name, run in firsts.items()}
 
 
 def _variants(firsts: Mapping[str, RunResult], group: str) -> dict[str, dict[str, Any]]:
     """Return for each group of runs the options of its model or data set that all runs of it have.
 
-    A run that has lost its options counts as the others if these are equal, else as one of another kind.
+    A run without recorded options counts as the others if these are equal, else as one of another kind.
     """
     files = sources(firsts)
     flat = {
@@ -97,9 +97,9 @@ def _variants(firsts: Mapping[str, RunResult], group: str) -> dict[str, dict[str
     return found
 
 
-def _kind(run: RunResult, told: Iterable[Mapping[str, Any]]) -> Kind:
+def _kind(run: RunResult, variants: Iterable[Mapping[str, Any]]) -> Kind:
     options: dict[str, Any] = {group: run.summary.get(f"config/{group}") for group in ("model", "dataset", "schedule")}
-    for entries in told:
+    for entries in variants:
         options |= entries
     options["training images per epoch"] = trained(run) or "all"
     schedule = run.options("schedule")

@@ -1,4 +1,4 @@
-"""Runs that saw only a part of the images: trainer.limit_eval_batches, trainer.limit_train_batches."""
+"""Runs that used only part of the images: trainer.limit_eval_batches, trainer.limit_train_batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from prune_lab.commands.compare.runs import RunResult
 
 
 def evaluated(run: RunResult) -> str | None:
-    """Return which part of the evaluation images was used, such as "2,000 of 10,000"; None: all of them."""
+    """Return the part of the evaluation images that was used, such as "2,000 of 10,000"; None: all of them."""
     split, key = ("test", "data/num_test") if "test/top1" in run.summary else ("final", "data/num_eval")
     images, total = run.summary.get(f"{split}/images"), run.summary.get(key)
     if images is None or total is None:  # written before runs recorded it
@@ -19,7 +19,7 @@ def evaluated(run: RunResult) -> str | None:
 
 
 def trained(run: RunResult) -> str | None:
-    """Return which part of the training images an epoch used; None: all, but for a last batch that is not full."""
+    """Return the part of the training images that an epoch used; None: all except an incomplete last batch."""
     if "train/images_per_epoch" in run.summary:
         images, total = run.summary["train/images_per_epoch"], run.summary.get("data/num_train")
         return None if images is None else f"{images:,} of {total:,}"
@@ -37,7 +37,7 @@ def trained(run: RunResult) -> str | None:
 
 
 def _part(images: int, total: int | None, *, shown: int | None = None) -> str | None:
-    """Return "IMAGES of TOTAL"; None if that is all, and a bound where the total is not known.
+    """Return "IMAGES of TOTAL"; None if that is all, and a bound if the total is unknown.
 
     Args:
         shown: the total as written in the text.

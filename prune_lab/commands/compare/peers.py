@@ -1,4 +1,4 @@
-"""Which rows of a table may be set against each other."""
+"""Which rows of a table may be compared with each other."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 
 def circles(rows: Iterable[Row]) -> list[list[Row]]:
-    """Return the largest sets of rows in which each is comparable with each other; a row may be in several."""
-    alike: dict[Any, list[Row]] = defaultdict(list)
+    """Return the largest sets of mutually comparable rows; a row may be in several."""
+    by_task: dict[Any, list[Row]] = defaultdict(list)
     for row in rows:
-        alike[row.kind.options, row.kind.evaluated].append(row)
-    return [circle for members in alike.values() for circle in _circles_of(members)]
+        by_task[row.kind.options, row.kind.evaluated].append(row)
+    return [circle for members in by_task.values() for circle in _circles_of(members)]
 
 
 def _circles_of(rows: Sequence[Row]) -> list[list[Row]]:
-    """Return the circles of rows that differ in their schedules alone."""
+    """Return the sets of comparable rows among those that differ only in their schedules."""
     found: list[tuple[set[str], list[Row]]] = []
     for kind in dict.fromkeys(row.kind for row in rows):
         for members in (
@@ -35,7 +35,7 @@ def _circles_of(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def peers(row: Row, others: Sequence[Row]) -> list[Row]:
-    """Return the rows that `row` is comparable with: those of the same schedule if there are any, else of equal length.
+    """Return the rows comparable with `row`: those of the same schedule if there are any, else of equal length.
 
     The row itself is one of them if it is among `others`.
     """

@@ -28,7 +28,7 @@ _SETTINGS = {"svg.hashsalt": "prune-lab", "svg.fonttype": "none", "font.size": 9
              "grid.color": "#dddddd", "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.spines.top": False,
              "axes.spines.right": False, "text.parse_math": False}  # fmt: skip
 _MANY_PLACES = 40
-"""with more, only some layers are named and points have no markers"""
+"""with more layers, only some are named and points have no markers"""
 
 
 def write_plots(figures: Figures, directory: Path) -> list[Path]:
@@ -54,7 +54,7 @@ def write_plots(figures: Figures, directory: Path) -> list[Path]:
 
 
 def draw(figure: Figure, view: View) -> Canvas:
-    """Return one view as a matplotlib figure, legend to its right; _SETTINGS are in force."""
+    """Return one view as a matplotlib figure, legend to its right; _SETTINGS must be active."""
     wide = 7.5 if len(view.categories) > 25 else 5.5
     canvas = Canvas(figsize=(wide, 3.8))
     FigureCanvasAgg(canvas)
@@ -72,7 +72,7 @@ def draw(figure: Figure, view: View) -> Canvas:
 
 
 def _about(view: View) -> str:
-    """Return what the picture alone cannot show: means, spreads, and over how many runs."""
+    """Return a note that the picture cannot show: means, spreads, and the number of runs."""
     counts = {num for series in view.series for num in series.n}
     spread = any(std is not None for series in view.series for std in (*series.x_std, *series.y_std))
     num = f"n = {min(counts)}" + (f" to {max(counts)}" if len(counts) > 1 else "")

@@ -1,4 +1,4 @@
-"""What a recipe's publication reports beside what was measured here."""
+"""Published numbers of a recipe beside those measured here."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prune_lab.commands.compare.runs import RunResult
 _HARMLESS = ("experiment=", "seed=", "output_dir=", "dataset.download=", "dataset.cache_dir=", "dataset.workers=",
              "logger.", "trainer.device", "trainer.threads", "trainer.checkpoint_interval_s",
              "trainer.eval_batch_size", "trainer.compile", "trainer.channels_last")  # fmt: skip
-"""options, or beginnings of them, with which a recipe is still the paper's"""
+"""options, or beginnings of them, that do not depart from the paper's recipe"""
 
 
 @dataclass(frozen=True)
 class Beside:
-    """One published number and the same of the runs here."""
+    """One published number and the corresponding one of the runs here."""
 
     row: Row
     recipe: str
@@ -30,7 +30,7 @@ class Beside:
     paper: dict[str, Any]
     """the recipe's block"""
     changed: str
-    """options of the runs that the recipe does not have; with any the two are not of the same experiment"""
+    """options of the runs that the recipe does not have; with any, the two are different experiments"""
 
 
 def beside(rows: Sequence[Row]) -> list[Beside]:
@@ -50,9 +50,10 @@ def beside(rows: Sequence[Row]) -> list[Beside]:
 
 
 def changed_options(run: RunResult) -> list[str]:
-    """Return the options beyond the recipe that a run was started with, but for those that change no result.
+    """Return the options of a run beyond its recipe, except those that change no result.
 
-    Where ImageNet lies changes nothing, its images are counted; what replaces CIFAR's archive may be other images.
+    The path of ImageNet changes nothing, because its images are counted; a replacement of CIFAR's archive may hold
+    other images.
     """
     harmless = _HARMLESS if (run.config.get("dataset") or {}).get("kind") == "cifar" else (*_HARMLESS, "dataset.root=")
     return [word for word in _options(run) if not word.lstrip("+~").startswith(harmless)]

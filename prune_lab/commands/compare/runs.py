@@ -1,4 +1,4 @@
-"""Runs read from their files: found under folders and patterns, read without torch, failed ones included."""
+"""Runs read from their files: found under folders and patterns, read without torch, including failed ones."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ class RunResult:
     status: str
     error: str | None
     group: str
-    """equal for runs that differ in nothing but the seed"""
+    """equal for runs that differ only in the seed"""
     seed: int | None
     summary: dict[str, Any]
-    """empty unless the run is finished; with params/kept, params/ratio, accuracy/test and latency/*, worked out
+    """empty unless the run is finished; with params/kept, params/ratio, accuracy/test and latency/*, computed
     here"""
     config: dict[str, Any]
     """resolved options; empty if run.json is missing"""
 
     def options(self, group: str) -> dict[str, Any]:
-        """Return the options of a group such as `model`; empty if they are not known."""
+        """Return the options of a group such as `model`; empty if they are unknown."""
         found = self.config.get(group)
         return found if isinstance(found, dict) else {}
 
     @property
     def phases(self) -> list[dict[str, Any]]:
-        """The phases of a finished run that trained: name, epochs and more; empty if they are not known."""
+        """The training phases of a finished run: name, epochs and more; empty if they are unknown."""
         return [phase for phase in self.summary.get("phases") or () if phase.get("epochs")]
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
-    """Return the run directories that `paths` are, contain or match (shell patterns), each once, in order of name.
+    """Return the run directories that `paths` are, contain or match (shell patterns), each once, sorted by name.
 
     Raises:
-        UserError: a path that does not exist, or one that leads to no run.
+        UserError: a path that does not exist, or one without runs.
     """
     found: dict[Path, None] = {}
     for path in paths:
@@ -71,7 +71,7 @@ def _below(directory: str) -> Iterator[Path]:
             found = sorted((entry.name, entry.is_symlink()) for entry in entries if entry.is_dir())
         for name, is_link in found:
             path = os.path.join(directory, name)
-            if name not in _NOT_RUNS and (not is_link or _is_run(path)):  # other links may lead around in circles
+            if name not in _NOT_RUNS and (not is_link or _is_run(path)):  # other links may form cycles
                 yield from _below(path)
 
 
@@ -119,7 +119,7 @@ _KINDS = {"status": str, "run/id": str, "run/group": str, "run/command": str, "r
 
 
 def _check(summary: dict[str, Any], status: dict[str, Any], config: Any) -> None:
-    """Raise ValueError, naming file and key, for values that no run of this program leaves."""
+    """Raise ValueError, naming file and key, for values that no run of this program writes."""
     for key, value in summary.items():
         kind = _KINDS.get(key)
         if kind and not (isinstance(value, kind) and not isinstance(value, bool)):
@@ -156,27 +156,27 @@ def _read_optional(run: Path, name: str) -> dict[str, Any]:
 
 
 def _ratio(summary: dict[str, Any]) -> dict[str, float]:
-    """Return the parameters that are left, which runs of older versions have under params/nonzero only."""
+    """Return the remaining parameters, which older versions stored only under params/nonzero."""
     left, dense = summary.get("params/kept", summary.get("params/nonzero")), summary.get("params/dense")
     found = {} if left is None else {"params/kept": left}
     return found | {"params/ratio": left / dense} if found and dense else found
 
 
 def _accuracy(summary: dict[str, Any], config: dict[str, Any]) -> dict[str, float]:
-    """Return the top-1 on test images: with dataset.validation the final one is of held-out training images."""
+    """Return the top-1 on test images: with dataset.validation the final one is on held-out training images."""
     held_out = "test/top1" in summary or (config.get("dataset") or {}).get("validation")
     value = summary.get("test/top1" if held_out else "final/top1")
     return {} if value is None else {"accuracy/test": value}
 
 
 def _control(summary: dict[str, Any]) -> dict[str, float]:
-    """Return what the method has over its control, in points; runs before this key have the two accuracies."""
+    """Return the method's advantage over its control, in points; runs before this key have the two accuracies."""
     method, control = summary.get("control/method_top1"), summary.get("final/top1")
     return {} if method is None or control is None else {"control/method_minus_control": method - control}
 
 
 def _latency(record: dict[str, Any]) -> dict[str, float]:
-    """Return what prune-lab export measured in PyTorch, the runtime that every export times, at batch size 1."""
+    """Return the latency of prune-lab export in PyTorch, the runtime that every export times, at batch size 1."""
     try:
         for row in (record.get("latency") or {}).get("rows", ()):
             if row["runtime"] == "PyTorch" and row["batch"] == 1:
@@ -189,7 +189,7 @@ def _latency(record: dict[str, Any]) -> dict[str, float]:
 
 
 def without_copies(runs: Iterable[RunResult]) -> tuple[list[RunResult], list[str]]:
-    """Return the runs, each finished one once however often its directory was copied, and a note on every copy."""
+    """Return the runs, each finished one once, even if its directory was copied, and a note on every copy."""
     kept: list[RunResult] = []
     first: dict[str, Path] = {}
     notes: list[str] = []

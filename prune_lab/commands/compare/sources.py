@@ -1,4 +1,4 @@
-"""What the files that a run read are known by: their content, whatever path was typed for them."""
+"""Identifies the files that a run read by their content, regardless of the typed path."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from dataclasses import dataclass
 from prune_lab.commands.compare.runs import RunResult, flat_options
 
 ANYWHERE = ("dataset.root", "dataset.download", "dataset.cache_dir", "dataset.workers")
-"""where the same images come from"""
+"""sources of the same images"""
 AS_PUBLISHED = "published"
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What one run read."""
+    """The input files of one run."""
 
     path: str
-    """as it was typed"""
+    """as typed"""
     content: str | None
     """hash; None: not recorded, or fixed by the options"""
     rest: str = ""
-    """what else the hash is of"""
+    """further inputs of the hash"""
 
 
 def sources(firsts: Mapping[str, RunResult]) -> dict[str, dict[str, str]]:
     """Return group -> {dataset.root: images, model.weights: start weights}, as far as the run has these options.
 
-    Images that the options fix are "published". The same content under another path has the path that was met first.
-    Other content that was at one path at another time has the beginning of its hash beside it.
+    Images that the options fix are "published". The same content under another path gets the path found first.
+    Different content found at the same path at another time is shown with the beginning of its hash.
     """
     read = {"dataset.root": _images, "model.weights": _start_weights}
     texts = {option: _texts({name: source for name, run in firsts.items() if (source := of(run))})

@@ -12,17 +12,17 @@ from prune_lab.commands.compare.peers import circles
 from prune_lab.tracking.lines import to_ascii
 
 LIGHT = ("#4279e7", "#d28217", "#23a95d", "#761230", "#0a305c", "#5a5c0a", "#3929e7", "#898989")
-"""eight colours, at least 3:1 on white, found by a search for the largest least distance (CIELAB) as eyes without
-deviation and with each of the three kinds of colour blindness see them"""
+"""eight colours with contrast of at least 3:1 on white, found by maximising the smallest distance (CIELAB) for normal
+vision and for each of the three kinds of colour blindness"""
 DARK = ("#7ea1f1", "#e84031", "#41d37b", "#a73e9d", "#a7f5f0", "#e4e748", "#a01ee6", "#727272")
 """the same on a dark background"""
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "triangle-down")
-"""seven, so that with eight colours 56 methods differ in the pair"""
+"""seven, so that with eight colours 56 methods have distinct pairs"""
 DASHES = ("solid", "dash", "dot", "dashdot")
 
 _KIND = ("model.", "dataset.", "schedule.batch_size", "schedule.multiplier", "schedule.train.epochs",
          "schedule.finetune.epochs")  # fmt: skip
-"""options, or beginnings of them, in which rows that are compared must agree"""
+"""options, or beginnings of them, in which compared rows must agree"""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class Style:
     symbol: int
     dash: int = 0
     hollow: bool = False
-    """a control of the method whose colour it has"""
+    """whether it is a control of the method with the same colour"""
 
 
 def labels(rows: Sequence[Row]) -> dict[str, str]:
-    """Return group -> ASCII text for legends; model and schedule are named where the rows have several.
+    """Return group -> ASCII text for legends; model and schedule are named if the rows have several.
 
     Options lose their prefix (schedule.train.lr=0.1 becomes lr=0.1) unless two rows would then look the same.
     """
@@ -47,11 +47,11 @@ def labels(rows: Sequence[Row]) -> dict[str, str]:
     short = {group: _short(text) for group, text in full.items()}
     keys = {row.group: (row.labels[2], short[row.group]) for row in rows}
     taken = list(keys.values())
-    told = {group: full[group] if taken.count(key) > 1 else short[group] for group, key in keys.items()}
-    looks = [(keys[group][0], text) for group, text in told.items()]
+    named = {group: full[group] if taken.count(key) > 1 else short[group] for group, key in keys.items()}
+    looks = [(keys[group][0], text) for group, text in named.items()]
     return {
         group: to_ascii(f"{text} {group}" if looks.count((keys[group][0], text)) > 1 else text)
-        for group, text in told.items()
+        for group, text in named.items()
     }
 
 
@@ -63,7 +63,7 @@ def method_names(rows: Sequence[Row]) -> list[str]:
 def kind_names(rows: Sequence[Row]) -> dict[str, str]:
     """Return group -> ASCII text that separates the row's network, data and schedule from those of other rows.
 
-    Texts are empty where all rows are comparable with each other.
+    Texts are empty if all rows are comparable with each other.
     """
     if len(circles(rows)) == 1:
         return dict.fromkeys((row.group for row in rows), "")
@@ -75,7 +75,7 @@ def kind_names(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _parts(row: Row) -> list[str]:
-    """Return which parts of the images the row is of."""
+    """Return the parts of the images that the row used."""
     return [f"({part} images)" for part in (row.evaluated, row.trained) if part]
 
 
@@ -94,7 +94,7 @@ def of_methods(rows: Sequence[Row], kinds: Mapping[str, str] | None = None) -> d
 def of_lines(rows: Sequence[Row]) -> tuple[dict[str, Style], bool]:
     """Return group -> style of a line, and whether colours mean methods.
 
-    They do while a dash for each row of a method is enough on every data set; else each row has a colour of its own.
+    They do while there are enough dashes for each row of a method on every data set; else each row has its own colour.
     """
     members: Mapping[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
@@ -102,8 +102,8 @@ def of_lines(rows: Sequence[Row]) -> tuple[dict[str, Style], bool]:
     if max(map(len, members.values()), default=0) <= len(DASHES):
         order = method_names(rows)
         found = {}
-        for (_, method), alike in members.items():
-            for index, row in enumerate(alike):
+        for (_, method), same_method in members.items():
+            for index, row in enumerate(same_method):
                 base = _of_method(order.index(method), row)
                 found[row.group] = Style(base.color, base.symbol, index, base.hollow)
         return found, True

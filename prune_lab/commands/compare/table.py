@@ -1,4 +1,4 @@
-"""Rows of a comparison as cells for a reader, and the lines about what is not among them."""
+"""Rows of a comparison as cells for a reader, and the lines about missing ones."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ SAME = "equal model, data, evaluation and schedule"
 
 @dataclass(frozen=True)
 class Findings:
-    """What was worked out across rows."""
+    """Results computed across rows."""
 
     differences: Mapping[str, Difference] = field(default_factory=dict)
     """by group; empty without a baseline"""
     baseline: str = ""
-    """how it was typed"""
+    """as typed"""
     metric: str = "accuracy"
-    """what differences and front are about: short name of METRICS"""
+    """metric of differences and front: short name of METRICS"""
     front: frozenset[str] = frozenset()
     """groups on the Pareto front"""
     cost: str = "macs"
-    """against which the front is drawn: short name of COSTS"""
+    """cost of the front: short name of COSTS"""
     unpaired: Sequence[str] = ()
     """why rows have no difference to the baseline"""
     over_dense: Mapping[str, float] = field(default_factory=dict)
     """by group: training MACs over those of the dense row"""
     before_pruning: bool = False
-    """whether accuracies before pruning were asked for"""
+    """whether accuracies before pruning were requested"""
     published: tuple[Beside, ...] = ()
 
 
@@ -79,7 +79,7 @@ def table(rows: Sequence[Row], findings: Findings | None = None) -> tuple[list[s
 
 
 def _missed(row: Row) -> str:
-    """Return the target that a run of the row has missed, and what the row has reached on average."""
+    """Return the target that a run of the row has missed, and the row's mean value."""
     missed = next((run.summary for run in row.runs if run.summary.get("target/met") is False), None)
     if missed is None:
         return ""
@@ -87,7 +87,7 @@ def _missed(row: Row) -> str:
 
 
 def _start(row: Row) -> str:
-    """Return what the weights that the row began from brought along; empty for fresh ones."""
+    """Return accuracy and zeros of the row's start weights; empty for fresh ones."""
     top1, zeros = (stat_of(row, key) for key in ("start/top1", "start/zeros"))
     if top1 is None or zeros is None:
         return ""
@@ -106,7 +106,7 @@ def _absolute(row: Row, key: str) -> str:
 
 
 def _training(rows: Sequence[Row], over_dense: Mapping[str, float]) -> dict[str, list[str]]:
-    """Return training MACs as a ratio where a dense row is there to divide by; as they are unless all rows have it."""
+    """Return training MACs as a ratio to a dense row if there is one; also absolute unless all rows have the ratio."""
     counted = [row for row in rows if "train" in row.stats]
     columns = {
         "train MACs": [_absolute(row, "macs/train") for row in rows],
@@ -116,7 +116,7 @@ def _training(rows: Sequence[Row], over_dense: Mapping[str, float]) -> dict[str,
 
 
 def _before_pruning(rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Return the accuracy that each run had before it pruned, after how many epochs, and what has changed since."""
+    """Return each run's accuracy before pruning, the epochs before it, and the change since."""
     cells = []
     for row in rows:
         before, epochs = stat_of(row, "dense/top1"), {dense_epochs(run.summary) for run in row.runs}

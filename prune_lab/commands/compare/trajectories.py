@@ -1,4 +1,4 @@
-"""What the runs of a row recorded while they trained, averaged over seeds: metrics.jsonl and layers.json."""
+"""Records of a row's runs during training, averaged over seeds: metrics.jsonl and layers.json."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from prune_lab.tracking.jsonl import read_records
 
 @dataclass(frozen=True)
 class Point:
-    """One place in the course of a row's runs: the end of an epoch, or a pruning between two."""
+    """One position in the course of a row's runs: the end of an epoch, or a pruning between two."""
 
     phase: str
     epoch: int
     """as recorded, within the phase; 0: before its training"""
     epochs: float
-    """trained since the run began, over all phases; mean over the runs"""
+    """epochs trained since the run began, over all phases; mean over the runs"""
     macs: float | None
     """training MACs since the run began, mean over the runs"""
     values: dict[str, Stat]
@@ -45,7 +45,7 @@ def is_kept(key: str) -> bool:
 
 
 def read_course(row: Row, note: Callable[[str], None]) -> Course:
-    """Return the records of the row's finished runs; `note` gets what could not be read."""
+    """Return the records of the row's finished runs; `note` is called with reading errors."""
     records = [_read(read_records, run.path / "metrics.jsonl", note) for run in row.runs]
     tables = [_read(read_json, run.path / "layers.json", note) for run in row.runs]
     return Course(row, trajectory(filter(None, records)), densities(filter(None, tables)))
@@ -65,10 +65,10 @@ def _read(reader: Callable[[Path], Any], path: Path, note: Callable[[str], None]
 
 
 def trajectory(runs: Iterable[Sequence[dict[str, Any]]]) -> list[Point]:
-    """Return the places in the course of `runs`, each with mean and std over the runs that came by, in their order.
+    """Return the positions in the course of `runs`, each with mean and std over the runs that reached it, in order.
 
-    A place is an epoch of a phase. Epochs are counted over the whole run, as every record of an epoch that was trained
-    adds one: a method that rewinds trains an epoch of the same number again.
+    A position is an epoch of a phase. Epochs are counted over the whole run, and every record of a trained epoch adds
+    one: a method that rewinds trains an epoch of the same number again.
     """
     places: dict[tuple[str, int], list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     for records in runs:
@@ -80,7 +80,7 @@ def trajectory(runs: Iterable[Sequence[dict[str, Any]]]) -> list[Point]:
             trained += epoch > 0
             places[phase, epoch].append((trained, record))
     points = [_point(phase, epoch, visits) for (phase, epoch), visits in places.items()]
-    return sorted(points, key=lambda point: point.epochs)  # stable: a pruning stays behind the epoch before it
+    return sorted(points, key=lambda point: point.epochs)  # stable: a pruning stays after the preceding epoch
 
 
 def _point(phase: str, epoch: int, visits: Sequence[tuple[int, dict[str, Any]]]) -> Point:
@@ -98,7 +98,7 @@ def _point(phase: str, epoch: int, visits: Sequence[tuple[int, dict[str, Any]]])
 
 
 def _numbers(records: Sequence[dict[str, Any]], key: str) -> list[float]:
-    """Return the finite numbers under `key`; a loss that ran away has left null there."""
+    """Return the finite numbers under `key`; a diverged loss is null there."""
     found = [record.get(key) for record in records]
     return [value for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
 

@@ -22,7 +22,7 @@ def build(entity: str, project: str, name: str) -> Workspace:
     """Return the workspace; nothing is sent.
 
     Raises:
-        UserError: W&B does not take the name.
+        UserError: W&B rejects the name.
     """
     from wandb_workspaces.workspaces import Workspace
 
@@ -42,17 +42,17 @@ def build(entity: str, project: str, name: str) -> Workspace:
 
 
 def specification(workspace: Workspace) -> dict[str, Any]:
-    """Return what W&B would store but for its own names, as plain containers."""
+    """Return the content that W&B would store, without its own names, as plain containers."""
     shown = {"entity", "project", "display_name", "spec"}
     return json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True, include=shown))
 
 
 def save(workspace: Workspace) -> tuple[str, bool]:
-    """Store the workspace as the saved view of its name; return its address and whether it was there before.
+    """Store the workspace as the saved view of its name; return its address and whether it existed before.
 
     W&B identifies views by an internal name, which every client draws at random. Here it is derived from entity,
-    project and name: the same command finds its view again, even one renamed there, and overwrites all changes. Views
-    that a person made are never changed, and the private workspace of a user cannot be written.
+    project and name. So the same command finds its view again, even after a renaming in W&B, and overwrites all
+    changes. Views made by a person are never changed, and the private workspace of a user cannot be written.
 
     Raises:
         UserError: there is no such project.
@@ -60,7 +60,7 @@ def save(workspace: Workspace) -> tuple[str, bool]:
     """
     identity = hashlib.sha256(f"{workspace.entity}/{workspace.project}/{workspace.name}".encode()).hexdigest()[:11]
     stored = _stored_id(workspace, identity)
-    workspace._internal_name = f"nw-{identity}-v"  # the form of W&B's own
+    workspace._internal_name = f"nw-{identity}-v"  # in the format of W&B's own
     workspace._internal_id = stored or ""  # without it W&B would store a second view
     workspace.save()
     return workspace.url, stored is not None
@@ -86,7 +86,7 @@ def _upload(workspace: Workspace) -> str:
     import wandb
 
     if key := find_key():
-        os.environ["WANDB_API_KEY"] = key  # wandb-workspaces opens sessions of its own, which would prompt for it
+        os.environ["WANDB_API_KEY"] = key  # wandb-workspaces opens its own sessions, which would prompt for it
     wandb.setup(settings=wandb.Settings(silent=True))
     workspace.entity = workspace.entity or wandb.Api().default_entity or ""
     if not workspace.entity:
@@ -122,6 +122,6 @@ def main(argv: list[str]) -> int:
         print(_upload(workspace))
     except UserError:
         raise
-    except Exception as error:  # wandb raises many kinds; none of them is of use to the reader beyond its text
+    except Exception as error:  # wandb raises many types; only their text is useful to the reader
         raise UserError(f"W&B: {' '.join(str(error).split()) or type(error).__name__}") from error
     return 0

@@ -1,4 +1,4 @@
-"""What the W&B workspace shows: sections of panels over the keys that runs log."""
+"""Content of the W&B workspace: sections of panels over the keys that runs log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 TOP1, TEST = "final/top1", "test/top1"
 _TITLES = {TOP1: "top-1 on the evaluation images (%)", TEST: "top-1 on the test images (%)"}
-"""with dataset.validation the evaluation images are held out of training, and test/top1 is there too"""
+"""with dataset.validation the evaluation images are held out of training, and test/top1 exists too"""
 COSTS = {
     "macs/inference": "MACs per image",
     "macs/train": "training MACs",
@@ -23,7 +23,7 @@ COSTS = {
 }
 """key of the summary -> title"""
 COLUMNS = (TOP1, "sparsity/achieved", "macs/inference_ratio", "macs/train_ratio", "params/kept")
-"""of the table of runs, where a group shows its mean"""
+"""columns of the table of runs, where a group shows its mean"""
 
 _AXES = {"global_step": "optimizer step", "epoch": "epoch of the phase", "macs/train": "training MACs"}
 _MAX_LINES = 100
@@ -43,19 +43,19 @@ def sections() -> list[Section]:
     found = []
     for index, (name, panels) in enumerate(parts.items()):
         for number, panel in enumerate(panels):
-            panel._id = f"prunelab{index}{number}"  # random otherwise, so that every call would write other panels
+            panel._id = f"prunelab{index}{number}"  # random by default, so that every call would write different panels
         layout = ws.SectionLayoutSettings(columns=3, rows=(len(panels) + 2) // 3)
         found.append(ws.Section(name=name, panels=[*panels], is_open=index < 2, layout_settings=layout))
     return found
 
 
 def settings() -> WorkspaceSettings:
-    """Return the settings of all panels: what was measured, without smoothing."""
+    """Return the settings of all panels: measured values, without smoothing."""
     return ws.WorkspaceSettings(x_axis="global_step", smoothing_type="none", max_runs=_MAX_LINES)
 
 
 def runset() -> RunsetSettings:
-    """Return how runs are listed: grouped over seeds, which share the W&B group."""
+    """Return the listing of runs: grouped over seeds, which share the W&B group."""
     return ws.RunsetSettings(groupby=[ws.Metric("Group")], pinned_columns=[f"summary:{key}" for key in COLUMNS])
 
 
@@ -121,7 +121,7 @@ def _scatter(key: str, title: str, *, y: str = TOP1, log_x: bool | None = None) 
 
 
 def _lines(keys: list[str], title: str, *, x: str = "global_step", metric_regex: str | None = None) -> Panel:
-    """Return a line per group: the mean over its runs, and their standard deviation as a band."""
+    """Return one line per group: the mean over its runs, and their standard deviation as a band."""
     return wr.LinePlot(
         title=title,
         x=x,

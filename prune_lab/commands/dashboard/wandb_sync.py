@@ -20,17 +20,17 @@ from prune_lab.tracking.wandb_key import require_key
 from prune_lab.tracking.wandb_sink import WandbSink
 
 _TIMEOUT_S = 120.0
-"""for each of begin and end; the reader waits for the upload here"""
+"""for start and finish each; the user waits for the upload here"""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What one refill did."""
+    """Outcome of one refill."""
 
     url: str
     num_sent: int
     num_present: int
-    """records that W&B held already"""
+    """records that W&B already had"""
 
 
 def refill(
@@ -44,8 +44,8 @@ def refill(
 ) -> Sent:
     """Send metrics.jsonl, layers.json and summary.json of a run to the W&B run of the same id.
 
-    Records that W&B holds already stay, the missing ones follow. So it can be repeated, and completes a broken upload.
-    Times in W&B are those of the upload.
+    Records that W&B already has are kept, and missing ones follow. So a refill can be repeated, and completes a broken
+    upload. Times in W&B are those of the upload.
 
     Args:
         project: W&B project; None: the one in the run's options. Likewise `entity`.
@@ -67,7 +67,7 @@ def refill(
     try:
         records = read_records(run_dir / "metrics.jsonl")
         return _send(sink, info, records, status)
-    except Exception as error:  # wandb raises many kinds; none of them is of use to the reader beyond its text
+    except Exception as error:  # wandb raises many types; only their text is useful to the reader
         raise UserError(f"{run_dir}: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
@@ -111,11 +111,11 @@ def _send(sink: WandbSink, info: RunInfo, records: list[dict[str, Any]], status:
 
 
 def _sync(run_dir: Path, options: argparse.Namespace) -> str:
-    """Send one run, print the outcome, and return the outcome that it is counted under."""
+    """Send one run, print the outcome, and return its category for the count."""
     if not (run_dir / "run.json").exists():
         print(f"{run_dir}: skipped, it holds results without the run (no run.json)", flush=True)
         return "skipped"
-    if is_held(run_dir / ".lock"):  # a process works on it: it would be marked as failed in W&B
+    if is_held(run_dir / ".lock"):  # a process is running it: it would be marked as failed in W&B
         print(f"{run_dir}: running, skipped", flush=True)
         return "skipped"
     try:
@@ -128,7 +128,7 @@ def _sync(run_dir: Path, options: argparse.Namespace) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Send every run that the command line names, one after the other; return 1 if any of them could not be sent.
+    """Send every run that the command line names, one after the other; return 1 if any could not be sent.
 
     Raises:
         UserError: wrong option, no key, or no run there.

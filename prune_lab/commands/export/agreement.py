@@ -1,4 +1,4 @@
-"""Does an exported network compute what the run's network computes? Measured on random images, against float64."""
+"""Does an exported network compute the same outputs as the run's? Measured on random images, against float64."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from prune_lab.foundations.errors import UserError
 
 BATCHES = (1, 3, 28)
-"""sizes that files are checked with: the batch size must be free"""
+"""batch sizes for checking files: the batch size must be free"""
 LEAST_SPREAD = 1e-2
-"""of the largest output: with less the scale stays here, lest fp32's own rounding decides"""
+"""fraction of the largest output: minimum of the scale, so that fp32's own rounding does not decide"""
 NO_SPREAD = 1e-6
-"""of the largest output: within rounding, so that a file which ignores its images would pass"""
+"""fraction of the largest output: within rounding, so that a file which ignores its images would pass"""
 _PATCHES, _NOISE = 4, 0.5
 
 
@@ -31,11 +31,11 @@ class Reference:
     logits: list[Tensor]
     """fp32 [N, classes]"""
     exact: list[Tensor] | None = None
-    """the same computed in float64; None where a module cannot"""
+    """the same computed in float64; None if a module cannot"""
 
     @cached_property
     def wanted(self) -> Tensor:
-        """All outputs [images, classes] in float64, as exact as there are."""
+        """All outputs [images, classes] in float64, in the best available precision."""
         return torch.cat(self.logits if self.exact is None else self.exact).double()
 
     @property
@@ -45,23 +45,23 @@ class Reference:
 
     @property
     def spread(self) -> float:
-        """How far an output lies from its mean over the images at most; of one image, the largest output."""
+        """Largest distance of an output from its mean over the images; for one image, the largest output."""
         return float((self.wanted - self.wanted.mean(0)).abs().max()) if len(self.wanted) > 1 else self.largest
 
     @property
     def scale(self) -> float:
-        """What differences are divided by: the spread, from `LEAST_SPREAD` to all of the largest output."""
+        """Divisor of differences: the spread, from `LEAST_SPREAD` to all of the largest output."""
         return min(max(self.spread, LEAST_SPREAD * self.largest), self.largest)
 
     @property
     def rounding(self) -> float:
-        """How far PyTorch's own outputs in fp32 are from those in float64, relative to `scale`."""
+        """Distance of PyTorch's own outputs in fp32 from those in float64, relative to `scale`."""
         return float((torch.cat(self.logits).double() - self.wanted).abs().max()) / self.scale
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far outputs are from the reference."""
+    """Distance of outputs from the reference."""
 
     max_difference: float
     """largest absolute difference of two outputs; NaN if an output is not a number"""
@@ -96,14 +96,14 @@ def make_reference(model: nn.Module, image_size: int, *, batches: Sequence[int] 
 
 
 def _images(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Return patches of colour with noise over them: means over pixels of noise alone hardly differ between images."""
+    """Return patches of colour with added noise: pixel means of pure noise hardly differ between images."""
     patches = torch.randn(count, 3, _PATCHES, _PATCHES, generator=generator)
     noise = torch.randn(count, 3, size, size, generator=generator)
     return F.interpolate(patches, size=size) + _NOISE * noise
 
 
 def _exact(model: nn.Module, images: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return the outputs in float64; None if a module makes tensors of another precision."""
+    """Return the outputs in float64; None if a module creates tensors of another precision."""
     double = copy.deepcopy(model).double()
     try:
         return [double(batch.double()) for batch in images]
@@ -112,11 +112,11 @@ def _exact(model: nn.Module, images: Sequence[Tensor]) -> list[Tensor] | None:
 
 
 def compare(reference: Reference, run: Callable[[Tensor], Tensor], *, is_same_arithmetic: bool = False) -> Agreement:
-    """Return how `run` agrees with the reference.
+    """Return the agreement of `run` with the reference.
 
     Args:
-        is_same_arithmetic: `run` is PyTorch itself in fp32, where rounding cannot be mistaken for a fault: the outputs
-            in fp32 are what it is compared with.
+        is_same_arithmetic: `run` is PyTorch itself in fp32, where rounding cannot be mistaken for a fault: it is
+            compared with the fp32 outputs.
     """
     with torch.inference_mode():
         found = torch.cat([run(batch).double() for batch in reference.images])

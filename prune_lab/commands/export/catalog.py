@@ -1,4 +1,4 @@
-"""Which formats there are, what they need and what runs them. Imports no torch."""
+"""The export formats, their requirements and runtimes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from prune_lab.foundations.schema import suggestion
 
 @dataclass(frozen=True)
 class Format:
-    """One way to write a network."""
+    """One file format for a network."""
 
     name: str
     title: str
     files: tuple[str, ...]
     packages: tuple[str, ...] = ()
-    """what has to be installed besides prune-lab itself, by name on the package index and of import"""
+    """packages required besides prune-lab itself, by name on the package index and of import"""
     is_graph: bool = True
     """traced: the file holds the operations, not only the tensors"""
     on_request: bool = False
-    """written only if asked for by name: it is for some networks only"""
+    """written only if requested by name: it suits only some networks"""
 
     def missing(self) -> list[str]:
         """Return the packages that are not installed."""
         return [package for package in self.packages if find_spec(package) is None]
 
     def install(self) -> str:
-        """Return the command that brings the packages."""
+        """Return the command that installs the packages."""
         return f"pip install {' '.join(self.packages)}"
 
 
@@ -47,7 +47,7 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Runtime:
-    """What computes an exported network, and in which number format."""
+    """The program that computes an exported network, and its number format."""
 
     title: str
     format: str
@@ -66,19 +66,19 @@ _RUNTIMES = (
 
 
 def runtimes(name: str, precisions: Sequence[str]) -> list[Runtime]:
-    """Return what runs format `name`; all but OpenVINO compute in fp32 only."""
+    """Return the runtimes of format `name`; all but OpenVINO compute in fp32 only."""
     wanted = precisions if name == "openvino" else ("fp32",)
     return [runtime for runtime in _RUNTIMES if runtime.format == name and runtime.precision in wanted]
 
 
 def choose(text: str | None) -> tuple[list[str], dict[str, str]]:
-    """Return the formats to write, and by format why it is left out.
+    """Return the formats to write, and for each other format why it is left out.
 
     Args:
-        text: names with commas; None: everything that is installed and for all networks.
+        text: names with commas; None: every installed format that suits all networks.
 
     Raises:
-        UserError: unknown or repeated name, or a package of a format that was asked for is missing.
+        UserError: unknown or repeated name, or a package of a requested format is missing.
     """
     if text is None:
         usual = {name: entry for name, entry in FORMATS.items() if not entry.on_request}

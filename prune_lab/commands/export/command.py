@@ -41,7 +41,7 @@ Everything measured, machine and versions included, is written to export.json.
 
 
 def main(argv: list[str]) -> int:
-    """Export, print what was found and return the exit code.
+    """Export, print the findings and return the exit code.
 
     Raises:
         UserError: wrong option, no finished run, or a network that the format cannot hold or that changed in it.
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     run = read_run(options.run)
     out = _folder(options, run)
     _say(f"network: {_network_line(run)}")
-    from prune_lab.commands.export import work  # torch is imported when the options are right
+    from prune_lab.commands.export import work  # torch is imported only once the options are valid
 
     plan = work.Plan(
         out=out, formats=names, left_out=left_out, is_chosen=options.format is not None,
@@ -73,7 +73,7 @@ def parse_options(argv: list[str]) -> Namespace:
     """Return the checked options.
 
     Raises:
-        UserError: unknown, out of range, or without effect beside the others.
+        UserError: unknown, out of range, or without effect given the others.
     """
     parser = Arguments("export", _DESCRIPTION)
     parser.formatter_class = RawDescriptionHelpFormatter
@@ -137,7 +137,7 @@ def _folder(options: Namespace, run: FinishedRun) -> Path:
 
 
 def original_network(run: FinishedRun) -> dict[str, Any]:
-    """Return the description of the network that the run set out from, before anything was removed from it."""
+    """Return the description of the run's initial network, before any removal."""
     options = read_json(run.directory / "run.json")["config"]["model"]
     return {"model": options, "num_classes": run.network["num_classes"], "image_size": run.network["image_size"]}
 

@@ -1,4 +1,4 @@
-"""Exported files: written aside, checked by what will run them, then moved to their place or removed."""
+"""Exported files: written to a temporary folder, checked by their runtimes, then moved to the target or removed."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _GZIP_LEVEL = 6  # gzip's default
 
 @dataclass(frozen=True)
 class Network:
-    """A network that is exported."""
+    """A network to export."""
 
     model: nn.Module
     """eval mode, on the CPU"""
     description: dict[str, Any]
-    """what model.json holds"""
+    """content of model.json"""
     program: Any = None
     """from `formats.trace`; None: only safetensors is written"""
 
@@ -69,7 +69,7 @@ def check(
     engines: Iterable[Runtime], folder: Path, reference: agreement.Reference, tolerances: dict[str, float], *,
     threads: int,
 ) -> list[Check]:  # fmt: skip
-    """Return how the written network agrees with `reference` in each of its runtimes.
+    """Return the agreement of the written network with `reference` in each of its runtimes.
 
     Args:
         tolerances: by precision, relative to the scale of the reference.
@@ -89,13 +89,13 @@ def move(name: str, source: Path, target: Path) -> None:
 
 
 def remove(name: str, folder: Path) -> None:
-    """Remove the files of format `name`: none lies there that was not checked."""
+    """Remove the files of format `name`, so that no unchecked file remains."""
     for file in FORMATS[name].files:
         (folder / file).unlink(missing_ok=True)
 
 
 def sizes(name: str, folder: Path) -> dict[str, int]:
-    """Return the bytes of the files of format `name`, as they are and as gzip packs them."""
+    """Return the bytes of the files of format `name`, raw and compressed by gzip."""
     paths = [folder / file for file in FORMATS[name].files]
     return {"bytes": sum(path.stat().st_size for path in paths), "gzip_bytes": sum(map(_packed, paths))}
 

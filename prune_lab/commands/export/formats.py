@@ -1,4 +1,4 @@
-"""A network written as safetensors, torch.export program, ONNX or OpenVINO files, with a batch size left open."""
+"""Writes a network as safetensors, torch.export program, ONNX or OpenVINO files, with a dynamic batch size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class NotExportable(UserError):
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Return the sentence with which a module of `model` (attribute `export_refusal`) refuses to become a graph."""
+    """Return the reason why a module of `model` (attribute `export_refusal`) cannot become a graph."""
     for path, module in model.named_modules():
         sentence = getattr(module, "export_refusal", None)
         if isinstance(sentence, str):
@@ -38,7 +38,7 @@ def refusal(model: nn.Module) -> str | None:
 
 
 def _for_export(model: nn.Module) -> nn.Module:
-    """Return `model` with every module that has a form for graphs (method `for_export`) in that form."""
+    """Return `model` with every module replaced that has a form for graphs (method `for_export`)."""
     paths = [path for path, module in model.named_modules() if hasattr(module, "for_export")]
     return replaced(model, paths, _form_for_export) if paths else model
 
@@ -51,7 +51,7 @@ def trace(model: nn.Module, image_size: int) -> ExportedProgram:
     """Return the operations of `model` (eval mode) on images [batch, 3, image_size, image_size], batch >= 1.
 
     Raises:
-        NotExportable: a module refuses, or what is computed depends on the data or on the batch size.
+        NotExportable: a module refuses, or the computation depends on the data or on the batch size.
     """
     sentence = refusal(model)
     if sentence is not None:
@@ -67,11 +67,11 @@ def write(name: str, folder: Path, *, model: nn.Module, description: dict[str, A
     """Write format `name` into `folder`.
 
     Args:
-        description: what model.json holds.
+        description: content of model.json.
         program: from `trace`; unused for safetensors.
 
     Raises:
-        NotExportable: an operation that the format does not have.
+        NotExportable: the format lacks an operation.
     """
     if name == "safetensors":
         save_model(model, description, folder)
@@ -94,7 +94,7 @@ def _write_onnx(program: ExportedProgram, folder: Path, image_size: int) -> None
         input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: "batch"},),
     )  # fmt: skip
     network = written.model_proto
-    # Inner shapes may be left out. They hold "batch", which a runtime that gets a fixed number refuses.
+    # Inner shapes may be omitted. They contain "batch", which a runtime with a fixed batch size rejects.
     del network.graph.value_info[:]
     for constant in network.graph.initializer:
         values = onnx.numpy_helper.to_array(constant)
@@ -126,7 +126,7 @@ def _write_openvino(program: ExportedProgram, folder: Path, image_size: int) -> 
 
 
 def import_openvino() -> Any:
-    """Return the module openvino. Without this it would report its use to its makers, unasked, over the network."""
+    """Return the module openvino, with its telemetry disabled, which would otherwise use the network."""
     sys.modules.setdefault("openvino_telemetry", None)
     import openvino
 
@@ -135,7 +135,7 @@ def import_openvino() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the chatter of exporters off the console; errors are exceptions."""
+    """Suppress the exporters' output on the console; errors are exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -150,6 +150,6 @@ def _quiet() -> Iterator[None]:
 def _one_line(what: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # exporters raise dozens of types and pages of advice; their first line says what it is
+    except Exception as error:  # exporters raise dozens of types and pages of advice; the first line suffices
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise NotExportable(f"{what}: {lines[0] if lines else type(error).__name__}") from error

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 MIN_ROUNDS = 8
-"""with fewer no interval of a median reaches 99 %"""
+"""with fewer rounds no interval of a median reaches 99 %"""
 SAMPLE_S = 0.02
 NOISE = 0.05
-"""two copies of one network were seen to differ by as much, however often they were timed: memory lies differently"""
+"""two copies of one network differed by this much, regardless of the number of rounds: their memory layouts differ"""
 
 
 def interleaved(
@@ -25,8 +25,8 @@ def interleaved(
 
     Args:
         rounds: at least `MIN_ROUNDS`.
-        seconds: no further round starts once so much has passed, but `MIN_ROUNDS` there are.
-        sample_s: a sample repeats a call until it takes about so long: clocks and interrupts then count less.
+        seconds: no further round starts after this time, except to reach `MIN_ROUNDS`.
+        sample_s: a sample repeats a call for about this long, so that clocks and interrupts matter less.
     """
     repeats = [_repeats(call, sample_s) for call in calls]
     samples: list[list[float]] = [[] for _ in calls]
@@ -46,14 +46,14 @@ def _repeats(call: Callable[[], object], sample_s: float) -> int:
 
 
 def roughly(call: Callable[[], object]) -> float:
-    """Return the seconds of a call after a first one, the better of two: an estimate, not a result."""
+    """Return the better time of two calls after a warm-up call, in seconds: an estimate, not a result."""
     call()
     return min(_sample(call, 1), _sample(call, 1))
 
 
 def _sample(call: Callable[[], object], repeats: int) -> float:
     if repeats > 1:
-        call()  # brings this network back into the caches, as it would be when called again and again
+        call()  # brings this network back into the caches, as in repeated calls
     begin = time.perf_counter()
     for _ in range(repeats):
         call()
@@ -85,7 +85,7 @@ class Ratio:
 
     @property
     def is_difference(self) -> bool:
-        """Whether more than chance and the layout of memory is in it."""
+        """Whether the difference exceeds chance and the effect of memory layout."""
         return not self.low <= 1 <= self.high and abs(math.log(self.median)) > math.log1p(NOISE)
 
 

@@ -1,4 +1,4 @@
-"""Which machine and which versions figures belong to."""
+"""The machine and the versions behind the figures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def machine(threads: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what exports and runs, as far as it is installed."""
+    """Return the versions of the installed exporters and runtimes."""
     found = {"prune-lab": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""2:4 networks as a file: kept values and their places in groups of four input channels, all else as it is."""
+"""2:4 networks as a file: kept values and their positions in groups of four input channels, all else unchanged."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VALUES, _PLACES = ".values", ".places"
 
 
 def layers_2_4(model: nn.Module) -> list[str]:
-    """Return the paths of the layers that have no more than two weights in any group of four input channels."""
+    """Return the paths of the layers that have at most two weights in every group of four input channels."""
     return [path for path, module in _candidates(model) if is_semi_structured(module.weight)]
 
 
@@ -32,7 +32,7 @@ def check(model: nn.Module) -> None:
     """Raise NotExportable unless some layers are 2:4 and all others have few zeros, naming one that is not."""
     found = set(layers_2_4(model))
     others = [(path, module) for path, module in _candidates(model) if path not in found]
-    pruned = [path for path, module in others if zeros(module.weight) >= 0.5]  # fewer: kept dense on purpose
+    pruned = [path for path, module in others if zeros(module.weight) >= 0.5]  # fewer: intentionally dense
     wrong = pruned or ([] if found else [path for path, _ in others])
     if wrong:
         raise NotExportable(f"the network is not 2:4: {wrong[0]} has groups of four input channels with more than two "
@@ -52,7 +52,7 @@ def write_packed(model: nn.Module, description: dict[str, Any], folder: Path) ->
     tensors, other_names = tied.written(model.state_dict())
     for path in layers_2_4(model):
         name = f"{path}.weight"
-        if name not in tensors:  # tied to a layer that is packed already
+        if name not in tensors:  # tied to a packed layer
             continue
         values, places = pack(tensors.pop(name))
         tensors |= {name + _VALUES: values.contiguous(), name + _PLACES: places.contiguous()}

@@ -1,4 +1,4 @@
-"""Written networks opened again by what will run them: functions from images to logits."""
+"""Written networks opened by their runtimes: functions from images to logits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_network(runtime: Runtime, folder: Path, *, threads: int, shape: tuple[i
 
     Args:
         threads: of onnxruntime and OpenVINO; PyTorch has its own setting.
-        shape: of all images to come, for which the runtime may prepare; None: any batch size.
+        shape: shape of all later images, for which the runtime may optimise; None: any batch size.
     """
     if runtime.format == "safetensors":
         return load_model(folder)
@@ -41,7 +41,7 @@ def _open_onnx(path: Path, threads: int, shape: tuple[int, ...] | None) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = 3  # errors
-    # As for the other runtimes: denormal numbers are slow, and which network has them is chance.
+    # As for the other runtimes: denormal numbers are slow, and which network has them is random.
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if shape is not None:
         options.add_free_dimension_override_by_name("batch", shape[0])
@@ -64,7 +64,7 @@ def _open_openvino(path: Path, threads: int, shape: tuple[int, ...] | None, prec
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "ENABLE_CPU_PINNING": False,  # two networks that are timed in turn must not hold a core each
+        "ENABLE_CPU_PINNING": False,  # two networks timed in turn must not occupy one core each
         "CPU_DENORMALS_OPTIMIZATION": True,
     }
     compiled = core.compile_model(network, "CPU", settings)
@@ -76,6 +76,6 @@ def _open_openvino(path: Path, threads: int, shape: tuple[int, ...] | None, prec
 
 
 def openvino_has_bf16() -> bool:
-    """Return whether OpenVINO computes in bf16 on this CPU; elsewhere it takes fp32 silently."""
+    """Return whether OpenVINO computes in bf16 on this CPU; elsewhere it silently uses fp32."""
     capabilities: Any = import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return "BF16" in capabilities

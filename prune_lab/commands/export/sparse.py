@@ -16,10 +16,10 @@ from prune_lab.commands.export.latency import MIN_ROUNDS, interleaved, roughly
 
 TITLE = "PyTorch CSR"
 WORTH_TRYING = 0.5
-"""fraction of zeros from which on a layer is tried"""
+"""minimum fraction of zeros of a layer that is tried"""
 _LEAST_GAIN = 1.1
 _HOPELESS = 1.5
-"""times as slow in a first look: not timed any further"""
+"""slowdown in a first measurement beyond which timing stops"""
 _SAMPLE_S = 0.005
 
 
@@ -43,7 +43,7 @@ class CsrLayer(nn.Module):
         if self._conv is None:
             return self._product(x.reshape(-1, x.shape[-1]).T).T.reshape(*x.shape[:-1], -1)
         conv = self._conv
-        padding = conv._reversed_padding_repeated_twice  # also what padding="same" means, in numbers
+        padding = conv._reversed_padding_repeated_twice  # includes padding="same", in numbers
         x = F.pad(x, padding)
         height, width = (
             (size - dilation * (kernel - 1) - 1) // stride + 1
@@ -64,7 +64,7 @@ class CsrLayer(nn.Module):
 
 
 def can_be_csr(module: nn.Module) -> bool:
-    """Return whether `module` is a kind that `CsrLayer` computes, with zeros enough to try."""
+    """Return whether `CsrLayer` supports this kind of module, and it has enough zeros to try."""
     if type(module) is nn.Conv2d:
         return module.groups == 1 and module.padding_mode == "zeros" and zeros(module.weight) >= WORTH_TRYING
     return type(module) is nn.Linear and zeros(module.weight) >= WORTH_TRYING
@@ -76,12 +76,12 @@ def zeros(weight: Tensor) -> float:
 
 
 def with_csr(model: nn.Module, layers: Collection[str]) -> nn.Module:
-    """Return a copy of `model` whose `layers` (paths) work without their zeros."""
+    """Return a copy of `model` whose `layers` (paths) compute without their zeros."""
     return replaced(model, layers, CsrLayer)
 
 
 def replaced(model: nn.Module, layers: Collection[str], make: Callable[[Any], nn.Module]) -> nn.Module:
-    """Return a copy of `model` with `make(layer)` in place of each of `layers` (paths of what `make` takes)."""
+    """Return a copy of `model` with each of `layers` (paths) replaced by `make(layer)`."""
     model = copy.deepcopy(model)
     for path in layers:
         parent, _, name = path.rpartition(".")
@@ -97,12 +97,12 @@ def faster_layers(
     make: Callable[[Any], nn.Module] = CsrLayer,
     finished: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] = lambda call: call,
 ) -> list[str]:
-    """Return the paths of the layers that are clearly faster in another form, on the inputs that `images` cause.
+    """Return the paths of the layers that are clearly faster in another form, on their inputs for `images`.
 
     Args:
         can_be: which layers have the other form; the default is CSR, without zeros.
         make: returns a layer's other form.
-        finished: makes a call return when its work is done, for a device that works on its own.
+        finished: makes a call wait until its work is done, for an asynchronous device.
     """
     found: list[str] = []
     hooks = []

@@ -1,4 +1,4 @@
-"""What an export found, as lines of text. Pure functions; imports no torch."""
+"""Findings of an export as lines of text. Pure functions; imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def check_line(record: Mapping[str, Any], files: Sequence[str]) -> str:
-    """Return how the outputs of one runtime agree with the run's network."""
+    """Return a line on the agreement of one runtime's outputs with the run's network."""
     verdict = "" if record["accepted"] else "; ABOVE TOLERANCE"
     return (
         f"{' + '.join(files):33} {record['runtime']:24} difference {record['relative']:.1e} "
@@ -21,7 +21,7 @@ def check_line(record: Mapping[str, Any], files: Sequence[str]) -> str:
 
 
 def size_table(formats: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the sizes on disk of the formats that were written, dense beside pruned."""
+    """Return the sizes on disk of the written formats, dense beside pruned."""
     labels = [label for label in ("dense", "pruned") if any(label in entry["size"] for entry in formats.values())]
     header = ["on disk", *labels, *(["ratio"] if len(labels) > 1 else []), *(f"{label}, gzip" for label in labels)]
     header += ["ratio, gzip"] if len(labels) > 1 else []
@@ -45,7 +45,7 @@ def size(count: int) -> str:
 
 
 def latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return medians with quartiles, and ratios where a difference was measured."""
+    """Return medians with quartiles, and ratios if a difference was measured."""
     has_pruned = "pruned" in rows[0]
     header = ["latency, ms", "batch", "dense", *(["pruned", "by pruning"] if has_pruned else []), "to dense PyTorch"]
     lines = []
@@ -75,13 +75,13 @@ def _ratio(found: Mapping[str, Any]) -> str:
 
 
 def is_busy(machine: Mapping[str, Any]) -> bool:
-    """Return whether other work needed cores that the measurement uses too, before it began."""
+    """Return whether other work occupied cores of the measurement before it began."""
     load = machine["load_average_1min"]
     return load is not None and load > machine["cores"] - machine["threads"] + 0.5
 
 
 def kernel_lines(tried: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return, for each batch size, in how many layers 2:4 kernels are faster."""
+    """Return, for each batch size, the number of layers in which 2:4 kernels are faster."""
     return [
         f"2:4 kernels on {entry['device']}, batch {entry['batch']}: "
         + (f"used in {len(entry['layers'])} layers (export.json)" if entry["layers"] else "not faster; not used")
@@ -90,7 +90,7 @@ def kernel_lines(tried: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def sparse_lines(tried: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return what became of the sparse form: a line per batch size for which it is faster, else one line."""
+    """Return the outcome of the sparse form: a line per batch size for which it is faster, else one line."""
     lines = [
         f"sparse, batch {entry['batch']}: {milliseconds(entry['median_s'])} ms in PyTorch with {len(entry['layers'])} "
         f"layers as CSR, {entry['ratio']['median']:.2f}x of {entry['against']} (layers: export.json; "

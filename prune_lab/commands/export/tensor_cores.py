@@ -1,4 +1,4 @@
-"""Layers computed by a GPU's 2:4 kernels: half the multiplications, which only large products show."""
+"""Layers computed by a GPU's 2:4 kernels: half the multiplications, which pays only in large products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prune_lab.pruning.masks.semi_structured import is_semi_structured
 TITLE = "PyTorch CUDA bf16, 2:4"
 _CAPABILITY = (8, 0)
 _MULTIPLES = (32, 64)
-"""outputs and inputs that the kernels take in bf16, the stricter of PyTorch's two libraries"""
+"""multiples of outputs and inputs that the kernels require in bf16, for the stricter of PyTorch's two libraries"""
 
 
 class SemiStructuredLayer(nn.Module):
@@ -38,7 +38,7 @@ class SemiStructuredLayer(nn.Module):
 
 
 def can_use_kernels(module: nn.Module) -> bool:
-    """Return whether `module` is a kind that `SemiStructuredLayer` computes, of a shape and with zeros it can take."""
+    """Return whether `SemiStructuredLayer` supports the kind, shape and zeros of `module`."""
     if type(module) is nn.Conv2d:
         is_point = module.groups == 1 and module.kernel_size == module.stride == (1, 1) and module.padding == (0, 0)
         return is_point and _fits(module.weight)
@@ -51,7 +51,7 @@ def _fits(weight: Tensor) -> bool:
 
 
 def left_out() -> str | None:
-    """Return why no kernel can be used here, None where they can."""
+    """Return why no kernel can be used here, None if they can."""
     needs = "they need a CUDA device of compute capability 8.0 or above"
     if not torch.cuda.is_available():
         return f"{needs}, and PyTorch finds no CUDA device"
@@ -66,7 +66,7 @@ def device_name() -> str:
 
 
 def on_device(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` on the GPU, as fast as it is there without 2:4 kernels: bf16, channels_last."""
+    """Return a copy of `model` on the GPU in its fastest form without 2:4 kernels: bf16, channels_last."""
     return copy.deepcopy(model).to("cuda", torch.bfloat16).to(memory_format=torch.channels_last)
 
 
@@ -75,7 +75,7 @@ def images_on_device(images: Tensor) -> Tensor:
 
 
 def finished(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `call` so that it returns when the GPU is done, for clocks."""
+    """Return `call` such that it waits until the GPU is done, for timing."""
 
     def wait(*inputs: Tensor) -> Tensor:
         output = call(*inputs)

@@ -17,7 +17,7 @@ from prune_lab.commands.export.runtimes import open_network
 
 PYTORCH = "PyTorch"
 SECONDS_PER_NETWORK = 10.0
-"""share of one network in one runtime; where it does not suffice for all rounds there are fewer"""
+"""time for one network in one runtime; if it does not suffice for all rounds, there are fewer"""
 Samples = dict[tuple[str, str], list[float]]
 """(runtime, network) -> seconds per call, one per round"""
 
@@ -32,7 +32,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Setting:
-    """How long and with what is measured."""
+    """Duration and resources of a measurement."""
 
     batches: Sequence[int]
     rounds: int
@@ -46,11 +46,11 @@ def measure(
     networks: Mapping[str, Timed], engines: Sequence[Runtime], setting: Setting, *,
     try_sparse: bool, try_kernels: bool, report: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
-    """Return rows of medians and ratios, and what became of sparse forms of the pruned network.
+    """Return rows of medians and ratios, and the outcome for sparse forms of the pruned network.
 
     Args:
-        networks: "dense", and "pruned" where the run pruned anything.
-        engines: runtimes besides PyTorch itself whose files lie in the folders.
+        networks: "dense", and "pruned" if the run pruned anything.
+        engines: runtimes besides PyTorch itself, with files in the folders.
         try_sparse: many weights of "pruned" are zero, and it has the dense network's shapes.
         try_kernels: layers of "pruned" are 2:4, and there is a GPU with kernels for them.
     """
@@ -75,7 +75,7 @@ def measure(
 
 
 def _kernels(model: nn.Module, images: Tensor, setting: Setting) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the layers that 2:4 kernels make faster, and the row of the GPU without and with them; none: nothing."""
+    """Return the layers that 2:4 kernels make faster, and the row of the GPU without and with them; empty if none."""
     on_device = tensor_cores.images_on_device
     dense, images = tensor_cores.on_device(model), on_device(images)
     layers = sparse.faster_layers(
@@ -132,7 +132,7 @@ def _ratio(found: Ratio) -> dict[str, Any]:
 
 
 def _sparse(model: nn.Module, images: Tensor, tolerance: float) -> tuple[list[str], nn.Module] | None:
-    """Return layers and network where computing without the zeros is faster in some layers, and right."""
+    """Return layers and network if computing without the zeros is faster in some layers, and correct."""
     layers = sparse.faster_layers(model, images)
     if not layers:
         return None
@@ -141,7 +141,7 @@ def _sparse(model: nn.Module, images: Tensor, tolerance: float) -> tuple[list[st
 
 
 def _agrees(model: nn.Module, run: Callable[[Tensor], Tensor], tolerance: float, image_size: int) -> bool:
-    """Return whether another form of `model` computes the same, on enough images to show a difference."""
+    """Return whether another form of `model` has the same outputs, on enough images to detect a difference."""
     reference = agreement.make_reference(model, image_size, batches=(8,))
     return agreement.compare(reference, run).within(tolerance)
 

@@ -40,9 +40,9 @@ class Plan:
     left_out: dict[str, str]
     """format -> why, known before any work"""
     is_chosen: bool
-    """the formats were asked for by name: one that cannot be written is an error and not left out"""
+    """the formats were requested by name: one that cannot be written is an error instead of left out"""
     precisions: Sequence[str] | None
-    """of OpenVINO; None: fp32, and bf16 where the CPU has it"""
+    """of OpenVINO; None: fp32, and bf16 if the CPU supports it"""
     tolerances: dict[str, float]
     """precision -> largest difference, relative to the scale of the reference"""
     batches: Sequence[int]
@@ -52,18 +52,18 @@ class Plan:
 
 
 def export(run: FinishedRun, original: dict[str, Any], plan: Plan, report: Report) -> tuple[dict[str, Any], list[str]]:
-    """Write the network of `run` in the formats of the plan; return the record of all findings, and what was refused.
+    """Write the network of `run` in the formats of the plan; return the record of all findings, and rejections.
 
     Args:
-        original: description of the network that the run set out from, before anything was removed.
+        original: description of the run's initial network, before any removal.
 
     Raises:
-        UserError: the network's outputs are unusable, or a format was asked for by name and it has no graph or is
-            not 2:4.
+        UserError: the network's outputs are unusable, or a requested format needs a graph or a 2:4 network that the
+            run does not have.
     """
     if plan.threads is not None:
         torch.set_num_threads(plan.threads)
-    torch.set_flush_denormal(True)  # denormal numbers are slow, and which network has them is chance
+    torch.set_flush_denormal(True)  # denormal numbers are slow, and which network has them is random
     work = _Export(run, original, plan, report)
     plan.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=plan.out) as temporary:
@@ -72,7 +72,7 @@ def export(run: FinishedRun, original: dict[str, Any], plan: Plan, report: Repor
 
 
 class _Export:
-    """The networks, and what has been found about them so far."""
+    """The networks, and the findings about them so far."""
 
     def __init__(self, run: FinishedRun, original: dict[str, Any], plan: Plan, report: Report) -> None:
         self._run, self._plan, self._report = run, plan, report
@@ -99,7 +99,7 @@ class _Export:
             self._report(f"left out: {', '.join(names)}: {reason}")
 
     def _with_graph(self, model: nn.Module) -> Network:
-        """Return the network with its graph; where it has none, graph formats are left out or, asked for, an error."""
+        """Return the network with its graph; without one, graph formats are left out, or an error if requested."""
         description = self._run.network
         graphs = [name for name in self._plan.formats if FORMATS[name].is_graph]
         if not graphs:
@@ -123,7 +123,7 @@ class _Export:
 
     def write_all(self, temporary: Path) -> None:
         """Write, check and time; files of the dense network stay in the folder `temporary`."""
-        (self._plan.out / RECORD).unlink(missing_ok=True)  # it would speak of older files
+        (self._plan.out / RECORD).unlink(missing_ok=True)  # it would describe older files
         aside, beside = temporary / "new", temporary / "dense"
         for folder in (aside, beside):
             folder.mkdir()
@@ -149,7 +149,7 @@ class _Export:
         for check in checks:
             self._report(check_line(check.record(), FORMATS[name].files))
         failed = [check for check in checks if not check.is_within]
-        # Nobody asked for bf16: a file that is right in fp32 stays, only bf16 is not timed.
+        # bf16 was not requested: a file that is correct in fp32 is kept, only bf16 is not timed.
         fatal = [check for check in failed if check.runtime.precision == "fp32" or self._plan.precisions is not None]
         if fatal:
             self.refused += [_refusal(check) + self._sensitivity(check) for check in fatal]
@@ -166,7 +166,7 @@ class _Export:
         self._engines += [check.runtime for check in checks if check.is_within]
 
     def _sensitivity(self, check: files.Check) -> str:
-        """Return, in brackets, that the network's own rounding is near the tolerance; else nothing."""
+        """Return a note in brackets if the network's own rounding is near the tolerance; else an empty text."""
         rounding = self._reference.rounding
         if rounding <= check.tolerance / 10:
             return ""
@@ -187,7 +187,7 @@ class _Export:
         )  # fmt: skip
 
     def _can_use_kernels(self) -> bool:
-        """Return whether the network was written as 2:4 and a GPU can compute it so; say why not."""
+        """Return whether the network was written as 2:4 and a GPU can compute it so; report why not."""
         if "semi_structured" not in self._written or self._label == "dense":
             return False
         reason = tensor_cores.left_out()
@@ -204,7 +204,7 @@ class _Export:
         return is_same and any(sparse.can_be_csr(module) for module in model.modules())
 
     def record(self) -> dict[str, Any]:
-        """Return what export.json holds."""
+        """Return the content of export.json."""
         run, summary = self._run, self._run.summary
         counts = ("params/dense", "params/total", "params/nonzero", "params/kept", "macs/dense", "macs/inference",
                   "final/top1")

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _IMAGES = ("trainer.limit_eval_batches", "trainer.limit_train_batches", "trainer.eval_batch_size",
            "dataset.validation")  # fmt: skip
-"""options that decide which images a run sees; the size of an evaluation batch does where their number is limited"""
+"""options that decide which images a run sees; evaluation batch size is one if the number of batches is limited"""
 
 
 def main(argv: list[str]) -> int:
@@ -48,13 +48,13 @@ def main(argv: list[str]) -> int:
     config = configs[0]
     _check_split(config, objectives)
     images = _check_data(config)
-    from prune_lab.commands.tune.search import Search  # torch is imported when the options are right
+    from prune_lab.commands.tune.search import Search  # torch is imported only once the options are valid
     from prune_lab.commands.tune.study import open_study
     from prune_lab.pipeline import store
 
     name = options.study or _name(config, space, objectives)
     path = Path(config.output_dir) / "tune" / f"{name}.db"
-    # One process at a time: what another one has under way would look like left over from a kill.
+    # One process at a time: the running trials of another would look like leftovers of a kill.
     with store.lock(path.with_suffix(".lock"), what=f"study {name}", report=print):
         study = open_study(
             path,
@@ -89,7 +89,7 @@ def _parser() -> Arguments:
 
 
 def _check(options: Namespace, objectives: Sequence[Objective]) -> None:
-    """Refuse what does not fit together."""
+    """Reject incompatible options."""
     if importlib.util.find_spec("optuna") is None:
         raise UserError("prune-lab tune needs Optuna: pip install optuna")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -110,12 +110,12 @@ def _follow_top1(objectives: Sequence[Objective]) -> bool:
 
 
 def _prunes(pruner: str | None, objectives: Sequence[Objective], configs: Sequence[RunConfig]) -> bool:
-    """Return whether to give up trials early: by default only where the same epoch means the same for all `configs`."""
+    """Return whether to prune trials early: by default only if an epoch means the same for all `configs`."""
     if pruner is None:
-        alike = all((config.method.name, config.schedule, config.trainer.limit_train_batches)
+        comparable = all((config.method.name, config.schedule, config.trainer.limit_train_batches)
                     == (configs[0].method.name, configs[0].schedule, configs[0].trainer.limit_train_batches)
                     for config in configs)  # fmt: skip
-        return alike and _follow_top1(objectives)
+        return comparable and _follow_top1(objectives)
     return pruner == "median"
 
 
@@ -142,7 +142,7 @@ def _checked_space(conf_dir: Path, typed: list[str]) -> tuple[Space, list[RunCon
 
 
 def _check_split(config: RunConfig, objectives: Sequence[Objective]) -> None:
-    """Warn of a choice by test images."""
+    """Warn about selection on test images."""
     if config.dataset.validation > 0:
         return
     for objective in objectives:
@@ -155,7 +155,7 @@ def _check_split(config: RunConfig, objectives: Sequence[Objective]) -> None:
 
 
 def _check_data(config: RunConfig) -> str:
-    """Refuse missing or damaged data once, instead of in every trial; return a name for what there is."""
+    """Reject missing or damaged data once, instead of in every trial; return a name for the data."""
     from prune_lab.training.device_config import resolve_device_config
 
     device_config = resolve_device_config(config.trainer)
@@ -172,12 +172,12 @@ def _name(config: RunConfig, space: Space, objectives: Sequence[Objective]) -> s
 
 
 def _conclude(search: Search) -> int:
-    """Print the best trials and what they depend on; return 1 if there is none."""
+    """Print the best trials and the importance of parameters; return 1 if there is none."""
     from prune_lab.commands.tune.study import importances
 
     counts = {state: len(search.trials(state)) for state in ("finished", "pruned", "failed")}
-    told = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no trial yet"
-    print(f"\nstudy {search.study.study_name}: {told}", flush=True)
+    counted = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "no trial yet"
+    print(f"\nstudy {search.study.study_name}: {counted}", flush=True)
     for trial in search.trials("failed"):
         print(f"prune-lab: {search.line(trial)}", file=sys.stderr)
     if not counts["finished"]:

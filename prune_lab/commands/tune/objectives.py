@@ -1,4 +1,4 @@
-"""What a search makes larger or smaller: figures of summary.json, each with the direction that is better."""
+"""The objectives of a search: figures of summary.json, each with its direction."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class Objective:
 
     @property
     def direction(self) -> Direction:
-        """In Optuna's term."""
+        """The direction in Optuna's term."""
         return "maximize" if self.key in _LARGER else "minimize"
 
     @property
     def follows_top1(self) -> bool:
-        """Whether the accuracy after each epoch foretells it, so that it can be given up early."""
+        """Whether the accuracy after each epoch predicts it, so that a trial can be pruned early."""
         return self.key.endswith("/top1")
 
     @property
     def is_measured(self) -> bool:
-        """Whether it depends on the images that are evaluated."""
+        """Whether it depends on the evaluated images."""
         return self.key.startswith(("final/", "test/", "delta/"))
 
 

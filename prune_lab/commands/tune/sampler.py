@@ -1,4 +1,4 @@
-"""Which options a trial gets: Optuna's tree-structured Parzen estimator, without points that were tried before."""
+"""Sampler of a trial's options: Optuna's tree-structured Parzen estimator, without points already tried."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from prune_lab.commands.tune.space import Space
 from prune_lab.pipeline.identity import digest
 
 _DRAWS = 10
-"""a finite space is gone through in order after so many draws of points that were tried"""
+"""a finite space is enumerated in order after this many draws of points already tried"""
 
 
 def untried(space: Space, trials: Sequence[FrozenTrial]) -> Iterator[dict[str, Any]]:
-    """Yield the points of a finite space that no trial had."""
+    """Yield the untried points of a finite space."""
     tried = [space.command(trial.params) for trial in trials if trial.params]
     return (point for point in space.points() if space.command(point) not in tried)
 
 
 class UntriedSampler(optuna.samplers.BaseSampler):
-    """Draws all parameters of a trial at once; the draw depends on its number and the trials before it alone."""
+    """Draws all parameters of a trial at once; the draw depends only on its number and earlier trials."""
 
     def __init__(self, space: Space, number: int) -> None:
         self._space = space

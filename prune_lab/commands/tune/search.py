@@ -1,4 +1,4 @@
-"""The search itself: one run per trial, each ends as finished, pruned or failed, or waits for the same command."""
+"""The search itself: one run per trial. Each ends as finished, pruned or failed, or resumes with the same command."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ _CHANGING = "sparsity changes"
 
 
 def _state(trial: FrozenTrial) -> str | None:
-    """Return how a trial ended; None if it did not. One that diverged counts as pruned for Optuna alone."""
+    """Return how a trial ended; None if it has not. A diverged one counts as pruned only for Optuna."""
     return "failed" if trial.state.name == "PRUNED" and DIVERGED in trial.user_attrs else _STATES.get(trial.state.name)
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, for what, and where it is noted."""
+    """The space, the objectives and the study of a search."""
 
     study: Study
     space: Space
     objectives: list[Objective]
     conf_dir: Path
     careful: bool = True
-    """give up no trial whose sparsity changes while its last phase trains"""
+    """prune no trial whose sparsity changes while its last phase trains"""
 
     def trials(self, *states: str) -> list[FrozenTrial]:
-        """Return the trials that have ended, all or those that did so as `finished`, `pruned` or `failed`."""
+        """Return the trials that have ended: all, or those that ended as `finished`, `pruned` or `failed`."""
         return [trial for trial in current(self.study) if _state(trial) in (states or _STATES.values())]
 
     def command(self, trial: FrozenTrial) -> str:
@@ -64,10 +64,10 @@ class Search:
         return "  ".join([*parts, _state(trial) + (f": {error}" if error else "")])
 
     def work(self, *, num_trials: int, timeout_s: float | None) -> int:
-        """Go on until there are `num_trials`, failed ones first; return 0, or the code of the signal that ended it.
+        """Continue until there are `num_trials`, failed ones first; return 0, or the code of the signal that ended it.
 
         Args:
-            timeout_s: no trial is begun after so many seconds.
+            timeout_s: no trial starts after this many seconds.
 
         Raises:
             UserError: the runs do not have an objective.
@@ -90,7 +90,7 @@ class Search:
         return 0
 
     def _attempt(self, trial: Trial) -> int:
-        """Do the run of a trial and note how it ended, unless a signal stopped it; return the run's exit code."""
+        """Carry out the run of a trial and record its outcome, unless a signal stopped it; return the exit code."""
         watch = TrialWatch(self._judge(trial))
 
         def observe(stop: StopFlag) -> TrialWatch:
@@ -113,13 +113,13 @@ class Search:
         """Return the judge that gives, after an epoch, the reason to prune the trial."""
         trials = self.study.get_trials(deepcopy=False)
         reported = set(trials[trial.number].intermediate_values)
-        # A median exists only where a trial has finished, and that one has noted whether its sparsity changed.
+        # A median exists only if a trial has finished, and that trial has recorded whether its sparsity changed.
         spared = self.careful and any(_CHANGING in other.user_attrs for other in trials)
 
         def judge(epoch: int, top1: float) -> str | None:
-            if len(self.objectives) > 1:  # Optuna takes values per epoch with one objective only
+            if len(self.objectives) > 1:  # Optuna accepts values per epoch only with a single objective
                 return None
-            if epoch not in reported:  # a resumed run repeats what its checkpoint does not cover
+            if epoch not in reported:  # a resumed run repeats the epochs after its checkpoint
                 reported.add(epoch)
                 trial.report(top1, epoch)
             if spared or not trial.should_prune():
@@ -142,11 +142,11 @@ class Search:
         diverged = "not finite" in error
         if diverged:
             trial.set_user_attr(DIVERGED, True)
-        # Optuna learns nothing from failed trials; pruned ones it ranks below the finished, of one objective only.
+        # Optuna learns nothing from failed trials; with a single objective it ranks pruned ones below finished ones.
         self.study.tell(trial, state=states.PRUNED if diverged and len(self.objectives) == 1 else states.FAIL)
 
     def _tell_values(self, trial: Trial, watch: TrialWatch) -> None:
-        """Note what a finished run reached.
+        """Record the results of a finished run.
 
         Raises:
             UserError: it does not have an objective, so neither will the others.

@@ -18,19 +18,19 @@ Distribution = CategoricalDistribution | IntDistribution | FloatDistribution
 
 _PLACES = {"output_dir", "logger", "dataset.root", "dataset.cache_dir", "dataset.download", "dataset.workers",
            "dataset.check_counts", "trainer.device", "trainer.threads", "trainer.checkpoint_interval_s"}  # fmt: skip
-"""options that change where and how fast runs are done, not what comes of them"""
+"""options that change the location and speed of runs, but not their results"""
 _MAX_POINTS = 10_000
-"""a larger space counts as endless: draws do not meet in it"""
+"""a larger space counts as infinite, because draws in it do not repeat"""
 
 
 @dataclass(frozen=True)
 class Space:
-    """A command line of which some options are to be found."""
+    """A command line with some options to search."""
 
     lines: list[str]
     """as typed"""
     keys: list[str]
-    """name of the option in each line, a leading + included"""
+    """name of the option in each line, including a leading +"""
     searched: dict[str, Distribution]
     """by name of the option"""
 
@@ -40,18 +40,18 @@ class Space:
                 for key, line in zip(self.keys, self.lines, strict=True)]  # fmt: skip
 
     def identity(self) -> list[str]:
-        """Return the lines that decide what is found, in an order of their own."""
+        """Return the lines that determine the result, in a canonical order."""
         return sorted(line for key, line in zip(self.keys, self.lines, strict=True)
                       if not is_place(key))  # fmt: skip
 
     @property
     def num_points(self) -> int | None:
-        """Number of combinations; None: endless, or as good as that."""
+        """Number of combinations; None: infinite, or practically so."""
         count = math.prod(_count(distribution) for distribution in self.searched.values())
         return int(count) if count <= _MAX_POINTS else None
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """Yield the parameters of every combination, none if they are endless."""
+        """Yield the parameters of every combination, none if the space is infinite."""
         if self.num_points is not None:
             values = [_values(distribution) for distribution in self.searched.values()]
             yield from (dict(zip(self.searched, point, strict=True)) for point in itertools.product(*values))
@@ -66,16 +66,16 @@ class Space:
 
 
 def is_place(key: str) -> bool:
-    """Return whether an option changes where and how fast runs are done, and not what comes of them."""
+    """Return whether an option changes only the location and speed of runs, not their results."""
     name = key.lstrip("+")
     return not _PLACES.isdisjoint((name, name.split(".")[0]))
 
 
 def read(parsed: Sequence[Override]) -> Space:
-    """Return the space that the options of a command span.
+    """Return the space spanned by the options of a command.
 
     Raises:
-        UserError: values that cannot be searched, or none that are to be.
+        UserError: values that cannot be searched, or no option to search.
     """
     keys = [override.get_key_element() for override in parsed]
     searched = {key: _distribution(override) for key, override in zip(keys, parsed, strict=True)
@@ -90,7 +90,7 @@ def read(parsed: Sequence[Override]) -> Space:
 
 
 def text(value: Any) -> str:
-    """Return a value as it is typed, real numbers with six digits: what is shown, is run."""
+    """Return a value as typed, real numbers with six digits: the run uses exactly the value shown."""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
@@ -101,7 +101,7 @@ def _ends(distribution: Distribution) -> list[Any]:
 
 
 def _count(distribution: Distribution) -> float:
-    """Return how many values there are; infinite for an interval of real numbers."""
+    """Return the number of values; infinite for an interval of real numbers."""
     if isinstance(distribution, CategoricalDistribution):
         return len(distribution.choices)
     if distribution.single():
@@ -147,11 +147,11 @@ def _numbers(line: str, low: float, high: float, *, log: bool) -> Distribution:
 
 
 def _steps(line: str, value: Any) -> Distribution:
-    """Return start, start + step, ... below stop; Optuna's upper end belongs to the range, Hydra's does not."""
+    """Return start, start + step, ... below stop; Optuna's range includes its upper end, Hydra's does not."""
     count = len(list(value.range()))
     if not count:
         raise UserError(f"{line} holds no values: it starts at its end")
-    start, step = Decimal(str(value.start)), Decimal(str(value.step))  # 0.1 + 2 * 0.1 is to be 0.3
+    start, step = Decimal(str(value.start)), Decimal(str(value.step))  # 0.1 + 2 * 0.1 must be 0.3
     low, high = sorted((start, start + (count - 1) * step))
     if all(isinstance(number, int) for number in (value.start, value.step)):
         return IntDistribution(int(low), int(high), step=abs(int(step)))

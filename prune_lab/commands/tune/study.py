@@ -1,4 +1,4 @@
-"""A study on disk: one SQLite file that knows which command it belongs to; its trials resume where they stopped."""
+"""A study on disk: one SQLite file that records its command; its trials resume where they stopped."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from prune_lab.commands.tune.space import Distribution, Space
 from prune_lab.foundations.errors import UserError
 
 _OWNER = "prune-lab"
-"""the study's attribute with the options and objectives it was begun with"""
+"""the study's attribute with its original options and objectives"""
 _REPEATS = "repeats"
-"""attribute of a trial: number of the failed one that it does again"""
+"""attribute of a trial: number of the failed one that it repeats"""
 DIVERGED = "diverged"
 """attribute of a trial whose loss was not finite"""
 _STARTUP_TRIALS = 5
-"""this many trials are finished before the first is given up: Optuna's default"""
+"""number of trials that finish before the first is pruned: Optuna's default"""
 
 
 def open_study(
     path: Path, *, options: Sequence[str], objectives: Sequence[str], directions: Sequence[Direction], prune: bool
 ) -> Study:
-    """Return the study in the file `path`, which is begun if it is not there.
+    """Return the study in the file `path`, which is created if it does not exist.
 
     Args:
-        options: lines that decide what is found.
+        options: lines that determine the result.
         objectives: keys of summary.json.
-        prune: give up trials below the median of the finished ones.
+        prune: prune trials below the median of the finished ones.
 
     Raises:
-        UserError: the file holds something else, or a study with other options or objectives.
+        UserError: the file is not a study, or a study with other options or objectives.
     """
     import sqlalchemy
 
@@ -68,7 +68,7 @@ def _pruner(prune: bool) -> BasePruner:
 
 
 def _claim(study: Study, owner: dict[str, list[str]]) -> None:
-    """Write into a new study what it is for, and refuse one that is for something else."""
+    """Write a new study's options and objectives into it, and reject a study with others."""
     if _OWNER not in study.user_attrs and not study.trials:
         study.set_user_attr(_OWNER, owner)
         return
@@ -87,16 +87,16 @@ def _only(some: set[str], others: set[str]) -> str:
 
 
 def current(study: Study) -> list[FrozenTrial]:
-    """Return the trials without failed ones that were begun again."""
+    """Return the trials without failed ones that have been repeated."""
     trials = study.get_trials(deepcopy=False)
     repeated = {trial.user_attrs.get(_REPEATS) for trial in trials}
     return [trial for trial in trials if trial.number not in repeated]
 
 
 def repeat_failed(study: Study) -> None:
-    """Put new trials with the parameters of the failed ones in line, whatever the reason: a disk has room again.
+    """Enqueue new trials with the parameters of the failed ones, for any reason: a disk may have space again.
 
-    A loss that was not finite would not be so the next time either.
+    A loss that was not finite is not repeated: it would not be finite the next time either.
     """
     for trial in current(study):
         if trial.state == optuna.trial.TrialState.FAIL and not trial.user_attrs.get(DIVERGED):
@@ -104,9 +104,9 @@ def repeat_failed(study: Study) -> None:
 
 
 def next_trial(study: Study, space: Space, *, num_trials: int) -> Trial | None:
-    """Return the trial to work on, its parameters chosen: an unfinished one first, then those in line.
+    """Return the next trial with its parameters: an unfinished one first, then enqueued ones.
 
-    Choices depend on the number of the trial and on the trials before it alone, however often the search was stopped.
+    Choices depend only on the number of the trial and on earlier trials, however often the search was stopped.
     None: there are `num_trials`, or every point of the space has had its trial.
     """
     trials, states = current(study), optuna.trial.TrialState
@@ -124,7 +124,7 @@ def next_trial(study: Study, space: Space, *, num_trials: int) -> Trial | None:
 
 
 def _suggest(trial: Trial, name: str, distribution: Distribution) -> None:
-    """Choose a parameter; one that was chosen by an earlier call stays."""
+    """Choose a parameter; a choice by an earlier call is kept."""
     if isinstance(distribution, optuna.distributions.CategoricalDistribution):
         trial.suggest_categorical(name, distribution.choices)
     elif isinstance(distribution, optuna.distributions.IntDistribution):
@@ -134,7 +134,7 @@ def _suggest(trial: Trial, name: str, distribution: Distribution) -> None:
 
 
 def importances(study: Study, *, objective: int) -> dict[str, Any]:
-    """Return the share of each parameter in the variance of an objective; empty if trials are too few or all equal."""
+    """Return the part of each parameter in the variance of an objective; empty if trials are too few or all equal."""
     finished = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if len(finished) < 10 or len({trial.values[objective] for trial in finished}) < 2:
         return {}

@@ -1,4 +1,4 @@
-"""What a trial hears of its run: the accuracy after each epoch, which may end it early, and the summary."""
+"""A trial's view of its run: the accuracy after each epoch, which may end it early, and the summary."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from prune_lab.tracking import BaseSink, RunInfo
 
 _FIRST_JUDGED_EPOCH = 2
 _FIRST_JUDGED_FRACTION = 1 / 3
-"""of the phase's epochs: before that, accuracy reflects the warm-up and not the end"""
+"""fraction of the phase's epochs: before that, accuracy reflects the warm-up and not the end"""
 
 
 class TrialWatch(BaseSink):
     """Passes the top-1 after each epoch of the last training phase to `judge`, and stops the run if it gives a reason.
 
-    The phases before are shared by trials or decide little: their accuracy says nothing about the end.
+    Earlier phases are shared by trials or matter little: their accuracy does not predict the end.
     """
 
     def __init__(self, judge: Callable[[int, float], str | None]) -> None:
-        """`judge` gets (epoch, percent) and returns why the run is not worth going on, None if it is."""
+        """`judge` is called with (epoch, percent) and returns why the run should stop, None if it should continue."""
         self._judge = judge
         self._phase: str | None = None
         self._epochs: float | None = None
@@ -44,14 +44,14 @@ class TrialWatch(BaseSink):
             self.stop.ask(reason)
 
     def _is_judged(self, epoch: int) -> bool:
-        """Return whether stopping here may be just, and saves anything."""
+        """Return whether stopping here may be justified, and saves any time."""
         if self._epochs is None:  # the phase starts or ends at an optimizer step
             return False
         return max(_FIRST_JUDGED_EPOCH, _FIRST_JUDGED_FRACTION * self._epochs) <= epoch < self._epochs
 
     @property
     def sparsity_changed(self) -> bool:
-        """Whether it or the count of channels did in the last training phase: what is still to go decides the end."""
+        """Whether it or the number of channels did in the last training phase: later removals decide the end."""
         return len(self._sizes) > 1
 
     def summary(self, summary: dict[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""`prune-lab verdict`: whether a lottery ticket is one, by stated rules."""
+"""`prune-lab verdict`: whether a network has a winning lottery ticket, by stated rules."""

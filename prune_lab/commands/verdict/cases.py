@@ -1,4 +1,4 @@
-"""Finished runs sorted into cases that can be judged: one network, recipe and sparsity each. Imports no torch."""
+"""Finished runs sorted into cases to judge: one network, recipe and sparsity each. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PARAMS_TOLERANCE = 0.1
 
 _NOT_RECIPE = {"device", "compile", "checkpoint_interval_s", "threads", "eval_batch_size", "eval_interval",
                "limit_eval_batches"}  # fmt: skip
-"""trainer options that change no result, or only where it is computed; what limits an evaluation counts in images"""
+"""trainer options that change no result, or only where it is computed; limits on an evaluation count in images"""
 EVALUATED = "images evaluated at most"
 """name of this limit among an entry's settings"""
 _MASK_OPTIONS = ("fraction", "distribution", "include", "exclude")
@@ -33,7 +33,7 @@ _MASK_OPTIONS = ("fraction", "distribution", "include", "exclude")
 
 @dataclass(frozen=True)
 class Entry:
-    """What a verdict needs to know of one run."""
+    """The properties of one run that a verdict needs."""
 
     arm: str
     network: dict[str, Any]
@@ -43,10 +43,10 @@ class Entry:
     mask: dict[str, Any]
     """how the mask was made; empty for networks without one"""
     rewind: str
-    """where the weights start again, empty at the beginning"""
+    """rewind point of the weights, empty for the beginning"""
     sparsity: float | None
     params: float | None
-    """parameters that are not zero, None while unknown"""
+    """nonzero parameters, None while unknown"""
     lr: float
     seed: int
     top1: float | None
@@ -73,12 +73,12 @@ class Case:
     sparsity: float
     rewind: str
     arms: dict[str, list[Entry]]
-    """those of the definition"""
+    """arms of the definition"""
     context: dict[str, list[Entry]] = field(default_factory=dict)
-    """other arms at this sparsity, by label; no condition looks at them"""
+    """other arms at this sparsity, by label; no condition uses them"""
 
     def cells(self, arm: str) -> dict[float, list[float]]:
-        """Return learning rate -> top-1 of each seed, the first run of a seed only."""
+        """Return learning rate -> top-1 of each seed, only the first run of a seed."""
         found: dict[float, dict[int, float]] = defaultdict(dict)
         for entry in [*self.arms.get(arm, ()), *self.context.get(arm, ())]:
             if entry.top1 is not None:
@@ -91,7 +91,7 @@ class Case:
         return known[0] if known else None
 
     def unfinished(self) -> list[str]:
-        """Return one line for every run of the definition's arms that left no result."""
+        """Return one line for every run of the definition's arms without result."""
         return [
             f"{arm} at lr={entry.lr:g}, seed {entry.seed}: {entry.run.status}"
             for arm, entries in self.arms.items() for entry in entries if entry.top1 is None
@@ -109,7 +109,7 @@ class Case:
 
 
 def read_entries(runs: Iterable[RunResult]) -> tuple[list[Entry], list[str]]:
-    """Return the runs of the arms that a verdict knows, and a note on every one of them that cannot be used."""
+    """Return the runs of the arms that a verdict uses, and a note on each of them that cannot be used."""
     entries, notes = [], []
     for run in runs:
         method = run.config.get("method", {}).get("name")
@@ -166,7 +166,7 @@ def _typed(**groups: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rewind(method: Mapping[str, Any]) -> str:
-    """Return where the weights start again, with what becomes of the momentum if that is not the default."""
+    """Return the rewind point of the weights, with the treatment of the momentum if not the default."""
     place = method["rewind_to"]
     if parse_time(place, "method.rewind_to").count == 0:
         return ""
@@ -174,7 +174,7 @@ def _rewind(method: Mapping[str, Any]) -> str:
 
 
 def sparsity_of(method: Mapping[str, Any]) -> float:
-    """Return the fraction of zero weights: the target, else what the rounds leave (4 of them without a number)."""
+    """Return the fraction of zero weights: the target, else the result of the rounds (4 without a number)."""
     if method.get("sparsity") is not None:
         return float(method["sparsity"])
     levels = method.get("levels")
@@ -196,8 +196,8 @@ def _doubles(entries: Iterable[Entry]) -> list[str]:
 def find_cases(entries: Iterable[Entry]) -> list[Case]:
     """Return one case per network, recipe, kind of ticket and sparsity, in this order.
 
-    An arm that was trained with another recipe only joins the case with the nearest one, so that the verdict can name
-    the difference. Runs of RR-IMP without any ticket make a case too.
+    An arm that was trained only with another recipe joins the case with the nearest one, so that the verdict can name
+    the difference. Runs of RR-IMP without any ticket form a case too.
     """
     by_network: dict[str, list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -252,7 +252,7 @@ def _case(leader: Entry, peers: list[Entry]) -> Case:
 
 
 def _parameters(leader: Entry, level: list[Entry], dense: float | None) -> float | None:
-    """Return how many parameters the sparse network keeps, from a finished run of the same mask options if possible."""
+    """Return the number of parameters of the sparse network, if possible from a finished run of equal mask options."""
     counted = [entry.params for entry in level if entry.params and entry.mask == leader.mask]
     return counted[0] if counted else (1 - leader.sparsity) * dense if dense else None
 

@@ -1,4 +1,4 @@
-"""prune-lab verdict: does a network have a winning ticket? Judges runs that are there, or does the needed ones."""
+"""prune-lab verdict: does a network have a winning ticket? Judges existing runs, or carries out the needed ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prune_lab.foundations.signals import STOPPED
 
 
 def main(argv: list[str]) -> int:
-    """Judge the runs named in `argv`, or do and judge those of its options; return the exit code.
+    """Judge the runs named in `argv`, or carry out and judge those of its options; return the exit code.
 
     Raises:
         UserError: wrong option, nothing to judge, or no margin for the data set.
@@ -78,7 +78,7 @@ def _rules(dataset: str, options: Namespace) -> Rules:
     return Rules(margin, gap=options.gap, min_sparsity=options.min_sparsity, same_lr=options.same_lr)
 
 
-# Runs that are there
+# Existing runs
 
 
 def _judge_there(paths: Sequence[str], options: Namespace) -> int:
@@ -115,7 +115,7 @@ def _show(judged: Sequence[Judged], notes: Sequence[str], folder: Path, options:
     print(f"written to {os.path.relpath(path)}")
 
 
-# Runs that are still to do
+# Missing runs
 
 
 def _judge_new(conf_dir: Path, typed: Sequence[str], options: Namespace) -> int:
@@ -148,7 +148,7 @@ def _judge_new(conf_dir: Path, typed: Sequence[str], options: Namespace) -> int:
 
 
 def _check_rules(planned: Sequence[Planned], options: Namespace) -> None:
-    """Refuse before hours of training what no verdict can come of.
+    """Reject, before hours of training, runs that cannot lead to a verdict.
 
     Raises:
         UserError: no margin for a data set, or every sparsity is trivial.
@@ -164,12 +164,12 @@ def _check_rules(planned: Sequence[Planned], options: Namespace) -> None:
 
 
 def _run(config: RunConfig, tally: Counter[str]) -> int:
-    """Do one run and return its exit code; a failed one is reported and does not stop the others.
+    """Carry out one run and return its exit code; a failed one is reported and does not stop the others.
 
     Args:
-        tally: counts what was trained and what was there already.
+        tally: counts trained and reused phases.
     """
-    from prune_lab.pipeline import runner  # torch is imported when the options are right
+    from prune_lab.pipeline import runner  # torch is imported only once the options are valid
 
     try:
         return runner.run(config, tally=tally)
@@ -178,7 +178,7 @@ def _run(config: RunConfig, tally: Counter[str]) -> int:
 
 
 def _result(planned: Planned) -> RunResult:
-    """Return what a run left behind, or that it left nothing."""
+    """Return the results of a run, or that there are none."""
     if (planned.directory / "status.json").exists():
         return read_runs([planned.directory])[0]
     config = planned.config

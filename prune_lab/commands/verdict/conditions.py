@@ -1,7 +1,7 @@
 """Is a pruned network a winning ticket? The five conditions of Ma et al. 2021, from accuracies alone. No torch.
 
 Source: Ma et al. 2021, Sanity Checks for Lottery Tickets, NeurIPS, arXiv 2107.00166, section 2. The paper gives the
-order of the conditions and the margins; what is our own is marked so.
+order of the conditions and the margins; our own additions are marked so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prune_lab.foundations.errors import UserError
 from prune_lab.foundations.schema import suggestion
 
 DENSE, TICKET, REINIT, SMALL = "dense", "LT-IMP", "RR-IMP", "small_dense"
-"""the whole network; its pruned weights back at their first values; the same mask, fresh values; as small, no mask"""
+"""the whole network; pruned weights back at their first values; the same mask, fresh values; equally small, no mask"""
 
 SIMILAR = {"cifar10": 0.5, "cifar100": 1.0, "tiny_imagenet": 1.0, "imagenet": 1.5}
 """points of top-1 within which an accuracy is similar, by data set; the paper has no others"""
@@ -47,10 +47,10 @@ class Rules:
     similar: float
     """at most this much below counts as similar"""
     gap: float = 0.5
-    """more than this much above is clearly better; the paper has no number for the small dense network, so it is ours
-    there"""
+    """more than this much above is clearly better; the paper has no number for the small dense network, so ours is
+    used there"""
     min_sparsity: float = 0.59
-    """below it a sparsity is trivial: the lowest one that the paper tabulates"""
+    """below it a sparsity is trivial: the lowest one in the paper's tables"""
     same_lr: bool = False
     """one learning rate must satisfy conditions 3 and 4 together (ours, stricter than the paper)"""
     min_seeds: int = 2
@@ -88,7 +88,7 @@ class Verdict:
     outcome: Outcome
     conditions: tuple[Condition, ...]
     reasons: tuple[str, ...] = ()
-    """what is missing, too little or different; why the conditions alone do not decide"""
+    """missing, insufficient or differing runs; why the conditions alone do not decide"""
 
     @property
     def title(self) -> str:
@@ -99,7 +99,7 @@ def similar_margin(dataset: str, given: float | None) -> float:
     """Return the margin of "similar accuracy" for a data set: as `given`, else the published one.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is neither.
     """
     if given is not None:
         return given
@@ -113,7 +113,7 @@ def similar_margin(dataset: str, given: float | None) -> float:
 
 
 def two_standard_errors(one: Stat, other: Stat) -> float | None:
-    """Return 2 * sqrt(s1^2 / n1 + s2^2 / n2), None where a standard deviation is unknown."""
+    """Return 2 * sqrt(s1^2 / n1 + s2^2 / n2), None if a standard deviation is unknown."""
     if one.std is None or other.std is None:
         return None
     return 2 * math.sqrt(one.std**2 / one.n + other.std**2 / other.n)
@@ -144,7 +144,7 @@ def judge(
 
     Returns:
         `refused` if the arms' settings differ, `incomplete` if runs are missing, `insufficient` with too few seeds,
-        otherwise what the five conditions say. `reasons` names every difference, every missing run.
+        otherwise the result of the five conditions. `reasons` names every difference and every missing run.
     """
     used = {name: {lr: runs for lr, runs in arms.get(name, {}).items() if runs}
             for name in (DENSE, ticket, REINIT, SMALL)}
@@ -215,7 +215,7 @@ def _at_the_same_lr(ticket: dict[float, Stat], dense: dict[float, Stat], rules: 
 def _missing(arms: dict[str, dict[float, Sequence[float]]], ticket: str) -> list[str]:
     """Return the arms without any run and the learning rates of the ticket that another arm was not trained with.
 
-    A comparison in which the ticket alone has its learning rate tuned is what the definition is there to exclude.
+    The definition is meant to exclude a comparison in which only the ticket has its learning rate tuned.
     """
     lines = [f"{name} is missing" for name, cells in arms.items() if not cells]
     if len(arms[DENSE]) == 1:

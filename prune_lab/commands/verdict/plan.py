@@ -1,4 +1,4 @@
-"""Which runs a verdict needs, in which order, and what they share."""
+"""The runs that a verdict needs, their order, and their shared phases."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from prune_lab.pipeline import identity
 from prune_lab.pipeline.run_folder import RunFolder
 
 _CONTEXT = ("LT-OMP", "RR-OMP", "LR-rewinding-OMP")
-"""one-shot pruning, and pruning the trained network and training it on: rows beside the conditions"""
+"""one-shot pruning, and pruning the trained network with further training: rows beside the conditions"""
 
 _SWEEP = ("schedule.train.lr=0.005,0.01,0.1", "seed=0,1,2", "method.levels=4,8,11,13,14")
-"""the learning rates that Ma et al. 2021 name for ResNet-20, their 3 runs per point, the sparsities they tabulate"""
+"""learning rates of Ma et al. 2021 for ResNet-20, their 3 runs per point, the sparsities in their tables"""
 PRESETS = {
-    # How the verdict depends on the learning rate: small ones flatter the ticket, large ones the dense network.
+    # How the verdict depends on the learning rate: small ones favour the ticket, large ones the dense network.
     "learning_rate": _SWEEP,
     # The same with half the training: 78 and 160 epochs, milestones scaled with them.
     "epochs": (*_SWEEP, "schedule=cifar_160", "schedule.multiplier=0.4875,1"),
-    # The same with twice the channels: more redundancy keeps tickets up to higher sparsity.
+    # The same with twice the channels: more redundancy preserves tickets up to higher sparsity.
     "width": (*_SWEEP, "model.width=1,2"),
 }
 
@@ -51,7 +51,7 @@ def with_preset(typed: Sequence[str], preset: str | None) -> list[str]:
     """Return the typed options and those of the preset that are not typed."""
     names = {argument.partition("=")[0] for argument in typed}
     if "method.sparsity" in names:
-        names.add("method.levels")  # either of them decides how sparse
+        names.add("method.levels")  # either of them decides the sparsity
     added = [line for line in PRESETS[preset] if line.partition("=")[0] not in names] if preset else []
     return [*added, *typed]
 
@@ -60,8 +60,8 @@ def plan(conf_dir: Path, overrides: Sequence[str]) -> list[Planned]:
     """Return the runs that the definition compares, all checked: dense ones first, then by sparsity.
 
     Args:
-        overrides: options of the runs, lists of values allowed; those of `method` are options of method=lottery, but
-            for method.tolerance of the small dense network.
+        overrides: options of the runs, lists of values allowed; those of `method` are options of method=lottery,
+            except method.tolerance of the small dense network.
 
     Raises:
         UserError: a wrong option, or too few learning rates or seeds for any verdict.
@@ -98,7 +98,7 @@ def _refuse(overrides: Sequence[str]) -> None:
 
 
 def _check_enough(configs: Iterable[RunConfig]) -> None:
-    """Refuse runs that could give no verdict whatever their results are."""
+    """Reject runs that could give no verdict, whatever their results."""
     configs = list(configs)
     lrs, seeds = {config.schedule.train.lr for config in configs}, {config.seed for config in configs}
     if len(lrs) < 2:
@@ -126,7 +126,7 @@ def _small_jobs(jobs: Sequence[RunConfig], small: Sequence[str]) -> list[list[st
 
 
 def small_sparsity(config: RunConfig) -> float:
-    """Return which fraction of all parameters a ticket lacks; its own sparsity counts eligible weights only."""
+    """Return the fraction of all parameters that a ticket lacks; its own sparsity counts only eligible weights."""
     from prune_lab.training.phases import layer_costs
 
     info = datasets.describe(config.dataset)
@@ -147,11 +147,11 @@ def _varied(jobs: Sequence[RunConfig]) -> set[str]:
 def _planned(
     config: RunConfig, varied: set[str], widths: dict[str, Any], contents: dict[str, str | None]
 ) -> Planned:
-    """Return one run with the place and the trainings that the pipeline will give it.
+    """Return one run with the folder and the trainings that the pipeline will give it.
 
     Args:
         varied: names of the options to show.
-        widths: adapted model options that are known already; found ones are added.
+        widths: known adapted model options; new ones are added.
         contents: `Dataset.content` of each data set's options.
     """
     from prune_lab.training.device_config import resolve_device_config
@@ -182,13 +182,13 @@ def _order(planned: Planned) -> tuple[bool, float]:
 
 
 def sharing(planned: Sequence[Planned]) -> str:
-    """Return how many trainings the runs consist of, and how many they would need if none were shared."""
+    """Return the number of trainings in the runs, and the number without sharing."""
     keys = [key for entry in planned for key in entry.trainings]
     return f"{len(set(keys))} trainings, because equal phases are shared; {len(keys)} without sharing"
 
 
 def check_data(planned: Sequence[Planned]) -> None:
-    """Refuse missing or damaged data once, instead of in every run."""
+    """Reject missing or damaged data once, instead of in every run."""
     from prune_lab.training.device_config import resolve_device_config
 
     for config in {repr(entry.config.dataset): entry.config for entry in planned}.values():

@@ -1,4 +1,4 @@
-"""Verdicts as text and as JSON: what was compared, which conditions hold on which numbers, what follows. No torch."""
+"""Verdicts as text and as JSON: compared runs, conditions with their numbers, conclusions. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORDS = {True: "holds", False: "fails", None: "open"}
 
 
 def text(judged: Sequence[Judged], notes: Sequence[str]) -> str:
-    """Return everything for a reader, in ASCII: per network and recipe its sparsities and whether it has a ticket."""
+    """Return the text for a reader, in ASCII: per network and recipe, the sparsities and whether it has a ticket."""
     lines = []
     for title, group in _groups(judged).items():
         lines += [title, "=" * len(title), ""]
@@ -37,7 +37,7 @@ def text(judged: Sequence[Judged], notes: Sequence[str]) -> str:
 
 
 def _partial(settings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return what of the images was left out, if any was: accuracies of a part are not those of the whole."""
+    """Return which images were left out, if any: accuracies on a part are not those on the whole."""
     limits: dict[str, set[int]] = defaultdict(set)
     for known in settings:
         for key in (EVALUATED, "trainer.limit_train_batches"):
@@ -48,7 +48,7 @@ def _partial(settings: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def as_json(judged: Sequence[Judged], notes: Sequence[str]) -> dict[str, Any]:
-    """Return the same as containers for JSON; learning rates are texts there."""
+    """Return the same as containers for JSON, with learning rates as strings."""
     networks = [
         {
             "title": title,
@@ -117,7 +117,7 @@ def _case_lines(case: Case, rules: Rules, verdict: Verdict) -> list[str]:
 
 
 def _doubts(verdict: Verdict) -> list[str]:
-    """Return a line on the gaps that a prize rests on but that may be chance; no condition looks at noise."""
+    """Return a line on gaps that decide a verdict but may be chance; no condition considers noise."""
     if verdict.outcome not in PRIZES:
         return []
     gaps = [condition for condition in verdict.conditions if condition.number in (2, 3)]
@@ -127,7 +127,7 @@ def _doubts(verdict: Verdict) -> list[str]:
 
 
 def _table(case: Case) -> str:
-    """Return accuracies by arm and learning rate; arms that no condition looks at come last."""
+    """Return accuracies by arm and learning rate; arms that no condition uses come last."""
     names = [*case.arms, *sorted(case.context)]
     cells = {name: case.cells(name) for name in names}
     lrs = sorted({lr for by_lr in cells.values() for lr in by_lr})
