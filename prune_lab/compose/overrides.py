@@ -43,7 +43,7 @@ def compose_checked(conf_dir: Path, overrides: list[str], *, sweep: bool) -> Ite
     """Yield the checked options of every run of `overrides` (several only with `sweep`).
 
     Raises:
-        UserError: naming the option as typed, the nearest valid name and what is allowed.
+        UserError: naming the option as typed, the nearest valid name and the allowed values.
     """
     with initialize_config_dir(str(conf_dir), version_base="1.3"):
         parsed = parse_overrides(overrides)

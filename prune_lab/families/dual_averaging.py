@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def check_plain_sgd(config: RunConfig) -> None:
-    """Refuse an optimizer that is anything else than plain SGD.
+    """Reject any optimizer other than plain SGD.
 
     Raises:
         UserError: naming the option as typed.

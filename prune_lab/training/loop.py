@@ -373,7 +373,7 @@ def _end_epoch(training: TrainState, *, seconds: float, images_per_s: float) -> 
     if last:
         leave_inner_loop(training.optimizer)
     if last or (progress.epoch + 1) % training.trainer.eval_interval == 0:
-        # The last epoch is what is reported: measured in fp32, once.
+        # The last epoch is the reported one: measured in fp32, once.
         device_config = training.device_config.in_fp32() if last else training.device_config
         result = evaluate(training.evaluated, training, device_config=device_config)
         training.last_scores = result if last else None
