@@ -1,7 +1,7 @@
 """prune-lab: one command trains, prunes and fine-tunes neural networks.
 
 The rooms, from the top down; a room imports itself and those after it (tests/test_architecture.py). The first lines of
-each say what it is for:
+each state its purpose:
 cli, commands, launch, pipeline, compose, training, tracking, methods, families, core, pruning, optim, accounting,
 datasets, models, config, foundations.
 """

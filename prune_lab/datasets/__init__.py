@@ -69,7 +69,7 @@ def load(config: CommonConfig, fmt: BatchFormat) -> Dataset:
     """Return the data set, ready to yield batches.
 
     Raises:
-        UserError: data missing, incomplete or damaged; the line says which file and how to mend it.
+        UserError: data missing, incomplete or damaged; the message names the file and the remedy.
     """
     return _module(config.kind).load(config, fmt)
 

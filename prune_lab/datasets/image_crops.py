@@ -40,7 +40,7 @@ def opened(file: str | os.PathLike[str] | IO[bytes]) -> Iterator[Image.Image]:
 
 
 def read_rgb(file: str | os.PathLike[str] | IO[bytes]) -> Image.Image:
-    """Return the first frame of an image as 8-bit RGB, whatever its mode.
+    """Return the first frame of an image of any mode as 8-bit RGB.
 
     Grey, palette and 1-bit images keep their appearance, CMYK is converted, transparency is ignored. Of 16-bit values
     the upper 8 bits are kept, as Pillow does for 16-bit colours.
@@ -117,7 +117,7 @@ def resize(image: Decoded, width: int, height: int, *, box: tuple[int, int, int,
     """Return uint8 [height, width, 3] of the part (left, top, right, bottom), bilinear and antialiased.
 
     Arrays take torch's kernel, which is several times as fast as Pillow's and differs by at most one level in 255
-    inside the image; at the edge of a box Pillow also looks at the pixels beyond it.
+    inside the image. At the edge of a box Pillow also reads the pixels beyond it.
     """
     if isinstance(image, Image.Image):
         return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box=box))

@@ -46,8 +46,8 @@ def hash_arrays(*arrays: np.ndarray) -> str:
 class InMemoryDataset:
     """Batches cut from images that stay on the training device.
 
-    Memory there: uint8 canvases of (H + 2 padding)^2 x 3 bytes per training image, twice that with flips
-    (mirrored copies are stored, because mirroring per batch costs more than cropping): 480 MB for CIFAR.
+    Memory there: uint8 canvases of (H + 2 padding)^2 x 3 bytes per training image, twice that with flips: 480 MB for
+    CIFAR. Mirrored copies are stored, because mirroring per batch costs more than cropping.
     """
 
     def __init__(self, config: InMemoryConfig, arrays: ImageArrays, fmt: BatchFormat) -> None:

@@ -11,8 +11,8 @@ from prune_lab.datasets.base import BatchFormat
 class Normaliser:
     """Maps uint8 pixels to (pixel / 255 - mean) / std in `fmt.dtype`.
 
-    Scale and shift are stored for every pixel of an image, so that the arithmetic runs over long rows; a
-    broadcast over the 3 innermost channels is several times slower.
+    Scale and shift are stored for every pixel of an image, so that the arithmetic runs over long rows. A broadcast
+    over the 3 innermost channels is several times slower.
     """
 
     def __init__(self, mean: list[float], std: list[float], fmt: BatchFormat, *, image_size: int) -> None:

@@ -273,7 +273,7 @@ class GatedWeights(Method):
         return self.figures | self._left(context) | {"macs/inference": context.forward_macs}
 
     def _left(self, context: Context) -> dict[str, float]:
-        """Return the size of the network under the gates, which may have been settled."""
+        """Return the sparsity, or kept channels, of the network under the gates, which may have been settled."""
         if isinstance(self.layout_of, FilterGates):
             return {"channels/kept": self.layout_of.map.fraction_kept(context.masks)}
         return {"sparsity": context.sparsity}

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class GradientGrowthConfig(DropAndGrowConfig):
     grow_batches: Count
-    """growth score: |mean dense gradient| over this many steps before the update (1: its own batch, as published)"""
+    """growth score: |mean dense gradient| over this many steps up to the update (1: its own batch, as published)"""
     redistribution: Literal["none", "gradient", "momentum"]
     """whether layers keep their counts, or freed weights move to layers with the largest mean |gradient| (RigL-SG) or
     |momentum| (RigL-SM) of active weights"""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 LONG = 10_000
-"""minimum number of optimizer steps for published values. These come from trainings of 60,000 steps and more; in far
+"""minimum number of optimizer steps for published values. These come from trainings of 60,000 steps and more. In far
 fewer steps weights and thresholds do not move far enough for the values to be meaningful."""
 
 

@@ -90,7 +90,7 @@ def threshold_gradient(gradient: Tensor, raw: Tensor, threshold: Tensor) -> Tens
 
 
 def decayed(init: float, decay: float, rates: Sequence[float], group: Mapping[str, Any]) -> Iterator[float]:
-    """Yield T after each step when only its weight decay changes it, because its gradient is exactly 0.
+    """Yield T after each step when only its weight decay changes it, as long as its gradient is exactly 0.
 
     Args:
         rates: learning rate of each step.

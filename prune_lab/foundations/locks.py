@@ -145,7 +145,7 @@ class HeartbeatLock:
 
     The files PATH.1, PATH.2, ... belong to the lock's owners in turn; the one with the highest number counts. Its owner
     changes it every few seconds and writes `free` into it at the end. A waiter that finds it free, or unchanged for
-    `STALE_S` by its own clock (clocks of machines differ), creates the next number: of several only one can. An owner
+    `STALE_S` by its own clock (clocks of machines differ), creates the next number. Of several only one can. An owner
     deletes the numbers below its own and never its own, so that no number is ever given twice. A waiter whose judgement
     is out of date finds its number taken; or, if that was deleted, it finds higher numbers.
     """

@@ -97,7 +97,7 @@ class DepL0Config(MethodConfig):
 def learning_rate(generator: str, num_steps: int) -> float:
     """Return the learning rate of the gates if none is given.
 
-    With a generator: 0.001 as published, but at least 3 / steps; a gate follows all weights of its row and moves many
+    With a generator: 0.001 as published, but at least 3 / steps. A gate follows all weights of its row and moves many
     times as far as one of them. Independent gates: see `gate_rate`.
     """
     return gate_rate("adam", num_steps) if generator == "independent" else max(1e-3, 3 / max(num_steps, 1))

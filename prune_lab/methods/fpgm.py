@@ -76,7 +76,7 @@ class FPGM(ChannelPruning):
         return () if self.config.reselect_every else (FINETUNE,)
 
     def count(self, size: int) -> int:
-        """Return the number of a layer's `size` channels to keep; both removed parts are rounded down, as published."""
+        """Return the number of a layer's `size` channels to keep; removed parts are rounded down, as in the code."""
         parts = self.config.by_norm, 1 - self.config.channels_ratio - self.config.by_norm
         return max(1, size - sum(floor_product(part * size) for part in parts))
 

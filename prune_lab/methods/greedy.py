@@ -372,7 +372,7 @@ class Greedy(Method):
         return total
 
     def _images_for(self, context: Context, size: int, want: int) -> int:
-        """Return the images that pass the network while `want` of `size` channels are chosen; global: no repeats."""
+        """Return the images that pass the network while `want` of `size` channels are chosen; global: none repeated."""
         config, num_train = self.config, context.dataset.info.num_train
         if config.variant not in _GLOBAL:
             return min(config.images, num_train)

@@ -11,7 +11,7 @@ from prune_lab.foundations.lazy import torch
 def learning_rate(schedule: PhaseSchedule, step: int, steps_per_epoch: int) -> float:
     """Return the learning rate of optimizer step `step` (from 0).
 
-    Warm-up rises linearly and reaches the peak at its end; cosine and linear fall from there to `final_lr`, the
+    Warm-up rises linearly and reaches the peak at its end. Cosine and linear fall from there to `final_lr`, the
     value for the step after the last one.
     """
     epoch = step / steps_per_epoch

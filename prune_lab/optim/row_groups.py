@@ -24,7 +24,7 @@ class RowGroups:
         ids = torch.cat([*rows, torch.zeros(0, dtype=torch.int64)])
         self._group_of = torch.where(ids < 0, num_groups, ids)
         counts = torch.bincount(self._group_of, minlength=num_groups + 1)[:num_groups]
-        # A gathered table instead of index_add_, whose order of additions is not deterministic on a GPU: processes that
+        # A gathered table instead of index_add_, whose order of additions is not deterministic on a GPU. Processes that
         # disagreed about the last bit of a norm would disagree about which groups are zero.
         self._places = torch.full((num_groups, int(counts.max()) if num_groups else 0), len(ids))
         order = self._group_of.argsort(stable=True)[: int(counts.sum())]

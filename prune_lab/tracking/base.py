@@ -79,7 +79,7 @@ class Tracker:
     """Passes every call to its sinks in order: local files first, then copies elsewhere.
 
     The caller handles an error of a local sink (a full disk). An error of a copy is reported once, in one line, and
-    that copy receives nothing more: it can be recreated from the local files, so it never stops a run.
+    that copy receives nothing more. It can be recreated from the local files, so it never stops a run.
     """
 
     def __init__(self, local: Iterable[Sink] = ()) -> None:

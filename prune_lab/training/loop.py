@@ -160,7 +160,7 @@ class TrainState:
 def fit(training: TrainState) -> None:
     """Train from `training.progress` to the end of the phase, which may lie within an epoch.
 
-    When this ends, by whatever path, all writing is complete.
+    All writing is complete when this ends, also by an error.
 
     Raises:
         Interrupted: after a checkpoint, when `training.stop()` is true.

@@ -31,8 +31,8 @@ class Difference:
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     """Return `values` minus `baseline` over their common seeds, None without any.
 
-    The interval is Student's t with n - 1 degrees of freedom on the differences: runs of one seed share initial
-    weights and data order, so that pairing removes their common variation.
+    The interval is Student's t with n - 1 degrees of freedom on the differences. Runs of one seed share initial
+    weights and data order, so pairing removes their common variation.
     """
     gaps = [values[seed] - baseline[seed] for seed in values if seed in baseline]
     if not gaps:

@@ -93,7 +93,7 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> Ratio:
     """Return the median of slow / fast over rounds, with its interval.
 
     The interval lies between the k-th smallest and the k-th largest ratio. k is the largest number for which a median
-    lies outside in at most 1 % of cases, whatever the distribution: 2 P[Binomial(n, 1/2) < k] <= 0.01. A table holds
+    lies outside in at most 1 % of cases, for any distribution: 2 P[Binomial(n, 1/2) < k] <= 0.01. A table holds
     many ratios, hence 1 %.
 
     Raises:

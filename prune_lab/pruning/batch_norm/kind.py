@@ -12,5 +12,5 @@ if TYPE_CHECKING:
 
 
 def is_norm(module: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Return whether a module is a batch norm, of whatever dimension."""
+    """Return whether a module is a batch norm of any dimension."""
     return isinstance(module, torch.nn.modules.batchnorm._BatchNorm)

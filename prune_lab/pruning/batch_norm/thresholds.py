@@ -83,7 +83,7 @@ def with_least(kept: Tensor, worth: Tensor, least: int) -> Tensor:
 
 
 def class_means(channels: ChannelMap, values: Mapping[str, Tensor]) -> Tensor:
-    """Return the mean of `values` over all batch norms that a class of channels passes, float64 [num_classes].
+    """Return the mean of `values` over all positions of a class of channels in batch norms, float64 [num_classes].
 
     0 for classes that pass none.
 

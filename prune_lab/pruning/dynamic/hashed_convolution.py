@@ -1,6 +1,6 @@
 """Convolution that merges input channels at run time: those similar on a tile share the sum of their kernels.
 
-On each tile of the output plane the channels of the input window are hashed: the signs of their products with a few
+On each tile of the output plane the channels of the input window are hashed. The signs of their products with a few
 sparse random hyperplanes are the code, and channels with the same code fall into one bucket. With x_c the channels and
 W_c their kernels, sum_c W_c * x_c becomes sum_b (sum of W_c over b) * (mean of x_c over b). This is exact where the
 members of a bucket are equal, and close where they are similar.
@@ -305,7 +305,7 @@ class HashedConv2d(nn.Conv2d):
 
 
 def hashed_layers(model: nn.Module) -> dict[str, HashedConv2d]:
-    """Return the hashed convolutions of a network by path; a module in several places is listed once."""
+    """Return the hashed convolutions of a network by path; a module under several paths is listed once."""
     return {path: module for path, module in model.named_modules() if isinstance(module, HashedConv2d)}
 
 

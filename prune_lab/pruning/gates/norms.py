@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def find_norms(model: nn.Module, image_size: int) -> list[tuple[ChannelGroup, str]]:
     """Return the channels of each layer that a batch norm follows, and the module path of the norm before their gates.
 
-    It is the last batch norm before the channels branch or reach a layer that mixes them; after a depthwise
+    It is the last batch norm before the channels branch or reach a layer that mixes them. After a depthwise
     convolution, it is that one's own. A batch norm after the gate would undo the gate's effect on all images. Excluded
     are channels that an addition ties or that pass a norm on a separate path. So are norms without scale and shift or
     with a built-in activation.

@@ -1,6 +1,6 @@
 """Gates that are exactly 0 or far from it: their values, their training, and the cost of open gates.
 
-t is the parameter of a gate, g its value. A gate precedes the layers that read a channel: it multiplies their
+t is the parameter of a gate, g its value. A gate precedes the layers that read a channel. It multiplies their
 input columns, which is equivalent to multiplying the channel, also if the input is padded with zeros.
 
 Source: Guo, Yuan, Tan, Wang, Yang, Liu 2021, arXiv 2109.02220, whose text was not at hand: see the card of method=gdp.
@@ -95,7 +95,7 @@ def cost(widths: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cost of the network, x A x, and the cost of one more channel in each lane, [lanes].
 
     x is `widths` followed by a 1. The cost is bilinear in the widths of neighbouring layers. The cost of a channel is
-    computed with the other factor fixed (alternating relaxation): it adds up over all layers that produce the channel
+    computed with the other factor fixed (alternating relaxation). It adds up over all layers that produce the channel
     and all that read it.
 
     Args:

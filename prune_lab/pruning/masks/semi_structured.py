@@ -1,6 +1,6 @@
 """2:4 sparsity: exactly two weights stay in every group of four consecutive input channels.
 
-A group has one output channel and one kernel position: it lies along the summation axis of a channels-last convolution
+A group has one output channel and one kernel position. It lies along the summation axis of a channels-last convolution
 as a matrix product, as sparse tensor cores require (Mishra et al. 2021, arXiv 2104.08378).
 
 `keep_top`, `grow` and `random_mask` are those of `masks` for 2:4, with the same arguments.
@@ -107,7 +107,7 @@ def random_mask(shape: tuple[int, ...], num_keep: int, generator: torch.Generato
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return the two kept values of each group [out, in / 2, ...] and their positions [out, in / 4, ...].
 
-    Positions are uint8: the first in bits 0-1, the second, which is the larger, in bits 2-3, which is the format of
+    Positions are uint8: the first in bits 0-1, the second, which is the larger, in bits 2-3. This is the format of
     sparse tensor cores, four bits per group. A group with fewer than two nonzeros keeps zeros.
 
     Raises:

@@ -123,7 +123,7 @@ def ranks(score: Tensor) -> Tensor:
     """Return integers, shaped like `score`, in the order of its values: equal for both zeros, beyond infinity for NaN.
 
     Comparing them is exact in every thread. Numbers below the normal range act as zero in threads that flush them and
-    not in others: a selection that compares such scores in several threads keeps a wrong number of them.
+    not in others. A selection that compares such scores in several threads keeps a wrong number of them.
     """
     if not score.is_floating_point():
         return score

@@ -192,7 +192,7 @@ def _sharpest(
 def shrink(model: nn.Module, rows: Mapping[nn.Parameter, Tensor], found: Flatness, strength: float) -> None:
     """Multiply the groups of `model` by the factors of the minimiser.
 
-    A group that would be zero keeps its weights: it is removed, or kept although it is among the smallest, because a
+    A group that would be zero keeps its weights. It is removed, or kept although it is among the smallest, because a
     budget has room for it or its layer needs it.
     """
     factors = shrunk(found.norms, found.scores, strength)

@@ -46,7 +46,7 @@ def gradient_norm(
 ) -> float:
     """Return the L2 norm of the mean loss gradient over those of `weights` that `masks` keep (all without a mask).
 
-    The norm is only reported: with an infinite or NaN loss it is so too, without an error.
+    The norm is only reported: an infinite or NaN loss makes it infinite or NaN too, without an error.
     """
     sums = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     images_seen = 0

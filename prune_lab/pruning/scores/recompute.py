@@ -21,8 +21,8 @@ Run = Callable[..., Tensor]
 def blocks(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
     """Make every block of `model` store only its input, in the graphs of the first and of the second derivative.
 
-    The derivatives are the same. Only `weights` are tracked: other parameters are constants. torch.utils.checkpoint
-    does not help here, because the graph of the first derivative holds the recomputed values.
+    The derivatives are the same. Only dependence on `weights` is tracked: other parameters are constants.
+    torch.utils.checkpoint does not help here, because the graph of the first derivative holds the recomputed values.
     """
     chosen = find_blocks(model)
     try:
