@@ -20,6 +20,7 @@ QUICK = ("demo_rigl", "rigl/resnet50_imagenet_erk_90", "grasp/resnet32_cifar10_9
 SMALL = ("dataset=fake", "dataset.image_size=16", "model.width=0.25", "debug=tiny", "logger.wandb=disabled")
 TINY_OPTIONS = {
     "autosparse": ["schedule.train.lr=0.01"],
+    "autosparse/resnet50_imagenet": ["schedule.train.lr=0.01", "method.threshold_init=-5"],
     "grasp": ["method.samples_per_class=2", "method.rounds=1"],
     "gmp": ["method.num_cuts=2"],
     "str": ["method.threshold_init=-5", "method.threshold_decay=0", "schedule.train.lr=0.01"],
